@@ -1,0 +1,1 @@
+"""posttrain: post-training of language models on one engine."""

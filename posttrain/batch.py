@@ -1,0 +1,196 @@
+"""The one thing that flows through a run: a batch of completions, and the outputs of one forward pass over it.
+
+Alignment rule of the whole package: column ``t`` belongs to token ``t``. Log-probs at column ``t`` are
+log p(token_t | tokens before t); the value at column ``t`` is of the prefix that *ends with* token ``t``.
+Shifts between logits and tokens happen once, in :mod:`posttrain.models`. Log-probs, advantages and losses are float32.
+
+Sizes in the shape annotations: ``N`` completions, ``L`` columns (longest prompt + completion), ``K`` value bins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Finish(IntEnum):
+    """How a completion ended. Truncation (``LENGTH``) is not an ending: nothing is known of what would have followed."""
+
+    STOPPED = 0
+    LENGTH = 1
+    ABORTED = 2
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The all-reduce of a run of one process."""
+    return tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """N completions, right-padded to L columns, filled left to right and never mutated: ``batch.set(advantage=...)``.
+
+    Fields that are ``None`` have not been filled yet; the comment says which stage of the loop fills them.
+    """
+
+    tokens: Int[Tensor, "N L"]  # prompt and completion, then padding
+    mask: Bool[Tensor, "N L"]  # True where the policy chose the token (tool output, environment text: False)
+    length: Int[Tensor, " N"]  # columns that hold a token; the rest is padding
+    group: Int[Tensor, " N"]  # prompt index; for preference data, the pair
+    finish: Int[Tensor, " N"]  # a Finish
+    logp_sampler: Float[Tensor, "N L"]  # the engine's log-prob of the sampled token, 0 off the mask    by rollout
+    version: Int[Tensor, " N"]  # policy version that sampled the completion                             by rollout
+    step_id: Int[Tensor, "N L"]  # reasoning step or turn of each token, -1 off the mask                 by rollout
+    greedy: Bool[Tensor, " N"]  # decoded greedily to serve as a baseline; never trained on             by rollout
+    rows: tuple[dict[str, Any], ...]  # the dataset columns of each completion                           by rollout
+    texts: tuple[str, ...]  # the decoded completion, special tokens left out                            by rollout
+
+    score: Float[Tensor, " N"]  # weighted sum of the verifiers; NaN = unscored                          by verify
+    reward: Float[Tensor, " N"]  # score plus sequence-level rewards; NaN = unscored                     by reward
+    step_reward: Float[Tensor, "N L"]  # token-level rewards: process rewards, KL in the reward          by reward
+
+    logp_old: Float[Tensor, "N L"] | None = None  # the trainer's log-prob before the update             by score
+    logp_ref: Float[Tensor, "N L"] | None = None  # the reference policy's log-prob                       by score
+    entropy: Float[Tensor, "N L"] | None = None  # of the policy before the update, in nats              by score
+    value: Float[Tensor, "N L"] | None = None  # the critic's value before the update                    by score
+
+    advantage: Float[Tensor, "N L"] | None = None  # by credit
+    target: Float[Tensor, "N L"] | None = None  # what the critic regresses to                            by credit
+    weight: Float[Tensor, "N L"] | None = None  # the normaliser: each token's share of the loss          by credit
+
+    step: int = 0  # optimiser step, for scheduled hyper-parameters
+    all_sum: Callable[[Tensor], Tensor] = identity  # sum of a tensor over all ranks
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def set(self, **fields: Any) -> Batch:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **fields)
+
+    def __getitem__(self, index: Tensor | Sequence[int]) -> Batch:
+        """The completions named by a boolean mask ``[N]`` or by indices, in that order; columns are kept."""
+        index = torch.as_tensor(index, device=self.tokens.device)
+        if index.dtype == torch.bool:
+            index = index.nonzero().squeeze(-1)
+        picked = index.tolist()
+        return self._map(lambda tensor: tensor[index], lambda column: tuple(column[i] for i in picked))
+
+    def trim(self) -> Batch:
+        """Without the columns that are padding in every row."""
+        columns = int(self.length.max()) if len(self) else 0
+        return self._map(lambda tensor: tensor[:, :columns] if tensor.dim() > 1 else tensor, lambda column: column)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On another device."""
+        return self._map(lambda tensor: tensor.to(device), lambda column: column)
+
+    def _map(self, tensor: Callable[[Tensor], Tensor], column: Callable[[tuple], tuple]) -> Batch:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = tensor(value)
+            elif isinstance(value, tuple):
+                changes[field.name] = column(value)
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def scored(self) -> Bool[Tensor, " N"]:
+        """Completions that have a reward: the only ones that count in any statistic of rewards."""
+        return ~torch.isnan(self.reward)
+
+    @property
+    def tokens_chosen(self) -> Int[Tensor, " N"]:
+        """Tokens the policy chose in each completion."""
+        return self.mask.sum(-1)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over everything, on every rank: the only reduction a normaliser may use."""
+        return self.all_sum(values.sum())
+
+    @staticmethod
+    def concatenate(batches: Iterable[Batch]) -> Batch:
+        """One batch of all rows, padded to the longest; fields filled in one must be filled in all.
+
+        Raises:
+            ValueError: with no batches, or where a field is filled in some of them only.
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("nothing to concatenate: no batches were given")
+        columns = max(batch.tokens.shape[1] for batch in batches)
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(Batch):
+            values = [getattr(batch, field.name) for batch in batches]
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            if tensors and len(tensors) != len(values):
+                raise ValueError(f"field {field.name!r} is filled in {len(tensors)} of {len(values)} batches")
+            if tensors:
+                fill = -1 if field.name == "step_id" else 0
+                changes[field.name] = torch.cat([_widen(value, columns, fill) for value in tensors])
+            elif isinstance(values[0], tuple):
+                changes[field.name] = tuple(item for value in values for item in value)
+        return dataclasses.replace(batches[0], **changes)
+
+
+def _widen(tensor: Tensor, columns: int, fill: int) -> Tensor:
+    if tensor.dim() < 2:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1]), value=fill)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outputs:
+    """One forward pass over a batch: the only source of gradient. Zero off the mask."""
+
+    logp: Float[Tensor, "N L"]  # at the sampling temperature
+    entropy: Float[Tensor, "N L"] | None = None  # nats; None where no part asked for it
+    value: Float[Tensor, "N L"] | None = None
+    value_logits: Float[Tensor, "N L K"] | None = None
+
+
+def broadcast(values: Float[Tensor, " N"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    """The completion's number at each of its chosen tokens, 0 elsewhere."""
+    return values[:, None] * mask
+
+
+def seq_sum(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, " N"]:
+    """Sum over each completion's chosen tokens. What lies off the mask is ignored, NaN included."""
+    return values.where(mask, 0.0).sum(-1)
+
+
+def seq_mean(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, " N"]:
+    """Mean over each completion's chosen tokens; 0 for a completion without any."""
+    return seq_sum(values, mask) / mask.sum(-1).clamp(min=1)
+
+
+def group_sum(values: Float[Tensor, " N"], group: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """For each completion, the sum over its group. Groups never straddle ranks."""
+    _, index = group.unique(return_inverse=True)
+    sums = values.new_zeros(int(index.max()) + 1 if len(index) else 0).index_add(0, index, values)
+    return sums[index]
+
+
+def group_mean(
+    values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Bool[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """For each completion, the mean over the valid completions of its group; 0 where there is none."""
+    count = group_sum(valid.to(values.dtype), group)
+    return group_sum(values.where(valid, 0.0), group) / count.clamp(min=1)
+
+
+def group_std(
+    values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Bool[Tensor, " N"], ddof: int = 1
+) -> Float[Tensor, " N"]:
+    """For each completion, the standard deviation over the valid completions of its group; 0 with at most ``ddof``."""
+    deviation = (values - group_mean(values, group, valid)).where(valid, 0.0)
+    count = group_sum(valid.to(values.dtype), group)
+    return (group_sum(deviation.square(), group) / (count - ddof).clamp(min=1)).sqrt()

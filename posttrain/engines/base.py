@@ -1,0 +1,106 @@
+"""What an engine is: tokens in, tokens out, with the log-probs of the distribution that was sampled from.
+
+Nothing is re-tokenised: the ids that an engine returns are the ids that the trainer learns from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from posttrain.batch import Finish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. ``temperature`` 0 is greedy decoding.
+
+    ``top_p`` < 1, ``top_k`` > 0 or ``min_p`` > 0 change the distribution: the log-probs an engine returns are those of
+    the changed one, which a trainer's full softmax does not match. Training refuses them; evaluation does not.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence tokens
+    ignore_eos: bool = False  # for benchmarks
+
+    @property
+    def is_full_softmax(self) -> bool:
+        """Whether the distribution sampled from is the model's own softmax at ``temperature``."""
+        return self.temperature > 0 and self.top_p >= 1 and self.top_k <= 0 and self.min_p <= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation. The stop token, if one was sampled, is the last of ``tokens``."""
+
+    tokens: list[int]
+    logps: list[float]  # log-prob of each token under the distribution it was drawn from (at the temperature)
+    finish: Finish
+    version: int  # weights it was sampled with
+
+
+OnCompletion = Callable[[int, int, Completion], None]
+"""Called as soon as a completion ends, with the prompt's index, the sample's index and the completion."""
+
+
+class WeightMismatch(RuntimeError):
+    """The engine's weights after a load are not the weights that were sent."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A sampler whose weights can be replaced. Decoders have this interface too, so recipes can train on them."""
+
+    version: int
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """``n`` completions of each prompt.
+
+        Args:
+            prompts: token ids, one list a prompt.
+            sampling: how tokens are drawn.
+            n: completions a prompt.
+            seeds: one integer a prompt. Sample ``j`` of prompt ``i`` depends on ``seeds[i]`` and ``j`` alone, not on
+                what else is in the batch, so that a run repeats exactly. ``None`` draws fresh ones.
+            on_completion: called as each completion ends, in the thread that called ``generate``.
+
+        Raises:
+            ValueError: for a prompt that leaves no room for ``max_tokens``, naming its index and length.
+        """
+        ...
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replaces every weight by the tensors of a Hugging Face state dict, and forgets cached prefixes.
+
+        Raises:
+            WeightMismatch: if a tensor is missing, unknown, or does not read back as it was sent.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees memory and processes. Closing twice is harmless."""
+        ...
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Seed of one sample of a prompt: a fixed 63-bit mix of both (SplitMix64), equal on every machine and engine."""
+    mask = (1 << 64) - 1
+    x = (seed * 0x9E3779B97F4A7C15 + sample * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return (x ^ (x >> 31)) >> 1

@@ -1,0 +1,126 @@
+"""The plain settings of a recipe, section by section: what is not a part. Every field has its default here, once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+section = dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
+
+
+@section
+class Lora:
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@section
+class Policy:
+    model: str
+    """Hub name or local folder of a causal language model in the Hugging Face format."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward pass. Weights and optimiser states of trained parameters are kept in float32."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of all weights; the reference policy is then the model without them."""
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@section
+class Reference:
+    model: str | None = None
+    """Where the reference policy differs from the initial policy. Loaded only if some part reads its log-probs."""
+
+
+@section
+class Data:
+    path: str
+    """Hub name, local folder, JSONL / JSON / Parquet / CSV file, or ``my_file.py:function`` that yields rows."""
+    name: str | None = None
+    """Configuration of a hub data set, such as ``main`` of ``openai/gsm8k``."""
+    split: str = "train"
+    columns: dict[str, str] = Field(default_factory=dict)
+    """New name -> column it is copied from, such as ``{prompt: question}``."""
+    system: str | None = None
+    """System message put before every prompt that has none; makes a plain prompt conversational."""
+    chat: bool | None = None
+    """Wrap plain prompts as a user's message. Default: yes if the tokenizer has a chat template."""
+    template: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the chat template, such as ``{enable_thinking: false}``."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are left out and counted. Default: an error names the row."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first rows."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of a generator function."""
+
+
+@section
+class SamplingOptions:
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest completion, in tokens."""
+
+
+@section
+class EngineOptions:
+    use: Literal["auto", "vllm", "transformers"] = "auto"
+    """auto: vllm where it is installed, transformers otherwise."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """auto: the policy's."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Prompt plus completion. Default: what the data and ``sampling.max_tokens`` need."""
+    gpu_memory: float = Field(default=0.4, gt=0, le=1)
+    """Share of a GPU's memory that vLLM may take; the trainer lives in the rest."""
+    cache_mb: int = Field(default=512, ge=1)
+    """Memory of vLLM's key-value cache on CPU."""
+    max_concurrent: int = Field(default=256, ge=1)
+    """Completions generated at the same time."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of ``vllm.LLM``."""
+
+
+@section
+class Optimizer:
+    learning_rate: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+@section
+class Evaluation:
+    data: Data
+    every: int = Field(default=50, ge=1)
+    """Steps between evaluations; one more is made before the first step and one after the last."""
+    n: int = Field(default=1, ge=1)
+    """Completions a prompt; the score is their mean."""
+    sampling: SamplingOptions = Field(default_factory=lambda: SamplingOptions(temperature=0.0))
+
+
+@section
+class Run:
+    folder: str | None = None
+    """Default: ``runs/<recipe's name>``."""
+    save_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints; one more is made at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    rollouts_every: int = Field(default=1, ge=0)
+    """Steps between stored rollouts (Parquet); 0 stores none."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    project: str = "posttrain"
+    max_bad_steps: int = Field(default=5, ge=0)
+    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops with a dump."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class Finish(IntEnum):
-    """How a completion ended. Truncation (``LENGTH``) is not an ending: nothing is known of what would have followed."""
+    """How a completion ended. Truncation (``LENGTH``) is not an ending: what would have followed is unknown."""
 
     STOPPED = 0
     LENGTH = 1
@@ -179,9 +179,7 @@ def group_sum(values: Float[Tensor, " N"], group: Int[Tensor, " N"]) -> Float[Te
     return sums[index]
 
 
-def group_mean(
-    values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Bool[Tensor, " N"]
-) -> Float[Tensor, " N"]:
+def group_mean(values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
     """For each completion, the mean over the valid completions of its group; 0 where there is none."""
     count = group_sum(valid.to(values.dtype), group)
     return group_sum(values.where(valid, 0.0), group) / count.clamp(min=1)

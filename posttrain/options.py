@@ -7,10 +7,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-section = dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
+CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Lora:
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
@@ -18,7 +18,7 @@ class Lora:
     targets: str | tuple[str, ...] = "all-linear"
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Policy:
     model: str
     """Hub name or local folder of a causal language model in the Hugging Face format."""
@@ -32,13 +32,13 @@ class Policy:
     trust_remote_code: bool = False
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Reference:
     model: str | None = None
     """Where the reference policy differs from the initial policy. Loaded only if some part reads its log-probs."""
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Data:
     path: str
     """Hub name, local folder, JSONL / JSON / Parquet / CSV file, or ``my_file.py:function`` that yields rows."""
@@ -61,7 +61,7 @@ class Data:
     """Keyword arguments of a generator function."""
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class SamplingOptions:
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -71,7 +71,7 @@ class SamplingOptions:
     """Longest completion, in tokens."""
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class EngineOptions:
     use: Literal["auto", "vllm", "transformers"] = "auto"
     """auto: vllm where it is installed, transformers otherwise."""
@@ -89,7 +89,7 @@ class EngineOptions:
     """Further arguments of ``vllm.LLM``."""
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Optimizer:
     learning_rate: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -100,7 +100,7 @@ class Optimizer:
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Evaluation:
     data: Data
     every: int = Field(default=50, ge=1)
@@ -110,7 +110,7 @@ class Evaluation:
     sampling: SamplingOptions = Field(default_factory=lambda: SamplingOptions(temperature=0.0))
 
 
-@section
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Run:
     folder: str | None = None
     """Default: ``runs/<recipe's name>``."""

@@ -1,0 +1,88 @@
+"""How the parts of a recipe become rewards, advantages and a loss: three pure functions that the online loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.batch import Batch, Outputs
+from posttrain.recipe import Part, Recipe
+
+
+def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
+    """The batch with every reward part added: those of ``[N]`` to ``reward``, those of ``[N, L]`` to ``step_reward``.
+
+    Every part sees the batch as it was before any of them, so their order does not matter.
+
+    Raises:
+        ValueError: if a part returns another shape.
+    """
+    reward, step_reward = batch.reward, batch.step_reward
+    for part in recipe.reward:
+        value = part.weight * part(batch)
+        if value.shape == reward.shape:
+            reward = reward + value
+        elif value.shape == step_reward.shape:
+            step_reward = step_reward + value.where(batch.mask, 0.0)
+        else:
+            expected = f"{list(reward.shape)} (one a completion) or {list(step_reward.shape)} (one a token)"
+            raise ValueError(f"reward part {part.name!r} returned shape {list(value.shape)}, expected {expected}")
+    return batch.set(reward=reward, step_reward=step_reward)
+
+
+def credit(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
+    """The advantage of each token: the recipe's advantage, then its shapers in order. Float32, zero off the mask.
+
+    Unscored completions and greedy baselines get exactly 0, whatever the parts say of them.
+
+    Raises:
+        ValueError: if a part returns another shape, or a number that is not finite.
+    """
+    trained = batch.mask & (batch.scored & ~batch.greedy)[:, None]
+    advantage = _checked(recipe.advantage, recipe.advantage(batch), trained)
+    for part in recipe.shape:
+        advantage = _checked(part, part(advantage, batch), trained)
+    return advantage
+
+
+def _checked(part: Part, advantage: Tensor, trained: Tensor) -> Float[Tensor, "N L"]:
+    if advantage.shape != trained.shape:
+        raise ValueError(f"part {part.name!r} returned shape {list(advantage.shape)}, expected {list(trained.shape)}")
+    advantage = advantage.float().where(trained, 0.0)
+    rows = (~advantage.isfinite()).any(-1).nonzero().squeeze(-1).tolist()
+    if rows:
+        raise ValueError(f"part {part.name!r} gave an advantage that is not finite in completions {rows[:8]}")
+    return advantage
+
+
+def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch or micro-batch, and the value of each term before its coefficient, by the term's name.
+
+    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.weight. As ``batch.weight`` comes from sums over the global
+    batch, losses and term values add up over micro-batches and ranks.
+
+    Raises:
+        ValueError: if the normaliser's weights are missing.
+    """
+    if batch.weight is None:
+        raise ValueError("batch.weight has not been filled: call the recipe's normaliser on the whole batch first")
+    loss, terms = outputs.logp.new_zeros(()), {}
+    for part in loss_parts:
+        term = part(outputs, batch)
+        for weight in part.weights:
+            term = term * weight(outputs, batch).detach()
+        value = (term.where(batch.mask, 0.0) * batch.weight).sum()
+        loss = loss + part.coef * value
+        terms[_unused(part.name, terms)] = value.detach()
+    return loss, terms
+
+
+def _unused(name: str, taken: dict[str, Tensor]) -> str:
+    """The name itself, or numbered where a term of that name is there already: kl, kl_2, kl_3."""
+    numbered, count = name, 1
+    while numbered in taken:
+        count += 1
+        numbered = f"{name}_{count}"
+    return numbered

@@ -1,0 +1,76 @@
+"""Normalisers: each token's share of the loss, from sums over the global batch.
+
+A normaliser maps a batch to weights ``[N, L]``, float32 and zero off the mask; the loss of a term is the plain sum of
+``term * weight``. The counts below are over every rank and every micro-batch (``batch.total``), so the loss does not
+depend on how the batch is split. Unscored completions count: their advantage is 0, but other terms (KL, entropy) are
+about them too. Completions that hold no chosen token, and greedy baselines, do not.
+
+Notation: N completions; o_i the chosen tokens of completion i, \\|o_i\\| of them; m the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from posttrain.batch import Batch
+
+
+def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
+    """Mean over all chosen tokens: long completions weigh more.
+
+    w_it = m_it / Σ_j \\|o_j\\|.  Yu et al. 2025 (DAPO), eq. 8, arXiv:2503.14476.
+    """
+    mask = _counted(batch)
+    return _float(mask) / batch.total(mask).clamp(min=1)
+
+
+def seq_mean_of_token_mean(batch: Batch) -> Float[Tensor, "N L"]:
+    """Mean over completions of the mean over their tokens: every completion weighs the same.
+
+    w_it = m_it / (N \\|o_i\\|).  Shao et al. 2024 (GRPO), eq. 3, arXiv:2402.03300.
+    """
+    mask = _counted(batch)
+    return _float(mask) / mask.sum(-1, keepdim=True).clamp(min=1) / _sequences(batch, mask)
+
+
+def seq_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
+    """Mean over completions of the sum over their tokens: the policy gradient of whole completions.
+
+    w_it = m_it / N.  Ahmadian et al. 2024 (RLOO), eq. 7 with log π(y|x) = Σ_t log π(y_t|x, y_<t), arXiv:2402.14740.
+    """
+    mask = _counted(batch)
+    return _float(mask) / _sequences(batch, mask)
+
+
+def seq_sum_over(batch: Batch, *, length: int) -> Float[Tensor, "N L"]:
+    """Mean over completions of the sum over their tokens, divided by a constant number of tokens.
+
+    w_it = m_it / (N · length). The constant, usually the longest completion that can be sampled, only keeps the size of
+    the gradient near that of a mean.  Liu et al. 2025 (Dr. GRPO), section 3.2 and listing 1, arXiv:2503.20783.
+
+    Raises:
+        ValueError: unless ``length`` is positive.
+    """
+    if length <= 0:
+        raise ValueError(f"seq_sum_over: length is a number of tokens and must be positive, not {length}")
+    return seq_mean_of_token_sum(batch) / length
+
+
+def token_sum(batch: Batch) -> Float[Tensor, "N L"]:
+    """Plain sum over all chosen tokens: w_it = m_it."""
+    return _float(_counted(batch))
+
+
+def _counted(batch: Batch) -> Bool[Tensor, "N L"]:
+    return batch.mask & ~batch.greedy[:, None]
+
+
+def _sequences(batch: Batch, mask: Bool[Tensor, "N L"]) -> Tensor:
+    """Completions, over all ranks, that hold a chosen token."""
+    return batch.total(mask.any(-1)).clamp(min=1)
+
+
+def _float(mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    return mask.to(torch.float32)

@@ -13,7 +13,7 @@ CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Lora:
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = "all-linear"
 

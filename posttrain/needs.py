@@ -1,0 +1,174 @@
+"""Finds out what a recipe's parts read, by calling them once on a small made-up batch.
+
+So a part says nothing about its needs, an expensive pass (reference log-probs, entropies) is made only where some part
+reads its result, and a part that fails or returns the wrong shape is found before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.batch import Batch, Finish, Outputs
+from posttrain.errors import RecipeError
+from posttrain.recipe import Part, Recipe
+
+_FIELDS = frozenset(f.name for f in fields(Batch)) | frozenset(f.name for f in fields(Outputs))
+
+
+@dataclass
+class _Log:
+    seen: set[str] = field(default_factory=set)
+    paused: bool = False
+
+
+_log = _Log()
+
+
+def _read(self: Any, name: str) -> Any:
+    if name in _FIELDS and not _log.paused:
+        _log.seen.add(name)
+    return object.__getattribute__(self, name)
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    before, _log.paused = _log.paused, True
+    try:
+        yield
+    finally:
+        _log.paused = before
+
+
+class _ProbeBatch(Batch):
+    """A batch that notes which fields are read; copying it is not reading it."""
+
+    __slots__ = ()
+    __getattribute__ = _read
+
+    def set(self, **changes: Any) -> Batch:
+        with _unobserved():
+            return replace(self, **changes)
+
+    def _map(self, tensor: Callable[[Tensor], Tensor], column: Callable[[tuple], tuple]) -> Batch:
+        with _unobserved():
+            return Batch._map(self, tensor, column)
+
+
+class _ProbeOutputs(Outputs):
+    __slots__ = ()
+    __getattribute__ = _read
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which passes the loop must make."""
+
+    logp_old: bool  # before the update; without it, one update per batch takes the current log-probs
+    logp_ref: bool
+    entropy: bool  # of the policy before the update
+    entropy_gradient: bool  # Outputs.entropy, which a loss term reads
+
+    @property
+    def scoring_pass(self) -> bool:
+        return self.logp_old or self.entropy
+
+
+def find_needs(recipe: Recipe) -> Needs:
+    """What the parts of a recipe read.
+
+    Raises:
+        RecipeError: if a part fails on the made-up batch or returns something of the wrong shape.
+    """
+    batch = _probe_batch()
+    n, columns = batch.mask.shape
+    before: set[str] = set()
+    for slot, part in _before_update(recipe):
+        arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
+        allowed = {"reward": [(n,), (n, columns)], "select": [(n,)], "keep": [(n,)]}.get(slot, [(n, columns)])
+        before |= _observe(slot, part, arguments, allowed)
+    during: set[str] = set()
+    outputs = _probe_outputs(batch)
+    for i, term in enumerate(recipe.loss):
+        during |= _observe(f"loss.{i}", term, (outputs, batch), [(n, columns)])
+        for weight in term.weights:
+            during |= _observe(f"loss.{i}.weights", weight, (outputs, batch), [(n, columns)])
+    several_updates = recipe.epochs * recipe.minibatches > 1
+    return Needs(
+        logp_old="logp_old" in before or several_updates,
+        logp_ref="logp_ref" in before | during,
+        entropy="entropy" in before,
+        entropy_gradient="entropy" in during,
+    )
+
+
+def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
+    yield from (("reward", part) for part in recipe.reward)
+    yield from (("select", part) for part in recipe.select)
+    yield "advantage", recipe.advantage
+    yield from (("shape", part) for part in recipe.shape)
+    yield from (("keep", part) for part in recipe.keep)
+    yield "normaliser", recipe.normaliser
+
+
+def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, ...]]) -> set[str]:
+    _log.seen = set()
+    call = copy.deepcopy(part.call)  # a part with memory must not remember the made-up batch
+    try:
+        result = call(*arguments)
+    except Exception as error:
+        raise RecipeError(
+            f"{slot}: {part.name} failed on a small made-up batch: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(result, Tensor) or tuple(result.shape) not in allowed:
+        found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        wanted = " or ".join("[N, L]" if len(shape) == 2 else "[N]" for shape in allowed)
+        raise RecipeError(f"{slot}: {part.name} returned {found} for a batch of {list(allowed[-1])}; wanted {wanted}")
+    return set(_log.seen)
+
+
+def _probe_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    n, columns, prompt = 8, 6, 2
+    length = torch.tensor([6, 4, 5, 6, 3, 6, 5, 4])
+    column = torch.arange(columns)
+    mask = (column >= prompt) & (column < length[:, None])
+    logp = -torch.rand(n, columns, generator=generator) * mask
+    score = torch.tensor([1.0, 0, 0, 0, 1, 0, 1, 1])
+    noise = torch.randn(n, columns, generator=generator) * mask
+    return _ProbeBatch(
+        tokens=torch.randint(0, 9, (n, columns), generator=generator),
+        mask=mask,
+        length=length,
+        group=torch.arange(2).repeat_interleave(4),
+        finish=torch.tensor([int(Finish.STOPPED), int(Finish.LENGTH)] * 4),
+        logp_sampler=logp,
+        version=torch.zeros(n, dtype=torch.long),
+        step_id=torch.where(mask, 0, -1),
+        greedy=torch.tensor([False, False, False, True] * 2),
+        rows=tuple({} for _ in range(n)),
+        texts=tuple("" for _ in range(n)),
+        score=score,
+        reward=score.clone(),
+        step_reward=0.1 * noise,
+        logp_old=logp,
+        logp_ref=logp + 0.1 * noise,
+        entropy=noise.abs(),
+        value=noise,
+        advantage=noise,
+        target=noise,
+        weight=mask / mask.sum(),
+    )
+
+
+def _probe_outputs(batch: Batch) -> Outputs:
+    with _unobserved():
+        assert batch.logp_old is not None and batch.entropy is not None
+        logp = (batch.logp_old + 0.05).where(batch.mask, 0.0).requires_grad_()
+        return _ProbeOutputs(logp=logp, entropy=batch.entropy.clone().requires_grad_(), value=batch.value)

@@ -1,0 +1,202 @@
+"""What a person sees of a run: a live table on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from posttrain.tracking import as_number
+
+
+class Column(NamedTuple):
+    """A number worth showing: the metric it is read from, its heading, how it is written."""
+
+    metric: str
+    heading: str
+    form: str
+
+
+COLUMNS = (
+    Column("reward/mean", "reward", "{:.3f}"),
+    Column("accuracy", "accuracy", "{:.3f}"),
+    Column("eval/score", "eval", "{:.3f}"),
+    Column("loss", "loss", "{:.4g}"),
+    Column("length/mean", "tokens", "{:.1f}"),
+    Column("time/tokens_per_second", "tokens/s", "{:,.0f}"),
+    Column("time/step", "s/step", "{:.2f}"),
+    Column("time/peak_memory_mb", "memory MB", "{:,.0f}"),
+)
+ROWS = 8  # steps shown in the live table
+
+
+class Progress:
+    """Shows the steps of a run as they end; use it as a context manager.
+
+    On a terminal it is a live table with a bar; warnings, prints and log records appear above it. Anywhere else it is
+    one plain line a step, at most one every ``every`` seconds, and always for the first and the last step.
+
+    Args:
+        total: steps of the whole run.
+        start: steps done before, by the run that is resumed.
+        stream: where to write. What it cannot encode is replaced.
+        every: seconds between plain lines.
+        active: whether to show anything; False on all processes but the main one.
+        columns: the metrics to show, in order; those a run does not have are left out.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        *,
+        stream: TextIO | None = None,
+        every: float = 5.0,
+        active: bool = True,
+        columns: Sequence[Column] = COLUMNS,
+    ) -> None:
+        self.total, self.start, self.every, self.active, self.columns = total, start, every, active, columns
+        self.console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=False)
+        self.step = start
+        self.history: list[tuple[int, dict[str, float]]] = []  # the steps shown by this process
+        self._began = time.monotonic()
+        self._printed = float("-inf")
+        self._live: Live | None = None
+        self._moved_handlers: list[tuple[logging.StreamHandler, Any]] = []
+
+    def __enter__(self) -> Progress:
+        self._began = time.monotonic()
+        if self.active and self.console.is_terminal:
+            self._live = Live(self._view(), console=self.console, refresh_per_second=4, vertical_overflow="crop")
+            self._live.start()
+            self._moved_handlers = _redirect_handlers()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            for handler, stream in self._moved_handlers:
+                handler.setStream(stream)
+            self._live.update(self._view())
+            self._live.stop()
+            self._live = None
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows that ``step`` has ended. Metrics that belong to no column are ignored."""
+        shown = {column.metric: _number(metrics[column.metric]) for column in self.columns if column.metric in metrics}
+        self.step = step
+        self.history.append((step, shown))
+        if self._live is not None:
+            self._live.update(self._view())
+        elif self.active:
+            self._print_line(step, shown)
+
+    def note(self, message: str) -> None:
+        """One line for the person who watches, above the live table."""
+        if self.active:
+            self._write(message)
+
+    def summary(self, rows: Sequence[tuple[str, str]] = ()) -> None:
+        """A last table: each metric at the first and the last steps of this process, then ``rows`` (name, text)."""
+        if not self.active:
+            return
+        table = Table(title=f"{self.step} of {self.total} steps, {duration(time.monotonic() - self._began)}")
+        for heading in ("", "first steps", "last steps"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for column in self.columns:
+            numbers = [shown[column.metric] for _, shown in self.history if column.metric in shown]
+            if numbers:
+                window = max(1, min(10, len(numbers) // 2))
+                first, last = sum(numbers[:window]) / window, sum(numbers[-window:]) / window
+                table.add_row(column.heading, column.form.format(first), column.form.format(last))
+        self._write(table)
+        for name, text in rows:
+            self._write(f"{name}: {text}")
+
+    @property
+    def eta(self) -> float:
+        """Seconds that the remaining steps will take at the mean pace so far; NaN before the first step."""
+        done = self.step - self.start
+        return (time.monotonic() - self._began) / done * (self.total - self.step) if done else float("nan")
+
+    def _print_line(self, step: int, shown: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if step < self.total and now - self._printed < self.every:
+            return
+        self._printed = now
+        parts = [f"step {step}/{self.total}"]
+        parts += [f"{column.heading} {text}" for column, text in self._cells(shown)]
+        self._write("  ".join([*parts, f"ETA {duration(self.eta)}"]))
+
+    def _cells(self, shown: Mapping[str, float]) -> Iterator[tuple[Column, str]]:
+        for column in self.columns:
+            if column.metric in shown:
+                yield column, column.form.format(shown[column.metric])
+
+    def _view(self) -> Group:
+        """The live table: the bar, then the newest steps."""
+        elapsed = duration(time.monotonic() - self._began)
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            ProgressBar(total=max(self.total, 1), completed=self.step, width=40),
+            f"{self.step}/{self.total}",
+            f"elapsed {elapsed}  ETA {duration(self.eta)}",
+        )
+        present = {name for _, shown in self.history for name in shown}
+        columns = [column for column in self.columns if column.metric in present]
+        table = Table(box=None, pad_edge=False, padding=(0, 2))
+        for heading in ("step", *(column.heading for column in columns)):
+            table.add_column(heading, justify="right")
+        for step, shown in self.history[-ROWS:]:
+            cells = {column.metric: text for column, text in self._cells(shown)}
+            table.add_row(str(step), *(cells.get(column.metric, "") for column in columns))
+        return Group(bar, table)
+
+    def _write(self, what: str | Table) -> None:
+        """Prints text as it is (no markup, no wrapping), with a question mark for what the stream cannot encode."""
+        if isinstance(what, str):
+            encoding = self.console.encoding or "utf-8"
+            line = what.encode(encoding, errors="replace").decode(encoding)
+            self.console.print(line, markup=False, soft_wrap=True)
+        else:
+            self.console.print(what)
+        self.console.file.flush()
+
+
+def _number(value: Any) -> float:
+    number = as_number(value)
+    return float("nan") if number is None else float(number)
+
+
+def duration(seconds: float) -> str:
+    """``42s``, ``3m07s``, ``2h05m``; ``?`` for NaN."""
+    if seconds != seconds:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _redirect_handlers() -> list[tuple[logging.StreamHandler, Any]]:
+    """Points log handlers that hold the terminal's own streams at the streams that ``Live`` has put in their place.
+
+    ``Live`` replaces ``sys.stdout`` and ``sys.stderr``, but a handler made earlier keeps the stream it was made with
+    and would write across the table.
+    """
+    replaced = {id(sys.__stdout__): sys.stdout, id(sys.__stderr__): sys.stderr}
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    moved = []
+    for handler in {handler for logger in (logging.root, *loggers) for handler in logger.handlers}:
+        if isinstance(handler, logging.StreamHandler) and id(handler.stream) in replaced:
+            moved.append((handler, handler.stream))
+            handler.setStream(replaced[id(handler.stream)])
+    return moved

@@ -1,0 +1,160 @@
+"""The README.md of a trained model, with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from posttrain.recipe import Part, Recipe
+
+ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
+PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "vllm")
+
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+
+
+def write_model_card(
+    folder: Path | str,
+    recipe: Recipe,
+    *,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+    steps: int | None = None,
+    engine: str = "",
+) -> Path:
+    """Writes ``README.md`` beside a model's weights: what it is, how it was trained, on what, from which papers.
+
+    Args:
+        folder: the model's folder.
+        recipe: the recipe; its resolved form is printed in full.
+        before: evaluation metrics of the model that training started from.
+        after: the same metrics of this model.
+        steps: optimiser steps done, where not all of the recipe's.
+        engine: the engine that sampled, as ``vllm 0.32.0``.
+    """
+    cited = papers(recipe)
+    body = [
+        f"# {recipe.name}",
+        f"{_model_link(recipe.policy.model)}, trained with posttrain, recipe `{recipe.name}`.",
+        *_section("Evaluation", evaluation_table(before or {}, after or {})),
+        *_section("Training", "\n".join(f"- {name}: {value}" for name, value in _facts(recipe, steps, engine))),
+        *_section("Papers", "\n".join(f"- {line}" for line in cited)),
+        *_section("Use", USAGE),
+        *_section("Recipe", f"```yaml\n{yaml.safe_dump(dict(recipe.resolved), sort_keys=False, width=120)}```"),
+        *_section("Versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+    ]
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    library = "peft" if (path.parent / "adapter_config.json").exists() else "transformers"
+    path.write_text(
+        f"---\n{front_matter(recipe, cited, library)}\n---\n\n" + "\n\n".join(body) + "\n", encoding="utf-8"
+    )
+    return path
+
+
+def front_matter(recipe: Recipe, cited: list[str], library: str) -> str:
+    """The YAML block. Models and data sets that are files of this machine have no page on the hub to link to."""
+    data = [recipe.data] + ([recipe.evaluate.data] if recipe.evaluate else [])
+    names = [section.path for section in data if is_hub_name(section.path)]
+    found = [identifier for line in cited for identifier in ARXIV.findall(line)]
+    card = ModelCardData(
+        base_model=recipe.policy.model if is_hub_name(recipe.policy.model) else None,
+        datasets=list(dict.fromkeys(names)) or None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["posttrain", "reinforcement-learning", *(f"arxiv:{name}" for name in dict.fromkeys(found))],
+        model_name=recipe.name,
+    )
+    return card.to_yaml()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can only be one of the hub: ``owner/name``, and nothing of that name lies here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists() and name[0] not in "./"
+
+
+def parts_of(recipe: Recipe) -> Iterator[Part]:
+    """All parts of a recipe, the weights of loss terms included."""
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Part):
+                yield part
+                yield from part.weights
+
+
+def papers(recipe: Recipe) -> list[str]:
+    """The sources named in the recipe file's comments and in the docstrings of its parts: lines with a number."""
+    comments = recipe.path.read_text(encoding="utf-8").splitlines() if recipe.path else []
+    lines = [line.partition("#")[2] for line in comments if "#" in line]
+    for part in parts_of(recipe):
+        call = part.call
+        while isinstance(call, functools.partial):
+            call = call.func
+        lines += (inspect.getdoc(call) or "").splitlines()
+    found: dict[str, str] = {}
+    for line in lines:
+        for identifier in ARXIV.findall(line):
+            found.setdefault(identifier, line.strip())
+    return list(dict.fromkeys(found.values()))
+
+
+def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """A Markdown table of the metrics, before and after training; empty without any."""
+    names = list(dict.fromkeys([*before, *after]))
+    if not names:
+        return ""
+
+    def cell(metrics: Mapping[str, float], name: str) -> str:
+        return f"{metrics[name]:.4g}" if name in metrics else ""
+
+    rows = [f"| {name} | {cell(before, name)} | {cell(after, name)} |" for name in names]
+    return "\n".join(["| metric | before | after |", "|---|---:|---:|", *rows])
+
+
+def versions() -> dict[str, str]:
+    """The packages that made the model, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        for distribution in (name, f"{name}-cpu"):
+            try:
+                found.setdefault(name, importlib.metadata.version(distribution))
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def _section(title: str, text: str) -> list[str]:
+    return [f"## {title}", text] if text else []
+
+
+def _model_link(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_name(name) else f"`{name}`"
+
+
+def _facts(recipe: Recipe, steps: int | None, engine: str) -> Iterator[tuple[str, Any]]:
+    yield "data", f"`{recipe.data.path}`, split `{recipe.data.split}`"
+    yield "verifiers", ", ".join(f"`{part.name}`" for part in recipe.verify)
+    yield "advantage", f"`{recipe.advantage.name}`"
+    yield "loss", ", ".join(f"{part.coef:g} x `{part.name}`" for part in recipe.loss)
+    yield "steps", recipe.steps if steps is None else f"{steps} of {recipe.steps}"
+    yield "completions a step", f"{recipe.prompts_per_step} prompts x {recipe.completions}"
+    yield "learning rate", f"{recipe.optimizer.learning_rate:g}, {recipe.optimizer.schedule}"
+    yield "weights trained", f"LoRA of rank {recipe.policy.lora.rank}" if recipe.policy.lora else "all"
+    if engine:
+        yield "sampled with", engine

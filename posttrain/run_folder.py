@@ -1,0 +1,239 @@
+"""The folder of a run: what lies where, checkpoints that are whole or absent, rollouts as Parquet files.
+
+::
+
+    runs/<name>/
+      recipe.yaml                    the resolved recipe
+      metrics.jsonl                  a line a step (posttrain.tracking)
+      rollouts/step-000010.parquet   a row a completion
+      tensorboard/
+      checkpoints/step-000050/       all that an exact resume needs
+      model/                         the final model, in the Hugging Face format
+      dump/                          what a run that stopped on an error left behind
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain.errors import UserError
+from posttrain.tracking import truncate_metrics
+
+MARKER = "complete.json"  # the last file written into a checkpoint
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of one run lie. Making the object touches no file."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def dump(self) -> Path:
+        return self.path / "dump"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def rollouts(self, step: int, rank: int = 0) -> Path:
+        """The file for one process's completions of a step; a run of one process has ``step-000010.parquet``."""
+        return self.path / "rollouts" / f"{step_name(step)}{f'-rank-{rank}' if rank else ''}.parquet"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest step, if there is one."""
+        return max(self._complete_checkpoints(), key=step_of, default=None)
+
+    def _complete_checkpoints(self) -> list[Path]:
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return [path for path in found if _STEP.fullmatch(path.name) and (path / MARKER).is_file()]
+
+
+def step_name(step: int) -> str:
+    """``step-000050``: names that sort by step."""
+    return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or a rollout file."""
+    match = _STEP.match(path.name)
+    if match is None:
+        raise ValueError(f"{path.name!r} does not start with 'step-' and a number")
+    return int(match[1])
+
+
+def open_run(path: Path | str, resolved: Mapping[str, Any], *, resume: bool = False) -> tuple[RunFolder, Path | None]:
+    """Makes the folder of a new run, or rewinds that of an old one to its last checkpoint. For the main process only.
+
+    Rewinding drops the metrics and rollouts of the steps after the checkpoint, which the resumed run makes again. A run
+    that was stopped before its first checkpoint starts again from its first step.
+
+    Args:
+        path: the run folder.
+        resolved: plain data of the whole recipe, written to ``recipe.yaml``.
+        resume: whether to go on with the run in the folder.
+
+    Returns:
+        The folder, and the checkpoint to go on from (None: from the start).
+
+    Raises:
+        UserError: if the folder is in use and ``resume`` is not set, or if there is nothing to resume.
+    """
+    folder = RunFolder(Path(path))
+    used = folder.path.is_dir() and any(folder.path.iterdir())
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"{folder.path} is a file; `--run.folder=...` names another place for the run")
+    if used and not resume:
+        what = "already holds a run" if folder.recipe.exists() else "is not empty"
+        go_on = "`--resume` goes on with it, " if folder.recipe.exists() else ""
+        raise UserError(f"{folder.path} {what}: {go_on}`--run.folder=...` puts this run elsewhere")
+    if resume and not folder.recipe.exists():
+        raise UserError(f"nothing to resume: {folder.path} holds no run; leave out `--resume` to start one")
+    checkpoint = folder.latest_checkpoint()
+    for path in (folder.path, folder.checkpoints, folder.path / "rollouts"):
+        path.mkdir(parents=True, exist_ok=True)
+    rewind(folder, step_of(checkpoint) if checkpoint else -1)
+    write_recipe(folder, resolved)
+    return folder, checkpoint
+
+
+def write_recipe(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
+    """Writes ``recipe.yaml``."""
+    text = yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True, width=120)
+    temporary = folder.path / ".recipe.yaml.writing"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder.recipe)
+
+
+def changed_settings(folder: RunFolder, resolved: Mapping[str, Any]) -> list[str]:
+    """Where a recipe differs from the one the folder's run was started with: ``optimizer.eps: 1e-08 -> 1e-06``.
+
+    A resumed run repeats the one that was stopped only if this is empty, or names nothing but ``steps`` and ``run.*``.
+    """
+    old = _flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {})
+    new = _flat(yaml.safe_load(yaml.safe_dump(dict(resolved))))
+    absent = object()
+
+    def show(value: Any) -> str:
+        return "(absent)" if value is absent else repr(value)
+
+    names = sorted(old.keys() | new.keys())
+    pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
+    return [f"{name}: {show(before)} -> {show(after)}" for name, before, after in pairs if before != after]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        children = value.items()
+    elif isinstance(value, list) and value:
+        children = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, child in children:
+        flat |= _flat(child, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def rewind(folder: RunFolder, step: int) -> None:
+    """Drops the metrics and rollouts of all steps after ``step``, and what a kill left half written."""
+    if folder.metrics.exists():
+        truncate_metrics(folder.metrics, step)
+    for path in (folder.path / "rollouts").iterdir():
+        if not path.name.startswith("step-") or step_of(path) > step:
+            path.unlink()
+    for path in folder.checkpoints.iterdir():
+        if path.name.startswith("."):
+            shutil.rmtree(path)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+@contextmanager
+def write_checkpoint(
+    folder: RunFolder, step: int, *, main: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """Gives a directory to write a checkpoint into, which gets its name only when all of it is on disk.
+
+    A process killed at any moment leaves either the whole checkpoint or none: the files are flushed to disk, then a
+    marker is written, then the directory is renamed. Log the metrics and rollouts of ``step`` before.
+
+    Args:
+        folder: the run folder.
+        step: optimiser steps done.
+        main: True on exactly one process, which makes, marks and renames the directory.
+        barrier: waits for all processes; all of them enter and leave together and may each write files.
+    """
+    final = folder.checkpoints / step_name(step)
+    temporary = folder.checkpoints / f".{final.name}.writing"
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    yield temporary
+    sync_tree(temporary)
+    barrier()
+    if main:
+        if folder.metrics.exists():
+            sync(folder.metrics)
+        (temporary / MARKER).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        sync_tree(temporary)
+        remove_checkpoint(final)
+        temporary.rename(final)
+        sync(folder.checkpoints)
+    barrier()
+
+
+def prune_checkpoints(folder: RunFolder, keep: int) -> None:
+    """Removes all complete checkpoints but the ``keep`` newest."""
+    for path in sorted(folder._complete_checkpoints(), key=step_of)[:-keep]:
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint, if it is there, so that one half removed is never taken for a whole one."""
+    if path.exists():
+        hidden = path.with_name(f".{path.name}.removing")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flushes all files and directories below ``directory``, and itself, to disk."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    """Flushes one file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,246 @@
+"""Where the numbers of a run go: ``metrics.jsonl`` always, and TensorBoard, Weights & Biases or trackio beside it.
+
+A line of ``metrics.jsonl`` is one JSON object, ``{"step": 12, "reward/mean": 0.5, ...}``. Two rules hold for it:
+
+* What depends on the machine (seconds, tokens a second, memory) has a key that starts with ``time/``. All other numbers
+  are a function of recipe and data, so a run that was killed and resumed has the same lines as one that was not.
+* JSON has no NaN and no infinity: numbers that are not finite are written as ``null``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from posttrain.errors import RecipeError, UserError
+
+TIMING = "time/"  # prefix of the metrics that differ from one run to the next
+
+Metrics = Mapping[str, float | int | None]
+
+
+class Sink(NamedTuple):
+    """Something that takes metrics."""
+
+    log: Callable[[int, Metrics], None]
+    close: Callable[[], None]
+
+
+class Trackers:
+    """Writes the metrics of each step to ``metrics.jsonl`` and to the trackers named.
+
+    Args:
+        names: any of ``tensorboard``, ``wandb``, ``trackio``.
+        folder: the run folder, where all of them keep their files.
+        project: under which wandb and trackio file the run; the run's name is the folder's.
+        config: plain data to show beside the curves, such as the resolved recipe.
+        start: the step that a resumed run goes on from; TensorBoard hides what it had beyond.
+        active: whether to log at all; False on all processes but the main one.
+
+    Raises:
+        RecipeError: for a tracker that is unknown or not installed.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path | str,
+        project: str = "posttrain",
+        config: Mapping[str, Any] | None = None,
+        *,
+        start: int = 0,
+        active: bool = True,
+    ) -> None:
+        check_trackers(names)
+        self._sinks: list[Sink] = []
+        if not active:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(open_jsonl(folder / "metrics.jsonl"))
+        for name in dict.fromkeys(names):
+            self._sinks.append(_OPENERS[name](folder, project, dict(config or {}), start))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes and flushes the metrics of one step; tensors and NumPy scalars become plain numbers."""
+        plain = {name: as_number(value) for name, value in metrics.items()}
+        for sink in self._sinks:
+            sink.log(step, plain)
+
+    def close(self) -> None:
+        """Closes all trackers. Closing twice is harmless."""
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def as_number(value: Any) -> float | int | None:
+    """A plain number, or None for one that is not finite (and for None).
+
+    Raises:
+        TypeError: for what is not a single number.
+    """
+    if value is None:
+        return None
+    if hasattr(value, "item"):  # a tensor or a NumPy scalar
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, int | float):
+        raise TypeError(f"a metric is a number, not {value!r}")
+    return value if math.isfinite(value) else None
+
+
+def finite(metrics: Metrics) -> dict[str, float | int]:
+    """The metrics that have a finite value."""
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that this environment lacks, before anything expensive has started.
+
+    Raises:
+        RecipeError: with the command that installs what is missing.
+    """
+    problems = []
+    for name in names:
+        if name not in _OPENERS:
+            problems.append(f"run.trackers: there is no tracker {name!r}; there are {', '.join(_OPENERS)}")
+        elif importlib.util.find_spec(name) is None:
+            problems.append(f"run.trackers: {name} is not installed; `pip install {name}`, or take it off the list")
+    if problems:
+        raise RecipeError(problems)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics.jsonl
+
+
+def open_jsonl(path: Path) -> Sink:
+    """Appends a line a step, flushed at once."""
+    file = path.open("a", encoding="utf-8")
+
+    def log(step: int, metrics: Metrics) -> None:
+        file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+        file.flush()
+
+    return Sink(log, file.close)
+
+
+def read_metrics(path: Path | str, *, timing: bool = True) -> list[dict[str, float | int | None]]:
+    """The lines of a ``metrics.jsonl`` (or of the run folder that holds one), oldest first.
+
+    A last line that was cut short by a kill is left out.
+
+    Args:
+        path: the file or its folder.
+        timing: whether to keep the keys that start with ``time/``. Without them the metrics of a resumed run and of
+            one that was never killed are equal.
+
+    Raises:
+        UserError: for a line inside the file that is not JSON, with its number.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    lines = []
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if not line.endswith("\n"):
+                break
+            raise UserError(f"{path}:{number}: not a line of JSON ({error.msg}); was the file edited?") from None
+        lines.append({name: value for name, value in entry.items() if timing or not name.startswith(TIMING)})
+    return lines
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that was cut short, in one atomic replacement."""
+    kept = [json.dumps(entry, allow_nan=False) + "\n" for entry in read_metrics(path) if (entry["step"] or 0) <= step]
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------------- trackers
+
+
+def open_tensorboard(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
+    """Event files under ``tensorboard/``; numbers that are not finite are left out of the curves."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    if config and not start:
+        writer.add_text("recipe", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+
+    def log(step: int, metrics: Metrics) -> None:
+        for name, value in finite(metrics).items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Sink(log, writer.close)
+
+
+def open_wandb(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
+    """Weights & Biases; without an API key, and without ``WANDB_MODE``, the run is kept offline for ``wandb sync``."""
+    import wandb
+
+    offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+    run = wandb.init(
+        project=project,
+        name=folder.resolve().name,
+        id=tracker_id(folder),
+        resume="allow",
+        dir=str(folder),
+        config=config,
+        mode="offline" if offline else None,
+    )
+    return Sink(lambda step, metrics: run.log(finite(metrics), step=step), run.finish)
+
+
+def open_trackio(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
+    """trackio, with its database in the run folder (or in ``TRACKIO_DIR``): ``TRACKIO_DIR=... trackio show``."""
+    os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
+    import trackio
+
+    run = trackio.init(project=project, name=folder.resolve().name, config=config, resume="allow")
+    return Sink(lambda step, metrics: run.log(finite(metrics), step=step), run.finish)
+
+
+_OPENERS: dict[str, Callable[[Path, str, dict[str, Any], int], Sink]] = {
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "trackio": open_trackio,
+}
+
+
+def tracker_id(folder: Path) -> str:
+    """A random name that stays the same when the run is resumed."""
+    path = folder / "tracker_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def peak_memory_mb() -> float:
+    """Most memory that this process has held: of the GPU where there is one, else resident memory. MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

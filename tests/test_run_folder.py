@@ -1,0 +1,280 @@
+"""The run folder: whole checkpoints or none, an exact rewind, rollouts that come back as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain.batch import Batch
+from posttrain.errors import DataError, UserError
+from posttrain.run_folder import (
+    MARKER,
+    RunFolder,
+    changed_settings,
+    open_run,
+    prune_checkpoints,
+    step_of,
+    write_checkpoint,
+)
+from posttrain.stored_rollouts import read_rollouts, write_rollouts
+from posttrain.tracking import Trackers, read_metrics
+
+RESOLVED = {"policy": {"model": "tiny"}, "loss": [{"use": "clip", "low": 0.2}], "steps": 6, "optimizer": {"eps": 1e-8}}
+
+
+def save(folder: RunFolder, step: int) -> None:
+    with write_checkpoint(folder, step) as directory:
+        (directory / "state").write_text(str(step))
+
+
+def test_a_used_folder_is_refused_with_both_ways_out(tmp_path: Path):
+    open_run(tmp_path / "run", RESOLVED)
+    with pytest.raises(UserError, match=r"already holds a run: `--resume` .* `--run.folder=\.\.\.`"):
+        open_run(tmp_path / "run", RESOLVED)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"is not empty: `--run.folder"):
+        open_run(tmp_path, RESOLVED)
+    with pytest.raises(UserError, match="is a file"):
+        open_run(tmp_path / "thesis.tex", RESOLVED)
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path):
+    folder, checkpoint = open_run(tmp_path, RESOLVED)
+    assert checkpoint is None and folder.recipe.exists()
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        open_run(tmp_path / "rnu", RESOLVED, resume=True)
+
+
+def test_resume_goes_on_from_the_newest_complete_checkpoint(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    for step in (2, 10, 4):
+        save(folder, step)
+    (folder.checkpoints / "step-000099").mkdir()  # copied in by hand, or half downloaded: no marker
+    _, checkpoint = open_run(tmp_path, RESOLVED, resume=True)
+    assert checkpoint is not None and step_of(checkpoint) == 10 and (checkpoint / "state").read_text() == "10"
+
+
+def test_a_checkpoint_that_failed_midway_is_no_checkpoint(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    save(folder, 1)
+    with pytest.raises(RuntimeError, match="disk full"), write_checkpoint(folder, 2) as directory:
+        (directory / "state").write_text("half")
+        raise RuntimeError("disk full")
+    latest = folder.latest_checkpoint()
+    assert latest is not None and step_of(latest) == 1
+
+
+def test_writing_a_step_again_replaces_it(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    save(folder, 1)
+    with write_checkpoint(folder, 1) as directory:
+        (directory / "other").write_text("new")
+    assert sorted(path.name for path in (folder.checkpoints / "step-000001").iterdir()) == [MARKER, "other"]
+
+
+def test_prune_keeps_the_newest(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    for step in (5, 100, 20, 15):
+        save(folder, step)
+    prune_checkpoints(folder, keep=2)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-000020", "step-000100"]
+
+
+def test_ranks_write_into_one_checkpoint_and_none_leaves_before_it_is_whole(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    barrier = threading.Barrier(3)
+    seen = []
+
+    def rank(number: int) -> None:
+        with write_checkpoint(folder, 7, main=number == 0, barrier=barrier.wait) as directory:
+            time.sleep(0.05 * number)
+            (directory / f"rank-{number}").write_text("x")
+        latest = folder.latest_checkpoint()
+        seen.append(sorted(path.name for path in latest.iterdir()) if latest else None)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert seen == [[MARKER, "rank-0", "rank-1", "rank-2"]] * 3
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from posttrain.run_folder import RunFolder, prune_checkpoints, write_checkpoint
+
+folder = RunFolder(Path(sys.argv[1]))
+print("ready", flush=True)
+for step in range(2, 100_000):
+    with write_checkpoint(folder, step) as directory:
+        for name in range(5):
+            (directory / str(name)).write_text(str(step) * 5000)
+    prune_checkpoints(folder, keep=2)
+"""
+
+
+@pytest.mark.engine
+def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path: Path):
+    """A process that does nothing but write and prune is killed at arbitrary moments; what remains is always whole."""
+    folder, _ = open_run(tmp_path, RESOLVED)
+    with write_checkpoint(folder, 1) as directory:
+        for name in range(5):
+            (directory / str(name)).write_text("1" * 5000)
+    caught_writing = 0
+    for attempt in range(4):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(0.05 + random.Random(attempt).random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+        caught_writing += any(path.name.startswith(".") for path in folder.checkpoints.iterdir())
+        _, checkpoint = open_run(tmp_path, RESOLVED, resume=True)
+        assert checkpoint is not None
+        step = step_of(checkpoint)
+        assert json.loads((checkpoint / MARKER).read_text()) == {"step": step}
+        assert all((checkpoint / str(name)).read_text() == str(step) * 5000 for name in range(5))
+        assert not any(path.name.startswith(".") for path in folder.checkpoints.iterdir())
+    assert caught_writing, "no kill fell into a write: the test shows nothing"
+
+
+def train(folder: RunFolder, steps: range) -> None:
+    """Numbers that depend on the step alone, seconds that do not."""
+    with Trackers([], folder.path) as trackers:
+        for step in steps:
+            trackers.log(step, {"loss": 1 / (step + 3), "grad_norm": float("nan"), "time/step": time.perf_counter()})
+            batch = dataclasses.replace(EMPTY, step=step)
+            write_rollouts(folder.rollouts(step), batch, [])
+            if step % 2 == 0:
+                save(folder, step)
+
+
+def empty_batch() -> Batch:
+    zeros = {"tokens": torch.long, "step_id": torch.long, "mask": torch.bool}
+    grids = {name: torch.zeros(0, 0, dtype=dtype) for name, dtype in zeros.items()}
+    numbers = {name: torch.zeros(0, dtype=torch.long) for name in ("length", "group", "finish", "version")}
+    return Batch(
+        **grids,
+        **numbers,
+        logp_sampler=torch.zeros(0, 0),
+        step_reward=torch.zeros(0, 0),
+        greedy=torch.zeros(0, dtype=torch.bool),
+        score=torch.zeros(0),
+        reward=torch.zeros(0),
+        rows=(),
+        texts=(),
+    )
+
+
+EMPTY = empty_batch()
+
+
+def test_a_resumed_run_has_the_metrics_of_one_never_stopped(tmp_path: Path):
+    whole, _ = open_run(tmp_path / "whole", RESOLVED)
+    train(whole, range(1, 7))
+    stopped, _ = open_run(tmp_path / "stopped", RESOLVED)
+    train(stopped, range(1, 6))
+    with stopped.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')  # the kill fell into a write
+    (stopped.rollouts(6).parent / ".step-000006.parquet.writing").write_bytes(b"PAR1")
+    stopped, checkpoint = open_run(tmp_path / "stopped", RESOLVED, resume=True)
+    assert checkpoint is not None and step_of(checkpoint) == 4
+    assert [path.name for path in sorted(stopped.rollouts(1).parent.iterdir())][-1] == "step-000004.parquet"
+    train(stopped, range(5, 7))
+    assert read_metrics(whole.path, timing=False) == read_metrics(stopped.path, timing=False)
+    assert read_metrics(whole.path) != read_metrics(stopped.path)
+    assert [entry["step"] for entry in read_metrics(stopped.path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    train(folder, range(1, 2))
+    folder, checkpoint = open_run(tmp_path, RESOLVED, resume=True)
+    assert checkpoint is None and read_metrics(tmp_path) == []
+    assert not list(folder.rollouts(1).parent.iterdir())
+
+
+def test_changed_settings_are_named(tmp_path: Path):
+    folder, _ = open_run(tmp_path, RESOLVED)
+    assert changed_settings(folder, RESOLVED) == []
+    other = RESOLVED | {"loss": [{"use": "clip", "low": 0.1}], "seed": 3}
+    assert changed_settings(folder, other) == ["loss.0.low: 0.2 -> 0.1", "seed: (absent) -> 3"]
+
+
+# --------------------------------------------------------------------------------------------------------- rollouts
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        one, other = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype and torch.equal(one.nan_to_num(nan=7e7), other.nan_to_num(nan=7e7)), field
+        elif field.name != "all_sum":
+            assert one == other, field
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    unfilled=st.sets(
+        st.sampled_from(["logp_old", "logp_ref", "entropy", "value", "advantage", "target", "weight"]), max_size=7
+    ),
+)
+@settings(max_examples=20, deadline=None)
+def test_rollouts_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, seed: int, unfilled: set[str]):
+    from conftest import make_random_batch
+
+    batch = make_random_batch(seed, columns=15).set(step=7, **dict.fromkeys(unfilled))
+    batch = batch.set(score=batch.score.index_fill(0, torch.tensor([2]), float("nan")))
+    batch = batch[batch.length < 15]  # so that the last columns are padding everywhere
+    path = tmp_path_factory.mktemp("rollouts") / "step-000007.parquet"
+    write_rollouts(path, batch, [f"prompt {i}" for i in batch.group.tolist()])
+    assert_equal(batch.trim(), read_rollouts(path))
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_rollouts_are_readable_by_pandas_and_datasets(tmp_path: Path, random_batch):
+    from datasets import load_dataset
+
+    batch = random_batch(1, groups=2, size=3).set(step=10)
+    row = {"question": "3 + 4 = ?", "answer": "7", "tags": ["sum", {"digits": 1}]}
+    batch = batch.set(rows=(row,) * 6, texts=("ответ: 7",) * 6)
+    path = tmp_path / "rollouts" / "step-000010.parquet"
+    write_rollouts(path, batch, ["3 + 4 = ?"] * 6, {"math": [1.0, 0.0, None, float("nan"), 1.0, 0.5]})
+
+    frame = pandas.read_parquet(path)
+    assert frame["verify/math"].isna().tolist() == [False, False, True, True, False, False]
+    assert frame["finish"].isin(["stopped", "length"]).all() and (frame["step"] == 10).all()
+    assert frame["length"].tolist() == batch.mask.sum(-1).tolist()
+    assert [len(tokens) for tokens in frame["tokens"]] == batch.length.tolist()
+    assert frame["completion"][0] == "ответ: 7" and json.loads(frame["row"][0]) == row
+
+    dataset = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert dataset["tokens"][2] == batch.tokens[2, : batch.length[2]].tolist()
+    assert read_rollouts(path).rows[5] == row
+
+
+def test_what_is_no_file_of_rollouts_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="no such file"):
+        read_rollouts(tmp_path / "step-000001.parquet")
+    pandas.DataFrame({"step": [1], "tokens": [[1]]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="column completion, finish, greedy"):
+        read_rollouts(tmp_path / "other.parquet")

@@ -9,7 +9,7 @@ tokens; G_i the scored completions of i's group, G of them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,19 +48,71 @@ def outcome(
     Raises:
         ValueError: for ``greedy`` where the batch holds no greedy completion.
     """
-    valid, reward = _rewards(batch)
+    valid = _valid(batch)
+    reward = _scored(batch.reward.double() + seq_sum(batch.step_reward.double(), batch.mask), batch)
     centred = reward - _baseline(reward, valid, batch, center)
     if scale != "none":
-        by_group = scale == "group"
-        std = group_std(reward, batch.group, valid, ddof) if by_group else _batch_std(reward, valid, batch, ddof)
+        std = _spread(reward, valid, batch, scale, ddof)
         centred = torch.where(std > 0, centred / (std + eps), centred)
     return broadcast(centred.where(valid, 0.0).float(), batch.mask)
 
 
-def _rewards(batch: Batch) -> tuple[Bool[Tensor, " N"], Float[Tensor, " N"]]:
-    """Which completions count, and the whole reward of each, 0 for the unscored."""
-    reward = (batch.reward.double() + seq_sum(batch.step_reward.double(), batch.mask)).where(batch.scored, 0.0)
-    return batch.scored & ~batch.greedy, reward
+def returns(batch: Batch, *, gamma: float = 1.0, center: Center = "none") -> Float[Tensor, "N L"]:
+    """Sum of the rewards from each token on, discounted per token that the policy chose.
+
+    A_t = r_t + γ A_t' with t' the next chosen token, where r_t is ``step_reward`` and, at the completion's last chosen
+    token, ``reward`` - b too. Tokens in between that the policy did not choose (tool output) are stepped over.
+    Sutton and Barto 2018, eq. 3.9; with a KL penalty in ``step_reward``: Hu et al. 2025 (REINFORCE++),
+    arXiv:2501.03262.
+
+    Args:
+        center: the baseline b of ``reward`` alone, as in ``outcome``.
+    """
+    valid, outcome_reward = _valid(batch), _scored(batch.reward.double(), batch)
+    outcome_reward = outcome_reward - _baseline(outcome_reward, valid, batch, center)
+    last = batch.mask & (batch.mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    rewards = batch.step_reward.double().where(batch.mask, 0.0) + broadcast(outcome_reward, last)
+    counted = batch.mask & valid[:, None]
+    return _discounted_sum(rewards, batch.mask, gamma).where(counted, 0.0).float()
+
+
+def whiten(
+    advantage: Float[Tensor, "N L"], batch: Batch, *, shift: bool = True, ddof: int = 0, eps: float = 1e-8
+) -> Float[Tensor, "N L"]:
+    """Scaled to unit variance, and shifted to mean 0, over the chosen tokens of all scored completions on all ranks.
+
+    A' = (A - mean) / sqrt(var + eps), plus mean where ``shift`` is off.  Huang et al. 2024 (N+ details of RLHF),
+    detail 4, arXiv:2403.17031; instead of a value model: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
+
+    Args:
+        shift: subtract the mean.
+        ddof: 0 for the biased variance, as OpenRLHF and the reference code of RLHF take it; 1 as in verl.
+    """
+    counted = batch.mask & _valid(batch)[:, None]
+    values = advantage.double().where(counted, 0.0)
+    mean, variance = _moments(values, counted, batch, ddof)
+    whitened = (values - mean) * torch.rsqrt(variance + eps) + (0.0 if shift else mean)
+    return whitened.where(counted, 0.0).float()
+
+
+def _valid(batch: Batch) -> Bool[Tensor, " N"]:
+    """Completions that count in statistics and are trained on."""
+    return batch.scored & ~batch.greedy
+
+
+def _scored(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
+    return reward.where(batch.scored, 0.0)
+
+
+def _discounted_sum(rewards: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], gamma: float) -> Float[Tensor, "N L"]:
+    """For each chosen token, its reward and the discounted rewards of the chosen tokens after it."""
+    if gamma == 1.0:
+        return rewards.flip(-1).cumsum(-1).flip(-1)
+    running, sums = torch.zeros_like(rewards[:, 0]), torch.empty_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        running = torch.where(mask[:, t], rewards[:, t] + gamma * running, running)
+        sums[:, t] = running
+    return sums
 
 
 def _baseline(
@@ -80,10 +132,21 @@ def _baseline(
             total = group_sum(length, batch.group)
             return torch.where(total > 0, group_sum(length * reward, batch.group) / total.clamp(min=1), reward)
         case "batch":
-            return batch.total(reward.where(valid, 0.0)) / batch.total(valid).clamp(min=1)
+            return _moments(reward, valid, batch)[0]
         case "greedy":
             return _greedy_baseline(reward, batch)
-    raise ValueError(f"outcome: center must be one of {', '.join(Center.__args__)}, not {center!r}")
+    raise ValueError(f"outcome: center must be one of {', '.join(get_args(Center))}, not {center!r}")
+
+
+def _spread(
+    reward: Float[Tensor, " N"], valid: Bool[Tensor, " N"], batch: Batch, scale: Scale, ddof: int
+) -> Float[Tensor, " N"] | Float[Tensor, ""]:
+    match scale:
+        case "group":
+            return group_std(reward, batch.group, valid, ddof)
+        case "batch":
+            return _moments(reward, valid, batch, ddof)[1].sqrt()
+    raise ValueError(f"outcome: scale must be one of {', '.join(get_args(Scale))}, not {scale!r}")
 
 
 def _greedy_baseline(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
@@ -95,9 +158,9 @@ def _greedy_baseline(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor,
     return torch.where(found, group_mean(reward, batch.group, scored_greedy), reward)
 
 
-def _batch_std(reward: Float[Tensor, " N"], valid: Bool[Tensor, " N"], batch: Batch, ddof: int) -> Tensor:
-    """Standard deviation over all scored completions on all ranks, in two passes."""
-    count = batch.total(valid)
-    mean = batch.total(reward.where(valid, 0.0)) / count.clamp(min=1)
-    squares = batch.total((reward - mean).where(valid, 0.0).square())
-    return (squares / (count - ddof).clamp(min=1)).sqrt()
+def _moments(values: Tensor, counted: Tensor, batch: Batch, ddof: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean and variance over what is counted on all ranks, in two passes; 0 where too little is counted."""
+    count = batch.total(counted)
+    mean = batch.total(values.where(counted, 0.0)) / count.clamp(min=1)
+    squares = batch.total((values - mean).where(counted, 0.0).square())
+    return mean, squares / (count - ddof).clamp(min=1)

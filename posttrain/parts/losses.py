@@ -16,8 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, broadcast, seq_mean
+from posttrain.parts.ratio import log_ratio, needed
 
-MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 is beyond every clip and still far from float32's limit
+Estimator = Literal["k1", "k2", "k3", "k3_k2"]
+
+
+def reinforce(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
+    """Policy gradient: the log-prob of each token, weighted by its advantage.
+
+    loss_t = -A_t log π(y_t).  Williams 1992, eq. 4, doi:10.1007/BF00992696.
+    """
+    return (-_advantage(batch) * outputs.logp).where(batch.mask, 0.0)
 
 
 def clip(
@@ -36,27 +45,117 @@ def clip(
     ``high`` > ``low``: Yu et al. 2025 (DAPO), eq. 10, arXiv:2503.14476.
 
     Args:
-        level: ``sequence`` puts the geometric mean of a completion's ratios in place of each of them, in the token
-            form whose gradient reaches every token: sg[s] · π(y_t) / sg[π(y_t)] with s = exp(mean_t log ρ_t).
-            Zheng et al. 2025 (GSPO), eq. 7 and 13-14, arXiv:2507.18071. Goes with ``seq_mean_of_token_mean``.
+        level: ``sequence`` puts s = exp(mean_t log ρ_t), the geometric mean of a completion's ratios, in place of each
+            of them, in the form whose gradient reaches every token: sg[s] · π(y_t) / sg[π(y_t)].
+            Zheng et al. 2025 (GSPO), section 4.3, arXiv:2507.18071. Goes with ``seq_mean_of_token_mean``.
         dual: c > 1 bounds the loss of A < 0 by -c A: a ratio beyond c gives no gradient.
             Ye et al. 2020 (dual-clip PPO), eq. 5, arXiv:1912.09729.
-        cap: δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ), the same bound with its value.
-            INTELLECT-2 2025 (two-sided clipping), section 3.4, arXiv:2505.07291.
+        cap: δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ), which does the same.
+            Prime Intellect 2025 (INTELLECT-2, two-sided clipping), section 4.1, arXiv:2505.07291.
 
     Raises:
         ValueError: for a bound on the wrong side of 1.
     """
     _check_bounds(low, high, dual, cap)
-    log_ratio = _log_ratio(outputs, batch)
+    log = log_ratio(outputs.logp, needed(batch, "logp_old"), batch.mask)
     if level == "sequence":
-        log_ratio = _sequence_log_ratio(log_ratio, batch)
-    ratio, advantage = log_ratio.exp(), _needed(batch, "advantage").where(batch.mask, 0.0)
+        log = _sequence_value(log, batch)
+    ratio, advantage = log.exp(), _advantage(batch)
     unclipped = ratio if cap is None else ratio.clamp(max=cap)
     gain = torch.minimum(unclipped * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
     if dual is not None:
         gain = torch.where(advantage < 0, torch.maximum(gain, dual * advantage), gain)
     return (-gain).where(batch.mask, 0.0)
+
+
+def cispo(outputs: Outputs, batch: Batch, *, floor: float = 0.0, cap: float = 5.0) -> Float[Tensor, "N L"]:
+    """Policy gradient under a clipped importance weight: every token keeps a gradient, however far its ratio went.
+
+    loss_t = -sg[clip(ρ_t, floor, cap)] A_t log π(y_t).  MiniMax 2025 (CISPO), eq. 4 and 5, arXiv:2506.13585, where
+    floor = 1 - ε_low and cap = 1 + ε_high; the paper sets no lower bound. ``cap`` 5: Khatri et al. 2025 (ScaleRL),
+    arXiv:2510.13786.
+    """
+    if not 0 <= floor <= 1 <= cap:
+        raise ValueError(f"cispo: the ratio is clipped to [floor, cap] around 1, not to [{floor}, {cap}]")
+    ratio = log_ratio(outputs.logp, needed(batch, "logp_old"), batch.mask).exp()
+    weight = ratio.clamp(floor, cap).detach()
+    return (-weight * _advantage(batch) * outputs.logp).where(batch.mask, 0.0)
+
+
+def geometric(outputs: Outputs, batch: Batch, *, low: float = 0.4, high: float = 0.4) -> Float[Tensor, "N L"]:
+    """Geometric mean of a completion's clipped ratios; outliers among its tokens weigh little.
+
+    loss_i = -s_i A_i with s_i = exp(mean_t l_t), where l_t = min(log ρ_t, high) if A_i > 0, max(log ρ_t, -low) else.
+    Zhao et al. 2025 (GMPO), eq. 4, arXiv:2507.20673.
+
+    Each token holds -A_t sg[s_i] exp(l_t - sg[l_t]), so that under ``seq_mean_of_token_mean`` value and gradient are
+    those of mean_i loss_i. As in the paper, A is one number a completion.
+
+    Args:
+        low, high: of the *log*-ratio; the paper's range of ratios is (e^-0.4, e^0.4).
+    """
+    if low < 0 or high < 0:
+        raise ValueError(f"geometric: low and high bound the log-ratio from -low to high, not {-low} to {high}")
+    advantage = _advantage(batch)
+    log = log_ratio(outputs.logp, needed(batch, "logp_old"), batch.mask)
+    clipped = torch.where(advantage > 0, log.clamp(max=high), log.clamp(min=-low)).where(batch.mask, 0.0)
+    return (-advantage * _sequence_value(clipped, batch).exp()).where(batch.mask, 0.0)
+
+
+def kl(
+    outputs: Outputs, batch: Batch, *, estimator: Estimator = "k3", importance: bool = False
+) -> Float[Tensor, "N L"]:
+    """KL divergence from the reference policy, estimated at the sampled token from x = log π(y_t) - log π_ref(y_t).
+
+    k1 = x, k2 = x² / 2, k3 = e^-x - 1 + x.  Schulman 2020, joschu.net/blog/kl-approx.html; k3 as a loss: Shao et al.
+    2024 (GRPO), eq. 4, arXiv:2402.03300. x is clamped to ±20.
+
+    As values k1 and k3 are unbiased, k2 is not. Differentiated as losses on samples of π, they are estimators of other
+    things: E ∇k1 = 0, E ∇k2 = ∇KL(π ‖ π_ref), E ∇k3 = ∇KL(π_ref ‖ π).
+
+    Args:
+        estimator: ``k3_k2`` has the value of k3 and the gradient of k2.
+        importance: multiply by ρ_t, for samples of π_old; the expected gradient is then ∇KL(π ‖ π_ref) with every
+            estimator, because ρ_t carries gradient with k1 and k3 and does not with k2 and k3_k2.
+            DeepSeek-AI 2025 (DeepSeek-V3.2, unbiased KL estimate), section 3.1, arXiv:2512.02556.
+    """
+    x = log_ratio(outputs.logp, needed(batch, "logp_ref"), batch.mask)
+    k2, k3 = 0.5 * x.square(), torch.expm1(-x) + x
+    value = {"k1": x, "k2": k2, "k3": k3, "k3_k2": k2 + (k3 - k2).detach()}[estimator]
+    if importance:
+        ratio = log_ratio(outputs.logp, needed(batch, "logp_old"), batch.mask).exp()
+        value = value * (ratio if estimator in ("k1", "k3") else ratio.detach())
+    return value
+
+
+def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
+    """Negative entropy of the policy at each token, in nats: minimised, it keeps the policy exploring.
+
+    loss_t = -H(π(· \\| y_<t)).  Mnih et al. 2016, section 4.1, arXiv:1602.01783.
+    """
+    if outputs.entropy is None:
+        raise ValueError("the loss term entropy needs outputs.entropy, which the forward pass did not compute")
+    return (-outputs.entropy).where(batch.mask, 0.0)
+
+
+def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, "N L"]:
+    """Negative log-likelihood of the completions that the verifiers score above ``threshold``; unscored ones have none.
+
+    loss_t = -log π(y_t) if score_i > threshold, 0 else.  Yue et al. 2025 (VAPO), section 4.3, arXiv:2504.05118. There
+    the mean is over tokens of positive completions, here over what the recipe's normaliser counts.
+    """
+    chosen = batch.mask & (batch.score > threshold)[:, None]
+    return (-outputs.logp).where(chosen, 0.0)
+
+
+def _advantage(batch: Batch) -> Float[Tensor, "N L"]:
+    return needed(batch, "advantage").where(batch.mask, 0.0)
+
+
+def _sequence_value(log: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, "N L"]:
+    """Each completion's mean as the value, each token's own entry as the gradient."""
+    mean = broadcast(seq_mean(log.detach(), batch.mask), batch.mask)
+    return mean + (log - log.detach())
 
 
 def _check_bounds(low: float, high: float, dual: float | None, cap: float | None) -> None:
@@ -66,22 +165,3 @@ def _check_bounds(low: float, high: float, dual: float | None, cap: float | None
         raise ValueError(f"clip: dual bounds a ratio from above and must exceed 1, not {dual}")
     if cap is not None and cap <= 1 + high:
         raise ValueError(f"clip: cap must exceed 1 + high = {1 + high:g}, or it clips what high allows; it is {cap}")
-
-
-def _sequence_log_ratio(log_ratio: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, "N L"]:
-    """Each completion's mean log-ratio as a value, each token's own log-prob as the gradient."""
-    mean = broadcast(seq_mean(log_ratio.detach(), batch.mask), batch.mask)
-    return mean + (log_ratio - log_ratio.detach())
-
-
-def _log_ratio(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
-    """log π - log π_old at chosen tokens, clamped; exactly 0 elsewhere, so that the ratio of padding is exactly 1."""
-    difference = (outputs.logp - _needed(batch, "logp_old")).where(batch.mask, 0.0)
-    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def _needed(batch: Batch, field: str) -> Tensor:
-    tensor = getattr(batch, field)
-    if tensor is None:
-        raise ValueError(f"batch.{field} has not been filled, and this loss term reads it")
-    return tensor

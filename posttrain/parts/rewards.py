@@ -1,0 +1,61 @@
+"""Rewards beside the verifiers': ``batch -> [N]``, added to ``batch.reward``, or ``[N, L]``, to ``batch.step_reward``.
+
+The slot's ``weight`` scales them. An unscored completion stays unscored: NaN plus a number is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.batch import Batch, seq_sum
+from posttrain.parts.ratio import needed
+
+
+def overlong(batch: Batch, *, limit: int, buffer: int) -> Float[Tensor, " N"]:
+    """Soft penalty on completions that come close to the length limit.
+
+    0 for l <= limit - buffer, then falling in a line to -1 at ``limit`` and -1 beyond; l is the number of tokens the
+    policy chose.  Yu et al. 2025 (DAPO), eq. 13, arXiv:2503.14476, where rewards are ±1, limit 20480, buffer 4096.
+
+    Raises:
+        ValueError: unless 0 < ``buffer`` <= ``limit``.
+    """
+    if not 0 < buffer <= limit:
+        raise ValueError(
+            f"overlong: buffer is the last part of limit, so 0 < buffer <= limit, not {buffer} and {limit}"
+        )
+    return ((limit - buffer - batch.tokens_chosen) / buffer).clamp(-1.0, 0.0).float()
+
+
+def length(batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, " N"]:
+    """Favours the shorter of a group's completions, and never rewards one that is wrong.
+
+    λ = 0.5 - (l - l_min) / (l_max - l_min) for correct completions, min(0, λ) for wrong ones, 0 where all of the group
+    are of one length.  Kimi Team 2025 (Kimi k1.5), section 2.3.3, arXiv:2501.12599. Correct means a verifier score
+    above ``threshold``; l_min and l_max are of the group's scored completions. Greedy baselines get 0.
+    """
+    tokens = batch.tokens_chosen.float()
+    valid = ~batch.score.isnan() & ~batch.greedy
+    _, index = batch.group.unique(return_inverse=True)
+    longest = torch.zeros_like(tokens).scatter_reduce(0, index, tokens.where(valid, -torch.inf), "amax")[index]
+    shortest = torch.full_like(tokens, torch.inf).scatter_reduce(0, index, tokens.where(valid, torch.inf), "amin")[
+        index
+    ]
+    spread = longest - shortest
+    favour = 0.5 - (tokens - shortest) / spread.clamp(min=1.0)
+    favour = torch.where(batch.score > threshold, favour, favour.clamp(max=0.0))
+    return favour.where(valid & (spread > 0), 0.0)
+
+
+def kl_penalty(batch: Batch, *, level: Literal["token", "sequence"] = "token") -> Tensor:
+    """Minus the log-ratio of the policy before the update to the reference policy, whose mean is minus their KL.
+
+    r_t = -(log π_old(y_t) - log π_ref(y_t)), ``[N, L]``; its sum over the completion, ``[N]``, at level ``sequence``.
+    Stiennon et al. 2020, section 3.4, arXiv:2009.01325; a token at a time: Ouyang et al. 2022, arXiv:2203.02155.
+    """
+    penalty = (needed(batch, "logp_ref") - needed(batch, "logp_old")).where(batch.mask, 0.0)
+    return penalty if level == "token" else seq_sum(penalty, batch.mask)

@@ -1,0 +1,54 @@
+"""Weights of loss terms ``(outputs, batch) -> [N, L]``: factors without gradient, at each token.
+
+Those here correct for what the engine sampled from not being the policy that is trained (another kernel, another
+precision, quantised weights). Notation: w_t = π_old(y_t) / μ(y_t), the trainer's probability before the update over
+the engine's. A weight of 0 drops a token from the loss, not from the counts of the normaliser.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.batch import Batch, Outputs, broadcast, seq_mean
+from posttrain.parts.ratio import log_ratio, needed
+
+
+def truncated_importance(outputs: Outputs, batch: Batch, *, cap: float = 2.0) -> Float[Tensor, "N L"]:
+    """Importance weight, bounded from above.
+
+    min(w_t, cap).  Yao et al. 2025 (TIS, "Your efficient RL framework secretly brings you off-policy RL training").
+    """
+    if cap <= 0:
+        raise ValueError(f"truncated_importance: cap bounds a ratio and must be positive, not {cap}")
+    return _log_weight(batch).exp().clamp(max=cap) * batch.mask
+
+
+def masked_importance(outputs: Outputs, batch: Batch, *, low: float = 0.5, high: float = 5.0) -> Float[Tensor, "N L"]:
+    """Importance weight where it is moderate; tokens on which trainer and engine disagree are dropped.
+
+    w_t if low <= w_t <= high, 0 else.  Ling team 2025 (IcePop), section 3, arXiv:2510.18855.
+    """
+    _check_band("masked_importance", low, high)
+    weight = _log_weight(batch).exp()
+    return weight * ((weight >= low) & (weight <= high)) * batch.mask
+
+
+def masked_sequence(outputs: Outputs, batch: Batch, *, low: float = 0.999, high: float = 1.002) -> Float[Tensor, "N L"]:
+    """1 for completions on which trainer and engine agree on the whole, 0 for the others.
+
+    1 if low <= exp(mean_t log w_t) <= high, 0 else. Combine with ``truncated_importance`` to weigh the tokens of the
+    completions that stay. Liu et al. 2025 ("When speed kills stability", geometric sequence masking), as in NeMo-RL.
+    """
+    _check_band("masked_sequence", low, high)
+    weight = seq_mean(_log_weight(batch), batch.mask).exp()
+    return broadcast(((weight >= low) & (weight <= high)).float(), batch.mask)
+
+
+def _log_weight(batch: Batch) -> Float[Tensor, "N L"]:
+    return log_ratio(needed(batch, "logp_old").detach(), batch.logp_sampler, batch.mask)
+
+
+def _check_band(name: str, low: float, high: float) -> None:
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(f"{name}: the ratios that are kept lie in [low, high] around 1, not in [{low}, {high}]")

@@ -21,3 +21,27 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """A data set or a row of it that does not fit."""
+
+
+class VerifierError(RuntimeError):
+    """A verifier that raised, took too long, ended its process, or returned what is not a number.
+
+    Not the input's fault, so not a :class:`UserError`: a run saves a checkpoint and stops with this message.
+    """
+
+    def __init__(
+        self, verifier: str, problem: str, place: str = "", row: object = None, completion: str = "", trace: str = ""
+    ) -> None:
+        self.verifier, self.problem, self.place = verifier, problem, place
+        self.row, self.completion, self.trace = row, completion, trace
+        lines = [f"verifier {verifier!r} {problem}"]
+        lines += [f"  row: {place}"] if place else []
+        lines += [f"  columns: {_shorten(repr(row))}"] if row is not None else []
+        lines += [f"  completion: {_shorten(repr(completion))}"] if completion else []
+        lines += ["  " + line for line in trace.rstrip().splitlines()]
+        lines += ["  (`on_error: skip` leaves such completions out of the update and counts them)"]
+        super().__init__("\n".join(lines))
+
+
+def _shorten(text: str, longest: int = 600) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"

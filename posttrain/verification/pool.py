@@ -1,0 +1,274 @@
+"""The pool: completions go in as they end, verdicts come out together."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import pickle
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from posttrain.errors import VerifierError
+from posttrain.verification import worker
+from posttrain.verification.event_loop import EventLoop
+from posttrain.verification.signature import Signature, batch_arguments, signature_of
+from posttrain.verification.worker import Failed, Outcome, Source
+from posttrain.verifiers import IN_PROCESS, WRONG_IF_STUCK
+
+if TYPE_CHECKING:
+    from posttrain.recipe import Part
+
+CALLS_PER_WORKER = 20_000  # then a fresh process takes over, so that caches and leaks of verifiers stay bounded
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The score of a completion and what each verifier said."""
+
+    score: float  # sum of weight * value over the verifiers that apply; NaN: unscored
+    values: Mapping[str, float | None]  # by verifier; None: does not apply, or failed under ``on_error: skip``
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """A part of the ``verify`` slot, as the pool calls it."""
+
+    name: str  # unique in the recipe
+    part: Part
+    signature: Signature
+    quick: Callable[..., float | None] | None  # decides in this process where it can
+    wrong_if_stuck: bool
+
+
+@dataclass(slots=True)
+class _Item:
+    text: str
+    token_ids: Sequence[int]
+    row: Mapping[str, Any]
+    place: str
+    outcomes: dict[str, Outcome | Future[Any] | _Element] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Element:
+    """One completion's share of a batch function's result."""
+
+    whole: Future[Any]
+    position: int
+
+
+class VerifierPool:
+    """Runs the verifiers of a recipe; a context manager.
+
+    The package's own cheap verifiers run where they are submitted, async ones in an event loop, all others in worker
+    processes that are killed and replaced at the time limit. TRL-style functions run once, at :meth:`collect`.
+
+    ``failures`` counts by verifier the calls that raised, took too long, killed their worker or returned no number.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, workers: int | None = None) -> None:
+        """
+        Args:
+            parts: the ``verify`` slot.
+            workers: processes, started with the first call that needs one. Default: one a core, at most 8.
+        """
+        self.verifiers = _verifiers(parts)
+        self.failures: Counter[str] = Counter()
+        self._items: dict[Hashable, _Item] = {}
+        self._workers = workers or min(8, os.cpu_count() or 1)
+        self._processes: ProcessPool | None = None
+        self._event_loop: EventLoop | None = None
+
+    def submit(
+        self, key: Hashable, text: str, token_ids: Sequence[int], row: Mapping[str, Any], *, place: str = ""
+    ) -> None:
+        """Starts the verification of a completion. Returns at once.
+
+        Args:
+            key: what :meth:`collect` returns it under; keys are orderable, and unique until then.
+            text: the completion.
+            token_ids: its tokens.
+            row: the dataset's columns.
+            place: where the row is, for messages, such as ``problems.jsonl:7``.
+        """
+        if key in self._items:
+            raise ValueError(f"completion {key!r} was submitted already")
+        item = self._items[key] = _Item(text, token_ids, row, place or f"of completion {key!r}")
+        for index, verifier in enumerate(self.verifiers):
+            if not verifier.signature.batch:
+                item.outcomes[verifier.name] = self._start(index, verifier, item)
+
+    def collect(self) -> dict[Hashable, Verdict]:
+        """The verdicts of all that was submitted since the last call, in the order of their keys.
+
+        Raises:
+            VerifierError: for the first completion that a verifier with ``on_error: stop`` failed on.
+        """
+        keys = sorted(self._items)  # type: ignore[type-var]
+        items = [self._items[key] for key in keys]
+        self._items = {}
+        try:
+            for index, verifier in enumerate(self.verifiers):
+                if verifier.signature.batch:
+                    self._start_batch(index, verifier, items)
+            return {key: self._verdict(item) for key, item in zip(keys, items, strict=True)}
+        finally:
+            for item in items:
+                _cancel(item)
+
+    def close(self) -> None:
+        """Ends the worker processes, whatever they are doing. Closing twice is harmless."""
+        if self._processes is not None:
+            self._processes.stop()
+            self._processes.join()
+            self._processes = None
+        if self._event_loop is not None:
+            self._event_loop.close()
+            self._event_loop = None
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, index: int, verifier: Verifier, item: _Item) -> Outcome | Future[Any]:
+        columns = verifier.signature.columns(item.row)
+        if "completion_ids" in (*verifier.signature.required, *verifier.signature.optional):
+            columns["completion_ids"] = list(item.token_ids)
+        if verifier.quick is not None:
+            arguments = {**verifier.part.options, **columns}
+            outcome = worker.guarded(verifier.quick, lambda call: worker.as_value(call(item.text, **arguments)))
+            if outcome is not None:
+                return outcome
+        if verifier.signature.asynchronous:
+            call = functools.partial(_await_value, verifier.part.call, item.text, columns)
+            return self._loop.submit(call, verifier.part.time_limit)
+        return self._schedule(worker.call_one, (index, item.text, columns), verifier.part.time_limit)
+
+    def _start_batch(self, index: int, verifier: Verifier, items: Sequence[_Item]) -> None:
+        if not items:
+            return
+        texts, ids, rows = [i.text for i in items], [i.token_ids for i in items], [i.row for i in items]
+        arguments = batch_arguments(verifier.signature, texts, ids, rows)
+        limit = verifier.part.time_limit * len(items)
+        if verifier.signature.asynchronous:
+            call = functools.partial(_await_values, verifier.part.call, len(items), arguments)
+            whole = self._loop.submit(call, limit)
+        else:
+            whole = self._schedule(worker.call_batch, (index, len(items), arguments), limit)
+        for position, item in enumerate(items):
+            item.outcomes[verifier.name] = _Element(whole, position)
+
+    def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float) -> Future[Any]:
+        if self._processes is None:
+            sources = [_source(verifier) for verifier in self.verifiers]
+            self._processes = ProcessPool(
+                max_workers=self._workers,
+                max_tasks=CALLS_PER_WORKER,
+                initializer=worker.start,
+                initargs=(sources,),
+                context=multiprocessing.get_context("spawn"),
+            )
+        return self._processes.schedule(function, args=arguments, timeout=limit)
+
+    @property
+    def _loop(self) -> EventLoop:
+        if self._event_loop is None or self._event_loop.blocked:
+            self._event_loop = EventLoop()
+        return self._event_loop
+
+    def _verdict(self, item: _Item) -> Verdict:
+        values: dict[str, float | None] = {}
+        score, applicable, failed = 0.0, 0, False
+        for verifier in self.verifiers:
+            value = self._value(verifier, item)
+            values[verifier.name] = None if isinstance(value, Failed) else value
+            if isinstance(value, Failed):
+                failed = True
+            elif value is not None:
+                score += verifier.part.weight * value
+                applicable += 1
+        return Verdict(score if applicable and not failed else float("nan"), values)
+
+    def _value(self, verifier: Verifier, item: _Item) -> Outcome:
+        outcome, stuck = self._settle(verifier, item.outcomes[verifier.name])
+        if not isinstance(outcome, Failed):
+            return outcome
+        self.failures[verifier.name] += 1
+        if stuck and verifier.wrong_if_stuck:
+            return 0.0
+        if verifier.part.on_error == "skip":
+            return outcome
+        columns, place = verifier.signature.columns(item.row), item.place
+        raise VerifierError(verifier.name, outcome.problem, place, columns, item.text, outcome.trace)
+
+    def _settle(self, verifier: Verifier, pending: Outcome | Future[Any] | _Element) -> tuple[Outcome, bool]:
+        """What came of a call, and whether it was stuck: out of time, or its process gone."""
+        if isinstance(pending, _Element):
+            whole, stuck = self._settle(verifier, pending.whole)
+            return (whole if isinstance(whole, Failed) else whole[pending.position]), stuck  # type: ignore[index]
+        if not isinstance(pending, Future):
+            return pending, False
+        try:
+            if verifier.signature.asynchronous:
+                return self._loop.wait(pending, verifier.part.time_limit), False
+            return pending.result(), False
+        except TimeoutError:
+            limit = f"{verifier.part.time_limit:g} s" + (" a completion" if verifier.signature.batch else "")
+            return Failed(f"took longer than {limit} (`time_limit` in the recipe)"), True
+        except ProcessExpired as error:
+            return Failed(f"ended its worker process (exit code {error.exitcode})"), True
+        except PICKLING_ERRORS as error:
+            return Failed(f"cannot be sent to a worker process: {error}"), False
+
+
+PICKLING_ERRORS = (AttributeError, TypeError, pickle.PicklingError)
+
+
+def _verifiers(parts: Sequence[Part]) -> tuple[Verifier, ...]:
+    """The parts with their signatures; a name that occurs again gets a number."""
+    seen: Counter[str] = Counter()
+    found = []
+    for part in parts:
+        seen[part.name] += 1
+        name = part.name if seen[part.name] == 1 else f"{part.name} ({seen[part.name]})"
+        function = _function(part.call)
+        quick = IN_PROCESS.get(function) if function is not None else None
+        found.append(Verifier(name, part, signature_of(part.call, part.options), quick, function in WRONG_IF_STUCK))
+    return tuple(found)
+
+
+def _function(call: Callable[..., Any]) -> FunctionType | None:
+    while isinstance(call, functools.partial):
+        call = call.func
+    return call if isinstance(call, FunctionType) else None
+
+
+def _source(verifier: Verifier) -> Source:
+    part = verifier.part
+    if verifier.signature.asynchronous:  # never called there
+        return Source("", {}, None)
+    return Source(part.spec, part.options, None if part.spec else part.call)
+
+
+async def _await_value(call: Callable[..., Any], text: str, columns: Mapping[str, Any]) -> float | None:
+    return worker.as_value(await call(text, **columns))
+
+
+async def _await_values(call: Callable[..., Any], size: int, arguments: Mapping[str, Any]) -> list[float | None]:
+    return worker.as_values(await call(**arguments), size)
+
+
+def _cancel(item: _Item) -> None:
+    for pending in item.outcomes.values():
+        future = pending.whole if isinstance(pending, _Element) else pending
+        if isinstance(future, Future):
+            future.cancel()

@@ -1,0 +1,89 @@
+"""What a verifier asks for: which dataset columns, one completion at a time or all at once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl.data_utils import is_conversational
+
+BATCH_FIRST = ("completions", "prompts")
+"""First parameters that make a function one of TRL's: ``f(completions, prompts, completion_ids, **columns) -> list``."""
+
+NOT_COLUMNS = frozenset({"completion", "completions", "prompts", "completion_ids"})
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a verifier is called."""
+
+    batch: bool  # TRL's way: lists over the whole batch
+    asynchronous: bool
+    required: tuple[str, ...]  # parameters without default
+    optional: tuple[str, ...]
+    all_columns: bool  # takes ``**columns``
+    not_null: frozenset[str]  # columns whose annotation excludes None
+
+    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of a row that the verifier takes."""
+        if self.all_columns:
+            return {name: value for name, value in row.items() if name not in NOT_COLUMNS}
+        return {name: row[name] for name in (*self.required, *self.optional) if name in row and name not in NOT_COLUMNS}
+
+
+def signature_of(call: Callable[..., Any], options: Mapping[str, Any]) -> Signature:
+    """Reads a function, a partial one, or an object with ``__call__``; ``options`` are no longer asked for.
+
+    Raises:
+        TypeError: where it has no first parameter to give the completion to.
+    """
+    bound = set(options)
+    while isinstance(call, functools.partial):
+        bound |= set(call.keywords)
+        call = call.func
+    parameters = list(inspect.signature(call).parameters.values())
+    if not parameters or parameters[0].kind == inspect.Parameter.KEYWORD_ONLY:
+        raise TypeError(f"{call} takes no completion: its first parameter is to be `completion`, or TRL's `completions`")
+    batch = parameters[0].name in BATCH_FIRST
+    named = [p for p in (parameters if batch else parameters[1:]) if p.kind not in _VARIADIC and p.name not in bound]
+    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))
+    return Signature(
+        batch=batch,
+        asynchronous=is_async,
+        required=tuple(p.name for p in named if p.default is p.empty),
+        optional=tuple(p.name for p in named if p.default is not p.empty),
+        all_columns=any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters),
+        not_null=frozenset(p.name for p in named if _excludes_none(p.annotation)),
+    )
+
+
+def batch_arguments(
+    signature: Signature, completions: Sequence[str], token_ids: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Keyword arguments of a batch function: lists over completions, which are messages where the prompts are."""
+    prompts = [row.get("prompt") for row in rows]
+    texts: list[Any] = list(completions)
+    if rows and is_conversational({"prompt": prompts[0]}):
+        texts = [[{"role": "assistant", "content": text}] for text in completions]
+    offered: dict[str, Any] = {
+        name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name not in NOT_COLUMNS
+    }
+    offered.pop("prompt", None)
+    offered |= {"prompts": prompts, "completions": texts, "completion_ids": [list(ids) for ids in token_ids]}
+    if signature.all_columns:
+        return offered
+    return {name: offered[name] for name in (*signature.required, *signature.optional) if name in offered}
+
+
+_VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def _excludes_none(annotation: Any) -> bool:
+    """Whether an annotation, as an object or as source text, is there and leaves no room for None."""
+    if annotation is inspect.Parameter.empty:
+        return False
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return not any(word in text for word in ("None", "Optional", "Any", "object"))

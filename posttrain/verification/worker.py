@@ -1,0 +1,133 @@
+"""What runs inside a worker process: verifiers, found again by their spec and called one at a time.
+
+Imports little on purpose: this is what every new worker waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a worker finds a verifier."""
+
+    spec: str  # file.py:name or package.module.name; empty: ``call`` travels itself
+    options: Mapping[str, Any]
+    call: Callable[..., Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A call that did not give a number."""
+
+    problem: str  # completes the sentence "verifier 'x' ..."
+    trace: str = ""
+
+
+Outcome = float | None | Failed
+_verifiers: list[Callable[..., Any] | Failed] = []
+
+
+def start(sources: Sequence[Source]) -> None:
+    """Fills this process with verifiers; one that cannot be found fails when it is called, with its traceback."""
+    _verifiers[:] = [_find(source) for source in sources]
+
+
+def call_one(index: int, completion: str, columns: Mapping[str, Any]) -> Outcome:
+    """One verifier on one completion."""
+    return guarded(_verifiers[index], lambda call: as_value(call(completion, **columns)))
+
+
+def call_batch(index: int, size: int, arguments: Mapping[str, Any]) -> list[float | None] | Failed:
+    """One verifier of TRL's kind on all completions."""
+    return guarded(_verifiers[index], lambda call: as_values(call(**arguments), size))
+
+
+def guarded(call: Callable[..., Any] | Failed, use: Callable[[Callable[..., Any]], Any]) -> Any:
+    """``use(call)``, or what went wrong in a form that can be sent anywhere."""
+    if isinstance(call, Failed):
+        return call
+    try:
+        return use(call)
+    except (Exception, SystemExit) as error:
+        return describe(error)
+
+
+def describe(error: BaseException) -> Failed:
+    """The error with its traceback, without the frames of this module."""
+    if isinstance(error, BadValue):
+        return Failed(str(error))
+    frames = traceback.extract_tb(error.__traceback__)
+    while len(frames) > 1 and frames[0].filename == __file__:
+        del frames[0]
+    trace = "".join(["Traceback (most recent call last):\n", *frames.format(), *traceback.format_exception_only(error)])
+    return Failed(f"raised {type(error).__name__}: {error}", trace)
+
+
+class BadValue(TypeError):
+    """A verifier returned something else than a finite number or None."""
+
+
+def as_value(value: Any) -> float | None:
+    """A verifier's value as a float; None stays None.
+
+    Raises:
+        BadValue: for anything but None and finite numbers, booleans and scalar arrays included.
+    """
+    if value is None:
+        return None
+    if asyncio.iscoroutine(value):
+        value.close()
+        raise BadValue("returned a coroutine: declare it `async def`")
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise BadValue(f"returned {value!r:.80} ({type(value).__name__}); it is to return a number or None")
+    number = float(value)
+    if not math.isfinite(number):
+        raise BadValue(f"returned {number}; it is to return a finite number or None")
+    return number
+
+
+def as_values(values: Any, size: int) -> list[float | None]:
+    """The values of a batch.
+
+    Raises:
+        BadValue: where they are not one number or None a completion.
+    """
+    try:
+        listed = list(values)
+    except TypeError:
+        raise BadValue(f"returned {values!r:.80} ({type(values).__name__}); it is to return a list of numbers") from None
+    if len(listed) != size:
+        raise BadValue(f"returned {len(listed)} values for {size} completions")
+    return [as_value(value) for value in listed]
+
+
+def _find(source: Source) -> Callable[..., Any] | Failed:
+    if not source.spec:
+        assert source.call is not None
+        return source.call
+    try:
+        target = resolve(source.spec)
+    except (Exception, SystemExit) as error:
+        return describe(error)
+    if isinstance(target, type):
+        return target(**source.options)
+    return functools.partial(target, **source.options)
+
+
+def resolve(spec: str) -> Any:
+    import importlib
+    import runpy
+
+    file, colon, name = spec.rpartition(":")
+    if colon:
+        return runpy.run_path(file)[name]
+    module, _, name = spec.rpartition(".")
+    return getattr(importlib.import_module(module), name)

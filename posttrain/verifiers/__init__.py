@@ -1,0 +1,24 @@
+"""Verifiers: text -> float. Each is ``(completion, *, <dataset columns by name>, <options>) -> float | None``.
+
+``None`` says that the verifier does not apply. ``use: <name>`` in ``verify`` finds the functions of this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from posttrain.verifiers.mathematics import math, math_quick
+from posttrain.verifiers.text import exact, format, format_quick, length
+
+__all__ = ["IN_PROCESS", "WRONG_IF_STUCK", "exact", "format", "length", "math"]
+
+IN_PROCESS: Mapping[Callable[..., float | None], Callable[..., float | None]] = {
+    exact: exact,
+    format: format_quick,
+    length: length,
+    math: math_quick,
+}
+"""What decides in microseconds, in the process that asks, and cannot hang; its ``None`` sends the call to a worker."""
+
+WRONG_IF_STUCK: frozenset[Callable[..., float | None]] = frozenset({math})
+"""Where a time-out or a dead worker is the completion's doing (a tower of powers), not the verifier's: it scores 0."""

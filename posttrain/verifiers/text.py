@@ -1,0 +1,67 @@
+"""Verifiers of the completion as a text: its form, its wording, its length."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Literal
+
+THINK_THEN_ANSWER = r"\s*<think>(?!.*<think>).*?</think>\s*\S.*"
+
+
+def format(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float:
+    """1 if the whole completion matches a regular expression (``.`` matches line ends too), else 0.
+
+    The default asks for one ``<think>...</think>`` followed by an answer, as DeepSeek-AI 2025 (arXiv:2501.12948), section 2.2.2.
+    """
+    return float(compiled(pattern).fullmatch(completion) is not None)
+
+
+def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float | None:
+    """As :func:`format` for the default pattern; ``None`` for any other, which may backtrack without end."""
+    return format(completion) if pattern == THINK_THEN_ANSWER else None
+
+
+def exact(completion: str, *, answer: str, strip: bool = True, casefold: bool = False) -> float:
+    """1 if the completion is the answer, character by character, else 0."""
+    written, wanted = completion, str(answer)
+    if strip:
+        written, wanted = written.strip(), wanted.strip()
+    if casefold:
+        written, wanted = written.casefold(), wanted.casefold()
+    return float(written == wanted)
+
+
+def length(
+    completion: str,
+    *,
+    minimum: int = 0,
+    maximum: int | None = None,
+    margin: int = 0,
+    unit: Literal["words", "characters"] = "words",
+) -> float:
+    """1 if the completion is between ``minimum`` and ``maximum`` units long, falling linearly to 0 over ``margin`` more.
+
+    Raises:
+        ValueError: for an unknown unit, or a maximum below the minimum.
+    """
+    if unit not in ("words", "characters"):
+        raise ValueError(f"length: unit is {unit!r}; it is words or characters")
+    if maximum is not None and maximum < minimum:
+        raise ValueError(f"length: maximum {maximum} is below minimum {minimum}")
+    size = len(completion.split()) if unit == "words" else len(completion)
+    excess = max(minimum - size, 0 if maximum is None else size - maximum, 0)
+    return max(0.0, 1.0 - excess / (margin + 1))
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression, compiled once.
+
+    Raises:
+        ValueError: where it is not one, with the position.
+    """
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"format: pattern {pattern!r} is not a regular expression: {error}") from error

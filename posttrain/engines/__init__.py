@@ -1,0 +1,65 @@
+"""Engines: tokens in, tokens out."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from posttrain.engines.base import Engine
+from posttrain.errors import RecipeError
+from posttrain.options import EngineOptions
+
+
+def make_engine(
+    model: str | Path, options: EngineOptions, *, dtype: str, max_model_len: int, seed: int = 0
+) -> Engine:
+    """The engine that ``options`` ask for, with the weights of ``model``.
+
+    Args:
+        model: hub name or local folder.
+        options: the recipe's ``engine`` section.
+        dtype: used where ``options.dtype`` is ``auto``: the policy's.
+        max_model_len: used where ``options.max_model_len`` is not given.
+        seed: of the seeds drawn where ``generate`` is given none.
+
+    Raises:
+        RecipeError: if vLLM is asked for but not installed, or for options that the engine does not have.
+    """
+    dtype = dtype if options.dtype == "auto" else options.dtype
+    max_model_len = options.max_model_len or max_model_len
+    if _choose(options) == "vllm":
+        from posttrain.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            cache_mb=options.cache_mb,
+            gpu_memory=options.gpu_memory,
+            max_concurrent=options.max_concurrent,
+            seed=seed,
+            options=options.options,
+        )
+    if options.options:
+        raise RecipeError(
+            f"engine.options: {', '.join(options.options)}: these are arguments of vllm.LLM; the transformers engine "
+            "takes none. Leave them out, or set engine.use: vllm"
+        )
+    from posttrain.engines.transformers import TransformersEngine
+
+    return TransformersEngine(
+        model, dtype=dtype, max_model_len=max_model_len, max_concurrent=options.max_concurrent, seed=seed
+    )
+
+
+def _choose(options: EngineOptions) -> str:
+    installed = importlib.util.find_spec("vllm") is not None
+    if options.use == "auto":
+        return "vllm" if installed else "transformers"
+    if options.use == "vllm" and not installed:
+        raise RecipeError(
+            "engine.use: vllm: vLLM is not installed in this Python. On a machine with an NVIDIA GPU: "
+            "pip install 'posttrain[vllm]'; on CPU: make install (see README.md, Installation), "
+            "or set engine.use: transformers"
+        )
+    return options.use

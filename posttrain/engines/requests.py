@@ -1,0 +1,31 @@
+"""What both engines do with prompts before the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
+    """Raises ``ValueError`` for the first prompt that is empty or leaves no room for ``max_tokens``."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty: a model needs at least one token to continue")
+        if len(prompt) + max_tokens > max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens: with max_tokens {max_tokens} that is more than "
+                f"max_model_len {max_model_len}"
+            )
+
+
+def end_of_sequence_ids(model: str | Path) -> tuple[int, ...]:
+    """The model's own end-of-sequence tokens: its generation configuration's, or else its configuration's."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        ids = AutoConfig.from_pretrained(model).get_text_config(decoder=True).eos_token_id
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)

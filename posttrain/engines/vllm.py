@@ -1,0 +1,266 @@
+"""vLLM in the training process: CPU or CUDA, weights replaced in memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import gc
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from posttrain.batch import Finish
+from posttrain.engines import vllm_cpu
+from posttrain.engines.base import Completion, OnCompletion, Sampling, sample_seed
+from posttrain.engines.process_group import engine_world
+from posttrain.engines.requests import check_prompts, end_of_sequence_ids
+from posttrain.engines.weights import load_verified
+from posttrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+
+CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes, so that short prompts share their prefix
+FINISH = {"stop": Finish.STOPPED, "length": Finish.LENGTH}
+OWN_ARGUMENTS = frozenset(
+    ["model", "dtype", "max_model_len", "max_num_seqs", "seed", "logprobs_mode", "distributed_executor_backend"]
+    + ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "quantization"]
+)
+
+
+class VllmEngine:
+    """Continuous batching with a shared-prefix cache, through vLLM's own scheduler (Kwon et al. 2023, arXiv:2309.06180).
+
+    In a run of several processes each rank has an engine of its own, on the CUDA device that is current when it is
+    made. At temperature 0 the log-probs are those of the model's own softmax.
+
+    Args:
+        model: hub name or local folder.
+        dtype: of weights and activations; log-probs are float32 in any case.
+        max_model_len: most tokens of a prompt and its completion together.
+        cache_mb: memory of the key-value cache on CPU, in MiB.
+        gpu_memory: share of a GPU's memory for weights and cache together.
+        max_concurrent: completions generated at the same time.
+        seed: of the seeds drawn where ``generate`` is given none.
+        options: further arguments of ``vllm.LLM``.
+
+    Raises:
+        RecipeError: for an option that ``vllm.LLM`` does not have, or that the engine itself sets.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        max_model_len: int,
+        cache_mb: int = 512,
+        gpu_memory: float = 0.4,
+        max_concurrent: int = 256,
+        seed: int = 0,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.version = 0
+        self._max_model_len = max_model_len
+        self._eos = end_of_sequence_ids(model)
+        self._fresh_seeds = random.Random(seed)
+        self._serial = 0  # of requests: vLLM wants their names unique
+        arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_concurrent,
+            "seed": seed,
+            "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature and filters
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+        }
+        with _surroundings_kept(), engine_world():
+            self._llm = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
+        self._model = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`."""
+        check_prompts(prompts, sampling.max_tokens, self._max_model_len)
+        if seeds is None:
+            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
+        engine = self._opened().llm_engine
+        params = sampling_params(sampling, self._eos)
+        pending: dict[str, tuple[int, int]] = {}
+        done: list[list[Any]] = [[None] * n for _ in prompts]
+        try:
+            for i, prompt in enumerate(prompts):
+                for j in range(n):
+                    request = self._request_name()
+                    engine.add_request(
+                        request, {"prompt_token_ids": list(prompt)}, _seeded(params, sample_seed(seeds[i], j))
+                    )
+                    pending[request] = (i, j)
+            while pending:
+                for output in engine.step():
+                    i, j = pending.pop(output.request_id)
+                    done[i][j] = completion = _completion(output, self.version)
+                    if on_completion is not None:
+                        on_completion(i, j, completion)
+        finally:  # an exception, of a callback for one, must not leave requests behind for the next call
+            if pending:
+                engine.abort_request(list(pending))
+        return done
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`."""
+        llm = self._opened()
+        with torch.no_grad():
+            load_verified(tensors, parameter_places(self._model), self._model.load_weights)
+        if not llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self.version = version
+
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _opened(self) -> Any:
+        if self._llm is None:
+            raise RuntimeError("the engine has been closed")
+        return self._llm
+
+    def _request_name(self) -> str:
+        self._serial += 1
+        return str(self._serial)
+
+
+def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, cache_mb: int, gpu_memory: float) -> Any:
+    """A ``vllm.LLM`` in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    vllm_cpu.prepare()
+    import vllm.v1.engine.core
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    from posttrain.engines.vllm_executor import LocalExecutor
+
+    # vLLM's own clean-up would destroy the default process group: the trainer's, and the groups of other engines here.
+    vllm.v1.engine.core.cleanup_dist_env_and_memory = gc.collect
+    if current_platform.is_cpu():
+        memory = {"kv_cache_memory_bytes": cache_mb << 20, "block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
+    else:
+        memory = {"gpu_memory_utilization": gpu_memory}
+    _check_options(options)
+    return LLM(model, distributed_executor_backend=LocalExecutor, **{**arguments, **memory, **options})
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in options:
+        if name in OWN_ARGUMENTS:
+            raise RecipeError(f"engine.options.{name}: posttrain sets this argument of vllm.LLM itself; leave it out")
+        if name not in known:
+            close = difflib.get_close_matches(name, known - OWN_ARGUMENTS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(f"engine.options.{name}: vllm.LLM has no such argument{hint}")
+
+
+def sampling_params(sampling: Sampling, eos: Sequence[int]) -> SamplingParams:
+    """vLLM's form of ``sampling``, without a seed."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    stops = set(sampling.stop_token_ids) if sampling.ignore_eos else {*sampling.stop_token_ids, *eos}
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=sorted(stops),
+        ignore_eos=True,  # all of them are among the stop tokens
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _seeded(params: SamplingParams, seed: int) -> SamplingParams:
+    params = copy.copy(params)
+    params.seed = seed
+    return params
+
+
+def _completion(output: RequestOutput, version: int) -> Completion:
+    sampled = output.outputs[0]
+    finish = FINISH.get(sampled.finish_reason or "", Finish.ABORTED)
+    return Completion(list(sampled.token_ids), list(sampled.logprobs.logprobs), finish, version)  # type: ignore[union-attr]
+
+
+def parameter_places(model: Any) -> dict[str, Tensor]:
+    """For each Hugging Face name of a vLLM model's tensors, the part of vLLM's memory that holds it.
+
+    vLLM packs several matrices into one (queries, keys and values; gate and up projections), one below the other, and
+    pads vocabularies.
+    """
+    places: dict[str, Tensor] = {}
+    packed = getattr(model, "packed_modules_mapping", {})
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, kind = name.rpartition(".")
+        prefix, _, leaf = path.rpartition(".")
+        module, sources = model.get_submodule(path), packed.get(leaf, [])
+        if len(sources) > 1:
+            parts = parameter.data.split(module.output_sizes)
+            places |= {f"{prefix}.{source}.{kind}": part for source, part in zip(sources, parts, strict=True)}
+        else:
+            places[name] = parameter.data[: getattr(module, "org_vocab_size", None)]
+    return places
+
+
+@contextmanager
+def _surroundings_kept() -> Iterator[None]:
+    """Undoes what starting vLLM does to the process that it shares with a trainer.
+
+    Random states, the default dtype, the number of threads and, on CPU, ``torch.set_num_threads`` itself, as well as
+    environment variables that are not vLLM's own.
+    """
+    threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
+    states = random.getstate(), numpy.random.get_state()
+    environment = dict(os.environ)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        for name in [name for name in os.environ if not name.startswith("VLLM_")]:
+            if name not in environment:
+                del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if not name.startswith("VLLM_")})

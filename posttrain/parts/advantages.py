@@ -33,9 +33,9 @@ def outcome(
 
             - ``none``: 0.
             - ``group``: mean of the group. Shao et al. 2024 (GRPO), section 4.1.2, arXiv:2402.03300.
-            - ``leave_one_out``: mean of the others of the group. Ahmadian et al. 2024 (RLOO), eq. 8, arXiv:2402.14740.
-            - ``greedy``: reward of the group's greedy completion. Li et al. 2023 (ReMax), eq. 6, arXiv:2310.10505.
-            - ``length``: Σ_G \\|o_j\\| R_j / Σ_G \\|o_j\\|. Hao et al. 2025 (OPO), eq. 6, arXiv:2505.23585.
+            - ``leave_one_out``: mean of the others of the group. Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
+            - ``greedy``: reward of the group's greedy completion. Li et al. 2023 (ReMax), arXiv:2310.10505.
+            - ``length``: Σ_G |o_j| R_j / Σ_G |o_j|. Hao et al. 2025 (OPO), arXiv:2505.23585.
             - ``batch``: mean over all groups and ranks.
 
             A completion that is alone in its group has no baseline: ``group``, ``leave_one_out`` and ``length`` give 0.
@@ -82,7 +82,7 @@ def whiten(
     """Scaled to unit variance, and shifted to mean 0, over the chosen tokens of all scored completions on all ranks.
 
     A' = (A - mean) / sqrt(var + eps), plus mean where ``shift`` is off.  Huang et al. 2024 (N+ details of RLHF),
-    detail 4, arXiv:2403.17031; instead of a value model: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
+    arXiv:2403.17031; instead of a value model: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
 
     Args:
         shift: subtract the mean.

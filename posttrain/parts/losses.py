@@ -24,7 +24,7 @@ Estimator = Literal["k1", "k2", "k3", "k3_k2"]
 def reinforce(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     """Policy gradient: the log-prob of each token, weighted by its advantage.
 
-    loss_t = -A_t log π(y_t).  Williams 1992, eq. 4, doi:10.1007/BF00992696.
+    loss_t = -A_t log π(y_t).  Williams 1992, doi:10.1007/BF00992696.
     """
     return (-_advantage(batch) * outputs.logp).where(batch.mask, 0.0)
 
@@ -49,7 +49,7 @@ def clip(
             of them, in the form whose gradient reaches every token: sg[s] · π(y_t) / sg[π(y_t)].
             Zheng et al. 2025 (GSPO), section 4.3, arXiv:2507.18071. Goes with ``seq_mean_of_token_mean``.
         dual: c > 1 bounds the loss of A < 0 by -c A: a ratio beyond c gives no gradient.
-            Ye et al. 2020 (dual-clip PPO), eq. 5, arXiv:1912.09729.
+            Ye et al. 2020 (dual-clip PPO), arXiv:1912.09729.
         cap: δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ), which does the same.
             Prime Intellect 2025 (INTELLECT-2, two-sided clipping), section 4.1, arXiv:2505.07291.
 
@@ -86,7 +86,7 @@ def geometric(outputs: Outputs, batch: Batch, *, low: float = 0.4, high: float =
     """Geometric mean of a completion's clipped ratios; outliers among its tokens weigh little.
 
     loss_i = -s_i A_i with s_i = exp(mean_t l_t), where l_t = min(log ρ_t, high) if A_i > 0, max(log ρ_t, -low) else.
-    Zhao et al. 2025 (GMPO), eq. 4, arXiv:2507.20673.
+    Zhao et al. 2025 (GMPO), arXiv:2507.20673.
 
     Each token holds -A_t sg[s_i] exp(l_t - sg[l_t]), so that under ``seq_mean_of_token_mean`` value and gradient are
     those of mean_i loss_i. As in the paper, A is one number a completion.
@@ -131,7 +131,7 @@ def kl(
 def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     """Negative entropy of the policy at each token, in nats: minimised, it keeps the policy exploring.
 
-    loss_t = -H(π(· \\| y_<t)).  Mnih et al. 2016, section 4.1, arXiv:1602.01783.
+    loss_t = -H(π(· | y_<t)).  Mnih et al. 2016 (A3C), arXiv:1602.01783.
     """
     if outputs.entropy is None:
         raise ValueError("the loss term entropy needs outputs.entropy, which the forward pass did not compute")
@@ -141,7 +141,7 @@ def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, "N L"]:
     """Negative log-likelihood of the completions that the verifiers score above ``threshold``; unscored ones have none.
 
-    loss_t = -log π(y_t) if score_i > threshold, 0 else.  Yue et al. 2025 (VAPO), section 4.3, arXiv:2504.05118. There
+    loss_t = -log π(y_t) if score_i > threshold, 0 else.  Yue et al. 2025 (VAPO, positive-example language-model loss), arXiv:2504.05118. There
     the mean is over tokens of positive completions, here over what the recipe's normaliser counts.
     """
     chosen = batch.mask & (batch.score > threshold)[:, None]

@@ -5,7 +5,7 @@ A normaliser maps a batch to weights ``[N, L]``, float32 and zero off the mask; 
 depend on how the batch is split. Unscored completions count: their advantage is 0, but other terms (KL, entropy) are
 about them too. Completions that hold no chosen token, and greedy baselines, do not.
 
-Notation: N completions; o_i the chosen tokens of completion i, \\|o_i\\| of them; m the mask.
+Notation: N completions; o_i the chosen tokens of completion i, |o_i| of them; m the mask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from posttrain.batch import Batch
 def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
     """Mean over all chosen tokens: long completions weigh more.
 
-    w_it = m_it / Σ_j \\|o_j\\|.  Yu et al. 2025 (DAPO), eq. 8, arXiv:2503.14476.
+    w_it = m_it / Σ_j |o_j|.  Yu et al. 2025 (DAPO), eq. 12, arXiv:2503.14476.
     """
     mask = _counted(batch)
     return _float(mask) / batch.total(mask).clamp(min=1)
@@ -29,7 +29,7 @@ def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
 def seq_mean_of_token_mean(batch: Batch) -> Float[Tensor, "N L"]:
     """Mean over completions of the mean over their tokens: every completion weighs the same.
 
-    w_it = m_it / (N \\|o_i\\|).  Shao et al. 2024 (GRPO), eq. 3, arXiv:2402.03300.
+    w_it = m_it / (N |o_i|).  Shao et al. 2024 (GRPO), eq. 3, arXiv:2402.03300.
     """
     mask = _counted(batch)
     return _float(mask) / mask.sum(-1, keepdim=True).clamp(min=1) / _sequences(batch, mask)
@@ -38,7 +38,7 @@ def seq_mean_of_token_mean(batch: Batch) -> Float[Tensor, "N L"]:
 def seq_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
     """Mean over completions of the sum over their tokens: the policy gradient of whole completions.
 
-    w_it = m_it / N.  Ahmadian et al. 2024 (RLOO), eq. 7 with log π(y|x) = Σ_t log π(y_t|x, y_<t), arXiv:2402.14740.
+    w_it = m_it / N.  Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
     """
     mask = _counted(batch)
     return _float(mask) / _sequences(batch, mask)
@@ -48,7 +48,7 @@ def seq_sum_over(batch: Batch, *, length: int) -> Float[Tensor, "N L"]:
     """Mean over completions of the sum over their tokens, divided by a constant number of tokens.
 
     w_it = m_it / (N · length). The constant, usually the longest completion that can be sampled, only keeps the size of
-    the gradient near that of a mean.  Liu et al. 2025 (Dr. GRPO), section 3.2 and listing 1, arXiv:2503.20783.
+    the gradient near that of a mean.  Liu et al. 2025 (Dr. GRPO), section 3, arXiv:2503.20783.
 
     Raises:
         ValueError: unless ``length`` is positive.

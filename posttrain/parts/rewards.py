@@ -55,7 +55,7 @@ def kl_penalty(batch: Batch, *, level: Literal["token", "sequence"] = "token") -
     """Minus the log-ratio of the policy before the update to the reference policy, whose mean is minus their KL.
 
     r_t = -(log π_old(y_t) - log π_ref(y_t)), ``[N, L]``; its sum over the completion, ``[N]``, at level ``sequence``.
-    Stiennon et al. 2020, section 3.4, arXiv:2009.01325; a token at a time: Ouyang et al. 2022, arXiv:2203.02155.
+    Stiennon et al. 2020, arXiv:2009.01325; a token at a time: Ouyang et al. 2022, arXiv:2203.02155.
     """
     penalty = (needed(batch, "logp_ref") - needed(batch, "logp_old")).where(batch.mask, 0.0)
     return penalty if level == "token" else seq_sum(penalty, batch.mask)

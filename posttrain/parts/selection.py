@@ -32,7 +32,7 @@ def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
 def max_variance(batch: Batch, *, keep: int) -> Bool[Tensor, " N"]:
     """In each group, the ``keep`` completions whose rewards have the largest variance.
 
-    They are the k smallest and the keep - k largest rewards for some k.  Xu et al. 2025 (PODS), theorem 1,
+    They are the k smallest and the keep - k largest rewards for some k.  Xu et al. 2025 (PODS),
     arXiv:2504.13818; the same subset, of advantages, in D3S, arXiv:2509.22115. Unscored completions go; a group with
     no more than ``keep`` scored ones keeps those. Of equal rewards, the earlier row is the smaller.
 

@@ -27,7 +27,7 @@ def truncated_importance(outputs: Outputs, batch: Batch, *, cap: float = 2.0) ->
 def masked_importance(outputs: Outputs, batch: Batch, *, low: float = 0.5, high: float = 5.0) -> Float[Tensor, "N L"]:
     """Importance weight where it is moderate; tokens on which trainer and engine disagree are dropped.
 
-    w_t if low <= w_t <= high, 0 else.  Ling team 2025 (IcePop), section 3, arXiv:2510.18855.
+    w_t if low <= w_t <= high, 0 else.  Ling team 2025 (IcePop), arXiv:2510.18855.
     """
     _check_band("masked_importance", low, high)
     weight = _log_weight(batch).exp()

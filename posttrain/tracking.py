@@ -13,14 +13,11 @@ import importlib.util
 import json
 import math
 import os
-import resource
-import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 from posttrain.errors import RecipeError, UserError
@@ -236,11 +233,3 @@ def tracker_id(folder: Path) -> str:
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def peak_memory_mb() -> float:
-    """Most memory that this process has held: of the GPU where there is one, else resident memory. MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

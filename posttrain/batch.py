@@ -28,6 +28,10 @@ class Finish(IntEnum):
     ABORTED = 2
 
 
+OPTIONAL_FIELDS = ("logp_old", "logp_ref", "entropy", "value", "advantage", "target", "weight")
+"""Fields of a batch that some stage fills, each ``[N, L]``."""
+
+
 def identity(tensor: Tensor) -> Tensor:
     """The all-reduce of a run of one process."""
     return tensor
@@ -155,6 +159,19 @@ class Outputs:
     entropy: Float[Tensor, "N L"] | None = None  # nats; None where no part asked for it
     value: Float[Tensor, "N L"] | None = None
     value_logits: Float[Tensor, "N L K"] | None = None
+
+
+def blank_row(batch: Batch) -> Batch:
+    """The first completion with nothing in it to train on: for a rank that has no rows where all must take part."""
+    row = batch[[0]]
+    nothing = torch.zeros_like(row.mask)
+    changes: dict[str, Any] = {"mask": nothing, "step_id": torch.full_like(row.step_id, -1)}
+    for name in ("score", "reward"):
+        changes[name] = torch.full_like(row.reward, float("nan"))
+    for name in ("logp_sampler", "step_reward", *OPTIONAL_FIELDS):
+        if getattr(row, name) is not None:
+            changes[name] = torch.zeros_like(getattr(row, name))
+    return row.set(**changes)
 
 
 def broadcast(values: Float[Tensor, " N"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:

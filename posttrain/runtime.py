@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from posttrain.batch import Batch
+from posttrain.batch import Batch, blank_row
 from posttrain.errors import UserError
 from posttrain.models import Policy
 from posttrain.options import Optimizer
@@ -91,7 +92,7 @@ class Runtime:
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on the main process, on every process; its error, if it raises one, is raised on all."""
+        """What ``make`` returns on the main process, on every process. Its error, if any, is raised on all."""
         result: Any = None
         error: BaseException | None = None
         if self.is_main:
@@ -105,6 +106,21 @@ class Runtime:
             result, error = shared
         if error is not None:
             raise error
+        return result
+
+    def together(self, make: Callable[[], Any]) -> Any:
+        """Calls ``make`` on every rank; an error on any of them is raised on all, so that none waits for the others."""
+        if self.world == 1:
+            return make()
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = make()
+        except Exception as raised:
+            error = raised
+        for other in self.gather(error):
+            if other is not None:
+                raise error or other
         return result
 
     def barrier(self) -> None:
@@ -129,7 +145,7 @@ class Runtime:
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
 
     def _configure_deepspeed(self, options: Optimizer) -> None:
-        plugin = self.accelerator.state.deepspeed_plugin
+        plugin: Any = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             raise UserError(
                 "ZeRO stage 3 is not supported yet: its sharded weights cannot be handed to an engine in the same "
@@ -208,7 +224,7 @@ class Runtime:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _weights(self) -> dict[str, Tensor]:
-        module = self.accelerator.unwrap_model(self.model)
+        module: Any = self.accelerator.unwrap_model(self.model)
         return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
     def close(self) -> None:
@@ -280,30 +296,31 @@ def learning_rate(options: Optimizer, step: int, steps: int) -> float:
     return options.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
 
 
-def micro_batches(batch: Batch, tokens: int, all_max: Callable[[int], int]) -> list[Batch]:
-    """Rows sorted by length, in groups of at most ``tokens`` padded tokens; the same number of groups on every rank.
+def length_groups(length: Int[Tensor, " N"], tokens: int) -> list[list[int]]:
+    """Rows sorted by length, in groups of at most ``tokens`` padded tokens; a longer row stands alone.
 
-    Sorting keeps padding low where lengths differ. A row longer than ``tokens`` stands alone. A rank with fewer groups
-    splits some, and at the end adds rows of weight zero: collective operations need every rank.
+    Sorting keeps padding low where lengths differ.
     """
-    order = batch.length.argsort(stable=True).tolist()
-    lengths = batch.length.tolist()
+    lengths = length.tolist()
     groups: list[list[int]] = []
-    for row in order:  # ascending: the row that joins is the longest
+    for row in length.argsort(stable=True).tolist():  # ascending: the row that joins is the longest
         if groups and lengths[row] * (len(groups[-1]) + 1) <= tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
+    return groups
+
+
+def micro_batches(batch: Batch, tokens: int, all_max: Callable[[int], int]) -> list[Batch]:
+    """A batch in micro-batches of at most ``tokens`` padded tokens; as many of them on every rank.
+
+    A rank with fewer splits some, and at the end adds blank rows: collective operations need every rank.
+    """
+    groups = length_groups(batch.length, tokens)
     wanted = all_max(len(groups))
     while len(groups) < wanted and max(map(len, groups)) > 1:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         rows = groups[largest]
         groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     made = [batch[rows].trim() for rows in groups]
-    return made + [without_weight(made[0][[0]]) for _ in range(wanted - len(made))]
-
-
-def without_weight(batch: Batch) -> Batch:
-    """The batch with no say in the loss."""
-    zero = torch.zeros_like(batch.logp_sampler)
-    return batch.set(weight=zero, advantage=zero, reward=torch.zeros_like(batch.reward))
+    return made + [blank_row(made[0])] * (wanted - len(made))

@@ -1,0 +1,71 @@
+"""What a checkpoint of an online run holds, so that a resumed run repeats one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.assembly import Online
+from posttrain.errors import UserError
+from posttrain.recipe import Part, Recipe
+from posttrain.run_folder import prune_checkpoints, write_checkpoint
+
+STATE_FILE = "state.json"
+
+
+def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
+    """Parts that keep a ``state``, by their path in the recipe."""
+    slots: dict[str, Part] = {"rollout": recipe.rollout, "advantage": recipe.advantage, "normaliser": recipe.normaliser}
+    for slot in ("reward", "select", "shape", "keep", "loss"):
+        for i, part in enumerate(getattr(recipe, slot)):
+            slots[f"{slot}.{i}"] = part
+            slots |= {f"{slot}.{i}.weights.{j}": weight for j, weight in enumerate(part.weights)}
+    return {path: part.call for path, part in slots.items() if hasattr(part.call, "state")}
+
+
+def states(run: Online) -> dict[str, Any]:
+    """All that changes from step to step beside weights and optimiser, as plain data."""
+    return json.loads(
+        json.dumps(
+            {
+                "step": run.step,
+                "bad_steps": run.bad_steps,
+                "world": run.runtime.world,
+                "evaluations": run.evaluations,
+                "prompts": run.sampler.state,
+                "parts": {path: part.state for path, part in parts_with_memory(run.recipe).items()},
+            }
+        )
+    )
+
+
+def save_checkpoint(run: Online, state: dict[str, Any]) -> None:
+    """A checkpoint that is whole or absent."""
+    runtime = run.runtime
+    with write_checkpoint(run.folder, run.step, main=runtime.is_main, barrier=runtime.barrier) as folder:
+        runtime.save(folder)
+        if runtime.is_main:
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    if runtime.is_main:
+        prune_checkpoints(run.folder, run.recipe.run.keep)
+
+
+def load_checkpoint(run: Online, checkpoint: Path) -> None:
+    """Puts a run where a checkpoint left it.
+
+    Raises:
+        UserError: where the number of processes changed under DeepSpeed, whose shards belong to one number.
+    """
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    if run.runtime.uses_deepspeed and state["world"] != run.runtime.world:
+        raise UserError(
+            f"{checkpoint} was written by {state['world']} processes under DeepSpeed and this run has "
+            f"{run.runtime.world}: resume with --num_processes {state['world']}"
+        )
+    run.runtime.load(checkpoint)
+    run.step, run.bad_steps, run.evaluations = state["step"], state["bad_steps"], state["evaluations"]
+    run.sampler.state = state["prompts"]
+    memories = parts_with_memory(run.recipe)
+    for path, remembered in state["parts"].items():
+        memories[path].state = remembered

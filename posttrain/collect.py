@@ -1,0 +1,180 @@
+"""Draws prompts, generates, verifies and selects until a step has the prompts it wants."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.batch import Batch, blank_row
+from posttrain.data import PromptSampler, Rows
+from posttrain.engines.base import Engine, Sampling
+from posttrain.options import SamplingOptions
+from posttrain.recipe import Part, Recipe
+from posttrain.rollout import Context, Prompts, prompt_seeds
+from posttrain.runtime import Runtime
+from posttrain.verification import VerifierPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where completions come from, on one rank."""
+
+    engine: Engine
+    verifiers: VerifierPool
+    rollout: Part
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass
+class Collected:
+    """Completions of a step on one rank, and what it took to get them."""
+
+    batch: Batch
+    values: dict[str, list[float | None]]  # of each verifier, one a completion
+    prompts_drawn: int = 0  # over all ranks
+    rounds: int = 1
+    tokens: int = 0  # generated on this rank, discarded ones too
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def generate_and_verify(
+    source: Source, prompts: Prompts, n: int, sampling: Sampling, seconds: dict[str, float]
+) -> tuple[Batch, dict[str, list[float | None]]]:
+    """A batch with its scores. Completions are verified, in other processes, while the rest is still generated.
+
+    Args:
+        seconds: ``generate`` and ``verify`` (the wait after the last token) are added to.
+    """
+    start = time.perf_counter()
+
+    def on_text(prompt: int, sample: int, text: str, tokens: list[int]) -> None:
+        source.verifiers.submit((prompt, sample), text, tokens, prompts.rows[prompt])
+
+    context = Context(sampling=sampling, decode=source.decode, on_text=on_text)
+    batch = source.rollout(source.engine, prompts, n, context)
+    generated = time.perf_counter()
+    verdicts = source.verifiers.collect()
+    each = len(batch) // max(1, len(prompts))
+    ordered = [verdicts[i, j] for i in range(len(prompts)) for j in range(each)]
+    score = torch.tensor([verdict.score for verdict in ordered], dtype=torch.float32)
+    values = {name: [verdict.values.get(name) for verdict in ordered] for name in source.verifiers.names}
+    seconds["generate"] = seconds.get("generate", 0.0) + generated - start
+    seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - generated
+    return batch.set(score=score, reward=score.clone()), values
+
+
+def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], seeds: Sequence[int]) -> Prompts:
+    """Prompts of the data set's rows ``index``; ``positions`` number them over all ranks and rounds of the step."""
+    return Prompts(
+        tokens=[rows.prompt_tokens(i) for i in index],
+        rows=[rows[i] for i in index],
+        index=list(index),
+        group=list(positions),
+        seeds=list(seeds),
+    )
+
+
+def collect(
+    recipe: Recipe, runtime: Runtime, source: Source, rows: Rows, sampler: PromptSampler, step: int
+) -> Collected:
+    """Completions of ``prompts_per_step`` prompts that ``select`` keeps, on all ranks together.
+
+    Every rank draws the same list of rows and takes its share. Rounds of generation go on until all ranks have their
+    share of prompts, or ``max_refills`` is used up; what a round brings beyond the share is dropped.
+
+    Raises:
+        RuntimeError: where not one prompt was kept on any rank.
+    """
+    sampling = sampling_of(recipe.sampling)
+    share = recipe.prompts_per_step // runtime.world
+    kept: list[Batch] = []
+    values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
+    result = Collected(batch=None, values=values)  # type: ignore[arg-type]
+    missing, rounds = share, 1 + (recipe.max_refills if recipe.select else 0)
+    for number in range(rounds):
+        wanted = runtime.all_max(missing)
+        if wanted == 0:
+            break
+        drawn = list(sampler.draw(wanted * runtime.world))
+        first = result.prompts_drawn + runtime.rank * wanted
+        positions = range(first, first + wanted)
+        mine = drawn[runtime.rank * wanted : (runtime.rank + 1) * wanted]
+        seeds = prompt_seeds(recipe.seed, step, number, positions)
+        prompts = make_prompts(rows, mine, positions, seeds)
+        work = partial(generate_and_verify, source, prompts, recipe.completions, sampling, result.seconds)
+        batch, verdicts = runtime.together(work)
+        batch = batch.set(step=step, all_sum=runtime.all_sum)
+        report(sampler, runtime, mine, batch)
+        chosen = _first_groups(batch.group, _select(recipe.select, batch), missing)
+        missing -= len(batch.group[chosen].unique())
+        kept.append(batch[chosen])
+        for name, column in verdicts.items():
+            values[name] += [column[i] for i in chosen.nonzero().squeeze(-1).tolist()]
+        result.prompts_drawn += len(drawn)
+        result.rounds = number + 1
+        result.tokens += int(batch.mask.sum())
+    result.batch = Batch.concatenate(kept)
+    _refuse_nothing(recipe, runtime, result)
+    if not len(result.batch):
+        result.batch = blank_row(batch)
+        result.values = {name: [None] for name in values}
+    return result
+
+
+def sampling_of(options: SamplingOptions) -> Sampling:
+    """A recipe's sampling section as an engine takes it."""
+    return Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        max_tokens=options.max_tokens,
+    )
+
+
+def report(sampler: PromptSampler, runtime: Runtime, index: Sequence[int], batch: Batch) -> None:
+    """Tells the prompt sampler how every rank's prompts went, in the same order on all of them."""
+    scores = batch.score.where(~batch.greedy, float("nan"))
+    groups = [scores[batch.group == group].tolist() for group in batch.group.unique().tolist()]
+    for rows, outcomes in runtime.gather((list(index), groups)):
+        sampler.update(rows, outcomes)
+
+
+def _select(parts: Sequence[Part], batch: Batch) -> Tensor:
+    chosen = torch.ones(len(batch), dtype=torch.bool)
+    for part in parts:
+        chosen &= part(batch)
+    return chosen
+
+
+def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
+    """Of the chosen completions, those of the first ``limit`` groups that have any."""
+    first = group[chosen].unique()[:limit]
+    return chosen & torch.isin(group, first)
+
+
+def _refuse_nothing(recipe: Recipe, runtime: Runtime, result: Collected) -> None:
+    if runtime.all_max(len(result.batch)) > 0:
+        return
+    names = ", ".join(part.name for part in recipe.select) or "none"
+    raise RuntimeError(
+        f"not one of {result.prompts_drawn} prompts passed `select` ({names}) in {result.rounds} rounds: their "
+        "completions all score alike. Are the problems too hard or too easy for this policy, or does the verifier "
+        "not recognise its answers? The rollouts of earlier steps show what it writes."
+    )
+
+
+def verifier_means(values: dict[str, list[Any]], runtime: Runtime) -> dict[str, float]:
+    """Mean value of each verifier over the completions it applied to, on all ranks; NaN where it applied to none."""
+    means = {}
+    for name, column in values.items():
+        numbers = torch.tensor([v for v in column if v is not None], dtype=torch.float64)
+        total, count = runtime.all_sum(torch.stack([numbers.sum(), torch.tensor(len(numbers)).double()])).tolist()
+        means[f"verify/{name}"] = total / count if count else float("nan")
+    return means

@@ -1,0 +1,105 @@
+"""The numbers of a step, as sums over all ranks."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.batch import Batch, Finish, Outputs, group_mean, group_std
+from posttrain.runtime import Runtime
+
+
+def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
+    """What the policy wrote and how it was rewarded; greedy baselines are left out.
+
+    ``groups/mixed`` is the share of groups whose scores differ, the only ones that teach a group-centred method
+    anything; ``groups/spread`` is the mean standard deviation of the scores in a group.
+    """
+    batch = batch[~batch.greedy]
+    scored = batch.scored
+    reward, score = batch.reward[scored], batch.score[scored]
+    spread = group_std(batch.score, batch.group, scored)
+    first = _first_of_group(batch.group)
+    length = batch.tokens_chosen.double()
+    sums = {
+        "reward/mean": _mean(reward),
+        "reward/square": _mean(reward.square()),
+        "reward/per_token": _mean(batch.step_reward.sum(-1)),
+        "score/mean": _mean(score),
+        "accuracy": _mean(score > 0),
+        "unscored": _mean(~scored),
+        "length/mean": _mean(length),
+        "length/square": _mean(length.square()),
+        "truncated": _mean(batch.finish == Finish.LENGTH),
+        "groups/mixed": _mean(spread[first] > 0),
+        "groups/spread": _mean(spread[first]),
+        "groups/accuracy": _mean(group_mean((batch.score > 0).float(), batch.group, scored)[first]),
+    }
+    means = reduce_means(sums, runtime)
+    means["reward/std"] = max(0.0, means.pop("reward/square") - means["reward/mean"] ** 2) ** 0.5
+    means["length/std"] = max(0.0, means.pop("length/square") - means["length/mean"] ** 2) ** 0.5
+    del means["groups/accuracy"]
+    longest = runtime.all_max(int(length.max()) if len(length) else 0)
+    return means | {"length/max": float(longest)}
+
+
+def update_sums(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """Sums over a micro-batch's chosen tokens that compare the three policies: sampler, old and now.
+
+    ``policy/entropy`` is estimated by -log p of the sampled tokens; ``policy/kl_old`` and ``sampler/kl`` by the
+    estimator e^x - 1 - x, which is never negative. Returns [sum, count] pairs.
+    """
+    mask = batch.mask & (batch.weight != 0 if batch.weight is not None else batch.mask)
+    now, sampler = outputs.logp.detach()[mask], batch.logp_sampler[mask]
+    old = batch.logp_old[mask] if batch.logp_old is not None else now
+    moved, gap = now - old, old - sampler
+    sums = {
+        "policy/entropy": _mean(-now),
+        "policy/ratio": _mean(moved.exp()),
+        "policy/kl_old": _mean(moved.expm1() - moved),
+        "sampler/difference": _mean(gap.abs()),
+        "sampler/kl": _mean(gap.expm1() - gap),
+    }
+    if batch.logp_ref is not None:
+        apart = batch.logp_ref[mask] - now
+        sums["policy/kl_ref"] = _mean(apart.expm1() - apart)
+    return sums
+
+
+def add_sums(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """[sum, count] pairs of several micro-batches, added up."""
+    return {name: torch.stack([each[name] for each in sums]).sum(0) for name in sums[0]} if sums else {}
+
+
+def reduce_means(sums: Mapping[str, Tensor], runtime: Runtime) -> dict[str, float]:
+    """[sum, count] pairs to means over all ranks, in one reduction; NaN where nothing was counted."""
+    if not sums:
+        return {}
+    totals = runtime.all_sum(torch.stack([pair.double().cpu() for pair in sums.values()]))
+    return {name: float(s / c) if c else float("nan") for name, (s, c) in zip(sums, totals, strict=True)}
+
+
+def peak_memory_mb() -> float:
+    """Most memory used so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return torch.stack([values.double().sum(), torch.tensor(values.numel(), device=values.device).double()])
+
+
+def _first_of_group(group: Tensor) -> Tensor:
+    """True at the first completion of each group."""
+    first = torch.zeros(len(group), dtype=torch.bool)
+    seen: set[int] = set()
+    for row, name in enumerate(group.tolist()):
+        first[row] = name not in seen
+        seen.add(name)
+    return first

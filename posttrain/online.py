@@ -1,0 +1,240 @@
+"""The online loop: rollout, verify, select, score, reward, advantage, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from posttrain.assembly import Online, build_engine, build_models, load_all_rows, open_folder, refuse_uneven_prompts
+from posttrain.batch import Batch
+from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
+from posttrain.collect import Collected, Source, collect, verifier_means
+from posttrain.display import Progress
+from posttrain.errors import VerifierError
+from posttrain.evaluate import evaluate
+from posttrain.learner import Learner, score, update
+from posttrain.metrics import peak_memory_mb, rollout_metrics
+from posttrain.model_card import write_model_card
+from posttrain.models import DTYPES, describe, load_tokenizer, save_model
+from posttrain.needs import find_needs
+from posttrain.parts.compose import credit, reward_batch
+from posttrain.recipe import Recipe
+from posttrain.run_folder import step_name, step_of
+from posttrain.runtime import Runtime
+from posttrain.stored_rollouts import write_rollouts
+from posttrain.tracking import Trackers, check_trackers
+from posttrain.verification import VerifierPool
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Runs a recipe to its last step.
+
+    What can be wrong with recipe, data and launch is found before a model is loaded.
+
+    Args:
+        recipe: from :func:`posttrain.load_recipe`, or built in Python.
+        resume: go on from the newest checkpoint in the run folder; the result is that of a run never stopped.
+
+    Returns:
+        The folder of the trained model, in the Hugging Face format.
+
+    Raises:
+        UserError: for what a person can mend.
+        VerifierError: if a verifier fails and is not told to be skipped; a checkpoint is saved first.
+        RuntimeError: if too many steps in a row are not finite; the batch lies in the run's ``dump`` folder.
+    """
+    check_trackers(recipe.run.trackers)
+    needs = find_needs(recipe)
+    tokenizer = load_tokenizer(recipe.policy)
+    rows, evaluation_rows = load_all_rows(recipe, tokenizer)
+    runtime = Runtime(dtype=recipe.policy.dtype)
+    refuse_uneven_prompts(recipe, runtime)
+    folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))
+    pool = VerifierPool(recipe.verify)
+    try:
+        policy, reference = build_models(recipe, needs, runtime)
+        source = Source(
+            engine=build_engine(recipe, rows, evaluation_rows),
+            verifiers=pool,
+            rollout=recipe.rollout,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+        run = Online(
+            recipe=recipe,
+            runtime=runtime,
+            folder=folder,
+            learner=Learner(recipe, runtime, policy, reference, needs),
+            tokenizer=tokenizer,
+            rows=rows,
+            sampler=recipe.prompts.call(size=len(rows), seed=recipe.seed),
+            source=source,
+            evaluation_rows=evaluation_rows,
+        )
+        if checkpoint is not None:
+            load_checkpoint(run, checkpoint)
+        try:
+            loop(run)
+            finish(run)
+        finally:
+            source.engine.close()
+    finally:
+        pool.close()
+        runtime.close()
+    return folder.model
+
+
+def loop(run: Online) -> None:
+    """Steps until the recipe has all of them, with what goes around a step: metrics, evaluation, checkpoints."""
+    recipe, runtime = run.recipe, run.runtime
+    run.source.engine.load(run.learner.policy.weights(), version=run.step)
+    with (
+        Trackers(
+            recipe.run.trackers,
+            run.folder.path,
+            recipe.run.project,
+            recipe.resolved,
+            start=run.step,
+            active=runtime.is_main,
+        ) as trackers,
+        Progress(recipe.steps, run.step, active=runtime.is_main) as progress,
+    ):
+        if runtime.is_main:
+            progress.note(introduction(run))
+        if run.evaluation_rows is not None and run.step == 0:
+            run.evaluations["before"] = measure(run)
+            trackers.log(0, run.evaluations["before"])
+            progress.update(0, run.evaluations["before"])
+        while run.step < recipe.steps:
+            metrics, batch, collected = guarded_step(run)
+            last = run.step == recipe.steps
+            if recipe.evaluate and (last or run.step % recipe.evaluate.every == 0):
+                run.evaluations["after"] = measure(run)
+                metrics |= run.evaluations["after"]
+            if recipe.run.rollouts_every and run.step % recipe.run.rollouts_every == 0:
+                store_rollouts(run, batch, collected)
+            trackers.log(run.step, metrics)
+            progress.update(run.step, metrics)
+            stop_if_broken(run, metrics, batch, collected)
+            if last or run.step % recipe.run.save_every == 0:
+                save_checkpoint(run, states(run))
+
+
+def guarded_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
+    """A step; if a verifier fails in it, the state before the step is saved and then the error goes on."""
+    before = states(run)
+    try:
+        return run_step(run)
+    except VerifierError:
+        latest = run.folder.latest_checkpoint()
+        if latest is None or step_of(latest) != run.step:
+            save_checkpoint(run, before)
+        raise
+
+
+def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
+    """One step of the loop: its metrics, the batch as the update saw it, and what was collected."""
+    recipe, runtime = run.recipe, run.runtime
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    collected = collect(recipe, runtime, run.source, run.rows, run.sampler, run.step)
+    with timed(seconds, "score"):
+        batch = score(run.learner, collected.batch)
+        batch = reward_batch(recipe, batch)
+        batch = batch.set(advantage=credit(recipe, batch))
+    with timed(seconds, "update"):
+        learned = update(run.learner, batch, run.step)
+    with timed(seconds, "load"):
+        run.source.engine.load(run.learner.policy.weights(), version=run.step + 1)
+    run.step += 1
+    run.bad_steps = run.bad_steps + 1 if learned["skipped"] else 0
+    metrics = rollout_metrics(batch, runtime) | learned | verifier_means(collected.values, runtime)
+    metrics |= {"prompts/drawn": float(collected.prompts_drawn), "prompts/rounds": float(collected.rounds)}
+    metrics |= failures(run)
+    tokens = float(runtime.all_sum(torch.tensor(collected.tokens)))
+    whole = time.perf_counter() - start
+    seconds |= collected.seconds
+    seconds |= {"other": whole - sum(seconds.values()), "step": whole}
+    metrics |= {f"time/{name}": value for name, value in seconds.items()}
+    metrics |= {"time/tokens_per_second": tokens / whole, "time/peak_memory_mb": peak_memory_mb()}
+    return metrics, batch, collected
+
+
+def failures(run: Online) -> dict[str, float]:
+    """Verifier calls that failed so far under ``on_error: skip``, on all ranks."""
+    counted = run.source.verifiers.failures
+    names = run.source.verifiers.names
+    totals = run.runtime.all_sum(torch.tensor([float(counted.get(name, 0)) for name in names])).tolist()
+    return {f"failures/{name}": total for name, total in zip(names, totals, strict=True) if total}
+
+
+def measure(run: Online) -> dict[str, float]:
+    """Scores of the policy as it is on the evaluation rows."""
+    assert run.recipe.evaluate is not None and run.evaluation_rows is not None
+    return evaluate(run.recipe.evaluate, run.runtime, run.source, run.evaluation_rows, seed=run.recipe.seed)
+
+
+def stop_if_broken(run: Online, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:
+    """Stops a run whose loss or gradients stay non-finite.
+
+    Raises:
+        RuntimeError: after the batch of the step was written to the dump folder.
+    """
+    if run.bad_steps <= run.recipe.run.max_bad_steps:
+        return
+    write_batch(run, run.folder.dump / f"{step_name(run.step)}-rank-{run.runtime.rank}.parquet", batch, collected)
+    raise RuntimeError(
+        f"the loss or a gradient was not finite in {run.bad_steps} steps in a row (loss {metrics['loss']}, gradient "
+        f"norm {metrics['grad_norm']}); weights are those of before. The last batch lies in {run.folder.dump}. A lower "
+        "optimizer.learning_rate, float32, or a look at the rewards in that batch are the first things to try."
+    )
+
+
+def store_rollouts(run: Online, batch: Batch, collected: Collected) -> None:
+    """The step's completions as a Parquet file, one file a rank."""
+    write_batch(run, run.folder.rollouts(run.step, run.runtime.rank), batch, collected)
+
+
+def write_batch(run: Online, path: Path, batch: Batch, collected: Collected) -> None:
+    """A batch with its prompts as text and each verifier's values."""
+    starts = batch.mask.int().argmax(-1).tolist()
+    prompts = [run.tokenizer.decode(row[:start].tolist()) for row, start in zip(batch.tokens, starts, strict=True)]
+    write_rollouts(path, batch, prompts, collected.values)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds spent inside to ``seconds[name]``."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def introduction(run: Online) -> str:
+    """What is about to run, in a few lines."""
+    recipe = run.recipe
+    size = f"{recipe.prompts_per_step} x {recipe.completions} completions a step"
+    processes = "1 process" if run.runtime.world == 1 else f"{run.runtime.world} processes"
+    return (
+        f"{recipe.name}: {describe(run.learner.policy)}, {processes} on {run.runtime.device.type}\n"
+        f"  {len(run.rows):,} prompts, {size}, {recipe.steps} steps\n"
+        f"  engine {type(run.source.engine).__name__}, run folder {run.folder.path}"
+    )
+
+
+def finish(run: Online) -> None:
+    """The trained model in the Hugging Face format, with its card."""
+    if run.runtime.is_main:
+        save_model(run.learner.policy, run.tokenizer, run.folder.model, DTYPES[run.recipe.policy.dtype])
+        write_model_card(
+            run.folder.model,
+            run.recipe,
+            before=run.evaluations.get("before"),
+            after=run.evaluations.get("after"),
+            steps=run.step,
+            engine=type(run.source.engine).__name__,
+        )
+    run.runtime.barrier()

@@ -1,1 +1,34 @@
-"""posttrain: post-training of language models on one engine."""
+"""posttrain: post-training of language models on one engine.
+
+``Batch``, ``Outputs``: what flows through a run. ``Recipe``, ``Part``, ``load_recipe``: what a run is made of.
+``train``: runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.batch import Batch, Outputs
+    from posttrain.loading import load_recipe
+    from posttrain.online import train
+    from posttrain.recipe import Part, Recipe
+
+__all__ = ["Batch", "Outputs", "Part", "Recipe", "load_recipe", "train"]
+
+_HOME = {
+    "Batch": "posttrain.batch",
+    "Outputs": "posttrain.batch",
+    "Part": "posttrain.recipe",
+    "Recipe": "posttrain.recipe",
+    "load_recipe": "posttrain.loading",
+    "train": "posttrain.online",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when asked for: the command line and worker processes start without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

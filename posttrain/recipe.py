@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from posttrain import options
+from posttrain.errors import RecipeError
+from posttrain.resolve import default_options, positional, resolve
+from posttrain.strictyaml import dotted
+from posttrain.validation import Problems
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Slot(NamedTuple):
+    """Where a part goes, and what it is called with."""
+
+    module: str  # where bare names are looked up
+    takes: tuple[str, ...] | None  # what the loop passes by position; None: whatever the part asks for first
+    settings: tuple[str, ...] = ()  # fields of Part that an entry may give beside the options
+
+
+SLOTS: Mapping[str, Slot] = {
+    "verify": Slot("posttrain.verifiers", None, ("weight", "time_limit", "on_error")),
+    "reward": Slot("posttrain.parts.rewards", ("batch",), ("weight",)),
+    "select": Slot("posttrain.parts.selection", ("batch",)),
+    "advantage": Slot("posttrain.parts.advantages", ("batch",)),
+    "shape": Slot("posttrain.parts.advantages", ("advantage", "batch")),
+    "keep": Slot("posttrain.parts.selection", ("batch",)),
+    "loss": Slot("posttrain.parts.losses", ("outputs", "batch"), ("coef", "weights")),
+    "weights": Slot("posttrain.parts.weighting", ("outputs", "batch")),  # of an entry of `loss`
+    "normaliser": Slot("posttrain.parts.normalisers", ("batch",)),
+    "rollout": Slot("posttrain.rollout", ("engine", "prompts", "n", "context")),
+    "prompts": Slot("posttrain.data", None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,30 +58,76 @@ class Part:
     weight: float = 1.0  # of a verifier or reward in the sum
     coef: float = 1.0  # of a loss term
     weights: tuple[Part, ...] = ()  # of a loss term: factors, detached
-    time_limit: float = 10.0  # of a verifier, seconds a completion
-    on_error: str = "stop"  # of a verifier: stop | skip
+    time_limit: Annotated[float, Field(gt=0)] = 10.0  # of a verifier, seconds a completion
+    on_error: Literal["stop", "skip"] = "stop"  # of a verifier
     spec: str = ""  # what other processes resolve again: file.py:name or package.module.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
+    @classmethod
+    def of(cls, target: Callable[..., Any], *, settings: Mapping[str, Any] | None = None, **options: Any) -> Part:
+        """The part that a function or class makes with these options: ``Part.of(clip, low=0.2, high=0.28)``.
 
-@dataclass(frozen=True, kw_only=True)
+        A class is instantiated, unless its constructor asks for more than options; a function has them bound.
+
+        Args:
+            settings: fields of the part itself, such as ``{"coef": 0.1}``.
+        """
+        if isinstance(target, type) and set(positional(target)) <= options.keys():
+            call = target(**options)
+        else:
+            call = functools.partial(target, **options)
+        name = getattr(target, "__name__", type(target).__name__)
+        importable = "<" not in getattr(target, "__qualname__", "<")  # not a lambda, not inside a function
+        spec = f"{target.__module__}.{name}" if importable and target.__module__ != "__main__" else ""
+        return cls(**{"call": call, "name": name, "options": options, "spec": spec, **(settings or {})})
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The function or class itself."""
+        if isinstance(self.call, functools.partial):
+            return self.call.func
+        return self.call if hasattr(self.call, "__name__") else type(self.call)
+
+    @property
+    def every_option(self) -> dict[str, Any]:
+        """The options, defaults included."""
+        return default_options(self.target) | dict(self.options)
+
+
+def _default(spec: str) -> Any:
+    return field(default_factory=lambda: Part.of(resolve(spec)))
+
+
+class RecipeConflict(RecipeError):
+    """Settings that are right one by one and wrong together."""
+
+    def __init__(self, conflicts: Problems) -> None:
+        self.conflicts = conflicts
+        super().__init__(f"{dotted(location)}: {message}" for location, message in conflicts)
+
+
+@checked_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Recipe:
-    """All of a run. Slots: see ``posttrain show`` for each slot's signature."""
+    """All of a run. Slots: see ``posttrain show`` for each slot's signature.
+
+    Raises:
+        RecipeConflict: when built from settings that do not go together.
+    """
 
     policy: options.Policy
     data: options.Data
-    verify: tuple[Part, ...]
-    loss: tuple[Part, ...]
-    advantage: Part
-    normaliser: Part
-    rollout: Part
-    prompts: Part
-    reward: tuple[Part, ...] = ()
-    select: tuple[Part, ...] = ()
-    shape: tuple[Part, ...] = ()
-    keep: tuple[Part, ...] = ()
+    verify: tuple[InstanceOf[Part], ...] = ()
+    loss: tuple[InstanceOf[Part], ...]
+    advantage: InstanceOf[Part]
+    normaliser: InstanceOf[Part] = _default("posttrain.parts.normalisers.token_mean")
+    rollout: InstanceOf[Part] = _default("posttrain.rollout.single_turn")
+    prompts: InstanceOf[Part] = _default("posttrain.data.uniform")
+    reward: tuple[InstanceOf[Part], ...] = ()
+    select: tuple[InstanceOf[Part], ...] = ()
+    shape: tuple[InstanceOf[Part], ...] = ()
+    keep: tuple[InstanceOf[Part], ...] = ()
     reference: options.Reference = field(default_factory=options.Reference)
     sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
     engine: options.EngineOptions = field(default_factory=options.EngineOptions)
@@ -55,15 +135,109 @@ class Recipe:
     evaluate: options.Evaluation | None = None
     run: options.Run = field(default_factory=options.Run)
 
-    steps: int = 100
-    prompts_per_step: int = 32  # over all processes
-    completions: int = 8  # a prompt
-    epochs: int = 1  # passes over a batch
-    minibatches: int = 1  # optimiser steps a pass
-    micro_batch_tokens: int = 16384  # padded tokens in one forward pass
-    max_refills: int = 10  # rounds of generation in which `select` may find enough prompts
-    seed: int = 0
+    steps: PositiveInt = 100
+    prompts_per_step: PositiveInt = 32  # over all processes
+    completions: PositiveInt = 8  # a prompt
+    epochs: PositiveInt = 1  # passes over a batch
+    minibatches: PositiveInt = 1  # optimiser steps a pass
+    micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
+    max_refills: PositiveInt = 10  # rounds of generation in which `select` may find enough prompts
+    seed: Annotated[int, Field(ge=0)] = 0
 
     name: str = "recipe"
-    path: Path | None = None
-    resolved: Mapping[str, Any] = field(default_factory=dict)  # plain data of the whole recipe, as saved with the run
+    path: Path | None = None  # of the YAML file, if it came from one
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_conflicts(self)):
+            raise RecipeConflict(conflicts)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Plain data of the whole recipe, defaults included, as saved with the run; loads as a recipe again."""
+        plain: dict[str, Any] = {}
+        for name in SETTINGS_AND_SLOTS:
+            value = getattr(self, name)
+            if isinstance(value, Part):
+                plain[name] = _plain_part(value, name)
+            elif name in SLOTS:
+                plain[name] = [_plain_part(part, name) for part in value]
+            else:
+                plain[name] = TypeAdapter(Any).dump_python(value, mode="json")
+        return {name: value for name, value in plain.items() if value is not None}
+
+
+SETTINGS_AND_SLOTS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "path"))
+"""What a YAML recipe may hold at the top."""
+
+
+def _plain_part(part: Part, slot: str) -> dict[str, Any]:
+    place = SLOTS[slot]
+    known_here = part.spec == f"{place.module}.{part.name}"
+    # A verifier's parameters without a given option are columns of the data set, whatever their defaults.
+    chosen = part.options if slot == "verify" else part.every_option
+    plain: dict[str, Any] = {"use": part.name if known_here or not part.spec else part.spec}
+    plain |= TypeAdapter(Any).dump_python(dict(chosen), mode="json", fallback=repr)
+    for name in place.settings:
+        value = getattr(part, name)
+        plain[name] = [_plain_part(weight, name) for weight in value] if name == "weights" else value
+    return plain
+
+
+def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    yield from _sampling_conflicts(recipe)
+    yield from _group_conflicts(recipe)
+    rows = recipe.prompts_per_step * recipe.completions
+    if recipe.minibatches > rows:
+        yield ("minibatches",), f"{recipe.minibatches} optimiser steps a pass, but a step has {rows} completions"
+    if not recipe.loss:
+        yield ("loss",), "is empty: there is nothing to minimise"
+    if not recipe.verify and not recipe.reward:
+        yield ("verify",), "is empty and so is `reward`: nothing says which completions are good"
+
+
+def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    full = options.SamplingOptions()
+    for name in ("top_p", "top_k", "min_p"):
+        value, neutral = getattr(recipe.sampling, name), getattr(full, name)
+        if value != neutral:
+            yield (
+                ("sampling", name),
+                f"{value} cuts the distribution that is sampled from, and the trainer's full softmax is then not the "
+                f"distribution the tokens came from: the policy gradient is biased. Leave it at {neutral} for "
+                f"training; `evaluate.sampling.{name}` may cut",
+            )
+    if recipe.sampling.temperature == 0:
+        yield (
+            ("sampling", "temperature"),
+            "0 decodes greedily: all completions of a prompt are equal and nothing can be learned from them; "
+            "use 1.0, or `evaluate.sampling.temperature: 0` for evaluation",
+        )
+    length = recipe.engine.max_model_len
+    if length is not None and length <= recipe.sampling.max_tokens:
+        yield (
+            ("engine", "max_model_len"),
+            f"{length} tokens for prompt and completion leave no room for `sampling.max_tokens: "
+            f"{recipe.sampling.max_tokens}`",
+        )
+    if recipe.evaluate and recipe.evaluate.n > 1 and recipe.evaluate.sampling.temperature == 0:
+        yield (
+            ("evaluate", "n"),
+            f"{recipe.evaluate.n} completions a prompt at temperature 0 are all equal; set "
+            "`evaluate.sampling.temperature`, or `n: 1`",
+        )
+
+
+def _group_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if recipe.completions > 1:
+        return
+    reason = "compares the completions of a prompt with each other, and `completions: 1` leaves nothing to compare"
+    for slot, parts in (("advantage", (recipe.advantage,)), ("shape", recipe.shape)):
+        for i, part in enumerate(parts):
+            at = (slot,) if slot == "advantage" else (slot, i)
+            for name in ("center", "scale"):
+                value = part.every_option.get(name)
+                if value in ("group", "leave_one_out"):
+                    yield (*at, name), f"{value!r} {reason}; every advantage would be 0"
+    for i, part in enumerate(recipe.select):
+        if part.spec == "posttrain.parts.selection.mixed_groups":
+            yield ("select", i), f"{part.name} {reason}; it would never keep a prompt"

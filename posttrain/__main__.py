@@ -1,0 +1,8 @@
+"""``python -m posttrain recipe.yaml`` is ``posttrain train recipe.yaml``."""
+
+import sys
+
+from posttrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The command line: ``posttrain train | show RECIPE [--key.path=value]...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from posttrain.errors import UserError
+
+SUFFIXES = (".yaml", ".yml")
+EPILOG = """\
+Settings of the recipe are overridden by --key.path=value, with the value in YAML:
+
+  posttrain train recipes/grpo.yaml --steps=20 --loss.0.high=0.28 --run.trackers='[wandb]'
+
+`posttrain RECIPE` and `python -m posttrain RECIPE` are `posttrain train RECIPE`. On several processes:
+`accelerate launch --config_file recipes/hardware/multi_gpu.yaml recipes/grpo.yaml`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit code: 2 for a mistake in what the user wrote, which is told without traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0].lower().endswith(SUFFIXES):
+        arguments.insert(0, "train")
+    overrides = [argument for argument in arguments if argument.startswith("--") and "=" in argument]
+    # The others go to argparse alone: it would take an override with a space in it for a file.
+    options, unknown = _parser().parse_known_args([argument for argument in arguments if argument not in overrides])
+    try:
+        if unknown:
+            raise UserError(f"command line: {' '.join(unknown)}: an override looks like --section.key=value")
+        return _COMMANDS[options.command](options, overrides)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("posttrain", description="Post-training of language models.", **common)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run a recipe", **common)
+    train.add_argument("recipe", type=Path, help="YAML file")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+    show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
+    show.add_argument("recipe", type=Path, help="YAML file")
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from posttrain.loading import load_recipe
+
+    recipe = load_recipe(options.recipe, overrides)
+    from posttrain.online import train  # after loading: mistakes in a recipe show at once
+
+    train(recipe, resume=options.resume)
+    return 0
+
+
+def _show(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from posttrain.loading import load_recipe
+    from posttrain.show import show
+
+    show(load_recipe(options.recipe, overrides))
+    return 0
+
+
+_COMMANDS = {"train": _train, "show": _show}

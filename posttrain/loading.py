@@ -1,0 +1,295 @@
+"""YAML -> :class:`Recipe`: the file, its base, the overrides; every problem at once, each with its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RecipeError
+from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe, RecipeConflict, Slot
+from posttrain.resolve import check_options, find_file, parameters, positional, resolve, specify
+from posttrain.strictyaml import Document, Location, dotted, merge, override, read, suggestion
+from posttrain.validation import Problems, dataclass_in, validate
+
+LISTS = ("verify", "reward", "select", "shape", "keep", "loss")
+"""Slots that hold several parts; one alone may be written without the brackets."""
+PATHS: tuple[Location, ...] = (
+    ("data", "path"),
+    ("evaluate", "data", "path"),
+    ("policy", "model"),
+    ("reference", "model"),
+)
+"""Local paths, where they exist: relative to the recipe's folder, or else to the working directory."""
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".yaml", ".yml")
+BATCH_VERIFIER = ("prompts", "completions", "completion_ids", "trainer_state")
+"""What a reward function of TRL's signature is given beside columns."""
+ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "max_steps": "steps",
+    "num_generations": "completions",
+    "n": "completions",
+    "group_size": "completions",
+    "batch_size": "prompts_per_step",
+    "train_batch_size": "prompts_per_step",
+    "num_iterations": "epochs",
+    "ppo_epochs": "epochs",
+    "max_new_tokens": "sampling.max_tokens",
+    "max_completion_length": "sampling.max_tokens",
+    "max_response_length": "sampling.max_tokens",
+    "model_name_or_path": "policy.model",
+    "model_name": "policy.model",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "output_dir": "run.folder",
+    "save_steps": "run.save_every",
+    "report_to": "run.trackers",
+    "use_vllm": "engine.use",
+    "reward_funcs": "verify",
+}
+"""What other toolkits call our settings."""
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``--key.path=value`` overrides.
+
+    Raises:
+        RecipeError: one line for each problem in file, base and overrides, with its place and a suggestion.
+    """
+    path = Path(path)
+    document = read_with_base(path)
+    document = _with_lists(override(_with_lists(document), overrides))
+    return _Reader(document, path).recipe()
+
+
+def read_with_base(path: Path) -> Document:
+    """The file over its ``base:``, which may not have a base of its own.
+
+    A mapping that names its own ``use`` replaces the base's part instead of mixing options of two parts.
+    """
+    top = read(path)
+    name = top.data.pop("base", None)
+    if name is None:
+        return top
+    if not isinstance(name, str):
+        raise RecipeError(top.problem(("base",), "should be the path of a recipe, relative to this one"))
+    try:
+        base = read(path.parent / name)
+    except RecipeError as error:
+        raise RecipeError(top.problem(("base",), "cannot be read"), *error.problems) from None
+    if "base" in base.data:
+        raise RecipeError(base.problem(("base",), f"{path.name} is based on this file: a base may not have a base"))
+    return merge(base, top, lambda location, mapping: location[:1] in _SLOT_PLACES and "use" in mapping)
+
+
+_SLOT_PLACES = {(slot,) for slot in SLOTS}
+
+
+def _with_lists(document: Document) -> Document:
+    """One part alone in a slot of several, as a list of one."""
+    lone = {name for name in LISTS if isinstance(document.data.get(name), dict)}
+    data = {name: [value] if name in lone else value for name, value in document.data.items()}
+    places = {(at[0], 0, *at[1:]) if at and at[0] in lone else at: place for at, place in document.places.items()}
+    return Document(data, places | {(name,): document.place((name,)) for name in lone})
+
+
+class _Reader:
+    """Checks a document piece by piece, collecting problems."""
+
+    def __init__(self, document: Document, path: Path) -> None:
+        self.document = document
+        self.path = path
+        self.problems: Problems = []
+
+    def recipe(self) -> Recipe:
+        fields: dict[str, Any] = {}
+        hints = typing.get_type_hints(Recipe, include_extras=True)
+        self._check_top()
+        for name, value in self.document.data.items():
+            if name not in SETTINGS_AND_SLOTS:
+                self.problems.append(((name,), f"unknown key; {_hint_for(())(name, SETTINGS_AND_SLOTS)}"))
+            elif name in LISTS:
+                fields[name] = self.parts((name,), value)
+            elif name in SLOTS:
+                fields[name] = self.part((name,), value)
+            else:
+                fields[name] = self.settings(name, hints[name], value)
+        self._raise_if_any()
+        try:
+            return Recipe(**fields, name=self.path.stem, path=self.path.resolve())
+        except RecipeConflict as error:
+            self.problems.extend(error.conflicts)
+        self._raise_if_any()
+        raise AssertionError("unreachable: conflicts are problems")
+
+    def _check_top(self) -> None:
+        required = [f.name for f in dataclasses.fields(Recipe) if _has_no_default(f)]
+        for name in required:
+            if name not in self.document.data:
+                self.problems.append((("",), f"the section {name!r} is missing"))
+
+    def _raise_if_any(self) -> None:
+        if not self.problems:
+            return
+        lines = [
+            self.document.problem((), message) if location == ("",) else self.document.problem(location, message)
+            for location, message in self.problems
+        ]
+        raise RecipeError(sorted(dict.fromkeys(lines), key=_by_line))
+
+    def settings(self, name: str, annotation: Any, value: Any) -> Any:
+        """A section or a number at the top."""
+        value = {} if value is None and dataclass_in(annotation) and name != "evaluate" else value
+        checked, problems = validate(annotation, self._local_paths((name,), value), _hint_for((name,)))
+        self.problems.extend(((name, *location), message) for location, message in problems)
+        return checked
+
+    def _local_paths(self, location: Location, value: Any) -> Any:
+        if location in PATHS and isinstance(value, str):
+            return self._local_path(location, value)
+        if isinstance(value, dict):
+            return {key: self._local_paths((*location, key), child) for key, child in value.items()}
+        return value
+
+    def _local_path(self, location: Location, value: str) -> str:
+        if ".py:" in value:
+            return self._attempt(location, lambda: _absolute_function(value, self.folders(location))) or value
+        path = Path(value).expanduser()
+        found = next((folder / path for folder in self.folders(location) if (folder / path).exists()), None)
+        if found is not None:
+            return str(found.resolve())
+        if value.startswith(("/", "./", "../", "~")) or value.lower().endswith(FILE_SUFFIXES):
+            near = [other.name for f in self.folders(location) for other in (f / path).parent.glob("*")]
+            guess = suggestion(path.name, near)
+            hint = f"; {guess}" if guess.startswith("did") else ""
+            self.problems.append((location, f"no such file or folder: {value!r}{hint}"))
+        return value
+
+    def folders(self, location: Location) -> list[Path]:
+        """Where a relative path is looked for: what the command line names, first in the working directory."""
+        order = [self.path.parent, Path.cwd()]
+        return order[::-1] if self.document.place(location).startswith("command line") else order
+
+    def parts(self, location: Location, entries: Any) -> tuple[Part, ...]:
+        if entries is None:
+            return ()
+        if not isinstance(entries, list):
+            message = f"should be a list of parts, such as [{{use: name}}] (got {entries!r})"
+            self.problems.append((location, message))
+            return ()
+        found = [self.part((*location, i), entry) for i, entry in enumerate(entries)]
+        return tuple(part for part in found if part is not None)
+
+    def part(self, location: Location, entry: Any) -> Part | None:
+        """The part of one entry ``{use: name, <options>, <settings of the slot>}``."""
+        slot_name = next(str(step) for step in reversed(location) if step in SLOTS)
+        slot = SLOTS[slot_name]
+        if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
+            got = "`use` is missing" if isinstance(entry, dict) and "use" not in entry else f"got {entry!r}"
+            self.problems.append((location, f"a part is written as {{use: name, option: value}} ({got})"))
+            return None
+        folders = self.folders((*location, "use"))
+        spec = self._attempt((*location, "use"), lambda: specify(entry["use"], slot.module, folders))
+        target = self._attempt((*location, "use"), lambda: resolve(spec)) if spec else None
+        settings = self._part_settings(location, slot, entry)
+        if target is None or not self._fits(location, slot_name, target):
+            return None
+        given = {name: value for name, value in entry.items() if name != "use" and name not in slot.settings}
+        checked, problems = check_options(target, given, _passed(slot, target), complete=slot_name != "verify")
+        self.problems.extend(((*location, *at), message) for at, message in problems)
+        if problems:
+            return None
+        return Part.of(target, settings={"name": entry["use"], "spec": spec, **settings}, **checked)
+
+    def _part_settings(self, location: Location, slot: Slot, entry: Mapping[str, Any]) -> dict[str, Any]:
+        hints = typing.get_type_hints(Part, include_extras=True)
+        settings: dict[str, Any] = {}
+        for name in slot.settings:
+            if name in entry and name == "weights":
+                weights = [entry[name]] if isinstance(entry[name], dict) else entry[name]
+                settings[name] = self.parts((*location, name), weights)
+            elif name in entry:
+                settings[name], problems = validate(hints[name], entry[name])
+                self.problems.extend(((*location, name, *at), message) for at, message in problems)
+        return settings
+
+    def _fits(self, location: Location, slot_name: str, target: Any) -> bool:
+        """Whether the part can be called with what its slot passes."""
+        takes = SLOTS[slot_name].takes
+        call = functools.partial(target.__call__, None) if isinstance(target, type) else target
+        asks = [name for name in positional(call)]
+        if takes is None or len(asks) == len(takes):
+            return True
+        fitting = [name for name, slot in SLOTS.items() if slot.takes == tuple(asks)]
+        hint = f"; it fits {' or '.join(f'`{name}`' for name in fitting)}" if fitting else ""
+        self.problems.append(
+            (
+                (*location, "use"),
+                f"takes ({', '.join(asks)}), but `{slot_name}` passes ({', '.join(takes)}){hint}. "
+                "Hyper-parameters are keyword-only or have a default",
+            )
+        )
+        return False
+
+    def _attempt(self, location: Location, action: Any) -> Any:
+        try:
+            return action()
+        except RecipeError as error:
+            self.problems.extend((location, problem) for problem in error.problems)
+            return None
+
+
+def _passed(slot: Slot, target: Any) -> list[str]:
+    """Parameters that are filled by the loop, not by options."""
+    if isinstance(target, type) and slot.takes is not None:
+        return []
+    if slot.module == SLOTS["verify"].module:
+        return [*list(parameters(target))[:1], *BATCH_VERIFIER]
+    return positional(target)
+
+
+def _absolute_function(value: str, folders: Iterable[Path]) -> str:
+    file, _, name = value.rpartition(":")
+    return f"{find_file(file, folders)}:{name}"
+
+
+def _hint_for(location: Location) -> Any:
+    """Suggestions for an unknown key: a near miss, the name in other toolkits, or where such a key does exist."""
+
+    def hint(name: str, known: Iterable[str]) -> str:
+        known = list(known)
+        guess = suggestion(name, known)
+        if guess.startswith("did"):
+            return guess
+        if other := ELSEWHERE.get(name):
+            section, _, key = other.rpartition(".")
+            return f"did you mean {key!r}?" if (section,) == location else f"it is {other!r} here"
+        if other := next((dotted(at) for at in _all_settings() if at[-1] == name and len(at) > 1), None):
+            return f"there is {other!r}"
+        return guess
+
+    return hint
+
+
+@functools.cache
+def _all_settings() -> tuple[Location, ...]:
+    def inside(cls: Any, location: Location) -> Iterable[Location]:
+        for name, annotation in typing.get_type_hints(cls).items():
+            yield (*location, name)
+            if (nested := dataclass_in(annotation)) is not None and nested is not Part:
+                yield from inside(nested, (*location, name))
+
+    return tuple(inside(Recipe, ()))
+
+
+def _has_no_default(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _by_line(problem: str) -> tuple[str, int, int]:
+    file, _, rest = problem.partition(":")
+    numbers = [int(number) for number in rest.split(":")[:2] if number.isdecimal()]
+    return (file, *numbers, *(0,) * (2 - len(numbers)))[:3]  # type: ignore[return-value]

@@ -1,0 +1,194 @@
+"""From ``use: name`` to a callable, and its keyword parameters against the options of the recipe.
+
+A name is a bare one, looked up in the slot's module; ``my_file.py:name``; or ``package.module.name``. There is no
+registry, so the same text finds the same callable in every process. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from posttrain.errors import RecipeError
+from posttrain.strictyaml import suggestion
+from posttrain.validation import Problems, validate
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def resolve(spec: str) -> Any:
+    """The callable that ``/path/to/file.py:name`` or ``package.module.name`` stands for.
+
+    Raises:
+        RecipeError: if the file or module cannot be imported, or has no such name.
+    """
+    file, colon, name = spec.rpartition(":")
+    if colon:
+        module = import_file(Path(file))
+        return _member(module, name, Path(file).name)
+    module_name, _, name = spec.rpartition(".")
+    return _member(_import_module(module_name, spec), name, module_name)
+
+
+def specify(name: str, module: str, folders: Iterable[Path]) -> str:
+    """What :func:`resolve` takes, for a name as a recipe writes it.
+
+    Args:
+        module: where bare names are looked up.
+        folders: where files are looked for, in this order.
+
+    Raises:
+        RecipeError: if there is no such file or bare name.
+    """
+    if re.fullmatch(r"\w+", name):
+        names = public_callables(importlib.import_module(module))
+        if name not in names:
+            own = f"; a function of your own is named as in `use: my_file.py:{name}`"
+            raise RecipeError(f"{module} has no {name!r}; {suggestion(name, names)}{own}")
+        return f"{module}.{name}"
+    file, colon, attribute = name.rpartition(":")
+    if colon:
+        return f"{find_file(file, folders)}:{attribute}"
+    if "/" in name or name.endswith(".py"):
+        raise RecipeError(f"{name!r} names a file but no function in it; write it as in `use: my_file.py:my_function`")
+    return name
+
+
+def find_file(file: str, folders: Iterable[Path]) -> Path:
+    """The absolute path of a file that is named relative to one of the folders.
+
+    Raises:
+        RecipeError: if it is in none of them.
+    """
+    candidates = [folder / Path(file).expanduser() for folder in folders]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        near = {other.name for path in candidates if path.parent.is_dir() for other in path.parent.glob("*.py")}
+        looked = ", ".join(dict.fromkeys(str(path.parent.resolve()) for path in candidates))
+        guess = suggestion(Path(file).name, near)
+        raise RecipeError(f"no file {file!r} (looked in {looked})" + (f"; {guess}" if guess.startswith("did") else ""))
+    return found.resolve()
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module in a file, imported once a process.
+
+    Its folder goes to the end of ``sys.path``, so that it may import its neighbours and shadows nothing by that.
+
+    Raises:
+        RecipeError: if it does not import, with the line that failed.
+    """
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise RecipeError(_import_failure(str(path), error)) from error
+    return module
+
+
+def _import_module(module: str, spec: str) -> ModuleType:
+    if not module:
+        raise RecipeError(f"{spec!r} is not a name")
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):  # the module itself, not one that it imports
+            raise RecipeError(f"no module {error.name!r} in this Python; is it installed?") from None
+        raise RecipeError(_import_failure(module, error)) from error
+    except (Exception, SystemExit) as error:
+        raise RecipeError(_import_failure(module, error)) from error
+
+
+def _import_failure(name: str, error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"cannot import {name}: {error.filename}:{error.lineno}: SyntaxError: {error.msg}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"cannot import {name}: {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+
+
+def _member(module: ModuleType, name: str, shown: str) -> Any:
+    member = getattr(module, name, None)
+    if callable(member):
+        return member
+    what = f"has no {name!r}" if member is None else f"has a {name!r}, but it cannot be called"
+    raise RecipeError(f"{shown} {what}; {suggestion(name, public_callables(module))}")
+
+
+def public_callables(module: ModuleType) -> list[str]:
+    """Functions and classes that a module offers: those in ``__all__``, or its own without a leading underscore."""
+    names = getattr(module, "__all__", None)
+    if names is None:
+        own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        names = [name for name, value in own.items() if getattr(value, "__module__", None) == module.__name__]
+    return [name for name in names if callable(getattr(module, name, None))]
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters by name; of a class, those of its constructor."""
+    return dict(inspect.signature(target).parameters)
+
+
+def positional(target: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that can be given by position only or have no default: what a slot passes in."""
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in parameters(target).items() if p.kind in by_position and p.default is p.empty]
+
+
+def default_options(target: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword parameters that have a default, with it."""
+    return {name: p.default for name, p in parameters(target).items() if p.default is not p.empty}
+
+
+def check_options(
+    target: Callable[..., Any], options: Mapping[str, Any], passed: Iterable[str], *, complete: bool = True
+) -> tuple[dict[str, Any], Problems]:
+    """Options as the types of the parameters' annotations, and what is wrong: unknown, missing, of a wrong type.
+
+    Args:
+        passed: parameters that the slot fills by itself; they are no options.
+        complete: whether every parameter without a default must be given. Not so for verifiers, whose parameters are
+            also columns of the data set.
+    """
+    known = {name: p for name, p in parameters(target).items() if name not in set(passed)}
+    open_ended = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in known.values())
+    known = {name: p for name, p in known.items() if p.kind not in _VARIADIC}
+    hints = _annotations(target)
+    checked: dict[str, Any] = {}
+    problems: Problems = []
+    for name, value in options.items():
+        if name not in known and not open_ended:
+            problems.append(((name,), f"unknown option; {suggestion(name, known)}"))
+            continue
+        checked[name], wrong = validate(hints.get(name, Any), value)
+        problems.extend(((name, *at), message) for at, message in wrong)
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in options]
+    problems.extend(((), f"option {name!r} is missing and has no default") for name in missing if complete)
+    return checked, problems
+
+
+def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """Evaluated annotations; none where one of them names what does not exist at run time."""
+    try:
+        return typing.get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}

@@ -1,0 +1,282 @@
+"""Strict YAML: YAML 1.2 scalars, no duplicate keys, a place for every key, dotted overrides, suggestions.
+
+PyYAML reads YAML 1.1, where ``1e-5`` is a string, ``010`` is eight and ``on`` is true; here scalars follow the core
+schema of YAML 1.2. A :class:`Document` keeps the place (``file:line:column``) each key came from, through merging and
+overriding, so that whoever checks the data can say where a problem is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain.errors import RecipeError
+
+Location = tuple[str | int, ...]
+"""Keys and list indices that lead to a value, from the top."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data (dicts, lists, scalars) and the place of every key and list item in it."""
+
+    data: dict[str, Any]
+    places: dict[Location, str] = field(default_factory=dict)
+
+    def place(self, location: Location) -> str:
+        """``file:line:column`` of the innermost key on the way to ``location`` that was written down."""
+        while location and location not in self.places:
+            location = location[:-1]
+        return self.places.get(location, "recipe")
+
+    def problem(self, location: Location, message: str) -> str:
+        """One line: place, dotted key, what is wrong."""
+        return f"{self.place(location)}: {dotted(location)}: {message}" if location else f"{self.place(())}: {message}"
+
+
+def dotted(location: Location) -> str:
+    """``("loss", 0, "low")`` as ``loss.0.low``, which is how an override names it."""
+    return ".".join(map(str, location))
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` for a near miss, otherwise the names there are."""
+    known = sorted(set(known))
+    lowered = {candidate.lower(): candidate for candidate in known}
+    if match := difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.6):
+        return f"did you mean {lowered[match[0]]!r}?"
+    return f"known: {', '.join(known)}" if known else "there are none"
+
+
+class _CoreSchema(yaml.SafeLoader):
+    """PyYAML's parser with the implicit types of the YAML 1.2 core schema."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+def _float(text: str) -> float:
+    if text.lower().endswith((".inf", ".nan")):
+        return math.nan if text.lower() == ".nan" else math.copysign(math.inf, -1.0 if text[0] == "-" else 1.0)
+    return float(text)
+
+
+def _int(text: str) -> int:
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    # tag: regular expression, first characters, constructor
+    "null": (r"null|Null|NULL|~|", "nN~", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789", _int),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+        _float,
+    ),
+}
+_TAG = "tag:yaml.org,2002:"
+for _name, (_pattern, _first, _) in _SCALARS.items():
+    _CoreSchema.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+_CONSTRUCTORS: dict[str, Callable[[str], Any]] = {_TAG + name: make for name, (_, _, make) in _SCALARS.items()}
+_CONSTRUCTORS[_TAG + "str"] = str
+
+
+@dataclass
+class _Builder:
+    """Turns parsed nodes into data, noting places and problems on the way."""
+
+    file: str
+    places: dict[Location, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    open_nodes: set[int] = field(default_factory=set)
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+
+    def build(self, node: yaml.Node, location: Location) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        if id(node) in self.open_nodes:
+            self.problems.append(f"{self.place(node)}: an alias contains itself")
+            return None
+        self.open_nodes.add(id(node))
+        data = self.mapping(node, location) if isinstance(node, yaml.MappingNode) else self.sequence(node, location)
+        self.open_nodes.remove(id(node))
+        return data
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        make = _CONSTRUCTORS.get(node.tag)
+        if make is None:
+            self.problems.append(f"{self.place(node)}: the tag {node.tag!r} has no meaning here")
+            return None
+        try:
+            return make(node.value)
+        except ValueError:  # an explicit tag on text of another type
+            self.problems.append(f"{self.place(node)}: {node.value!r} is not of type {node.tag.removeprefix(_TAG)}")
+            return None
+
+    def sequence(self, node: yaml.Node, location: Location) -> list[Any]:
+        for index, item in enumerate(node.value):
+            self.places[(*location, index)] = self.place(item)
+        return [self.build(item, (*location, index)) for index, item in enumerate(node.value)]
+
+    def mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.build(key_node, ()) if isinstance(key_node, yaml.ScalarNode) else None
+            here = (*location, key if isinstance(key, str) else str(key_node.value))
+            if not isinstance(key, str):
+                self.problems.append(f"{self.place(key_node)}: {dotted(here)}: a key is text; put it in quotes")
+            elif key in data:
+                first = self.places[here]
+                self.problems.append(f"{self.place(key_node)}: {dotted(here)}: key given twice (first at {first})")
+            else:
+                self.places[here] = self.place(key_node)
+                data[key] = self.build(value_node, here)
+        return data
+
+
+def read(path: Path) -> Document:
+    """The mapping in a YAML file.
+
+    Raises:
+        RecipeError: no such file, not YAML, duplicate keys, keys that are not text: all of them at once.
+    """
+    return parse(_text(path), str(path))
+
+
+def parse(text: str, file: str) -> Document:
+    """The mapping in a YAML text; ``file`` names it in messages. Raises like :func:`read`."""
+    builder = _Builder(file)
+    node = _compose(text, file)
+    data = {} if node is None else builder.build(node, ())
+    if not builder.problems and data is not None and not isinstance(data, dict):
+        builder.problems.append(f"{file}:1:1: a recipe is a mapping of keys to values, not a {_kind(data)}")
+    if builder.problems:
+        raise RecipeError(builder.problems)
+    builder.places[()] = f"{file}:1:1"
+    return Document(data or {}, builder.places)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = f"; {suggestion(path.name, near)}" if near else ""
+        raise RecipeError(f"{path}: no such file{hint}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder; name a recipe in it") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not text in UTF-8 (byte {error.start})") from None
+
+
+def _compose(text: str, file: str) -> yaml.Node | None:
+    try:
+        return _CoreSchema(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        context = f" {error.context}" if error.context else ""
+        raise RecipeError(f"{place}: not valid YAML: {error.problem}{context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, int(error.position)) + 1
+        raise RecipeError(f"{file}:{line}: not valid YAML: {error.reason} (U+{ord(error.character):04X})") from None
+
+
+def _kind(data: Any) -> str:
+    names = {dict: "mapping", list: "list", str: "text", int: "number", float: "number", bool: "truth value"}
+    return names.get(type(data), "null")
+
+
+def merge(base: Document, top: Document, replaces: Callable[[Location, Mapping[str, Any]], bool]) -> Document:
+    """``top`` over ``base``: mappings are merged key by key, everything else is replaced.
+
+    ``replaces(location, mapping)`` says of a mapping of ``top`` that it replaces the base's as a whole.
+    """
+
+    def join(location: Location, under: Any, over: Any) -> Any:
+        if not (isinstance(under, dict) and isinstance(over, dict)) or replaces(location, over):
+            return over
+        return under | {key: join((*location, key), under.get(key), value) for key, value in over.items()}
+
+    data = join((), base.data, top.data)
+    places = {at: place for at, place in (base.places | top.places).items() if _exists(data, at)}
+    return Document(data, places)
+
+
+def _exists(data: Any, location: Location) -> bool:
+    for step in location:
+        if isinstance(data, dict) and step in data or isinstance(data, list) and step in range(len(data)):
+            data = data[step]
+        else:
+            return False
+    return True
+
+
+def override(document: Document, arguments: Iterable[str]) -> Document:
+    """The document after ``--key.path=value`` arguments, values parsed as YAML; ``--loss.0.low=0.1`` enters a list.
+
+    Raises:
+        RecipeError: for everything that is wrong with the arguments themselves. Whether a key is known is for the
+            reader of the document to say; its place is then the command line.
+    """
+    problems: list[str] = []
+    for argument in arguments:
+        try:
+            document = _override(document, argument)
+        except RecipeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise RecipeError(problems)
+    return document
+
+
+def _override(document: Document, argument: str) -> Document:
+    place = f"command line: {argument}"
+    key, equals, text = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or not equals or not all(key.split(".")):
+        raise RecipeError(f"{place}: an override looks like --section.key=value")
+    builder = _Builder(place)
+    node = _compose(text, place)
+    value = None if node is None else builder.build(node, ())
+    if builder.problems:
+        raise RecipeError(builder.problems)
+    places = dict(document.places)
+    location: Location = ()
+
+    def put(under: Any, steps: list[str]) -> Any:
+        nonlocal location
+        if not steps:
+            return value
+        step = _step(under, steps[0], location, place)
+        location = (*location, step)
+        places.setdefault(location, place)
+        if isinstance(under, list):
+            return [put(item, steps[1:]) if i == step else item for i, item in enumerate(under)]
+        return {**(under or {}), step: put((under or {}).get(step), steps[1:])}
+
+    data = put(document.data, key.split("."))
+    outside = {at: before for at, before in places.items() if at[: len(location)] != location}
+    return Document(data, outside | {location: place})
+
+
+def _step(under: Any, name: str, location: Location, place: str) -> str | int:
+    if isinstance(under, list):
+        if not name.isdecimal() or int(name) >= len(under):
+            raise RecipeError(
+                f"{place}: {dotted(location)} is a list of {len(under)}; "
+                f"name an item by its index, as in --{dotted((*location, 0))}=..."
+            )
+        return int(name)
+    if under is not None and not isinstance(under, dict):
+        raise RecipeError(f"{place}: {dotted(location)} is {under!r}, which has no key {name!r}")
+    return name

@@ -1,0 +1,88 @@
+"""Plain data against type annotations, strictly, with every problem at its place in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import PydanticUndefinedAnnotation, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from posttrain.strictyaml import Location, suggestion
+
+Problems = list[tuple[Location, str]]
+Hint = Callable[[str, Iterable[str]], str]
+"""What to say of an unknown name, given the names that are known."""
+
+_UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden", "unexpected_positional_argument"}
+_MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+
+
+def validate(annotation: Any, value: Any, hint: Hint = suggestion) -> tuple[Any, Problems]:
+    """The value as the annotation's type, and what is wrong with it.
+
+    Text is not taken for a number nor a truth value for an integer, but a list may be a tuple and an integer a float,
+    as in JSON. Nothing is checked where the annotation is of a kind that plain data cannot be checked against.
+    """
+    try:
+        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True), []
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        return value, []
+    except ValidationError as error:
+        found: dict[Location, list[str]] = {}
+        for detail in error.errors(include_url=False):
+            location = _in_data(detail["loc"], value)
+            found.setdefault(location, []).append(_explain(annotation, location, dict(detail), hint))
+        return value, [(location, " or ".join(dict.fromkeys(messages))) for location, messages in found.items()]
+
+
+def _in_data(path: tuple[str | int, ...], value: Any) -> Location:
+    """The path of an error without the names of union members, which pydantic puts in between."""
+    location: Location = ()
+    for i, step in enumerate(path):
+        inside = isinstance(value, dict) and step in value or isinstance(value, list) and step in range(len(value))
+        if inside:
+            value = value[step]
+        if inside or i == len(path) - 1 and isinstance(value, dict):  # the last: a key that is missing
+            location = (*location, step)
+    return location
+
+
+def _explain(annotation: Any, location: Location, detail: dict[str, Any], hint: Hint) -> str:
+    kind, got = detail["type"], detail["input"]
+    if kind in _UNKNOWN:
+        parent = dataclass_at(annotation, location[:-1])
+        known = [field.name for field in dataclasses.fields(parent)] if parent else []
+        return f"unknown key; {hint(str(location[-1]), known)}"
+    if kind in _MISSING:
+        return "is missing and has no default"
+    if kind.startswith("dataclass"):
+        return f"should be a mapping of keys to values (got {json.dumps(got)})"
+    message = detail["msg"].removeprefix("Input ")
+    message = f"{message} (got {json.dumps(got)})"
+    if kind == "literal_error" and isinstance(got, str):
+        guess = suggestion(got, detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
+        message += f"; {guess}" if guess.startswith("did") else ""
+    return message
+
+
+def dataclass_at(annotation: Any, location: Location) -> Any:
+    """The dataclass that describes the mapping at ``location``; ``None`` where there is none."""
+    found = dataclass_in(annotation)
+    for step in location:
+        hints = typing.get_type_hints(found) if found else {}
+        found = dataclass_in(hints.get(str(step)))
+    return found
+
+
+def dataclass_in(annotation: Any) -> Any:
+    """The dataclass in ``X``, ``X | None`` or ``Annotated[X, ...]``; ``None`` where there is none."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, typing.Annotated):
+        return next(filter(None, map(dataclass_in, typing.get_args(annotation))), None)
+    return None

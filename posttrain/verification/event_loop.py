@@ -11,7 +11,6 @@ from typing import Any
 
 from posttrain.verification.worker import Failed, describe
 
-
 GRACE = 5.0  # seconds that a loop may take to answer before it counts as blocked
 
 

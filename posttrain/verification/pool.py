@@ -80,6 +80,7 @@ class VerifierPool:
             workers: processes, started with the first call that needs one. Default: one a core, at most 8.
         """
         self.verifiers = _verifiers(parts)
+        self.names = tuple(verifier.name for verifier in self.verifiers)
         self.failures: Counter[str] = Counter()
         self._items: dict[Hashable, _Item] = {}
         self._workers = workers or min(8, os.cpu_count() or 1)

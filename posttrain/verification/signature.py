@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl.data_utils import is_conversational
-
 BATCH_FIRST = ("completions", "prompts")
-"""First parameters that make a function one of TRL's: ``f(completions, prompts, completion_ids, **columns) -> list``."""
+"""First parameters that make a function one of TRL's: ``f(completions, prompts, **columns) -> list``."""
 
 NOT_COLUMNS = frozenset({"completion", "completions", "prompts", "completion_ids"})
 
@@ -46,13 +44,14 @@ def signature_of(call: Callable[..., Any], options: Mapping[str, Any]) -> Signat
         call = call.func
     parameters = list(inspect.signature(call).parameters.values())
     if not parameters or parameters[0].kind == inspect.Parameter.KEYWORD_ONLY:
-        raise TypeError(f"{call} takes no completion: its first parameter is to be `completion`, or TRL's `completions`")
+        raise TypeError(
+            f"{call} takes no completion: its first parameter is to be `completion`, or TRL's `completions`"
+        )
     batch = parameters[0].name in BATCH_FIRST
     named = [p for p in (parameters if batch else parameters[1:]) if p.kind not in _VARIADIC and p.name not in bound]
-    is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))
     return Signature(
         batch=batch,
-        asynchronous=is_async,
+        asynchronous=_is_async(call),
         required=tuple(p.name for p in named if p.default is p.empty),
         optional=tuple(p.name for p in named if p.default is not p.empty),
         all_columns=any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters),
@@ -61,9 +60,14 @@ def signature_of(call: Callable[..., Any], options: Mapping[str, Any]) -> Signat
 
 
 def batch_arguments(
-    signature: Signature, completions: Sequence[str], token_ids: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]
+    signature: Signature,
+    completions: Sequence[str],
+    token_ids: Sequence[Sequence[int]],
+    rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Keyword arguments of a batch function: lists over completions, which are messages where the prompts are."""
+    from trl.data_utils import is_conversational  # here, because worker processes have no use for it
+
     prompts = [row.get("prompt") for row in rows]
     texts: list[Any] = list(completions)
     if rows and is_conversational({"prompt": prompts[0]}):
@@ -76,6 +80,10 @@ def batch_arguments(
     if signature.all_columns:
         return offered
     return {name: offered[name] for name in (*signature.required, *signature.optional) if name in offered}
+
+
+def _is_async(call: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
 _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.resolve import resolve
+
 
 @dataclass(frozen=True)
 class Source:
@@ -103,7 +105,7 @@ def as_values(values: Any, size: int) -> list[float | None]:
     try:
         listed = list(values)
     except TypeError:
-        raise BadValue(f"returned {values!r:.80} ({type(values).__name__}); it is to return a list of numbers") from None
+        raise BadValue(f"returned {values!r:.80} ({type(values).__name__}); it is to return a list") from None
     if len(listed) != size:
         raise BadValue(f"returned {len(listed)} values for {size} completions")
     return [as_value(value) for value in listed]
@@ -120,14 +122,3 @@ def _find(source: Source) -> Callable[..., Any] | Failed:
     if isinstance(target, type):
         return target(**source.options)
     return functools.partial(target, **source.options)
-
-
-def resolve(spec: str) -> Any:
-    import importlib
-    import runpy
-
-    file, colon, name = spec.rpartition(":")
-    if colon:
-        return runpy.run_path(file)[name]
-    module, _, name = spec.rpartition(".")
-    return getattr(importlib.import_module(module), name)

@@ -5,7 +5,7 @@ sympy (tens of milliseconds). Where both give a verdict they agree, but for four
 
 * ``5.`` is 5: math-verify cannot read the sentence's full stop;
 * ``50%`` is 50, 50.0 and 0.5: math-verify accepts 50 and 0.5, but not 50.0;
-* ``3 dollars`` or ``3 apples`` is 3: math-verify drops the units that it knows and multiplies the letters of the others;
+* ``3 dollars`` or ``3 apples`` is 3: math-verify drops the units that it knows, and multiplies letters of the others;
 * words are compared as words: to math-verify ``Paris`` is the product a*i*p*r*s, and so is ``pairs``.
 """
 
@@ -22,8 +22,12 @@ _ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*:?\s*([^\n]{1,200})", re.IGNORECASE
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
 _NUMBER = re.compile(rf"[-+]?(?:(?:{_INTEGER})?(\.\d+)|(?:{_INTEGER}))")
 _FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|\\[dt]?frac(\d)(\d)|(\d+)/(\d+))")
-_FACTORS = "hundred|thousand|million|billion|trillion|dozen|half|sqrt|sin|cos|tan|log|exp|mod|choose|times|plus|minus|and"
-_UNIT = re.compile(rf"(?<=\d) ?(?:cm|mm|km|kg|mg|ml|(?!(?:{_FACTORS})\b)(?<= )[A-Za-z]{{3,20}})(?: [A-Za-z]{{2,20}}){{0,2}}")
+_FACTORS = (
+    "hundred|thousand|million|billion|trillion|dozen|half|sqrt|sin|cos|tan|log|exp|mod|choose|times|plus|minus|and"
+)
+_UNIT = re.compile(
+    rf"(?<=\d) ?(?:cm|mm|km|kg|mg|ml|(?!(?:{_FACTORS})\b)(?<= )[A-Za-z]{{3,20}})(?: [A-Za-z]{{2,20}}){{0,2}}"
+)
 _PERCENT = re.compile(r"\s*(?:\\?%|percent\b)", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")

@@ -12,7 +12,7 @@ THINK_THEN_ANSWER = r"\s*<think>(?!.*<think>).*?</think>\s*\S.*"
 def format(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float:
     """1 if the whole completion matches a regular expression (``.`` matches line ends too), else 0.
 
-    The default asks for one ``<think>...</think>`` followed by an answer, as DeepSeek-AI 2025 (arXiv:2501.12948), section 2.2.2.
+    The default asks for one ``<think>...</think>`` followed by an answer: DeepSeek-AI 2025, section 2.2.2, 2501.12948.
     """
     return float(compiled(pattern).fullmatch(completion) is not None)
 
@@ -40,7 +40,7 @@ def length(
     margin: int = 0,
     unit: Literal["words", "characters"] = "words",
 ) -> float:
-    """1 if the completion is between ``minimum`` and ``maximum`` units long, falling linearly to 0 over ``margin`` more.
+    """1 if the completion is between ``minimum`` and ``maximum`` units long; falls linearly to 0 over ``margin`` more.
 
     Raises:
         ValueError: for an unknown unit, or a maximum below the minimum.

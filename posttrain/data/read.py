@@ -1,0 +1,317 @@
+"""Reads a data set from wherever ``data.path`` points to, and remembers where each row came from."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import inspect
+import json
+import traceback
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from posttrain import options
+from posttrain.data.arrow import to_table
+from posttrain.data.problems import Problems, kind_of, shown
+from posttrain.errors import DataError
+from posttrain.resolve import resolve, specify
+from posttrain.strictyaml import suggestion
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows, and how to name each of them in a message."""
+
+    rows: datasets.Dataset
+    place: Callable[[int], str]
+    name: str
+
+
+def read(data: options.Data, base: Path | None) -> Source:
+    """The rows as they are stored, at most ``data.limit``.
+
+    Args:
+        base: the recipe's folder; relative paths are looked up there, then in the current folder.
+
+    Raises:
+        DataError: where there are none to be had, naming the file and line.
+    """
+    source = read_generator(data, base) if ".py:" in data.path else _read_stored(data, base)
+    if data.limit is not None and data.limit < len(source.rows):
+        return Source(source.rows.select(range(data.limit)), source.place, source.name)
+    return source
+
+
+def _read_stored(data: options.Data, base: Path | None) -> Source:
+    path = find(data.path, base)
+    if path is None:
+        return read_hub(data, base)
+    if path.is_dir():
+        return read_folder(path, data)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: what `{path.suffix}` files hold is not known; use {', '.join(READERS)} or a .py generator"
+        )
+    if data.split != "train":
+        raise DataError(
+            f"{path}: a file has no split {data.split!r}; leave `split` out, and use `limit` for the first rows"
+        )
+    return reader(path)
+
+
+def find(path: str, base: Path | None) -> Path | None:
+    """The file or folder, looked up in the recipe's folder and then in the current one."""
+    for folder in _folders(base):
+        candidate = folder / Path(path).expanduser()
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def read_json_lines(path: Path) -> Source:
+    """One JSON object a line, in UTF-8; blank lines are skipped.
+
+    Raises:
+        DataError: naming each line that is not one.
+    """
+    lines, problems = array("q"), Problems()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        del lines[:]
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = _json_line(
+                        line.lstrip(b"\xef\xbb\xbf") if number == 1 else line, f"{path}:{number}", problems
+                    )
+                    if row is not None:
+                        lines.append(number)
+                        yield row
+
+    return _collect(path, rows, lambda index: f"{path}:{lines[index]}", problems)
+
+
+def _json_line(line: bytes, place: str, problems: Problems) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        problems.add(place, f"byte {error.start + 1} is not UTF-8: save the file in UTF-8")
+    except json.JSONDecodeError as error:
+        hint = "; a JSON array goes into a file that ends in .json" if line.strip() == b"[" else ""
+        problems.add(place, f"not JSON at column {error.colno}: {error.msg}; each line is to be one object{hint}")
+    else:
+        if isinstance(value, dict):
+            return value
+        problems.add(place, f'{shown(value)} where an object such as {{"prompt": "...", "answer": "..."}} is expected')
+    return None
+
+
+def read_json(path: Path) -> Source:
+    """A JSON array of objects.
+
+    Raises:
+        DataError: where it is something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8: save the file in UTF-8") from None
+    except json.JSONDecodeError as error:
+        hint = "; one object a line goes into a file that ends in .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}{hint}") from None
+    if not isinstance(values, list):
+        raise DataError(f"{path}: {kind_of(values)} where an array of objects is expected")
+    problems = Problems()
+
+    def place(index: int) -> str:
+        return f"{path}, row {index + 1}"
+
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            problems.add(place(index), f"{shown(value)} where an object is expected")
+    problems.raise_if_any()
+    return _collect(path, lambda: values, place, problems)
+
+
+def read_csv(path: Path) -> Source:
+    """Comma- or tab-separated values under a header, in UTF-8. CSV has no types: every value is text.
+
+    Raises:
+        DataError: naming each line with another number of values than the header.
+    """
+    lines, problems = array("q"), Problems()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        del lines[:]
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            header = next(reader, [])
+            _check_header(path, header)
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) == len(header):
+                    lines.append(reader.line_num)
+                    yield dict(zip(header, values, strict=True))
+                else:
+                    hint = "; put values that contain a comma in double quotes" if len(values) > len(header) else ""
+                    found = f"{len(values)} values for the {len(header)} columns {', '.join(header)}{hint}"
+                    problems.add(f"{path}:{reader.line_num}", found)
+
+    try:
+        return _collect(path, rows, lambda index: f"{path}:{lines[index]}", problems)
+    except csv.Error as error:
+        raise DataError(f"{path}: not CSV after line {lines[-1] if lines else 1}: {error}") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8: save the file in UTF-8") from None
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: column {twice[0]!r} occurs twice in the header")
+
+
+def read_parquet(path: Path) -> Source:
+    """A Parquet file.
+
+    Raises:
+        DataError: where it cannot be read.
+    """
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+    if not len(table):
+        raise DataError(f"{path}: no rows")
+    return Source(datasets.Dataset(table), lambda index: f"{path}, row {index + 1}", str(path))
+
+
+READERS: Mapping[str, Callable[[Path], Source]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+}
+
+
+def read_folder(path: Path, data: options.Data) -> Source:
+    """A folder that ``save_to_disk`` made, or one of data files laid out as on the hub.
+
+    Raises:
+        DataError: where there is no such split, or a file does not read.
+    """
+    name = f"{path} ({data.split})"
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return _named(_pick_split(datasets.load_from_disk(str(path)), data.split, path), name)
+        return _named(datasets.load_dataset(str(path), data.name, split=data.split), name)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many kinds, from its builders and from Arrow
+        for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS):
+            READERS[file.suffix.lower()](file)  # says which line is wrong, where one is
+        raise DataError(f"{path}: {_first_line(error)}") from None
+
+
+def read_hub(data: options.Data, base: Path | None) -> Source:
+    """A data set of the hub, or from its cache.
+
+    Raises:
+        DataError: with what the hub said.
+    """
+    if Path(data.path).suffix.lower() in READERS or data.path.startswith((".", "/", "~")):
+        raise DataError(_missing(data.path, base))
+    try:
+        rows = datasets.load_dataset(data.path, data.name, split=data.split)
+    except Exception as error:  # datasets and the hub's client raise many kinds
+        raise DataError(
+            f"data.path {data.path!r} is no file or folder here, and as a data set of the hub: {_first_line(error)}"
+        ) from None
+    return _named(rows, f"{data.path} ({data.split})")
+
+
+def read_generator(data: options.Data, base: Path | None) -> Source:
+    """What a user's function yields: dicts of columns.
+
+    Raises:
+        DataError: where it raises or yields something else, naming the row.
+    """
+    function = resolve(specify(data.path, "posttrain.data", _folders(base)))
+    try:
+        inspect.signature(function).bind(**data.options)
+    except TypeError as error:
+        raise DataError(f"{data.path}: {error}; `data.options` are {dict(data.options)}") from None
+    problems = Problems()
+
+    def place(index: int) -> str:
+        return f"{data.path}, row {index + 1}"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        index = -1
+        try:
+            for index, row in enumerate(islice(function(**data.options), data.limit)):
+                if isinstance(row, dict):
+                    yield row
+                else:
+                    problems.add(place(index), f"yielded {shown(row)} where a dict of columns is expected")
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{Path(where.filename).name}:{where.lineno}"
+            raise DataError(f"{place(index + 1)}: raised {type(error).__name__}: {error} ({at})") from error
+
+    return _collect(data.path, rows, place, problems)
+
+
+def _collect(
+    name: str | Path, rows: Callable[[], Iterable[dict[str, Any]]], place: Callable[[int], str], problems: Problems
+) -> Source:
+    if next(iter(rows()), None) is None:
+        problems.raise_if_any()
+        raise DataError(f"{name}: no rows")
+    table = to_table(rows, place)
+    problems.raise_if_any()
+    return Source(datasets.Dataset(table), place, str(name))
+
+
+def _named(rows: Any, name: str) -> Source:
+    if not len(rows):
+        raise DataError(f"{name}: no rows")
+    return Source(rows, lambda index: f"{name}, row {index + 1}", name)
+
+
+def _pick_split(stored: Any, split: str, path: Path) -> datasets.Dataset:
+    if isinstance(stored, datasets.Dataset):
+        return stored
+    if split not in stored:
+        raise DataError(f"{path}: no split {split!r}; {suggestion(split, stored)}")
+    return stored[split]
+
+
+def _missing(path: str, base: Path | None) -> str:
+    folders = [folder.resolve() for folder in _folders(base)]
+    looked = " and ".join(dict.fromkeys(str((folder / path).parent) for folder in folders))
+    beside = [
+        file.name for folder in folders if (folder / path).parent.is_dir() for file in (folder / path).parent.iterdir()
+    ]
+    close = difflib.get_close_matches(Path(path).name, beside, n=1)
+    return f"data.path {path!r}: no such file in {looked}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
+def _folders(base: Path | None) -> list[Path]:
+    return [Path()] if base is None else [base, Path()]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

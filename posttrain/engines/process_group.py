@@ -9,6 +9,7 @@ collective of its own is the identity.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +39,11 @@ _engine_world = _World()  # vLLM keeps its groups in module globals, so all engi
 def engine_world() -> Iterator[None]:
     """Within it, ``torch.distributed`` is the engines' world of one process; afterwards the trainer's is as it was."""
     with _lock:
-        trainer_world, init_method = c10d._world, c10d._default_pg_init_method
+        trainer_world, init_method, excepthook = c10d._world, c10d._default_pg_init_method, sys.excepthook
         c10d._world = _engine_world
         try:
             yield
         finally:
             c10d._world, c10d._default_pg_init_method = trainer_world, init_method
             c10d._update_default_pg(trainer_world.default_pg)
+            sys.excepthook = excepthook  # making a default group prefixes tracebacks with its rank

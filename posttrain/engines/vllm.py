@@ -114,7 +114,9 @@ class VllmEngine:
                     )
                     pending[request] = (i, j)
             while pending:
-                for output in engine.step():
+                with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws from the global generator, to no effect
+                    outputs = engine.step()
+                for output in outputs:
                     i, j = pending.pop(output.request_id)
                     done[i][j] = completion = _completion(output, self.version)
                     if on_completion is not None:

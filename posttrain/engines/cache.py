@@ -1,0 +1,67 @@
+"""A key-value cache that is written in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+GROWTH = 64  # columns
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one attention layer in memory with room to spare.
+
+    transformers' own layer copies everything at every token. Here that happens each time the room is used up, and the
+    room is then a quarter of what is held.
+    """
+
+    _room: tuple[Tensor, Tensor] | None = None  # keys and values [N, heads, columns with room, head size]
+
+    def update(
+        self,
+        key_states: Float[Tensor, "N heads new size"],
+        value_states: Float[Tensor, "N heads new size"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "N heads columns size"], Float[Tensor, "N heads columns size"]]:
+        """Appends columns; returns views of all keys and values held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            columns = end + max(GROWTH, end // 4)
+            self._room = (_widened(self.keys, key_states, columns), _widened(self.values, value_states, columns))
+        self._room[0][:, :, start:end] = key_states
+        self._room[1][:, :, start:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
+        """Keeps these rows of the batch, in this order; a row may be taken several times."""
+        if self._room is None:
+            return
+        held = self.get_seq_length()
+        self._room = (self._room[0][indices], self._room[1][indices])
+        self._show(held)
+
+    def _show(self, columns: int) -> None:
+        self.keys, self.values = self._room[0][:, :, :columns], self._room[1][:, :, :columns]
+
+
+def _widened(held: Tensor, new: Tensor, columns: int) -> Tensor:
+    room = new.new_empty(*new.shape[:2], columns, new.shape[-1])
+    if held.numel():
+        room[:, :, : held.shape[-2]] = held
+    return room
+
+
+def growing_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache for a model of this configuration; layers of another kind, such as sliding windows, stay transformers'."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,0 +1,219 @@
+"""A batched sampler on a plain transformers model: the engine where vLLM is not installed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from posttrain.batch import Finish
+from posttrain.engines.base import Completion, OnCompletion, Sampling, sample_seed
+from posttrain.engines.cache import growing_cache
+from posttrain.engines.requests import check_prompts, end_of_sequence_ids
+from posttrain.engines.sampling import draw, filters, uniforms
+from posttrain.engines.weights import load_verified
+
+KEEP_WIDTH = 7 / 8  # finished rows leave the batch when at most this share of it is still running
+
+
+class TransformersEngine:
+    """Samples ``max_concurrent`` completions at a time with a key-value cache; finished ones leave the batch.
+
+    A prompt is read once for all its samples. At temperature 0 the log-probs are those of the model's own softmax.
+
+    Args:
+        model: hub name or local folder.
+        dtype: of weights and activations; log-probs are float32 in any case.
+        max_model_len: most tokens of a prompt and its completion together.
+        max_concurrent: completions generated at the same time.
+        seed: of the seeds drawn where ``generate`` is given none.
+        device: default: the current CUDA device, or else the CPU.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        max_model_len: int,
+        max_concurrent: int = 256,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.version = 0
+        self._max_model_len = max_model_len
+        self._max_concurrent = max_concurrent
+        self._eos = end_of_sequence_ids(model)
+        self._fresh_seeds = random.Random(seed)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with torch.random.fork_rng():
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self._model = loaded.to(device).eval().requires_grad_(False)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`."""
+        self._opened()
+        check_prompts(prompts, sampling.max_tokens, self._max_model_len)
+        if seeds is None:
+            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
+        done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
+
+        def finish(request: Request, completion: Completion) -> None:
+            done[request.prompt][request.sample] = completion
+            if on_completion is not None:
+                on_completion(request.prompt, request.sample, completion)
+
+        requests = [Request(i, j, prompts[i], sample_seed(seeds[i], j)) for i in range(len(prompts)) for j in range(n)]
+        requests.sort(key=lambda request: len(request.tokens))  # neighbours need little padding
+        for start in range(0, len(requests), self._max_concurrent):
+            self._sample(requests[start : start + self._max_concurrent], sampling, finish)
+        return done
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`."""
+        self._opened()
+        places = {name: parameter.data for name, parameter in self._model.named_parameters(remove_duplicate=False)}
+
+        def copy(stream: Iterable[tuple[str, Tensor]]) -> None:
+            for name, tensor in stream:
+                places[name].copy_(tensor)
+
+        load_verified(tensors, places, copy)
+        self.version = version
+
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _opened(self) -> None:
+        if self._model is None:
+            raise RuntimeError("the engine has been closed")
+
+    @torch.inference_mode()
+    def _sample(
+        self, requests: Sequence[Request], sampling: Sampling, finish: Callable[[Request, Completion], None]
+    ) -> None:
+        """Samples all ``requests`` at once, calling ``finish`` as each one ends."""
+        device = self._model.device
+        stop_ids = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *self._eos)
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=device)
+        uniform = uniforms([request.seed for request in requests], sampling.max_tokens).to(device)
+        processors = filters(sampling)
+        tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=device)
+        logps = torch.zeros(len(requests), sampling.max_tokens, device=device)
+        batch = Running.start(self._model, requests, sampling.max_tokens)
+        for column in range(sampling.max_tokens):
+            drawn, logp = draw(batch.logits, uniform[batch.rows, column], sampling.temperature, processors)
+            tokens[batch.rows, column], logps[batch.rows, column] = drawn, logp
+            stopped = torch.isin(drawn, stops)
+            ended = batch.running & (stopped | (column + 1 == sampling.max_tokens))
+            if ended.any():
+                which = batch.rows[ended]
+                texts = zip(tokens[which, : column + 1].tolist(), logps[which, : column + 1].tolist(), strict=True)
+                for row, hit, (ids, values) in zip(which.tolist(), stopped[ended].tolist(), texts, strict=True):
+                    reason = Finish.STOPPED if hit else Finish.LENGTH
+                    finish(requests[row], Completion(ids, values, reason, self.version))
+                batch.running &= ~ended
+                if not batch.running.any():
+                    return
+                drawn = batch.compact(drawn)
+            batch.advance(self._model, drawn)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to be sampled."""
+
+    prompt: int
+    sample: int
+    tokens: Sequence[int]
+    seed: int
+
+
+@dataclass(slots=True)
+class Running:
+    """The rows of a batch that is being sampled: ``B`` of the ``N`` requests that it started with."""
+
+    rows: Int[Tensor, " B"]  # which request each row is
+    running: Bool[Tensor, " B"]  # False: has ended, and waits to be taken out
+    logits: Float[Tensor, "B V"]  # for the next token
+    position: Int[Tensor, " B"]  # of the next token
+    visible: Bool[Tensor, "B columns"]  # False at the padding on the left; columns up to the last that may be used
+    padded: bool
+    cache: DynamicCache
+
+    @staticmethod
+    def start(model: torch.nn.Module, requests: Sequence[Request], max_tokens: int) -> Running:
+        """Reads the prompts, each once, and gives every request its copy of the keys and values."""
+        device = model.device
+        distinct = list({request.prompt: request for request in requests}.values())
+        width = max(len(request.tokens) for request in distinct)
+        tokens = torch.zeros(len(distinct), width, dtype=torch.long)
+        length = torch.tensor([len(request.tokens) for request in distinct])
+        for row, request in zip(tokens, distinct, strict=True):
+            row[width - len(request.tokens) :] = torch.tensor(request.tokens)
+        visible = torch.arange(width + max_tokens) >= (width - length)[:, None]
+        position = (torch.arange(width) - (width - length)[:, None]).clamp(min=0)
+        padded = not bool(visible.all())
+        cache = growing_cache(model.config)
+        output = model(
+            input_ids=tokens.to(device),
+            attention_mask=visible[:, :width].to(device) if padded else None,
+            position_ids=position.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        order = {request.prompt: row for row, request in enumerate(distinct)}
+        copies = torch.tensor([order[request.prompt] for request in requests])
+        if len(distinct) < len(requests):
+            cache.batch_select_indices(copies.to(device))
+        return Running(
+            rows=torch.arange(len(requests), device=device),
+            running=torch.ones(len(requests), dtype=torch.bool, device=device),
+            logits=output.logits[copies.to(device), -1],
+            position=length[copies].to(device),
+            visible=visible[copies].to(device),
+            padded=padded,
+            cache=cache,
+        )
+
+    def compact(self, drawn: Int[Tensor, " B"]) -> Int[Tensor, " kept"]:
+        """Takes ended rows out if they are many; returns the tokens of the rows that stay."""
+        if self.running.sum() > KEEP_WIDTH * len(self.running):
+            return drawn
+        kept = self.running.nonzero()[:, 0]
+        self.cache.batch_select_indices(kept)
+        self.rows, self.running = self.rows[kept], self.running[kept]
+        self.position, self.visible = self.position[kept], self.visible[kept]
+        return drawn[kept]
+
+    def advance(self, model: torch.nn.Module, drawn: Int[Tensor, " B"]) -> None:
+        """Appends the tokens drawn and computes the logits of the next ones."""
+        columns = self.cache.get_seq_length() + 1
+        output = model(
+            input_ids=drawn[:, None],
+            attention_mask=self.visible[:, :columns] if self.padded else None,
+            position_ids=self.position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1]
+        self.position = self.position + 1

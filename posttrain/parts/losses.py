@@ -141,8 +141,8 @@ def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, "N L"]:
     """Negative log-likelihood of the completions that the verifiers score above ``threshold``; unscored ones have none.
 
-    loss_t = -log π(y_t) if score_i > threshold, 0 else.  Yue et al. 2025 (VAPO, positive-example language-model loss), arXiv:2504.05118. There
-    the mean is over tokens of positive completions, here over what the recipe's normaliser counts.
+    loss_t = -log π(y_t) if score_i > threshold, 0 else.  Yue et al. 2025 (VAPO), arXiv:2504.05118. There the mean is
+    over the tokens of such completions, here over what the recipe's normaliser counts.
     """
     chosen = batch.mask & (batch.score > threshold)[:, None]
     return (-outputs.logp).where(chosen, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import datasets
 import jinja2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
 
@@ -35,6 +34,7 @@ class Rows:
 
     columns: tuple[str, ...]
     left_out: int  # prompts longer than ``max_prompt_tokens``
+    longest_prompt: int  # tokens
     source: Source
     _rows: datasets.Dataset
     _tokens: pa.ChunkedArray  # list<int32>
@@ -58,12 +58,7 @@ class Rows:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column as it is stored."""
-        return self._rows.with_format("arrow")[:][name].take(pa.array(self._numbers))
-
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
-        return int(pa.compute.max(pa.compute.list_value_length(self._tokens).take(pa.array(self._numbers))).as_py())
+        return _arrow_column(self._rows, name).take(pa.array(self._numbers))
 
 
 def load_rows(data: options.Data, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -80,11 +75,12 @@ def load_rows(data: options.Data, *, base: Path | None = None, tokenizer: PreTra
     source = _with_columns(read(data, base), data.columns)
     _check_prompts(source)
     to_prompt = _prompt_maker(source, data, tokenizer)
-    tokens = _tokenise(source, data, tokenizer, to_prompt)
-    kept = _keep(tokens, data.max_prompt_tokens, source)
+    tokens, lengths = _tokenise(source, data, tokenizer, to_prompt)
+    kept = _keep(lengths, data.max_prompt_tokens, source)
     return Rows(
         columns=tuple(source.rows.column_names),
         left_out=len(source.rows) - len(kept),
+        longest_prompt=int(lengths[kept].max()),
         source=source,
         _rows=source.rows,
         _tokens=tokens,
@@ -105,7 +101,7 @@ def _with_columns(source: Source, copies: Mapping[str, str]) -> Source:
     rows = source.rows
     for new, old in copies.items():
         if new != old:
-            rows = rows.add_column(new, rows.with_format("arrow")[:][old])  # pyright: ignore[reportCallIssue]
+            rows = rows.add_column(new, _arrow_column(rows, old))  # pyright: ignore[reportCallIssue, reportArgumentType]
     if "prompt" not in rows.column_names:
         close = next((name for name in ("question", "problem", "instruction", "query", "input") if name in there), None)
         copy = f"`columns: {{prompt: {close or '<column>'}}}` copies one"
@@ -113,10 +109,19 @@ def _with_columns(source: Source, copies: Mapping[str, str]) -> Source:
     return Source(rows, source.place, source.name)
 
 
+def _arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    return rows.select_columns(name).with_format("arrow")[:][name]  # pyright: ignore[reportReturnType]
+
+
+def _batches(source: Source) -> Iterator[list[Any]]:
+    for batch in source.rows.select_columns("prompt").iter(BATCH):
+        yield batch["prompt"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def _check_prompts(source: Source) -> None:
     problems, number = Problems(), 0
-    for batch in source.rows.select_columns("prompt").iter(BATCH):
-        for prompt in batch["prompt"]:
+    for prompts in _batches(source):
+        for prompt in prompts:
             problem = prompt_problem(prompt)
             if problem:
                 problems.add(source.place(number), f"column 'prompt' {problem}")
@@ -156,11 +161,12 @@ def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokenise(
     source: Source, data: options.Data, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
-) -> pa.ChunkedArray:
-    problems, chunks, number = Problems(), [], 0
-    for batch in source.rows.select_columns("prompt").iter(BATCH):
+) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """Prompts as token ids, and how many each has."""
+    problems, chunks, lengths, number = Problems(), [], [], 0
+    for prompts in _batches(source):
         texts = []
-        for prompt in map(to_prompt, batch["prompt"]):
+        for prompt in map(to_prompt, prompts):
             try:
                 texts.append(_render(prompt, tokenizer, data.template))
             except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -170,8 +176,9 @@ def _tokenise(
         plain = to_prompt is str
         encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"] if texts else []
         chunks.append(pa.array(encoded, type=pa.list_(pa.int32())))
+        lengths += map(len, encoded)
     problems.raise_if_any()
-    return pa.chunked_array(chunks)
+    return pa.chunked_array(chunks), np.array(lengths)
 
 
 def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]) -> str:
@@ -180,9 +187,8 @@ def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[s
     return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
 
 
-def _keep(tokens: pa.ChunkedArray, longest: int | None, source: Source) -> np.ndarray:
+def _keep(lengths: np.ndarray, longest: int | None, source: Source) -> np.ndarray:
     """Numbers of the rows whose prompts have tokens, and not too many."""
-    lengths = pa.compute.list_value_length(tokens).to_numpy()
     problems = Problems()
     for number in np.flatnonzero(lengths == 0):
         problems.add(source.place(int(number)), "column 'prompt' has no tokens")

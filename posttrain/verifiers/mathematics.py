@@ -150,8 +150,8 @@ def _symbolic(completion: str, gold: str) -> float:
     written = _after_thinking(completion) if marked is None else _as_boxed(marked)
     if _HUGE.search(written):
         return 0.0
-    expected = parse(_as_boxed(gold), parsing_timeout=None)
-    return float(verify(expected, parse(written, parsing_timeout=None), timeout_seconds=None))
+    expected = parse(_as_boxed(gold), parsing_timeout=0)
+    return float(verify(expected, parse(written, parsing_timeout=0), timeout_seconds=0))
 
 
 def _as_boxed(text: str) -> str:

@@ -344,10 +344,10 @@ def dr_grpo(rows: Rows) -> Loss:
     return lambda logp, fixed: seq_sum_over(rows, clip(rows, a, logp, 0.2, 0.2), 1024)
 
 
-def dapo(rows: Rows) -> Loss:
+def dapo(rows: Rows, limit: int = 1024, buffer: int = 204) -> Loss:
     rows.kept = mixed_groups(rows)
     for i in range(len(rows.reward)):
-        rows.reward[i] += 0.5 * overlong(rows, i, 1024, 204)
+        rows.reward[i] += 0.5 * overlong(rows, i, limit, buffer)
     a = outcome(rows, "group", "group")
     return lambda logp, fixed: token_mean(rows, clip(rows, a, logp, 0.2, 0.28))
 

@@ -10,9 +10,7 @@ from posttrain.errors import RecipeError
 from posttrain.options import EngineOptions
 
 
-def make_engine(
-    model: str | Path, options: EngineOptions, *, dtype: str, max_model_len: int, seed: int = 0
-) -> Engine:
+def make_engine(model: str | Path, options: EngineOptions, *, dtype: str, max_model_len: int, seed: int = 0) -> Engine:
     """The engine that ``options`` ask for, with the weights of ``model``.
 
     Args:

@@ -35,33 +35,30 @@ class GrowingLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         if self._room is None or end > self._room[0].shape[-2]:
             columns = end + max(GROWTH, end // 4)
-            self._room = (_widened(self.keys, key_states, columns), _widened(self.values, value_states, columns))
-        self._room[0][:, :, start:end] = key_states
-        self._room[1][:, :, start:end] = value_states
-        self._show(end)
+            self._room = _widened(self.keys, key_states, columns), _widened(self.values, value_states, columns)
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        self.keys[:, :, start:] = key_states
+        self.values[:, :, start:] = value_states
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
         """Keeps these rows of the batch, in this order; a row may be taken several times."""
-        if self._room is None:
-            return
-        held = self.get_seq_length()
-        self._room = (self._room[0][indices], self._room[1][indices])
-        self._show(held)
-
-    def _show(self, columns: int) -> None:
-        self.keys, self.values = self._room[0][:, :, :columns], self._room[1][:, :, :columns]
+        if self._room is not None:
+            columns = self.get_seq_length()
+            self._room = self._room[0][indices], self._room[1][indices]
+            self.keys, self.values = (room[:, :, :columns] for room in self._room)
 
 
-def _widened(held: Tensor, new: Tensor, columns: int) -> Tensor:
+def _widened(held: Tensor | None, new: Tensor, columns: int) -> Tensor:
+    """Memory for ``columns`` columns of what ``new`` is, beginning with what is held."""
     room = new.new_empty(*new.shape[:2], columns, new.shape[-1])
-    if held.numel():
+    if held is not None and held.numel():
         room[:, :, : held.shape[-2]] = held
     return room
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A cache for a model of this configuration; layers of another kind, such as sliding windows, stay transformers'."""
+    """A cache for a model of this configuration; other kinds of layers (sliding windows) are transformers' own."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -13,23 +13,29 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
 _lock = threading.Lock()
 
 
-class _World(c10d._World):
-    """The bookkeeping of process groups, empty. torch shares the maps between instances; here each has its own."""
+@dataclass
+class _World:
+    """torch's bookkeeping of process groups (``distributed_c10d._World``, which is made to be replaced), empty."""
 
-    pg_map = pg_names = pg_group_ranks = pg_backend_config = tags_to_pg = pg_to_tag = {}
-    group_count = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pg_map, self.pg_names, self.pg_group_ranks = {}, {}, {}
-        self.pg_backend_config, self.tags_to_pg, self.pg_to_tag = {}, {}, {}
-        self.group_count = 1 << 20  # names of groups are these numbers, and unique in the process
+    default_pg: ProcessGroup | None = None
+    pg_map: dict[ProcessGroup, Any] = field(default_factory=dict)
+    pg_names: dict[ProcessGroup, str] = field(default_factory=dict)
+    pg_group_ranks: dict[ProcessGroup, dict[int, int]] = field(default_factory=dict)
+    pg_backend_config: dict[ProcessGroup, str] = field(default_factory=dict)
+    pg_coalesce_state: dict[ProcessGroup, list[Any]] = field(default_factory=dict)
+    pg_to_tag: dict[ProcessGroup, str] = field(default_factory=dict)
+    tags_to_pg: dict[str, list[ProcessGroup]] = field(default_factory=dict)
+    comms: list[Any] = field(default_factory=list)
+    group_count: int = 1 << 20  # groups are named by these numbers, and a name is unique in the process
 
 
 _engine_world = _World()  # vLLM keeps its groups in module globals, so all engines of a process share them
@@ -40,7 +46,7 @@ def engine_world() -> Iterator[None]:
     """Within it, ``torch.distributed`` is the engines' world of one process; afterwards the trainer's is as it was."""
     with _lock:
         trainer_world, init_method, excepthook = c10d._world, c10d._default_pg_init_method, sys.excepthook
-        c10d._world = _engine_world
+        c10d._world = _engine_world  # type: ignore[assignment]
         try:
             yield
         finally:

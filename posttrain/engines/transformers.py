@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from posttrain.batch import Finish
 from posttrain.engines.base import Completion, OnCompletion, Sampling, sample_seed
@@ -54,7 +54,7 @@ class TransformersEngine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng():
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self._model = loaded.to(device).eval().requires_grad_(False)
+        self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 
     def generate(
         self,
@@ -85,8 +85,8 @@ class TransformersEngine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
-        self._opened()
-        places = {name: parameter.data for name, parameter in self._model.named_parameters(remove_duplicate=False)}
+        model = self._opened()
+        places = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
 
         def copy(stream: Iterable[tuple[str, Tensor]]) -> None:
             for name, tensor in stream:
@@ -101,23 +101,23 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _opened(self) -> None:
+    def _opened(self) -> PreTrainedModel:
         if self._model is None:
             raise RuntimeError("the engine has been closed")
+        return self._model
 
-    @torch.inference_mode()
     def _sample(
         self, requests: Sequence[Request], sampling: Sampling, finish: Callable[[Request, Completion], None]
     ) -> None:
         """Samples all ``requests`` at once, calling ``finish`` as each one ends."""
-        device = self._model.device
+        model = self._opened()
         stop_ids = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *self._eos)
-        stops = torch.tensor(stop_ids, dtype=torch.long, device=device)
-        uniform = uniforms([request.seed for request in requests], sampling.max_tokens).to(device)
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=model.device)
+        uniform = uniforms([request.seed for request in requests], sampling.max_tokens).to(model.device)
         processors = filters(sampling)
-        tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=device)
-        logps = torch.zeros(len(requests), sampling.max_tokens, device=device)
-        batch = Running.start(self._model, requests, sampling.max_tokens)
+        tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=model.device)
+        logps = torch.zeros(len(requests), sampling.max_tokens, device=model.device)
+        batch = Running.start(model, requests, sampling.max_tokens)
         for column in range(sampling.max_tokens):
             drawn, logp = draw(batch.logits, uniform[batch.rows, column], sampling.temperature, processors)
             tokens[batch.rows, column], logps[batch.rows, column] = drawn, logp
@@ -125,15 +125,15 @@ class TransformersEngine:
             ended = batch.running & (stopped | (column + 1 == sampling.max_tokens))
             if ended.any():
                 which = batch.rows[ended]
-                texts = zip(tokens[which, : column + 1].tolist(), logps[which, : column + 1].tolist(), strict=True)
-                for row, hit, (ids, values) in zip(which.tolist(), stopped[ended].tolist(), texts, strict=True):
-                    reason = Finish.STOPPED if hit else Finish.LENGTH
+                found = zip(tokens[which, : column + 1].tolist(), logps[which, : column + 1].tolist(), strict=True)
+                for row, stop, (ids, values) in zip(which.tolist(), stopped[ended].tolist(), found, strict=True):
+                    reason = Finish.STOPPED if stop else Finish.LENGTH
                     finish(requests[row], Completion(ids, values, reason, self.version))
                 batch.running &= ~ended
                 if not batch.running.any():
                     return
                 drawn = batch.compact(drawn)
-            batch.advance(self._model, drawn)
+            batch.advance(model, drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,38 +159,25 @@ class Running:
     cache: DynamicCache
 
     @staticmethod
-    def start(model: torch.nn.Module, requests: Sequence[Request], max_tokens: int) -> Running:
+    def start(model: PreTrainedModel, requests: Sequence[Request], max_tokens: int) -> Running:
         """Reads the prompts, each once, and gives every request its copy of the keys and values."""
-        device = model.device
-        distinct = list({request.prompt: request for request in requests}.values())
-        width = max(len(request.tokens) for request in distinct)
-        tokens = torch.zeros(len(distinct), width, dtype=torch.long)
-        length = torch.tensor([len(request.tokens) for request in distinct])
-        for row, request in zip(tokens, distinct, strict=True):
-            row[width - len(request.tokens) :] = torch.tensor(request.tokens)
-        visible = torch.arange(width + max_tokens) >= (width - length)[:, None]
-        position = (torch.arange(width) - (width - length)[:, None]).clamp(min=0)
-        padded = not bool(visible.all())
+        distinct = {request.prompt: request.tokens for request in requests}
+        length = torch.tensor([len(prompt) for prompt in distinct.values()])
+        padding = length.max() - length
         cache = growing_cache(model.config)
-        output = model(
-            input_ids=tokens.to(device),
-            attention_mask=visible[:, :width].to(device) if padded else None,
-            position_ids=position.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        order = {request.prompt: row for row, request in enumerate(distinct)}
-        copies = torch.tensor([order[request.prompt] for request in requests])
+        logits = _read(model, list(distinct.values()), cache)
+        row = {prompt: row for row, prompt in enumerate(distinct)}
+        source = torch.tensor([row[request.prompt] for request in requests])
         if len(distinct) < len(requests):
-            cache.batch_select_indices(copies.to(device))
+            cache.batch_select_indices(source.to(model.device))
+        columns = torch.arange(int(length.max()) + max_tokens)
         return Running(
-            rows=torch.arange(len(requests), device=device),
-            running=torch.ones(len(requests), dtype=torch.bool, device=device),
-            logits=output.logits[copies.to(device), -1],
-            position=length[copies].to(device),
-            visible=visible[copies].to(device),
-            padded=padded,
+            rows=torch.arange(len(requests), device=model.device),
+            running=torch.ones(len(requests), dtype=torch.bool, device=model.device),
+            logits=logits[source.to(model.device)],
+            position=length[source].to(model.device),
+            visible=(columns >= padding[source, None]).to(model.device),
+            padded=bool(padding.any()),
             cache=cache,
         )
 
@@ -204,7 +191,8 @@ class Running:
         self.position, self.visible = self.position[kept], self.visible[kept]
         return drawn[kept]
 
-    def advance(self, model: torch.nn.Module, drawn: Int[Tensor, " B"]) -> None:
+    @torch.inference_mode()
+    def advance(self, model: PreTrainedModel, drawn: Int[Tensor, " B"]) -> None:
         """Appends the tokens drawn and computes the logits of the next ones."""
         columns = self.cache.get_seq_length() + 1
         output = model(
@@ -217,3 +205,20 @@ class Running:
         )
         self.logits = output.logits[:, -1]
         self.position = self.position + 1
+
+
+@torch.inference_mode()
+def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> Float[Tensor, "P V"]:
+    """Fills the cache with the prompts, padded on the left; the logits of what follows them."""
+    width = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    output = model(
+        input_ids=tokens.to(model.device),
+        attention_mask=(torch.arange(width) >= padding).to(model.device) if padding.any() else None,
+        position_ids=(torch.arange(width) - padding).clamp(min=0).to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]

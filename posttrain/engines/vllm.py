@@ -38,7 +38,7 @@ OWN_ARGUMENTS = frozenset(
 
 
 class VllmEngine:
-    """Continuous batching with a shared-prefix cache, through vLLM's own scheduler (Kwon et al. 2023, arXiv:2309.06180).
+    """Continuous batching with a cache of shared prefixes: vLLM (Kwon et al. 2023, arXiv:2309.06180).
 
     In a run of several processes each rank has an engine of its own, on the CUDA device that is current when it is
     made. At temperature 0 the log-probs are those of the model's own softmax.
@@ -85,8 +85,8 @@ class VllmEngine:
             "disable_log_stats": True,
         }
         with _surroundings_kept(), engine_world():
-            self._llm = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
-        self._model = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+            self._llm: Any = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
+        self._model: Any = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
 
     def generate(
         self,
@@ -168,13 +168,16 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     from posttrain.engines.vllm_executor import LocalExecutor
 
     # vLLM's own clean-up would destroy the default process group: the trainer's, and the groups of other engines here.
-    vllm.v1.engine.core.cleanup_dist_env_and_memory = gc.collect
+    vllm.v1.engine.core.cleanup_dist_env_and_memory = gc.collect  # pyright: ignore[reportPrivateImportUsage]
     if current_platform.is_cpu():
         memory = {"kv_cache_memory_bytes": cache_mb << 20, "block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
     else:
         memory = {"gpu_memory_utilization": gpu_memory}
     _check_options(options)
-    return LLM(model, distributed_executor_backend=LocalExecutor, **{**arguments, **memory, **options})
+    llm = LLM(model, distributed_executor_backend=LocalExecutor, **{**arguments, **memory, **options})
+    if current_platform.is_cpu():
+        vllm_cpu.check_head_size(llm.llm_engine.model_config.get_head_size())
+    return llm
 
 
 def _check_options(options: dict[str, Any]) -> None:

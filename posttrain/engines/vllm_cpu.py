@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
+from posttrain.errors import RecipeError
+
 
 def prepare() -> None:
     """Fits vLLM's CPU backend; does nothing elsewhere. Must run before vLLM's sampler is imported.
 
     * Linear weights stay as they are. vLLM would pack them for its own kernels and drop the originals, after which no
       weight can be loaded; for the sizes that CPUs train, the packed kernels are no faster.
-    * Small functions of the sampler are not compiled by Inductor, which would take 20 seconds at the first token. Only
-      vLLM's own choice of a backend is changed: ``torch.compile`` is untouched for everyone else.
+    * Small functions of the sampler are not compiled, which would take 20 seconds at the first token. Only vLLM's own
+      choice of a backend and one of its functions are changed: ``torch.compile`` is untouched for everyone else.
     """
     from vllm.platforms import current_platform
 
@@ -25,9 +27,21 @@ def prepare() -> None:
     import vllm.model_executor.layers.utils as layers
     import vllm.v1.sample.sampler as sampler
 
-    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
+    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)  # type: ignore
     layers.dispatch_cpu_unquantized_gemm = _keep_weight
 
 
 def _keep_weight(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
+
+
+def check_head_size(size: int) -> None:
+    """Raises ``RecipeError`` where vLLM's CPU attention has no kernel for heads of this size."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise RecipeError(
+            f"engine.use: vllm: on CPU it takes attention heads of {', '.join(map(str, sizes))}; this model's have "
+            f"{size} dimensions. Set engine.use: transformers"
+        )

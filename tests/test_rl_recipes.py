@@ -181,3 +181,59 @@ def test_a_batch_without_one_token_costs_nothing() -> None:
     for name in NAMES:
         loss, gradient = loss_and_gradient(load(name), batch, logp)
         assert loss == 0 and bool((gradient == 0).all())
+
+
+# ---- every recipe learns, in a world small enough to see through ----------------------------------------------------
+
+TARGET = torch.tensor([2, 0, 3])
+
+
+def sample_world(logits: Tensor, recipe: Recipe, generator: torch.Generator) -> Batch:
+    """Completions of three tokens out of four; the score is 1 if at least two of them are the target's."""
+    groups, size = 8, max(recipe.completions, 1)
+    greedy_rows = bool(recipe.rollout.options.get("greedy"))
+    n = groups * (size + greedy_rows)
+    greedy = (torch.arange(n) % (size + greedy_rows) == size) if greedy_rows else torch.zeros(n, dtype=torch.bool)
+    drawn = torch.multinomial(logits.softmax(-1), n, replacement=True, generator=generator).T
+    tokens = torch.where(greedy[:, None], logits.argmax(-1), drawn)
+    score = ((tokens == TARGET).sum(-1) >= 2).float()
+    blank = rough_batch(0, groups=groups, size=size + greedy_rows, columns=4, plain=True)
+    before = world_logp(logits, tokens).detach()
+    return blank.set(
+        tokens=torch.nn.functional.pad(tokens, (1, 0)),
+        mask=(torch.arange(4) > 0).expand(n, 4),
+        greedy=greedy,
+        score=score,
+        reward=score.clone(),
+        step_reward=torch.zeros(n, 4),
+        logp_old=before,
+        logp_sampler=before,
+        logp_ref=world_logp(torch.zeros_like(logits), tokens),
+    )
+
+
+def world_logp(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probs of ``[N, 3]`` tokens, drawn independently at each position, behind a prompt of one token."""
+    chosen = logits.log_softmax(-1).expand(len(tokens), 3, 4).gather(-1, tokens[..., None]).squeeze(-1)
+    return torch.nn.functional.pad(chosen, (1, 0))
+
+
+@every_recipe
+def test_every_recipe_learns(name: str) -> None:
+    """From 16 % (chance) to above 90 % in 60 steps of two updates, the second of which is off policy."""
+    recipe = load(name)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.zeros(3, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    success: list[float] = []
+    for _ in range(60):
+        batch = sample_world(logits.detach(), recipe, generator)
+        success.append(float(batch.score[~batch.greedy].mean()))
+        for _ in range(2):
+            logp = world_logp(logits, batch.tokens[:, 1:])
+            _, gradient = loss_and_gradient(recipe, batch, logp.detach())
+            optimizer.zero_grad()
+            logp.backward(gradient)
+            optimizer.step()
+    assert sum(success[:3]) / 3 < 0.35
+    assert sum(success[-10:]) / 10 > 0.9

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -45,6 +44,7 @@ class Verifier:
     signature: Signature
     quick: Callable[..., float | None] | None  # decides in this process where it can
     wrong_if_stuck: bool
+    source: Source
 
 
 @dataclass(slots=True)
@@ -170,12 +170,11 @@ class VerifierPool:
 
     def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float) -> Future[Any]:
         if self._processes is None:
-            sources = [_source(verifier) for verifier in self.verifiers]
             self._processes = ProcessPool(
                 max_workers=self._workers,
                 max_tasks=CALLS_PER_WORKER,
                 initializer=worker.start,
-                initargs=(sources,),
+                initargs=([verifier.source for verifier in self.verifiers],),
                 context=multiprocessing.get_context("spawn"),
             )
         return self._processes.schedule(function, args=arguments, timeout=limit)
@@ -241,23 +240,27 @@ def _verifiers(parts: Sequence[Part]) -> tuple[Verifier, ...]:
     for part in parts:
         seen[part.name] += 1
         name = part.name if seen[part.name] == 1 else f"{part.name} ({seen[part.name]})"
-        function = _function(part.call)
-        quick = IN_PROCESS.get(function) if function is not None else None
-        found.append(Verifier(name, part, signature_of(part.call, part.options), quick, function in WRONG_IF_STUCK))
+        signature = signature_of(part.call, part.options)
+        quick, wrong_if_stuck = IN_PROCESS.get(part.target), part.target in WRONG_IF_STUCK
+        found.append(Verifier(name, part, signature, quick, wrong_if_stuck, _source(name, part, signature)))
     return tuple(found)
 
 
-def _function(call: Callable[..., Any]) -> FunctionType | None:
-    while isinstance(call, functools.partial):
-        call = call.func
-    return call if isinstance(call, FunctionType) else None
+def _source(name: str, part: Part, signature: Signature) -> Source:
+    """What a worker needs to find the verifier again.
 
-
-def _source(verifier: Verifier) -> Source:
-    part = verifier.part
-    if verifier.signature.asynchronous:  # never called there
-        return Source("", {}, None)
-    return Source(part.spec, part.options, None if part.spec else part.call)
+    Raises:
+        TypeError: for one that exists in this process only.
+    """
+    if part.spec or signature.asynchronous:  # async ones are never called in a worker
+        return Source(part.spec, part.options, None)
+    try:
+        pickle.dumps(part.call)
+    except PICKLING_ERRORS as error:
+        raise TypeError(
+            f"verifier {name!r} cannot be sent to a worker process: define it at the top level of a file ({error})"
+        ) from None
+    return Source("", part.options, part.call)
 
 
 async def _await_value(call: Callable[..., Any], text: str, columns: Mapping[str, Any]) -> float | None:

@@ -20,9 +20,9 @@ from posttrain.resolve import resolve
 class Source:
     """Where a worker finds a verifier."""
 
-    spec: str  # file.py:name or package.module.name; empty: ``call`` travels itself
+    spec: str  # file.py:name or package.module.name
     options: Mapping[str, Any]
-    call: Callable[..., Any] | None
+    call: Callable[..., Any] | None  # where there is no spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,7 @@ def as_values(values: Any, size: int) -> list[float | None]:
 
 
 def _find(source: Source) -> Callable[..., Any] | Failed:
-    if not source.spec:
-        assert source.call is not None
+    if source.call is not None:
         return source.call
     try:
         target = resolve(source.spec)

@@ -21,7 +21,7 @@ Settings of the recipe are overridden by --key.path=value, with the value in YAM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit code: 2 for a mistake in what the user wrote, which is told without traceback."""
+    """Runs a command; returns the exit code: 2 for a mistake that the user can mend, told without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].lower().endswith(SUFFIXES):
         arguments.insert(0, "train")

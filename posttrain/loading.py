@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.errors import RecipeError
 from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe, RecipeConflict, Slot
 from posttrain.resolve import check_options, find_file, parameters, positional, resolve, specify
-from posttrain.strictyaml import Document, Location, dotted, merge, override, read, suggestion
+from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
 from posttrain.validation import Problems, dataclass_in, validate
 
 LISTS = ("verify", "reward", "select", "shape", "keep", "loss")
@@ -24,7 +24,6 @@ PATHS: tuple[Location, ...] = (
     ("reference", "model"),
 )
 """Local paths, where they exist: relative to the recipe's folder, or else to the working directory."""
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".yaml", ".yml")
 BATCH_VERIFIER = ("prompts", "completions", "completion_ids", "trainer_state")
 """What a reward function of TRL's signature is given beside columns."""
 ELSEWHERE = {
@@ -129,15 +128,12 @@ class _Reader:
         required = [f.name for f in dataclasses.fields(Recipe) if _has_no_default(f)]
         for name in required:
             if name not in self.document.data:
-                self.problems.append((("",), f"the section {name!r} is missing"))
+                self.problems.append(((), f"the section {name!r} is missing"))
 
     def _raise_if_any(self) -> None:
         if not self.problems:
             return
-        lines = [
-            self.document.problem((), message) if location == ("",) else self.document.problem(location, message)
-            for location, message in self.problems
-        ]
+        lines = [self.document.problem(location, message) for location, message in self.problems]
         raise RecipeError(sorted(dict.fromkeys(lines), key=_by_line))
 
     def settings(self, name: str, annotation: Any, value: Any) -> Any:
@@ -159,19 +155,12 @@ class _Reader:
             return self._attempt(location, lambda: _absolute_function(value, self.folders(location))) or value
         path = Path(value).expanduser()
         found = next((folder / path for folder in self.folders(location) if (folder / path).exists()), None)
-        if found is not None:
-            return str(found.resolve())
-        if value.startswith(("/", "./", "../", "~")) or value.lower().endswith(FILE_SUFFIXES):
-            near = [other.name for f in self.folders(location) for other in (f / path).parent.glob("*")]
-            guess = suggestion(path.name, near)
-            hint = f"; {guess}" if guess.startswith("did") else ""
-            self.problems.append((location, f"no such file or folder: {value!r}{hint}"))
-        return value
+        return str(found.resolve()) if found else value
 
     def folders(self, location: Location) -> list[Path]:
         """Where a relative path is looked for: what the command line names, first in the working directory."""
         order = [self.path.parent, Path.cwd()]
-        return order[::-1] if self.document.place(location).startswith("command line") else order
+        return order[::-1] if self.document.place(location).startswith(COMMAND_LINE) else order
 
     def parts(self, location: Location, entries: Any) -> tuple[Part, ...]:
         if entries is None:
@@ -198,7 +187,9 @@ class _Reader:
         if target is None or not self._fits(location, slot_name, target):
             return None
         given = {name: value for name, value in entry.items() if name != "use" and name not in slot.settings}
-        checked, problems = check_options(target, given, _passed(slot, target), complete=slot_name != "verify")
+        checked, problems = check_options(
+            target, given, _passed(slot, target), beside=slot.settings, complete=slot_name != "verify"
+        )
         self.problems.extend(((*location, *at), message) for at, message in problems)
         if problems:
             return None
@@ -219,9 +210,11 @@ class _Reader:
     def _fits(self, location: Location, slot_name: str, target: Any) -> bool:
         """Whether the part can be called with what its slot passes."""
         takes = SLOTS[slot_name].takes
+        if not takes:  # a verifier takes columns by name, a prompt sampler is built by name
+            return True
         call = functools.partial(target.__call__, None) if isinstance(target, type) else target
-        asks = [name for name in positional(call)]
-        if takes is None or len(asks) == len(takes):
+        asks = positional(call)
+        if len(asks) == len(takes):
             return True
         fitting = [name for name, slot in SLOTS.items() if slot.takes == tuple(asks)]
         hint = f"; it fits {' or '.join(f'`{name}`' for name in fitting)}" if fitting else ""
@@ -244,11 +237,11 @@ class _Reader:
 
 def _passed(slot: Slot, target: Any) -> list[str]:
     """Parameters that are filled by the loop, not by options."""
-    if isinstance(target, type) and slot.takes is not None:
-        return []
-    if slot.module == SLOTS["verify"].module:
+    if slot.takes is None:
         return [*list(parameters(target))[:1], *BATCH_VERIFIER]
-    return positional(target)
+    if isinstance(target, type):  # the loop calls the object; its constructor has options alone
+        return [*slot.by_name]
+    return [*positional(target), *slot.by_name]
 
 
 def _absolute_function(value: str, folders: Iterable[Path]) -> str:
@@ -289,7 +282,8 @@ def _has_no_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
-def _by_line(problem: str) -> tuple[str, int, int]:
+def _by_line(problem: str) -> tuple[bool, str, int, int]:
+    """Sorts messages: the command line first, then each file by its lines."""
     file, _, rest = problem.partition(":")
-    numbers = [int(number) for number in rest.split(":")[:2] if number.isdecimal()]
-    return (file, *numbers, *(0,) * (2 - len(numbers)))[:3]  # type: ignore[return-value]
+    line, column = (int(n) if n.isdecimal() else 0 for n in (rest.split(":") + ["", ""])[:2])
+    return file != COMMAND_LINE, file, line, column

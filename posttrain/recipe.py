@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from posttrain import options
 from posttrain.errors import RecipeError
-from posttrain.resolve import default_options, positional, resolve
+from posttrain.resolve import default_options, required, resolve
 from posttrain.strictyaml import dotted
 from posttrain.validation import Problems
 
@@ -25,8 +26,9 @@ class Slot(NamedTuple):
     """Where a part goes, and what it is called with."""
 
     module: str  # where bare names are looked up
-    takes: tuple[str, ...] | None  # what the loop passes by position; None: whatever the part asks for first
+    takes: tuple[str, ...] | None  # what the loop passes by position; None: the completion, and columns by name
     settings: tuple[str, ...] = ()  # fields of Part that an entry may give beside the options
+    by_name: tuple[str, ...] = ()  # what the loop passes by name
 
 
 SLOTS: Mapping[str, Slot] = {
@@ -40,7 +42,7 @@ SLOTS: Mapping[str, Slot] = {
     "weights": Slot("posttrain.parts.weighting", ("outputs", "batch")),  # of an entry of `loss`
     "normaliser": Slot("posttrain.parts.normalisers", ("batch",)),
     "rollout": Slot("posttrain.rollout", ("engine", "prompts", "n", "context")),
-    "prompts": Slot("posttrain.data", None),
+    "prompts": Slot("posttrain.data", (), by_name=("size", "seed")),
 }
 
 
@@ -74,7 +76,7 @@ class Part:
         Args:
             settings: fields of the part itself, such as ``{"coef": 0.1}``.
         """
-        if isinstance(target, type) and set(positional(target)) <= options.keys():
+        if isinstance(target, type) and set(required(target)) <= options.keys():
             call = target(**options)
         else:
             call = functools.partial(target, **options)
@@ -172,14 +174,15 @@ SETTINGS_AND_SLOTS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name 
 
 def _plain_part(part: Part, slot: str) -> dict[str, Any]:
     place = SLOTS[slot]
-    known_here = part.spec == f"{place.module}.{part.name}"
+    name = getattr(part.target, "__name__", part.name)
+    bare = getattr(sys.modules.get(place.module), name, None) is part.target
     # A verifier's parameters without a given option are columns of the data set, whatever their defaults.
     chosen = part.options if slot == "verify" else part.every_option
-    plain: dict[str, Any] = {"use": part.name if known_here or not part.spec else part.spec}
+    plain: dict[str, Any] = {"use": name if bare else part.spec or part.name}
     plain |= TypeAdapter(Any).dump_python(dict(chosen), mode="json", fallback=repr)
-    for name in place.settings:
-        value = getattr(part, name)
-        plain[name] = [_plain_part(weight, name) for weight in value] if name == "weights" else value
+    for setting in place.settings:
+        value = getattr(part, setting)
+        plain[setting] = [_plain_part(weight, setting) for weight in value] if setting == "weights" else value
     return plain
 
 
@@ -231,13 +234,13 @@ def _group_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     if recipe.completions > 1:
         return
     reason = "compares the completions of a prompt with each other, and `completions: 1` leaves nothing to compare"
-    for slot, parts in (("advantage", (recipe.advantage,)), ("shape", recipe.shape)):
-        for i, part in enumerate(parts):
-            at = (slot,) if slot == "advantage" else (slot, i)
-            for name in ("center", "scale"):
-                value = part.every_option.get(name)
-                if value in ("group", "leave_one_out"):
-                    yield (*at, name), f"{value!r} {reason}; every advantage would be 0"
+    places = [(("advantage",), recipe.advantage), *((("shape", i), part) for i, part in enumerate(recipe.shape))]
+    for place, part in places:
+        values = {name: part.every_option.get(name) for name in ("center", "scale")}
+        in_groups = [name for name, value in values.items() if value in ("group", "leave_one_out")]
+        if in_groups:
+            named = " and ".join(f"`{name}: {values[name]}`" for name in in_groups)
+            yield place, f"{part.name} with {named} {reason}; every advantage would be 0"
     for i, part in enumerate(recipe.select):
         if part.spec == "posttrain.parts.selection.mixed_groups":
             yield ("select", i), f"{part.name} {reason}; it would never keep a prompt"

@@ -53,8 +53,9 @@ def specify(name: str, module: str, folders: Iterable[Path]) -> str:
     if re.fullmatch(r"\w+", name):
         names = public_callables(importlib.import_module(module))
         if name not in names:
-            own = f"; a function of your own is named as in `use: my_file.py:{name}`"
-            raise RecipeError(f"{module} has no {name!r}; {suggestion(name, names)}{own}")
+            guess = suggestion(name, names)
+            own = "" if guess.startswith("did") else f"; one of your own is named as in `use: my_file.py:{name}`"
+            raise RecipeError(f"{module} has no {name!r}; {guess}{own}")
         return f"{module}.{name}"
     file, colon, attribute = name.rpartition(":")
     if colon:
@@ -148,10 +149,14 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(target).parameters)
 
 
+def required(target: Callable[..., Any]) -> list[str]:
+    """Parameters without a default."""
+    return [name for name, p in parameters(target).items() if p.default is p.empty and p.kind not in _VARIADIC]
+
+
 def positional(target: Callable[..., Any]) -> list[str]:
-    """Names of the parameters that can be given by position only or have no default: what a slot passes in."""
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, p in parameters(target).items() if p.kind in by_position and p.default is p.empty]
+    """Those without a default that can be given by position: what a slot passes in."""
+    return [name for name in required(target) if parameters(target)[name].kind != inspect.Parameter.KEYWORD_ONLY]
 
 
 def default_options(target: Callable[..., Any]) -> dict[str, Any]:
@@ -160,12 +165,18 @@ def default_options(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_options(
-    target: Callable[..., Any], options: Mapping[str, Any], passed: Iterable[str], *, complete: bool = True
+    target: Callable[..., Any],
+    options: Mapping[str, Any],
+    passed: Iterable[str],
+    *,
+    beside: Iterable[str] = (),
+    complete: bool = True,
 ) -> tuple[dict[str, Any], Problems]:
     """Options as the types of the parameters' annotations, and what is wrong: unknown, missing, of a wrong type.
 
     Args:
         passed: parameters that the slot fills by itself; they are no options.
+        beside: what an entry may hold beside options; for suggestions alone.
         complete: whether every parameter without a default must be given. Not so for verifiers, whose parameters are
             also columns of the data set.
     """
@@ -177,12 +188,12 @@ def check_options(
     problems: Problems = []
     for name, value in options.items():
         if name not in known and not open_ended:
-            problems.append(((name,), f"unknown option; {suggestion(name, known)}"))
+            problems.append(((name,), f"unknown option; {suggestion(name, {*known, *beside})}"))
             continue
         checked[name], wrong = validate(hints.get(name, Any), value)
         problems.extend(((name, *at), message) for at, message in wrong)
-    missing = [name for name, p in known.items() if p.default is p.empty and name not in options]
-    problems.extend(((), f"option {name!r} is missing and has no default") for name in missing if complete)
+    missing = [name for name in required(target) if name in known and name not in options] if complete else []
+    problems.extend(((), f"option {name!r} is missing and has no default") for name in missing)
     return checked, problems
 
 

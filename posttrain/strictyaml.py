@@ -38,7 +38,12 @@ class Document:
 
     def problem(self, location: Location, message: str) -> str:
         """One line: place, dotted key, what is wrong."""
-        return f"{self.place(location)}: {dotted(location)}: {message}" if location else f"{self.place(())}: {message}"
+        place, key = self.place(location), dotted(location)
+        named = not key or place.startswith(f"{COMMAND_LINE}: --{key}=")
+        return f"{place}: {message}" if named else f"{place}: {key}: {message}"
+
+
+COMMAND_LINE = "command line"
 
 
 def dotted(location: Location) -> str:
@@ -215,11 +220,20 @@ def merge(base: Document, top: Document, replaces: Callable[[Location, Mapping[s
 
 def _exists(data: Any, location: Location) -> bool:
     for step in location:
-        if isinstance(data, dict) and step in data or isinstance(data, list) and step in range(len(data)):
-            data = data[step]
-        else:
+        data = child(data, step)
+        if data is ABSENT:
             return False
     return True
+
+
+ABSENT: Any = object()
+
+
+def child(data: Any, step: str | int) -> Any:
+    """The value at a key or an index; ``ABSENT`` where there is none."""
+    if isinstance(data, list):
+        return data[step] if isinstance(step, int) and 0 <= step < len(data) else ABSENT
+    return data.get(step, ABSENT) if isinstance(data, dict) else ABSENT
 
 
 def override(document: Document, arguments: Iterable[str]) -> Document:
@@ -241,7 +255,7 @@ def override(document: Document, arguments: Iterable[str]) -> Document:
 
 
 def _override(document: Document, argument: str) -> Document:
-    place = f"command line: {argument}"
+    place = f"{COMMAND_LINE}: {argument}"
     key, equals, text = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not equals or not all(key.split(".")):
         raise RecipeError(f"{place}: an override looks like --section.key=value")

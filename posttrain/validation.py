@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from posttrain.strictyaml import Location, suggestion
+from posttrain.strictyaml import ABSENT, Location, child, suggestion
 
 Problems = list[tuple[Location, str]]
 Hint = Callable[[str, Iterable[str]], str]
@@ -44,10 +44,10 @@ def _in_data(path: tuple[str | int, ...], value: Any) -> Location:
     """The path of an error without the names of union members, which pydantic puts in between."""
     location: Location = ()
     for i, step in enumerate(path):
-        inside = isinstance(value, dict) and step in value or isinstance(value, list) and step in range(len(value))
-        if inside:
-            value = value[step]
-        if inside or i == len(path) - 1 and isinstance(value, dict):  # the last: a key that is missing
+        inner = child(value, step)
+        if inner is not ABSENT:
+            value = inner
+        if inner is not ABSENT or (i == len(path) - 1 and isinstance(value, dict)):  # the last: a key that is missing
             location = (*location, step)
     return location
 

@@ -56,7 +56,8 @@ class RecipeImporter:
             return None
         from importlib.machinery import ModuleSpec
 
-        spec = ModuleSpec("__main__", self, origin=self.path)
+        # A loader by its methods: deriving from importlib.abc.Loader would cost every start of Python an import.
+        spec = ModuleSpec("__main__", self, origin=self.path)  # pyright: ignore[reportArgumentType]
         spec.has_location = True
         return spec
 

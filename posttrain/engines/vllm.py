@@ -256,8 +256,9 @@ def _surroundings_kept() -> Iterator[None]:
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     states = random.getstate(), numpy.random.get_state()
     environment = dict(os.environ)
+    device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(device):
             yield
     finally:
         torch.set_num_threads = set_threads

@@ -39,9 +39,11 @@ def outcome(
             - ``batch``: mean over all groups and ranks.
 
             A completion that is alone in its group has no baseline: ``group``, ``leave_one_out`` and ``length`` give 0.
-        scale: the divisor s_i: ``none`` (divides by 1, without eps), standard deviation of the rewards of the
-            ``group``, or of the whole ``batch`` on all ranks (Liu et al. 2025, Lite PPO, arXiv:2508.08221).
-            Where it is 0, nothing is divided.
+        scale: the divisor s_i. Where it is 0, nothing is divided.
+
+            - ``none``: nothing is divided.
+            - ``group``: standard deviation of the group's rewards. Shao et al. 2024 (GRPO), arXiv:2402.03300.
+            - ``batch``: of all rewards on all ranks. Liu et al. 2025 (Lite PPO), arXiv:2508.08221.
         ddof: 1 for the unbiased variance, as TRL and verl take it; 0 for the biased one.
         eps: added to the standard deviation: 1e-4 in TRL, 1e-6 in verl.
 
@@ -60,10 +62,13 @@ def outcome(
 def returns(batch: Batch, *, gamma: float = 1.0, center: Center = "none") -> Float[Tensor, "N L"]:
     """Sum of the rewards from each token on, discounted per token that the policy chose.
 
-    A_t = r_t + γ A_t' with t' the next chosen token, where r_t is ``step_reward`` and, at the completion's last chosen
-    token, ``reward`` - b too. Tokens in between that the policy did not choose (tool output) are stepped over.
-    Sutton and Barto 2018, eq. 3.9; with a KL penalty in ``step_reward``: Hu et al. 2025 (REINFORCE++),
-    arXiv:2501.03262.
+    A_t = r_t + γ A_t', with t' the next chosen token
+
+    Sutton and Barto 2018, eq. 3.9.
+    With a KL penalty in ``step_reward``: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
+
+    r_t is ``step_reward`` and, at the completion's last chosen token, ``reward`` - b too. Tokens in between that the
+    policy did not choose (tool output) are stepped over.
 
     Args:
         center: the baseline b of ``reward`` alone, as in ``outcome``.
@@ -81,8 +86,10 @@ def whiten(
 ) -> Float[Tensor, "N L"]:
     """Scaled to unit variance, and shifted to mean 0, over the chosen tokens of all scored completions on all ranks.
 
-    A' = (A - mean) / sqrt(var + eps), plus mean where ``shift`` is off.  Huang et al. 2024 (N+ details of RLHF),
-    arXiv:2403.17031; instead of a value model: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
+    A' = (A - mean) / sqrt(var + eps), plus mean where ``shift`` is off
+
+    Huang et al. 2024 (N+ details of RLHF), arXiv:2403.17031.
+    In place of a value model: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
 
     Args:
         shift: subtract the mean.

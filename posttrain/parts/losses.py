@@ -24,7 +24,9 @@ Estimator = Literal["k1", "k2", "k3", "k3_k2"]
 def reinforce(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     """Policy gradient: the log-prob of each token, weighted by its advantage.
 
-    loss_t = -A_t log π(y_t).  Williams 1992, doi:10.1007/BF00992696.
+    loss_t = -A_t log π(y_t)
+
+    Williams 1992 (REINFORCE), section 3, doi:10.1007/BF00992696.
     """
     return (-_advantage(batch) * outputs.logp).where(batch.mask, 0.0)
 
@@ -41,17 +43,20 @@ def clip(
 ) -> Float[Tensor, "N L"]:
     """Clipped surrogate: the ratio earns nothing beyond [1 - low, 1 + high].
 
-    loss_t = -min(ρ_t A_t, clip(ρ_t, 1 - low, 1 + high) A_t).  Schulman et al. 2017 (PPO), eq. 7, arXiv:1707.06347;
-    ``high`` > ``low``: Yu et al. 2025 (DAPO), eq. 10, arXiv:2503.14476.
+    loss_t = -min(ρ_t A_t, clip(ρ_t, 1 - low, 1 + high) A_t)
+
+    Schulman et al. 2017 (PPO), eq. 7, arXiv:1707.06347.
+    ``high`` above ``low``: Yu et al. 2025 (DAPO), eq. 10, arXiv:2503.14476.
 
     Args:
-        level: ``sequence`` puts s = exp(mean_t log ρ_t), the geometric mean of a completion's ratios, in place of each
-            of them, in the form whose gradient reaches every token: sg[s] · π(y_t) / sg[π(y_t)].
-            Zheng et al. 2025 (GSPO), section 4.3, arXiv:2507.18071. Goes with ``seq_mean_of_token_mean``.
-        dual: c > 1 bounds the loss of A < 0 by -c A: a ratio beyond c gives no gradient.
-            Ye et al. 2020 (dual-clip PPO), arXiv:1912.09729.
-        cap: δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ), which does the same.
-            Prime Intellect 2025 (INTELLECT-2, two-sided clipping), section 4.1, arXiv:2505.07291.
+        level: ``sequence``: Zheng et al. 2025 (GSPO), section 4.3, arXiv:2507.18071.
+            The geometric mean of a completion's ratios, s = exp(mean_t log ρ_t), is put in place of each of them, in
+            the form whose gradient reaches every token: sg[s] · π(y_t) / sg[π(y_t)]. Goes with the normaliser
+            ``seq_mean_of_token_mean``.
+        dual: Ye et al. 2020 (dual-clip PPO), arXiv:1912.09729.
+            c > 1 bounds the loss of A < 0 by -c A: a ratio beyond c gives no gradient.
+        cap: Prime Intellect 2025 (INTELLECT-2, two-sided clipping), section 4.1, arXiv:2505.07291.
+            δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ), with the same effect on the gradient.
 
     Raises:
         ValueError: for a bound on the wrong side of 1.
@@ -71,9 +76,10 @@ def clip(
 def cispo(outputs: Outputs, batch: Batch, *, floor: float = 0.0, cap: float = 5.0) -> Float[Tensor, "N L"]:
     """Policy gradient under a clipped importance weight: every token keeps a gradient, however far its ratio went.
 
-    loss_t = -sg[clip(ρ_t, floor, cap)] A_t log π(y_t).  MiniMax 2025 (CISPO), eq. 4 and 5, arXiv:2506.13585, where
-    floor = 1 - ε_low and cap = 1 + ε_high; the paper sets no lower bound. ``cap`` 5: Khatri et al. 2025 (ScaleRL),
-    arXiv:2510.13786.
+    loss_t = -sg[clip(ρ_t, floor, cap)] A_t log π(y_t)
+
+    MiniMax 2025 (CISPO), eq. 4 and 5, arXiv:2506.13585, with floor = 1 - ε_low, cap = 1 + ε_high and no lower bound.
+    ``cap`` of 5: Khatri et al. 2025 (ScaleRL), arXiv:2510.13786.
     """
     if not 0 <= floor <= 1 <= cap:
         raise ValueError(f"cispo: the ratio is clipped to [floor, cap] around 1, not to [{floor}, {cap}]")
@@ -85,7 +91,10 @@ def cispo(outputs: Outputs, batch: Batch, *, floor: float = 0.0, cap: float = 5.
 def geometric(outputs: Outputs, batch: Batch, *, low: float = 0.4, high: float = 0.4) -> Float[Tensor, "N L"]:
     """Geometric mean of a completion's clipped ratios; outliers among its tokens weigh little.
 
-    loss_i = -s_i A_i with s_i = exp(mean_t l_t), where l_t = min(log ρ_t, high) if A_i > 0, max(log ρ_t, -low) else.
+    loss_i = -s_i A_i
+    s_i = exp(mean_t l_t)
+    l_t = min(log ρ_t, high) if A_i > 0, max(log ρ_t, -low) else
+
     Zhao et al. 2025 (GMPO), arXiv:2507.20673.
 
     Each token holds -A_t sg[s_i] exp(l_t - sg[l_t]), so that under ``seq_mean_of_token_mean`` value and gradient are
@@ -107,17 +116,19 @@ def kl(
 ) -> Float[Tensor, "N L"]:
     """KL divergence from the reference policy, estimated at the sampled token from x = log π(y_t) - log π_ref(y_t).
 
-    k1 = x, k2 = x² / 2, k3 = e^-x - 1 + x.  Schulman 2020, joschu.net/blog/kl-approx.html; k3 as a loss: Shao et al.
-    2024 (GRPO), eq. 4, arXiv:2402.03300. x is clamped to ±20.
+    k1 = x, k2 = x² / 2, k3 = e^-x - 1 + x, with x clamped to ±20
+
+    Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
+    k3 as a loss: Shao et al. 2024 (GRPO), eq. 4, arXiv:2402.03300.
 
     As values k1 and k3 are unbiased, k2 is not. Differentiated as losses on samples of π, they are estimators of other
     things: E ∇k1 = 0, E ∇k2 = ∇KL(π ‖ π_ref), E ∇k3 = ∇KL(π_ref ‖ π).
 
     Args:
         estimator: ``k3_k2`` has the value of k3 and the gradient of k2.
-        importance: multiply by ρ_t, for samples of π_old; the expected gradient is then ∇KL(π ‖ π_ref) with every
-            estimator, because ρ_t carries gradient with k1 and k3 and does not with k2 and k3_k2.
-            DeepSeek-AI 2025 (DeepSeek-V3.2, unbiased KL estimate), section 3.1, arXiv:2512.02556.
+        importance: DeepSeek-AI 2025 (DeepSeek-V3.2, unbiased KL estimate), section 3.1, arXiv:2512.02556.
+            Multiplies by ρ_t, for samples of π_old; the expected gradient is then ∇KL(π ‖ π_ref) with every estimator,
+            because ρ_t carries gradient with k1 and k3 and does not with k2 and k3_k2.
     """
     x = log_ratio(outputs.logp, needed(batch, "logp_ref"), batch.mask)
     k2, k3 = 0.5 * x.square(), torch.expm1(-x) + x
@@ -131,7 +142,9 @@ def kl(
 def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     """Negative entropy of the policy at each token, in nats: minimised, it keeps the policy exploring.
 
-    loss_t = -H(π(· | y_<t)).  Mnih et al. 2016 (A3C), arXiv:1602.01783.
+    loss_t = -H(π(· | y_<t))
+
+    Mnih et al. 2016 (A3C), arXiv:1602.01783.
     """
     if outputs.entropy is None:
         raise ValueError("the loss term entropy needs outputs.entropy, which the forward pass did not compute")
@@ -141,8 +154,11 @@ def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, "N L"]:
     """Negative log-likelihood of the completions that the verifiers score above ``threshold``; unscored ones have none.
 
-    loss_t = -log π(y_t) if score_i > threshold, 0 else.  Yue et al. 2025 (VAPO), arXiv:2504.05118. There the mean is
-    over the tokens of such completions, here over what the recipe's normaliser counts.
+    loss_t = -log π(y_t) if score_i > threshold, 0 else
+
+    Yue et al. 2025 (VAPO), arXiv:2504.05118.
+
+    There the mean is over the tokens of such completions, here over what the recipe's normaliser counts.
     """
     chosen = batch.mask & (batch.score > threshold)[:, None]
     return (-outputs.logp).where(chosen, 0.0)

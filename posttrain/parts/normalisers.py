@@ -20,7 +20,9 @@ from posttrain.batch import Batch
 def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
     """Mean over all chosen tokens: long completions weigh more.
 
-    w_it = m_it / Σ_j |o_j|.  Yu et al. 2025 (DAPO), eq. 12, arXiv:2503.14476.
+    w_it = m_it / Σ_j |o_j|
+
+    Yu et al. 2025 (DAPO), eq. 12, arXiv:2503.14476.
     """
     mask = _counted(batch)
     return _float(mask) / batch.total(mask).clamp(min=1)
@@ -29,7 +31,9 @@ def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
 def seq_mean_of_token_mean(batch: Batch) -> Float[Tensor, "N L"]:
     """Mean over completions of the mean over their tokens: every completion weighs the same.
 
-    w_it = m_it / (N |o_i|).  Shao et al. 2024 (GRPO), eq. 3, arXiv:2402.03300.
+    w_it = m_it / (N |o_i|)
+
+    Shao et al. 2024 (GRPO), eq. 3, arXiv:2402.03300.
     """
     mask = _counted(batch)
     return _float(mask) / mask.sum(-1, keepdim=True).clamp(min=1) / _sequences(batch, mask)
@@ -38,7 +42,9 @@ def seq_mean_of_token_mean(batch: Batch) -> Float[Tensor, "N L"]:
 def seq_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
     """Mean over completions of the sum over their tokens: the policy gradient of whole completions.
 
-    w_it = m_it / N.  Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
+    w_it = m_it / N
+
+    Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
     """
     mask = _counted(batch)
     return _float(mask) / _sequences(batch, mask)
@@ -47,8 +53,12 @@ def seq_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
 def seq_sum_over(batch: Batch, *, length: int) -> Float[Tensor, "N L"]:
     """Mean over completions of the sum over their tokens, divided by a constant number of tokens.
 
-    w_it = m_it / (N · length). The constant, usually the longest completion that can be sampled, only keeps the size of
-    the gradient near that of a mean.  Liu et al. 2025 (Dr. GRPO), section 3, arXiv:2503.20783.
+    w_it = m_it / (N · length)
+
+    Liu et al. 2025 (Dr. GRPO), section 3, arXiv:2503.20783.
+
+    The constant, usually the longest completion that can be sampled, only keeps the size of the gradient near that of
+    a mean.
 
     Raises:
         ValueError: unless ``length`` is positive.
@@ -59,7 +69,10 @@ def seq_sum_over(batch: Batch, *, length: int) -> Float[Tensor, "N L"]:
 
 
 def token_sum(batch: Batch) -> Float[Tensor, "N L"]:
-    """Plain sum over all chosen tokens: w_it = m_it."""
+    """Plain sum over all chosen tokens.
+
+    w_it = m_it
+    """
     return _float(_counted(batch))
 
 

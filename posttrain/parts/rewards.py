@@ -18,8 +18,9 @@ from posttrain.parts.ratio import needed
 def overlong(batch: Batch, *, limit: int, buffer: int) -> Float[Tensor, " N"]:
     """Soft penalty on completions that come close to the length limit.
 
-    0 for l <= limit - buffer, then falling in a line to -1 at ``limit`` and -1 beyond; l is the number of tokens the
-    policy chose.  Yu et al. 2025 (DAPO), eq. 13, arXiv:2503.14476, where rewards are ±1, limit 20480, buffer 4096.
+    r = 0 if l <= limit - buffer, (limit - buffer - l) / buffer if l <= limit, -1 else; l tokens were chosen
+
+    Yu et al. 2025 (DAPO), eq. 13, arXiv:2503.14476, where verifiers give ±1, limit is 20480 and buffer 4096.
 
     Raises:
         ValueError: unless 0 < ``buffer`` <= ``limit``.
@@ -34,9 +35,13 @@ def overlong(batch: Batch, *, limit: int, buffer: int) -> Float[Tensor, " N"]:
 def length(batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, " N"]:
     """Favours the shorter of a group's completions, and never rewards one that is wrong.
 
-    λ = 0.5 - (l - l_min) / (l_max - l_min) for correct completions, min(0, λ) for wrong ones, 0 where all of the group
-    are of one length.  Kimi Team 2025 (Kimi k1.5), section 2.3.3, arXiv:2501.12599. Correct means a verifier score
-    above ``threshold``; l_min and l_max are of the group's scored completions. Greedy baselines get 0.
+    λ = 0.5 - (l - l_min) / (l_max - l_min)
+    r = λ if correct, min(0, λ) if wrong, 0 where all of the group are of one length
+
+    Kimi Team 2025 (Kimi k1.5), section 2.3.3, arXiv:2501.12599.
+
+    Correct means a verifier score above ``threshold``; l_min and l_max are of the group's scored completions. Greedy
+    baselines get 0.
     """
     tokens = batch.tokens_chosen.float()
     valid = ~batch.score.isnan() & ~batch.greedy
@@ -54,8 +59,12 @@ def length(batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, " N"]:
 def kl_penalty(batch: Batch, *, level: Literal["token", "sequence"] = "token") -> Tensor:
     """Minus the log-ratio of the policy before the update to the reference policy, whose mean is minus their KL.
 
-    r_t = -(log π_old(y_t) - log π_ref(y_t)), ``[N, L]``; its sum over the completion, ``[N]``, at level ``sequence``.
+    r_t = -(log π_old(y_t) - log π_ref(y_t))
+
     Stiennon et al. 2020, arXiv:2009.01325; a token at a time: Ouyang et al. 2022, arXiv:2203.02155.
+
+    Args:
+        level: ``token`` gives r_t, ``[N, L]``; ``sequence`` its sum over the completion, ``[N]``.
     """
     penalty = (needed(batch, "logp_ref") - needed(batch, "logp_old")).where(batch.mask, 0.0)
     return penalty if level == "token" else seq_sum(penalty, batch.mask)

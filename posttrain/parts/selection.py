@@ -17,10 +17,12 @@ from posttrain.batch import Batch, Finish
 def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
     """Groups from which there is something to learn: whose completions did not all get the same verifier score.
 
-    max_G score > min_G score, which for scores of 0 and 1 is 0 < accuracy < 1.  Yu et al. 2025 (DAPO, dynamic
-    sampling), eq. 11, arXiv:2503.14476. Decided on ``score``, what the verifiers said, not on ``reward``: a length
-    penalty does not make a solved prompt worth learning from. Unscored completions have no say, but stay or go with
-    their group.
+    kept = max_G score > min_G score, which for scores of 0 and 1 is 0 < accuracy < 1
+
+    Yu et al. 2025 (DAPO, dynamic sampling), eq. 11, arXiv:2503.14476.
+
+    Decided on ``score``, what the verifiers said, not on ``reward``: a length penalty does not make a solved prompt
+    worth learning from. Unscored completions have no say, but stay or go with their group.
     """
     valid = ~batch.score.isnan() & ~batch.greedy
     _, index = batch.group.unique(return_inverse=True)
@@ -32,9 +34,12 @@ def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
 def max_variance(batch: Batch, *, keep: int) -> Bool[Tensor, " N"]:
     """In each group, the ``keep`` completions whose rewards have the largest variance.
 
-    They are the k smallest and the keep - k largest rewards for some k.  Xu et al. 2025 (PODS),
-    arXiv:2504.13818; the same subset, of advantages, in D3S, arXiv:2509.22115. Unscored completions go; a group with
-    no more than ``keep`` scored ones keeps those. Of equal rewards, the earlier row is the smaller.
+    kept = the k smallest and the keep - k largest rewards, for the best k
+
+    Xu et al. 2025 (PODS), arXiv:2504.13818.
+
+    Unscored completions go; a group with no more than ``keep`` scored ones keeps those. Of equal rewards, the earlier
+    row is the smaller.
 
     Raises:
         ValueError: if ``keep`` is less than 2.
@@ -53,7 +58,7 @@ def max_variance(batch: Batch, *, keep: int) -> Bool[Tensor, " N"]:
 def finished(batch: Batch) -> Bool[Tensor, " N"]:
     """Completions that ended by themselves; those cut off at the length limit, or aborted, say nothing of their end.
 
-    finish = stopped.  Yu et al. 2025 (DAPO, overlong filtering), section 3.4, arXiv:2503.14476.
+    Yu et al. 2025 (DAPO, overlong filtering), section 3.4, arXiv:2503.14476.
     """
     return (batch.finish == Finish.STOPPED) | batch.greedy
 

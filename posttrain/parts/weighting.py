@@ -17,7 +17,10 @@ from posttrain.parts.ratio import log_ratio, needed
 def truncated_importance(outputs: Outputs, batch: Batch, *, cap: float = 2.0) -> Float[Tensor, "N L"]:
     """Importance weight, bounded from above.
 
-    min(w_t, cap).  Yao et al. 2025 (TIS, "Your efficient RL framework secretly brings you off-policy RL training").
+    weight_t = min(w_t, cap)
+
+    Yao et al. 2025 (TIS), "Your efficient RL framework secretly brings you off-policy RL training", blog post,
+    fengyao.notion.site/off-policy-rl.
     """
     if cap <= 0:
         raise ValueError(f"truncated_importance: cap bounds a ratio and must be positive, not {cap}")
@@ -27,7 +30,9 @@ def truncated_importance(outputs: Outputs, batch: Batch, *, cap: float = 2.0) ->
 def masked_importance(outputs: Outputs, batch: Batch, *, low: float = 0.5, high: float = 5.0) -> Float[Tensor, "N L"]:
     """Importance weight where it is moderate; tokens on which trainer and engine disagree are dropped.
 
-    w_t if low <= w_t <= high, 0 else.  Ling team 2025 (IcePop), arXiv:2510.18855.
+    weight_t = w_t if low <= w_t <= high, 0 else
+
+    Ling team 2025 (IcePop), arXiv:2510.18855.
     """
     _check_band("masked_importance", low, high)
     weight = _log_weight(batch).exp()
@@ -37,8 +42,11 @@ def masked_importance(outputs: Outputs, batch: Batch, *, low: float = 0.5, high:
 def masked_sequence(outputs: Outputs, batch: Batch, *, low: float = 0.999, high: float = 1.002) -> Float[Tensor, "N L"]:
     """1 for completions on which trainer and engine agree on the whole, 0 for the others.
 
-    1 if low <= exp(mean_t log w_t) <= high, 0 else. Combine with ``truncated_importance`` to weigh the tokens of the
-    completions that stay. Liu et al. 2025 ("When speed kills stability", geometric sequence masking), as in NeMo-RL.
+    weight_t = 1 if low <= exp(mean_t log w_t) <= high, 0 else
+
+    Liu et al. 2025, "When speed kills stability", blog post, part 3, richardli.xyz/rl-collapse-3; the band is NeMo-RL's.
+
+    Combine with ``truncated_importance`` to weigh the tokens of the completions that stay.
     """
     _check_band("masked_sequence", low, high)
     weight = seq_mean(_log_weight(batch), batch.mask).exp()

@@ -44,7 +44,7 @@ def masked_sequence(outputs: Outputs, batch: Batch, *, low: float = 0.999, high:
 
     weight_t = 1 if low <= exp(mean_t log w_t) <= high, 0 else
 
-    Liu et al. 2025, "When speed kills stability", blog post, part 3, richardli.xyz/rl-collapse-3; the band is NeMo-RL's.
+    Liu et al. 2025, "When speed kills stability", part 3, richardli.xyz/rl-collapse-3; the band is NeMo-RL's.
 
     Combine with ``truncated_importance`` to weigh the tokens of the completions that stay.
     """

@@ -48,7 +48,7 @@ def test_a_recipe_runs_as_a_script(name, folder):
 
 
 def test_it_runs_from_the_root_folder_and_with_options_of_python(folder):
-    for options in ([], ["-u"], ["-I"], ["-X", "dev"]):
+    for options in ([], ["-I"]):
         result = run(*options, str(folder / "r.yaml").lstrip("/"), cwd="/")
         assert result.returncode == 2 and "did you mean 'model'?" in result.stderr
 

@@ -438,14 +438,14 @@ def test_a_recipe_that_is_not_there_is_told_with_a_near_one(recipe, capsys):
     assert capsys.readouterr().err == f"{path.with_name('rr.yaml')}: no such file; did you mean 'r.yaml'?\n"
 
 
-@pytest.mark.parametrize(
-    "command", [["-m", "posttrain"], ["-m", "posttrain", "train"], []], ids=["module", "module train", "script"]
-)
+@pytest.mark.parametrize("command", [["-m", "posttrain"], ["-m", "posttrain", "train"], []], ids=" ".join)
 def test_a_real_process_ends_with_code_2_and_no_traceback(command, recipe):
-    path = recipe(edit("use: clip", "use: clipp"))
+    path = recipe(edit("use: clip", "ues: clip").replace("outcome", "parts.py:double").replace("- use: kl", "- us: kl"))
     result = subprocess.run([sys.executable, *command, str(path), "--stepz=1"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "command line: --stepz=1: unknown key; did you mean 'steps'?",
-        f"{path}:8:6: loss.0.use: posttrain.parts.losses has no 'clipp'; did you mean 'clip'?",
+        f"{path}:6:13: advantage.use: parts.py has no 'double'; did you mean 'doubled'?",
+        f"{path}:8:5: loss.0: a part is written as {{use: name, option: value}} (`use` is missing)",
+        f"{path}:9:5: loss.1: a part is written as {{use: name, option: value}} (`use` is missing)",
     ]

@@ -70,7 +70,7 @@ def clip(
     gain = torch.minimum(unclipped * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
     if dual is not None:
         gain = torch.where(advantage < 0, torch.maximum(gain, dual * advantage), gain)
-    return (-gain).where(batch.mask, 0.0)
+    return -gain
 
 
 def cispo(outputs: Outputs, batch: Batch, *, floor: float = 0.0, cap: float = 5.0) -> Float[Tensor, "N L"]:
@@ -107,8 +107,8 @@ def geometric(outputs: Outputs, batch: Batch, *, low: float = 0.4, high: float =
         raise ValueError(f"geometric: low and high bound the log-ratio from -low to high, not {-low} to {high}")
     advantage = _advantage(batch)
     log = log_ratio(outputs.logp, needed(batch, "logp_old"), batch.mask)
-    clipped = torch.where(advantage > 0, log.clamp(max=high), log.clamp(min=-low)).where(batch.mask, 0.0)
-    return (-advantage * _sequence_value(clipped, batch).exp()).where(batch.mask, 0.0)
+    clipped = torch.where(advantage > 0, log.clamp(max=high), log.clamp(min=-low))
+    return -advantage * _sequence_value(clipped, batch).exp()
 
 
 def kl(
@@ -165,6 +165,7 @@ def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> F
 
 
 def _advantage(batch: Batch) -> Float[Tensor, "N L"]:
+    """Exactly 0 off the mask."""
     return needed(batch, "advantage").where(batch.mask, 0.0)
 
 

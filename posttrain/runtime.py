@@ -49,6 +49,8 @@ class Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         refuse_hidden_single_process(os.environ)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every process that imports DeepSpeed warns of it
         use_cpu, deepspeed = not torch.cuda.is_available(), _asked_for_deepspeed(os.environ)
         handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and deepspeed else []
         self.accelerator = Accelerator(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring, here and in children
+
 from pathlib import Path
 
 import pytest

@@ -1,0 +1,88 @@
+"""Several processes, launched as users launch them: the same losses, gradients and rollouts as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command, launch, write_run
+from transformers import AutoModelForCausalLM
+
+from posttrain.stored_rollouts import read_rollouts
+from posttrain.tracking import read_metrics
+
+pytestmark = pytest.mark.engine
+
+RECIPE = {
+    # micro-batches of unequal number, a KL term, batch statistics: all that is summed over ranks
+    "advantage": {"use": "outcome", "center": "group", "scale": "batch"},
+    "loss": [{"use": "clip"}, {"use": "kl", "coef": 0.05}],
+    "normaliser": {"use": "token_mean"},
+    "micro_batch_tokens": 60,
+    "prompts_per_step": 6,
+    "steps": 3,
+    "evaluate": {"data": {"path": "data.jsonl"}, "every": 3},
+}
+MULTI = ("--multi_gpu", "--num_processes", "2")
+ZERO = ("--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--gradient_accumulation_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, tiny_model_folder) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    done = command("-m", "posttrain", str(write_run(folder, tiny_model_folder, **RECIPE)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+@pytest.mark.parametrize("flags", [MULTI, ZERO], ids=["data parallel", "ZeRO-2"])
+def test_two_processes_equal_one(flags, single, tmp_path, tiny_model_folder):
+    recipe = write_run(tmp_path, tiny_model_folder, **RECIPE)
+    done = launch(*flags, str(recipe), ACCELERATE_USE_CPU="true" if flags is MULTI else "false")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "2 processes" in done.stdout
+    one, two = read_metrics(single, timing=False), read_metrics(tmp_path / "run", timing=False)
+    assert [line["step"] for line in two] == [0, 1, 2, 3]
+    for ours, theirs in zip(one[1:], two[1:], strict=True):
+        for name in ("loss", "loss/clip", "loss/kl", "grad_norm", "reward/mean", "policy/entropy"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+    assert one[3]["eval/score"] == pytest.approx(two[3]["eval/score"], abs=1e-6)
+    weights = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (single, tmp_path / "run")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
+    # the ranks' rollouts together are those of one process
+    files = sorted((tmp_path / "run" / "rollouts").glob("step-000001*.parquet"))
+    texts = [text for file in files for text in read_rollouts(file).texts]
+    assert texts == list(read_rollouts(single / "rollouts" / "step-000001.parquet").texts) and len(files) == 2
+
+
+def test_two_processes_with_vllm_resume_under_zero(tmp_path, tiny_model_folder):
+    changes = RECIPE | {"engine": {"use": "vllm"}, "run": {"folder": str(tmp_path / "run"), "save_every": 1}}
+    recipe = str(write_run(tmp_path, tiny_model_folder, **changes))
+    done = launch(*ZERO, recipe, "--steps=2")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    done = launch(*ZERO, recipe, "--resume")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3]
+    assert all(line["sampler/difference"] < 1e-4 for line in metrics[1:])
+    done = command("-m", "posttrain", recipe, "--resume", "--steps=4")
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--cpu", "--num_processes", "2"), "started only this one"),
+        ((*MULTI, "--num_machines", "1"), "cannot be shared equally by 2 processes; --prompts_per_step=4"),
+    ],
+    ids=["hidden single process", "uneven prompts"],
+)
+def test_launches_that_cannot_be_right_are_refused(flags, message, tmp_path, tiny_model_folder):
+    recipe = str(write_run(tmp_path, tiny_model_folder))
+    overrides = [] if "--cpu" in flags else ["--prompts_per_step=3"]
+    variables = {} if "--cpu" in flags else {"ACCELERATE_USE_CPU": "true"}
+    done = launch(*flags, recipe, *overrides, **variables)
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

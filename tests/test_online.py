@@ -1,0 +1,193 @@
+"""Whole runs on a tiny model: they learn, repeat, survive kill -9, and stop on what is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from runs import VERIFIER, command, environment, write_run
+from transformers import AutoModelForCausalLM
+
+from posttrain.errors import UserError, VerifierError
+from posttrain.loading import load_recipe
+from posttrain.online import train
+from posttrain.stored_rollouts import read_rollouts
+from posttrain.tracking import read_metrics
+
+
+def start(folder: Path, model: Path, **changes) -> list[dict]:
+    """A run in this process; its metrics without the timing."""
+    train(load_recipe(write_run(folder, model, **changes)))
+    return read_metrics(folder / "run", timing=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_folder) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder, tiny_model_folder, steps=14, evaluate={"data": {"path": "data.jsonl"}, "every": 10})
+    return folder / "run"
+
+
+def test_a_run_learns(finished):
+    metrics = read_metrics(finished)
+    first, last = metrics[1]["reward/mean"], sum(m["reward/mean"] for m in metrics[-5:]) / 5
+    assert last > first + 0.1
+    assert [m["step"] for m in metrics] == list(range(15))
+    assert metrics[0].keys() >= {"eval/score", "eval/length"} and "eval/score" in metrics[14]
+
+
+def test_a_run_leaves_what_it_says(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    assert model.config.model_type == "qwen2"
+    assert (finished / "model" / "README.md").read_text(encoding="utf-8").startswith("---")
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-000012", "step-000014"]
+    assert list((finished / "tensorboard").iterdir())
+    rollouts = datasets.Dataset.from_parquet(str(finished / "rollouts" / "step-000003.parquet"))
+    assert len(rollouts) == 16 and all(rollouts["completion"])
+    batch = read_rollouts(finished / "rollouts" / "step-000003.parquet")
+    assert len(batch) == 16 and batch.advantage.abs().sum() > 0
+
+
+def test_stored_log_probs_are_those_of_the_policy(finished, tiny_model_folder):
+    """Step 1 was sampled by the initial model: a plain forward pass gives the same log-probs."""
+    batch = read_rollouts(finished / "rollouts" / "step-000001.parquet")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    for row, length in enumerate(batch.length.tolist()[:4]):
+        table = model(batch.tokens[row : row + 1, :length]).logits[0].log_softmax(-1)
+        chosen = batch.mask[row, 1:length]
+        logps = table[:-1].gather(-1, batch.tokens[row, 1:length, None])[:, 0][chosen]
+        torch.testing.assert_close(logps, batch.logp_sampler[row, 1:length][chosen], atol=1e-4, rtol=0)
+
+
+def test_a_run_repeats(finished, tmp_path, tiny_model_folder):
+    again = start(tmp_path, tiny_model_folder, steps=14, evaluate={"data": {"path": "data.jsonl"}, "every": 10})
+    assert again == read_metrics(finished, timing=False)
+    ours, theirs = (path / "model" / "model.safetensors" for path in (finished, tmp_path / "run"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_folder_in_use_is_refused(finished, tiny_model_folder):
+    with pytest.raises(UserError, match="--resume"):
+        start(finished.parent, tiny_model_folder)
+
+
+RECIPES = {
+    "kl in the reward, several updates": {
+        "reward": [{"use": "kl_penalty", "weight": 0.01}],
+        "epochs": 2,
+        "minibatches": 2,
+    },
+    "kl and entropy in the loss": {
+        "loss": [{"use": "clip"}, {"use": "kl", "coef": 0.1}, {"use": "entropy", "coef": 0.01}]
+    },
+    "adapters with a reference": {
+        "policy": {"lora": {"rank": 4}},
+        "loss": [{"use": "clip"}, {"use": "kl", "coef": 0.1}],
+    },
+    "refill": {"select": [{"use": "mixed_groups"}], "completions": 2, "prompts_per_step": 6},
+    "greedy baseline": {
+        "rollout": {"use": "single_turn", "greedy": True},
+        "advantage": {"use": "outcome", "center": "greedy", "scale": "none"},
+    },
+    "importance weights": {"loss": [{"use": "clip", "weights": [{"use": "truncated_importance"}]}]},
+    "small micro-batches": {"micro_batch_tokens": 40, "policy": {"gradient_checkpointing": True}},
+    "bfloat16": {"policy": {"dtype": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_variants_take_real_steps(name, tmp_path, tiny_model_folder):
+    changes = dict(RECIPES[name])
+    if "policy" in changes:
+        changes["policy"] = {"model": str(tiny_model_folder), **changes["policy"]}
+    metrics = start(tmp_path, tiny_model_folder, **changes)
+    assert len(metrics) == 3
+    for line in metrics:
+        assert line["loss"] is not None and line["grad_norm"] > 0 and line["skipped"] == 0
+        assert line["sampler/difference"] < (0.1 if name == "bfloat16" else 1e-4)
+    before = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_micro_batches_do_not_change_a_run(tmp_path, tiny_model_folder):
+    one = start(tmp_path / "one", tiny_model_folder)
+    many = start(tmp_path / "many", tiny_model_folder, micro_batch_tokens=40)
+    for a, b in zip(one, many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, tiny_model_folder):
+    recipe = write_run(
+        tmp_path,
+        tiny_model_folder,
+        steps=9,
+        loss=[{"use": "broken.py:broken"}],
+        run={"folder": str(tmp_path / "run"), "max_bad_steps": 2},
+    )
+    # finite on the probe's batch of 8, not on the run's of 16
+    (tmp_path / "broken.py").write_text(
+        "def broken(outputs, batch):\n    return outputs.logp * (float('nan') if len(batch) == 16 else 1.0)\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(RuntimeError, match="not finite in 3 steps in a row"):
+        train(load_recipe(recipe))
+    assert [line["skipped"] for line in read_metrics(tmp_path / "run")] == [1, 1, 1]
+    assert len(read_rollouts(tmp_path / "run" / "dump" / "step-000003-rank-0.parquet")) == 16
+
+
+@pytest.mark.engine
+def test_a_verifier_that_fails_stops_the_run_after_a_checkpoint(tmp_path, tiny_model_folder):
+    recipe = write_run(tmp_path, tiny_model_folder, steps=3, run={"folder": str(tmp_path / "run"), "save_every": 100})
+    flag = tmp_path / "fail"
+    failing = VERIFIER.replace(
+        "    return",
+        f"    if __import__('os').path.exists({str(flag)!r}) and answer == '7':\n"
+        "        raise ValueError('seven!')\n"
+        "    return",
+    )
+    (tmp_path / "verifier.py").write_text(failing, encoding="utf-8")
+    flag.touch()
+    with pytest.raises(VerifierError, match="seven!"):
+        train(load_recipe(recipe))
+    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text(encoding="utf-8"))
+    flag.unlink()
+    train(load_recipe(recipe), resume=True)
+    resumed = read_metrics(tmp_path / "run", timing=False)
+    assert [line["step"] for line in resumed] == [1, 2, 3] and state["step"] < 3
+    assert resumed == start(tmp_path / "whole", tiny_model_folder)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_model_folder):
+    changes = {"engine": {"use": engine}, "steps": 8, "evaluate": {"data": {"path": "data.jsonl"}, "every": 3}}
+    whole = write_run(tmp_path / "whole", tiny_model_folder, **changes)
+    done = command("-m", "posttrain", str(whole))
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = write_run(tmp_path / "killed", tiny_model_folder, **changes)
+    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-m", "posttrain", str(killed)], env=environment(), **quiet)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 6:  # the 5th step is done
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    done = command("-m", "posttrain", str(killed), "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_metrics(tmp_path / "killed" / "run", timing=False) == read_metrics(
+        tmp_path / "whole" / "run", timing=False
+    )
+    models = [(tmp_path / name / "run" / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert models[0] == models[1]

@@ -144,7 +144,7 @@ SAME = [  # (written in the box, gold)
     ("x^2+2x+1", "(x+1)^2"), ("\\{1,2\\}", "\\{2,1\\}"), ("(1,2)", "(1, 2)"), ("[0,1)", "[0,1)"), ("72 km", "72"),
     ("18 apples", "18"), ("\\pi/2", "\\frac{\\pi}{2}"),
     ("Paris", "Paris"), ("\\text{paris}", "Paris"), ("A", "(A)"), ("10^{3}", "1000"), ("2\\cdot 3", "6"),
-    ("\\sqrt{16}", "4"),
+    ("\\sqrt{16}", "4"), ("y^2+x^2", "x^2+y^2"),
 ]  # fmt: skip
 DIFFERENT = [
     ("71", "72"), ("-72", "72"), ("7.2", "72"), ("", "72"), ("1.2", "1,2"), ("0.3333", "1/3"), ("1.0000001", "1"),
@@ -210,7 +210,6 @@ def test_deliberate_differences_from_math_verify(written: str, gold: str, verdic
         ("<think>perhaps \\boxed{71}</think> It is \\boxed{72}.", 1.0),
         ("\\boxed{72", 0.0),  # cut off
         ("\\boxed{" + "9" * 5000 + "}", 0.0),
-        ("\\boxed{9^{9^{9^{9}}}}", 0.0),  # a tower that sympy would try to write out
     ],
 )
 def test_math_finds_the_final_answer(completion: str, verdict: float) -> None:
@@ -275,8 +274,11 @@ def test_exact_and_length() -> None:
 def test_built_in_verifiers_need_no_process() -> None:
     parts = [Part.of(verifiers.math), Part.of(verifiers.format), Part.of(verifiers.exact), Part.of(verifiers.length)]
     before = multiprocessing.active_children()
-    assert scores(parts, ["<think>3 * 24</think>#### 72", "72"]) == [1 + 1 + 0 + 1, 1 + 0 + 1 + 1]
-    assert multiprocessing.active_children() == before
+    with VerifierPool(parts) as pool:
+        for i, text in enumerate(["<think>3 * 24</think>#### 72", "\\boxed{71}"]):
+            pool.submit(i, text, [], ROW)
+        assert [verdict.score for verdict in pool.collect().values()] == [1 + 1 + 0 + 1, 0 + 0 + 0 + 1]
+        assert multiprocessing.active_children() == before
 
 
 def test_columns_options_weights_and_names(part) -> None:
@@ -299,6 +301,7 @@ def test_symbolic_answers_go_to_a_worker() -> None:
     assert scores([Part.of(verifiers.math)], texts, row) == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.engine
 def test_a_completion_that_sympy_cannot_settle_is_wrong_and_counted() -> None:
     verifier = Part.of(verifiers.math, settings={"time_limit": 1.5})
     found, failures = verdicts(
@@ -379,6 +382,7 @@ def test_time_out_is_an_error_by_default(part) -> None:
         verdicts([part("hangs", time_limit=0.5)], ["hang"])
 
 
+@pytest.mark.engine
 def test_a_dead_worker_is_an_error_not_a_hang(part) -> None:
     with pytest.raises(VerifierError, match=r"verifier 'dies' ended its worker process \(exit code 3\)"):
         verdicts([part("dies")], ["die"])
@@ -402,6 +406,7 @@ def test_async_verifiers_fail_like_others(part) -> None:
     assert all(maths.isnan(verdict.score) for verdict in found) and failures == {"waits": 2}
 
 
+@pytest.mark.engine
 def test_an_async_verifier_that_blocks_its_thread_is_an_error_not_a_hang(part, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.verification.event_loop.GRACE", 0.3)
     start = time.perf_counter()
@@ -445,6 +450,7 @@ def test_columns_that_cannot_be_sent_are_an_error(part) -> None:
         verdicts([part("counts")], ["x"], {"word": lambda: 0})
 
 
+@pytest.mark.engine
 def test_the_pool_goes_on_after_an_error_and_close_leaves_no_process(part) -> None:
     before = set(multiprocessing.active_children())
     with VerifierPool([part("hangs", time_limit=0.5)], workers=2) as pool:
@@ -459,6 +465,7 @@ def test_the_pool_goes_on_after_an_error_and_close_leaves_no_process(part) -> No
     pool.close()
 
 
+@pytest.mark.engine
 def test_memory_does_not_grow_with_the_number_of_completions(part) -> None:
     with VerifierPool([part("tokens"), Part.of(verifiers.math)], workers=1) as pool:
 

@@ -28,7 +28,7 @@ def to_table(make_rows: Callable[[], Iterable[dict[str, Any]]], place: Callable[
     try:
         while chunk := list(islice(rows, CHUNK)):
             tables.append(pa.table({name: [row.get(name) for row in chunk] for name in _names(chunk)}))
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
     except ARROW_ERRORS as error:
         problems = Problems()
         everything = list(make_rows())

@@ -277,11 +277,10 @@ def read_generator(data: options.Data, base: Path | None) -> Source:
 def _collect(
     name: str | Path, rows: Callable[[], Iterable[dict[str, Any]]], place: Callable[[int], str], problems: Problems
 ) -> Source:
-    if next(iter(rows()), None) is None:
-        problems.raise_if_any()
-        raise DataError(f"{name}: no rows")
     table = to_table(rows, place)
     problems.raise_if_any()
+    if not len(table):
+        raise DataError(f"{name}: no rows")
     return Source(datasets.Dataset(table), place, str(name))
 
 

@@ -77,15 +77,17 @@ class VerifierPool:
         """
         Args:
             parts: the ``verify`` slot.
-            workers: processes, started with the first call that needs one. Default: one a core, at most 8.
+            workers: processes. Default: this process's share of the cores, at most 8.
         """
         self.verifiers = _verifiers(parts)
         self.names = tuple(verifier.name for verifier in self.verifiers)
         self.failures: Counter[str] = Counter()
         self._items: dict[Hashable, _Item] = {}
-        self._workers = workers or min(8, os.cpu_count() or 1)
+        self._workers = workers or max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self._processes: ProcessPool | None = None
         self._event_loop: EventLoop | None = None
+        if any(verifier.quick is None and not verifier.signature.asynchronous for verifier in self.verifiers):
+            self._schedule(worker.ready, (), None)  # a worker's imports take seconds: better while the model loads
 
     def submit(
         self, key: Hashable, text: str, token_ids: Sequence[int], row: Mapping[str, Any], *, place: str = ""
@@ -101,7 +103,7 @@ class VerifierPool:
         """
         if key in self._items:
             raise ValueError(f"completion {key!r} was submitted already")
-        item = self._items[key] = _Item(text, token_ids, row, place or f"of completion {key!r}")
+        item = self._items[key] = _Item(text, token_ids, row, place or f"completion {key!r}")
         for index, verifier in enumerate(self.verifiers):
             if not verifier.signature.batch:
                 item.outcomes[verifier.name] = self._start(index, verifier, item)
@@ -168,7 +170,7 @@ class VerifierPool:
         for position, item in enumerate(items):
             item.outcomes[verifier.name] = _Element(whole, position)
 
-    def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float) -> Future[Any]:
+    def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float | None) -> Future[Any]:
         if self._processes is None:
             self._processes = ProcessPool(
                 max_workers=self._workers,
@@ -208,6 +210,8 @@ class VerifierPool:
         if verifier.part.on_error == "skip":
             return outcome
         columns, place = verifier.signature.columns(item.row), item.place
+        if verifier.signature.batch:
+            place = f"all completions of this round, the first of which is {place}"
         raise VerifierError(verifier.name, outcome.problem, place, columns, item.text, outcome.trace)
 
     def _settle(self, verifier: Verifier, pending: Outcome | Future[Any] | _Element) -> tuple[Outcome, bool]:
@@ -228,6 +232,11 @@ class VerifierPool:
             return Failed(f"ended its worker process (exit code {error.exitcode})"), True
         except PICKLING_ERRORS as error:
             return Failed(f"cannot be sent to a worker process: {error}"), False
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 PICKLING_ERRORS = (AttributeError, TypeError, pickle.PicklingError)

@@ -42,6 +42,10 @@ def start(sources: Sequence[Source]) -> None:
     _verifiers[:] = [_find(source) for source in sources]
 
 
+def ready() -> None:
+    """Does nothing: the pool starts its workers with the first call."""
+
+
 def call_one(index: int, completion: str, columns: Mapping[str, Any]) -> Outcome:
     """One verifier on one completion."""
     return guarded(_verifiers[index], lambda call: as_value(call(completion, **columns)))

@@ -220,6 +220,16 @@ def test_where_the_clipped_surrogate_has_gradient(options: dict, ratio: float, a
     assert weight_of(options, ratio, advantage) == pytest.approx(expected, abs=1e-6)
 
 
+@given(seed=seeds)
+@examples(8)
+def test_dual_and_two_sided_clipping_are_one(seed: int) -> None:
+    batch = rough_batch(seed)
+    outputs = moved_outputs(batch, seed, scale=1.0)
+    dual, cap = (lambda o, b: losses.clip(o, b, dual=1.3)), (lambda o, b: losses.clip(o, b, cap=1.3))
+    assert torch.equal(dual(outputs, batch), cap(outputs, batch))
+    assert torch.equal(slope(dual, outputs, batch), slope(cap, outputs, batch))
+
+
 def test_a_ratio_beyond_every_float_stays_finite() -> None:
     outputs, batch = single([500.0, -500.0], -1.0)
     value = losses.clip(outputs, batch)

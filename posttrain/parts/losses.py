@@ -56,7 +56,8 @@ def clip(
         dual: Ye et al. 2020 (dual-clip PPO), arXiv:1912.09729.
             c > 1 bounds the loss of A < 0 by -c A: a ratio beyond c gives no gradient.
         cap: Prime Intellect 2025 (INTELLECT-2, two-sided clipping), section 4.1, arXiv:2505.07291.
-            δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ), with the same effect on the gradient.
+            δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ). Written differently, it is the same as ``dual``: the
+            bound has no effect where A > 0, and c and δ bound the same ratio where A < 0.
 
     Raises:
         ValueError: for a bound on the wrong side of 1.

@@ -9,6 +9,7 @@ import torch
 from runs import command, launch, write_run
 from transformers import AutoModelForCausalLM
 
+from posttrain.run_folder import RunFolder
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
@@ -52,9 +53,9 @@ def test_two_processes_equal_one(flags, single, tmp_path, tiny_model_folder):
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
     # the ranks' rollouts together are those of one process
-    files = sorted((tmp_path / "run" / "rollouts").glob("step-000001*.parquet"))
+    files = [RunFolder(tmp_path / "run").rollouts(1, rank) for rank in (0, 1)]
     texts = [text for file in files for text in read_rollouts(file).texts]
-    assert texts == list(read_rollouts(single / "rollouts" / "step-000001.parquet").texts) and len(files) == 2
+    assert texts == list(read_rollouts(RunFolder(single).rollouts(1)).texts)
 
 
 def test_two_processes_with_vllm_resume_under_zero(tmp_path, tiny_model_folder):

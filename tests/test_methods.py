@@ -1,0 +1,49 @@
+"""METHODS.md says what the recipes are: a row each, with their parts, their paper and their test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from posttrain.loading import load_recipe
+from posttrain.recipe import Part, Recipe
+
+ROOT = Path(__file__).parent.parent
+LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"
+ROW = re.compile(rf"\| (?P<name>[^|]+) \| {LINK} \| (?P<parts>[^|]+) \| (?P<paper>[^|]+) \|")
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes" / "rl").glob("*.yaml"))
+
+
+def rows() -> dict[str, re.Match[str]]:
+    return {match["path"]: match for match in ROW.finditer((ROOT / "METHODS.md").read_text(encoding="utf-8"))}
+
+
+def described(recipe: Recipe) -> str:
+    """The parts of a recipe in the order of a step, those that every recipe has by default left out."""
+    parts: list[Part] = [] if recipe.rollout.name == "single_turn" and not recipe.rollout.options else [recipe.rollout]
+    parts += [*recipe.select, *recipe.reward, recipe.advantage, *recipe.shape, *recipe.keep]
+    for term in recipe.loss:
+        parts += [term, *term.weights]
+    return " → ".join(f"`{_call(part)}`" for part in [*parts, recipe.normaliser])
+
+
+def _call(part: Part) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in part.options.items())
+    return f"{part.name}({options})" if options else part.name
+
+
+def test_every_recipe_has_a_row_and_every_row_a_recipe():
+    assert sorted(rows()) == RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_the_row_says_what_the_recipe_runs(path):
+    row = rows()[path]
+    assert row["parts"] == described(load_recipe(ROOT / path))
+    identifier = re.search(r"arxiv\.org/abs/([0-9.]+)|doi\.org/([^)]+)", row["paper"])
+    assert identifier, "the paper's link"
+    header = (ROOT / path).read_text(encoding="utf-8").split("\nbase:")[0]
+    assert (identifier[1] or identifier[2]) in header
+    assert path.endswith(row["link"])

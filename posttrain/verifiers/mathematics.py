@@ -16,7 +16,7 @@ import re
 from fractions import Fraction
 
 FINAL_MARK = "####"  # GSM8K, Cobbe et al. 2021, arXiv:2110.14168
-LONGEST_ANSWER = 1000  # characters handed to sympy; what is longer is not a final answer
+LONGEST_ANSWER = 1000  # characters; what is longer is no final answer, and is kept from regular expressions and sympy
 
 _ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*:?\s*([^\n]{1,200})", re.IGNORECASE)
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
@@ -50,10 +50,12 @@ def math_quick(completion: str, *, answer: str | int | float) -> float | None:
     written = said_answer(completion) if marked is None else marked
     if written is None:
         return None
+    if len(written) > LONGEST_ANSWER:
+        return 0.0
     left, right = tidy(written), tidy(gold_answer(answer))
-    if left and left == right:
+    if left == right and left:
         return 1.0
-    if not left or len(left) > LONGEST_ANSWER:
+    if not left:
         return 0.0
     if _WORDS.fullmatch(right):
         return float(left.casefold() == right.casefold())

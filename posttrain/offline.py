@@ -1,0 +1,92 @@
+"""The offline loop: given completions, no sampling. So far supervised fine-tuning on prompts with completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from posttrain.models import Policy
+from posttrain.options import Optimizer
+from posttrain.runtime import learning_rate
+
+
+class Example(NamedTuple):
+    """A prompt and the completion to imitate, as token ids; the completion ends with the end-of-sequence token."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+
+def fit(
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch_size: int,
+    optimizer: Optimizer,
+    seed: int = 0,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
+    """Minimises the negative log-likelihood of the completions with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+
+    Args:
+        policy: trained in place, on the device it is on.
+        examples: passed over in a new random order each time.
+        steps: optimiser steps.
+        batch_size: examples a step.
+        optimizer: the recipe section of that name.
+        seed: of the order of the examples.
+        on_step: called after each step with its number (from 1) and metrics: ``loss`` in nats a token, ``grad_norm``.
+    """
+    weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    adamw = torch.optim.AdamW(weights, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+    policy.train()
+    for step, rows in enumerate(shuffled_batches(len(examples), batch_size, steps, seed)):
+        adamw.param_groups[0]["lr"] = learning_rate(optimizer, step, steps)
+        tokens, mask = pad([examples[row] for row in rows])
+        loss = negative_log_likelihood(policy, tokens, mask)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, optimizer.max_grad_norm, error_if_nonfinite=True)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        if on_step is not None:
+            on_step(step + 1, {"loss": loss.item(), "grad_norm": norm.item()})
+
+
+def negative_log_likelihood(policy: Policy, tokens: Int[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, ""]:
+    """Mean over all tokens of ``mask``, in nats."""
+    device = policy.base.device
+    logp, _ = policy(tokens.to(device), mask.to(device))
+    return -logp.sum() / mask.sum()
+
+
+def pad(examples: Sequence[Example]) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
+    """Tokens, zero-padded on the right, and a mask that is True on the completions' tokens."""
+    tokens = torch.zeros(len(examples), max(len(e.prompt) + len(e.completion) for e in examples), dtype=torch.long)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(examples):
+        end = len(prompt) + len(completion)
+        tokens[row, :end] = torch.tensor([*prompt, *completion])
+        mask[row, len(prompt) : end] = True
+    return tokens, mask
+
+
+def shuffled_batches(size: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """``steps`` batches of row numbers: every row once, then every row once again in another order, and so on.
+
+    Raises:
+        ValueError: without rows.
+    """
+    if size == 0:
+        raise ValueError("no examples to learn from")
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    for _ in range(steps):
+        while len(waiting) < batch_size:
+            waiting += torch.randperm(size, generator=generator).tolist()
+        yield waiting[:batch_size]
+        del waiting[:batch_size]

@@ -1,0 +1,1 @@
+"""The main job in small: a tiny model, made and warmed up on the spot, learns by GRPO to write out its arithmetic."""

@@ -1,0 +1,105 @@
+"""``python -m posttrain.quickstart``: from nothing to a model that GRPO has taught to write out its arithmetic."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before torch is imported: threads that wait for each other shall sleep, not spin, where cores are shared with others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from posttrain.errors import UserError  # noqa: E402
+
+START_AT_MOST, END_AT_LEAST = 0.6, 0.9
+PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = (PACKAGE / "recipes" / "quickstart.yaml", PACKAGE.parent / "recipes" / "quickstart.yaml")
+"""In an installed package; in a clone of the repository."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the quickstart; returns the exit code: 1 if the accuracy is not what it should be, 2 for a mistake to mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        return 0 if quickstart(options.folder, options.engine, options.seed) else 1
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m posttrain.quickstart", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="run folder, made afresh")
+    parser.add_argument("--engine", choices=("vllm", "transformers"), help="default: vllm where it is installed")
+    parser.add_argument("--seed", type=int, default=0, help="of problems, model and training")
+    return parser
+
+
+def quickstart(folder: Path, engine: str | None, seed: int) -> bool:
+    """All of it, told as it happens. True if the accuracies are what they should be."""
+    began = time.monotonic()
+    clear(folder)
+    engine = engine or choose_engine()
+    from posttrain.quickstart import story
+
+    start = story.prepare(start_folder(folder), seed)
+    recipe = find_recipe()
+    story.train(recipe, start, folder, engine, seed)
+    before, after = story.compare(start, folder, seed)
+    story.where_things_are(recipe, start, folder)
+    reached = before <= START_AT_MOST and after >= END_AT_LEAST
+    if not reached:
+        print(f"This should be at most {START_AT_MOST} before training and at least {END_AT_LEAST} after it.")
+    seconds = round(time.monotonic() - began)
+    print(f"quickstart: accuracy {before:.2f} -> {after:.2f}, {seconds} s, engine {engine}, model {folder / 'model'}")
+    return reached
+
+
+def start_folder(folder: Path) -> Path:
+    """Beside the run folder, which a run wants empty: the model and the problems that training starts from."""
+    return folder.with_name(f"{folder.name}-start")
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier quickstart left.
+
+    Raises:
+        UserError: where the folder holds something else.
+    """
+    from posttrain.quickstart.start import Start
+
+    start = Start(start_folder(folder))
+    for path in (folder, start.path):
+        if path.exists() and not start.demonstrations.exists():
+            raise UserError(f"{path} is there already and not from a quickstart; --folder=... takes another place")
+    for path in (folder, start.path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def choose_engine() -> str:
+    """vLLM where it is installed."""
+    if importlib.util.find_spec("vllm") is not None:
+        return "vllm"
+    print("vLLM is not installed; the transformers engine samples instead. README.md says how to install vLLM.")
+    return "transformers"
+
+
+def find_recipe() -> Path:
+    """The recipe's file.
+
+    Raises:
+        UserError: where it is missing.
+    """
+    for path in RECIPES:
+        if path.exists():
+            return path
+    raise UserError(f"recipes/quickstart.yaml is missing; looked for {' and '.join(map(str, RECIPES))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

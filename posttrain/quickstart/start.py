@@ -1,0 +1,114 @@
+"""What the quickstart trains from: problems as JSONL files, and a model warmed up on mixed demonstrations."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+from posttrain.display import Column, Progress
+from posttrain.models import Policy
+from posttrain.offline import Example, fit
+from posttrain.options import Optimizer
+from posttrain.quickstart.problems import Problem, demonstrations, draw
+
+SHARE_WORKED_OUT = 0.5
+HELD_OUT, TRAIN = 256, 2000
+WARM_UP_STEPS, BATCH_SIZE = 900, 32
+OPTIMIZER = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
+COLUMNS = (Column("loss", "loss", "{:.3f}"), Column("grad_norm", "gradient norm", "{:.2f}"))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the files lie. Making the object touches none."""
+
+    path: Path
+
+    @property
+    def demonstrations(self) -> Path:
+        return self.path / "demonstrations.jsonl"
+
+    @property
+    def train(self) -> Path:
+        return self.path / "train.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.path / "held_out.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+
+def write_problems(start: Start, seed: int, *, shown: int = WARM_UP_STEPS * BATCH_SIZE) -> None:
+    """Demonstrations, problems to train on and held-out problems, none of them twice.
+
+    Args:
+        start: its folder must exist.
+        seed: of the problems.
+        shown: number of demonstrations.
+    """
+    rng = random.Random(seed)
+    problems = draw(HELD_OUT + TRAIN + shown, rng)
+    held_out, train, to_show = problems[:HELD_OUT], problems[HELD_OUT : HELD_OUT + TRAIN], problems[HELD_OUT + TRAIN :]
+    shown_rows = [
+        {**row(problem), "completion": completion}
+        for problem, completion in demonstrations(to_show, SHARE_WORKED_OUT, rng)
+    ]
+    write_rows(start.demonstrations, shown_rows)
+    write_rows(start.train, map(row, train))
+    write_rows(start.held_out, map(row, held_out))
+
+
+def row(problem: Problem) -> dict[str, str]:
+    """The columns that recipes and verifiers read."""
+    return {"prompt": problem.prompt, "answer": problem.answer}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """A JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """What :func:`write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The prompt as a user's message, up to where the assistant's turn begins."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer.encode(str(text), add_special_tokens=False)
+
+
+def warm_up(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, str]],
+    *,
+    seed: int,
+    steps: int = WARM_UP_STEPS,
+) -> None:
+    """Supervised steps on the demonstrations, in place, with a progress display."""
+    end = [tokenizer.eos_token_id]
+    examples = [
+        Example(prompt_ids(tokenizer, row["prompt"]), tokenizer.encode(row["completion"]) + end) for row in rows
+    ]
+    with Progress(steps, columns=COLUMNS) as progress:
+        fit(
+            Policy(model),
+            examples,
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            optimizer=OPTIMIZER,
+            seed=seed,
+            on_step=progress.update,
+        )

@@ -1,0 +1,127 @@
+"""The quickstart's chapters, each of which says in plain sentences what it does and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from posttrain import load_recipe, online
+from posttrain.quickstart.model import make_model, make_tokenizer
+from posttrain.quickstart.start import (
+    HELD_OUT,
+    SHARE_WORKED_OUT,
+    WARM_UP_STEPS,
+    Start,
+    prompt_ids,
+    read_rows,
+    warm_up,
+    write_problems,
+)
+from posttrain.run_folder import RunFolder
+from posttrain.tracking import read_metrics
+from posttrain.verifiers.mathematics import math
+
+MOST_THREADS = 4  # more of them slow a model of this size down
+SAMPLES = 4  # shown before and after
+MAX_TOKENS = 48
+
+
+def prepare(path: Path, seed: int) -> Start:
+    """Makes problems and a warmed-up model."""
+    start = Start(path)
+    path.mkdir(parents=True)
+    torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
+    with chapter("1. Problems: additions of three-digit numbers, generated here"):
+        write_problems(start, seed)
+        print(
+            f"Of the demonstrations, {SHARE_WORKED_OUT:.0%} add up column by column; the others just give the answer,"
+        )
+        print(f"which a tiny model cannot guess. {HELD_OUT} problems are held out from everything that follows.")
+        show("demonstration", read_rows(start.demonstrations)[:SAMPLES], None)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed)
+    size = f"{model.num_parameters() / 1e6:.2f}M parameters"
+    with chapter(f"2. Warm-up: {WARM_UP_STEPS} supervised steps on a Qwen2 model of {size} with random weights"):
+        warm_up(model, tokenizer, read_rows(start.demonstrations), seed=seed)
+        model.save_pretrained(start.model)
+        tokenizer.save_pretrained(start.model)
+        print("The model has taken over both habits. It works out about half of the problems and guesses the others.")
+    return start
+
+
+def train(recipe: Path, start: Start, folder: Path, engine: str, seed: int) -> None:
+    """The recipe, as ``posttrain train`` runs it."""
+    overrides = [
+        f"--policy.model={start.model}",
+        f"--data.path={start.train}",
+        f"--evaluate.data.path={start.held_out}",
+        f"--run.folder={folder}",
+        f"--engine.use={engine}",
+        f"--seed={seed}",
+    ]
+    with chapter(f"3. GRPO by {recipe.name}: the math verifier rewards right answers to completions of the engine"):
+        online.train(load_recipe(recipe, overrides))
+
+
+def compare(start: Start, folder: Path, seed: int) -> tuple[float, float]:
+    """Held-out accuracy before and after, as the run measured it; some completions of both; the saved model in use."""
+    lines = [line for line in read_metrics(folder) if "eval/accuracy" in line]
+    before, after = (float(line["eval/accuracy"] or 0) for line in (lines[0], lines[-1]))
+    rows = read_rows(start.held_out)[:SAMPLES]
+    with chapter("4. Before and after, on held-out problems"):
+        print("Accuracy is the share of right answers among samples at temperature 1.0, the same before and after.")
+        for name, path in (("before", start.model), ("after", RunFolder(folder).model)):
+            show(name, rows, answers(path, [row["prompt"] for row in rows], seed=seed))
+        print("The saved model, loaded with AutoModelForCausalLM.from_pretrained and decoded greedily:")
+        show("saved model", rows[:1], answers(RunFolder(folder).model, [rows[0]["prompt"]]))
+    return before, after
+
+
+def where_things_are(recipe: Path, start: Start, folder: Path) -> None:
+    """What to look at next."""
+    run = RunFolder(folder)
+    print(f"""
+Recipe       {recipe} (as it ran: {run.recipe})
+Start        {start.path}: problems and the warmed-up model
+Run folder   {run.path}: rollouts, checkpoints, metrics in {run.metrics}
+Curves       tensorboard --logdir {run.path / "tensorboard"}
+Once more    posttrain train {recipe} --run.folder=runs/again --optimizer.learning_rate=1e-3
+Model        {run.model}:
+             AutoModelForCausalLM.from_pretrained("{run.model}"), AutoTokenizer.from_pretrained("{run.model}")
+""")
+
+
+@torch.no_grad()
+def answers(folder: Path, prompts: Sequence[str], *, seed: int | None = None) -> list[str]:
+    """A completion of each prompt by a saved model: sampled at temperature 1 with ``seed``, greedy without."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt) for prompt in prompts])  # all problems are equally long
+    how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed or 0)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, **how)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def show(title: str, rows: Sequence[dict[str, str]], completions: Sequence[str] | None) -> None:
+    """Problems with completions, a line each; with ``completions``, whether the verifier takes them for right."""
+    for row, text in zip(rows, completions or [row["completion"] for row in rows], strict=True):
+        verdict = ""
+        if completions is not None:
+            verdict = "  right" if math(text, answer=row["answer"]) else f"  wrong, it is {row['answer']}"
+        print(f"  {title}: {row['prompt']}  {text.replace(chr(10), '  ')}{verdict}")
+
+
+@contextmanager
+def chapter(title: str) -> Iterator[None]:
+    """Prints a heading, and afterwards the seconds."""
+    print(f"\n{title}", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"  ({time.monotonic() - began:.0f} s)", flush=True)

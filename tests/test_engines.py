@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from posttrain.batch import Finish
 from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Engine, Sampling, WeightMismatch, sample_seed
+from posttrain.engines.requests import end_of_sequence_ids
 from posttrain.engines.sampling import draw, filters, inverse_cdf, uniforms
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.engines.weights import checksum, load_verified
@@ -416,6 +417,16 @@ def test_transformers_engine_in_bfloat16(tiny_model_folder: Path):
     engine.load(model.float().named_parameters(), 1)  # sent in float32: exact, since it was bfloat16 before
     outputs = engine.generate(PROMPTS, SAMPLING, seeds=range(4))
     assert largest_error(model, outputs, SAMPLING.temperature) < 0.2  # of a float32 forward pass
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "expected"), [([7, 8], 3, (7, 8)), (7, 3, (7,)), (None, 3, (3,)), (None, None, ())]
+)
+def test_end_of_sequence_tokens_are_the_models_own(tmp_path: Path, generation, model, expected: tuple[int, ...]):
+    Qwen2Config(eos_token_id=model).save_pretrained(tmp_path)
+    assert end_of_sequence_ids(tmp_path) == (() if model is None else (model,))
+    GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
+    assert end_of_sequence_ids(tmp_path) == expected
 
 
 # ------------------------------------------------------------------------------------------------------ make_engine

@@ -25,6 +25,8 @@ def end_of_sequence_ids(model: str | Path) -> tuple[int, ...]:
     try:
         ids = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # the model has no generation_config.json
+        ids = None
+    if ids is None:
         ids = AutoConfig.from_pretrained(model).get_text_config(decoder=True).eos_token_id
     if ids is None:
         return ()

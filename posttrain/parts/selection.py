@@ -64,8 +64,8 @@ def finished(batch: Batch) -> Bool[Tensor, " N"]:
 
 
 def _widest(rows: Int[Tensor, " n"], reward: Float[Tensor, " N"], keep: int) -> Int[Tensor, " k"]:
-    """Of rows in ascending order of reward, the ``keep`` from both ends with the largest variance."""
-    ends = [torch.cat([rows[:k], rows[len(rows) - keep + k :]]) for k in range(keep + 1)]
+    """Of rows in ascending order of reward, the ``keep`` from both ends with the largest variance; each end has one."""
+    ends = [torch.cat([rows[:k], rows[len(rows) - keep + k :]]) for k in range(1, keep)]
     return max(ends, key=lambda subset: float(reward[subset].var(correction=0)))
 
 

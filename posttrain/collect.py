@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,16 +31,16 @@ class Source:
     decode: Callable[[Sequence[int]], str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Collected:
     """Completions of a step on one rank, and what it took to get them."""
 
     batch: Batch
     values: dict[str, list[float | None]]  # of each verifier, one a completion
-    prompts_drawn: int = 0  # over all ranks
-    rounds: int = 1
-    tokens: int = 0  # generated on this rank, discarded ones too
-    seconds: dict[str, float] = field(default_factory=dict)
+    prompts_drawn: int  # over all ranks
+    rounds: int
+    tokens: int  # generated on this rank, discarded ones too
+    seconds: dict[str, float]
 
 
 def generate_and_verify(
@@ -54,7 +54,7 @@ def generate_and_verify(
     start = time.perf_counter()
 
     def on_text(prompt: int, sample: int, text: str, tokens: list[int]) -> None:
-        source.verifiers.submit((prompt, sample), text, tokens, prompts.rows[prompt])
+        source.verifiers.submit((prompt, sample), text, tokens, prompts.rows[prompt], place=prompts.places[prompt])
 
     context = Context(sampling=sampling, decode=source.decode, on_text=on_text)
     batch = source.rollout(source.engine, prompts, n, context)
@@ -63,15 +63,10 @@ def generate_and_verify(
     each = len(batch) // max(1, len(prompts))
     ordered = [verdicts[i, j] for i in range(len(prompts)) for j in range(each)]
     score = torch.tensor([verdict.score for verdict in ordered], dtype=torch.float32)
-    values = {name: [verdict.values.get(name) for verdict in ordered] for name in names(source.verifiers)}
+    values = {name: [verdict.values.get(name) for verdict in ordered] for name in source.verifiers.names}
     seconds["generate"] = seconds.get("generate", 0.0) + generated - start
     seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - generated
     return batch.set(score=score, reward=score.clone()), values
-
-
-def names(pool: VerifierPool) -> list[str]:
-    """Of the verifiers, unique in the recipe."""
-    return [verifier.name for verifier in pool.verifiers]
 
 
 def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], seeds: Sequence[int]) -> Prompts:
@@ -79,7 +74,7 @@ def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], see
     return Prompts(
         tokens=[rows.prompt_tokens(i) for i in index],
         rows=[rows[i] for i in index],
-        index=list(index),
+        places=[rows.place(i) for i in index],
         group=list(positions),
         seeds=list(seeds),
     )
@@ -97,39 +92,33 @@ def collect(
         RuntimeError: where not one prompt was kept on any rank.
     """
     sampling = sampling_of(recipe.sampling)
-    share = recipe.prompts_per_step // runtime.world
+    missing = recipe.prompts_per_step // runtime.world
     kept: list[Batch] = []
-    values: dict[str, list[float | None]] = {name: [] for name in names(source.verifiers)}
-    result = Collected(batch=None, values=values)  # type: ignore[arg-type]
-    missing, rounds = share, 1 + (recipe.max_refills if recipe.select else 0)
-    for number in range(rounds):
-        wanted = runtime.all_max(missing)
-        if wanted == 0:
-            break
-        drawn = list(sampler.draw(wanted * runtime.world))
-        first = result.prompts_drawn + runtime.rank * wanted
-        positions = range(first, first + wanted)
-        mine = drawn[runtime.rank * wanted : (runtime.rank + 1) * wanted]
-        seeds = prompt_seeds(recipe.seed, step, number, positions)
-        prompts = make_prompts(rows, mine, positions, seeds)
-        work = partial(generate_and_verify, source, prompts, recipe.completions, sampling, result.seconds)
-        batch, verdicts = runtime.together(work)
+    values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
+    seconds: dict[str, float] = {}
+    drawn = tokens = rounds = 0
+    while (wanted := runtime.all_max(missing)) and rounds <= (recipe.max_refills if recipe.select else 0):
+        index = sampler.draw(wanted * runtime.world)
+        mine = index[runtime.rank * wanted : (runtime.rank + 1) * wanted]
+        positions = range(drawn + runtime.rank * wanted, drawn + (runtime.rank + 1) * wanted)
+        prompts = make_prompts(rows, mine, positions, prompt_seeds(recipe.seed, step, rounds, positions))
+        batch, verdicts = runtime.together(
+            partial(generate_and_verify, source, prompts, recipe.completions, sampling, seconds)
+        )
         batch = batch.set(step=step, all_sum=runtime.all_sum)
-        sampler.update([mine[i] for i in (batch.group - first).tolist()], batch)
+        report(sampler, runtime, mine, batch)
         chosen = _first_groups(batch.group, _select(recipe.select, batch), missing)
         missing -= len(batch.group[chosen].unique())
         kept.append(batch[chosen])
         for name, column in verdicts.items():
             values[name] += [column[i] for i in chosen.nonzero().squeeze(-1).tolist()]
-        result.prompts_drawn += len(drawn)
-        result.rounds = number + 1
-        result.tokens += int(batch.mask.sum())
-    result.batch = Batch.concatenate(kept)
-    _refuse_nothing(recipe, runtime, result)
-    if not len(result.batch):
-        result.batch = blank_row(batch)
-        result.values = {name: [None] for name in values}
-    return result
+        drawn, tokens, rounds = drawn + len(index), tokens + int(batch.mask.sum()), rounds + 1
+    whole = Batch.concatenate(kept)
+    if runtime.all_max(len(whole)) == 0:
+        raise RuntimeError(_nothing_kept(recipe, drawn, rounds))
+    if not len(whole):
+        whole, values = blank_row(batch), {name: [None] for name in values}
+    return Collected(whole, values, drawn, rounds, tokens, seconds)
 
 
 def sampling_of(options: SamplingOptions) -> Sampling:
@@ -141,6 +130,14 @@ def sampling_of(options: SamplingOptions) -> Sampling:
         min_p=options.min_p,
         max_tokens=options.max_tokens,
     )
+
+
+def report(sampler: PromptSampler, runtime: Runtime, index: Sequence[int], batch: Batch) -> None:
+    """Tells the prompt sampler how the prompts of every rank went, in the same order on all of them."""
+    scores = batch.score.where(~batch.greedy, float("nan"))
+    outcomes = [scores[batch.group == group].tolist() for group in batch.group.unique().tolist()]
+    for rows, theirs in runtime.gather((list(index), outcomes)):
+        sampler.update(rows, theirs)
 
 
 def _select(parts: Sequence[Part], batch: Batch) -> Tensor:
@@ -156,14 +153,12 @@ def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
     return chosen & torch.isin(group, first)
 
 
-def _refuse_nothing(recipe: Recipe, runtime: Runtime, result: Collected) -> None:
-    if runtime.all_max(len(result.batch)) > 0:
-        return
+def _nothing_kept(recipe: Recipe, drawn: int, rounds: int) -> str:
     parts = ", ".join(part.name for part in recipe.select) or "none"
-    raise RuntimeError(
-        f"not one of {result.prompts_drawn} prompts passed `select` ({parts}) in {result.rounds} rounds: their "
-        "completions all score alike. Are the problems too hard or too easy for this policy, or does the verifier "
-        "not recognise its answers? The rollouts of earlier steps show what it writes."
+    return (
+        f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds: their completions all score alike. "
+        "Are the problems too hard or too easy for this policy, or does the verifier not recognise its answers? The "
+        "rollouts of earlier steps show what it writes."
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from posttrain.batch import Batch, Finish, Outputs, group_mean, group_std
+from posttrain.batch import Batch, Finish, Outputs, group_std
+from posttrain.parts.selection import mixed_groups
 from posttrain.runtime import Runtime
 
 
@@ -35,14 +36,12 @@ def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
         "length/mean": _mean(length),
         "length/square": _mean(length.square()),
         "truncated": _mean(batch.finish == Finish.LENGTH),
-        "groups/mixed": _mean(spread[first] > 0),
+        "groups/mixed": _mean(mixed_groups(batch)[first]),
         "groups/spread": _mean(spread[first]),
-        "groups/accuracy": _mean(group_mean((batch.score > 0).float(), batch.group, scored)[first]),
     }
     means = reduce_means(sums, runtime)
     means["reward/std"] = max(0.0, means.pop("reward/square") - means["reward/mean"] ** 2) ** 0.5
     means["length/std"] = max(0.0, means.pop("length/square") - means["length/mean"] ** 2) ** 0.5
-    del means["groups/accuracy"]
     longest = runtime.all_max(int(length.max()) if len(length) else 0)
     return means | {"length/max": float(longest)}
 

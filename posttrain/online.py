@@ -12,7 +12,7 @@ import torch
 from posttrain.assembly import Online, build_engine, build_models, load_all_rows, open_folder, refuse_uneven_prompts
 from posttrain.batch import Batch
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
-from posttrain.collect import Collected, Source, collect, names, verifier_means
+from posttrain.collect import Collected, Source, collect, verifier_means
 from posttrain.display import Progress
 from posttrain.errors import VerifierError
 from posttrain.evaluate import evaluate
@@ -165,7 +165,7 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
 
 def failures(run: Online) -> dict[str, float]:
     """Verifier calls that failed so far under ``on_error: skip``, on all ranks."""
-    counted, of = run.source.verifiers.failures, names(run.source.verifiers)
+    counted, of = run.source.verifiers.failures, run.source.verifiers.names
     totals = run.runtime.all_sum(torch.tensor([float(counted[name]) for name in of])).tolist()
     return {f"failures/{name}": total for name, total in zip(of, totals, strict=True) if total}
 

@@ -19,7 +19,7 @@ class Prompts:
 
     tokens: Sequence[Sequence[int]]
     rows: Sequence[dict[str, Any]]  # the dataset columns of each prompt
-    index: Sequence[int]  # the row of the data set
+    places: Sequence[str]  # where each row is, for messages: problems.jsonl:7
     group: Sequence[int]  # unique over ranks and rounds of a step
     seeds: Sequence[int]  # what each prompt's samples depend on
 

@@ -91,7 +91,12 @@ RECIPES = {
         "policy": {"lora": {"rank": 4}},
         "loss": [{"use": "clip"}, {"use": "kl", "coef": 0.1}],
     },
-    "refill": {"select": [{"use": "mixed_groups"}], "completions": 2, "prompts_per_step": 6},
+    "refill": {
+        "select": [{"use": "mixed_groups"}],
+        "prompts": {"use": "by_failure"},
+        "completions": 2,
+        "prompts_per_step": 6,
+    },
     "greedy baseline": {
         "rollout": {"use": "single_turn", "greedy": True},
         "advantage": {"use": "outcome", "center": "greedy", "scale": "none"},

@@ -82,8 +82,7 @@ class Batch:
     def __getitem__(self, index: Tensor | Sequence[int]) -> Batch:
         """The completions named by a boolean mask ``[N]`` or by indices, in that order; columns are kept."""
         index = torch.as_tensor(index, device=self.tokens.device)
-        if index.dtype == torch.bool:
-            index = index.nonzero().squeeze(-1)
+        index = index.nonzero().squeeze(-1) if index.dtype == torch.bool else index.long()  # [] is float
         picked = index.tolist()
         return self._map(lambda tensor: tensor[index], lambda column: tuple(column[i] for i in picked))
 

@@ -117,7 +117,8 @@ def collect(
     if runtime.all_max(len(whole)) == 0:
         raise RuntimeError(_nothing_kept(recipe, drawn, rounds))
     if not len(whole):
-        whole, values = blank_row(batch), {name: [None] for name in values}
+        whole = blank_row(batch)
+        values = {name: [None] for name in source.verifiers.names}
     return Collected(whole, values, drawn, rounds, tokens, seconds)
 
 

@@ -52,7 +52,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,  # heads of 32: the smallest that vLLM's CPU attention takes
         num_key_value_heads=1,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

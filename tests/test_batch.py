@@ -31,6 +31,7 @@ def test_rows_are_picked_in_the_order_asked_for(random_batch):
     picked = batch[[3, 0, 3]]
     assert picked.texts == ("text 3", "text 0", "text 3")
     assert torch.equal(picked.tokens, batch.tokens[[3, 0, 3]])
+    assert len(batch[[]]) == 0
     by_mask = batch[batch.finish == Finish.LENGTH]
     assert len(by_mask) == int((batch.finish == Finish.LENGTH).sum())
     assert [row["answer"] for row in by_mask.rows] == [

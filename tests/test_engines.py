@@ -177,6 +177,15 @@ def test_more_requests_than_fit_at_once_come_back_in_order(engine: Engine):
         assert [completion.tokens for completion in alone] == [completion.tokens for completion in outputs[i]]
 
 
+def test_more_prompt_tokens_than_a_step_computes(engine: Engine):
+    """6,400 tokens of prompts that share no prefix; vLLM would cut some of them into pieces."""
+    prompts = [[5 + i, *range(10, 138)] for i in range(50)]
+    together = engine.generate(prompts, Sampling(max_tokens=2), seeds=range(50))
+    assert [len(group) for group in together] == [1] * 50
+    alone = engine.generate(prompts[41:42], Sampling(max_tokens=2), seeds=[41])
+    assert alone[0][0].tokens == together[41][0].tokens
+
+
 def test_finish_reasons(engine: Engine):
     sampling = Sampling(max_tokens=60, stop_token_ids=(150, 151, 152, 153))
     outputs = engine.generate(PROMPTS, sampling, n=16, seeds=range(4))

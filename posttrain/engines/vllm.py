@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import RequestOutput
 
-CPU_BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes, so that short prompts share their prefix
 FINISH = {"stop": Finish.STOPPED, "length": Finish.LENGTH}
 OWN_ARGUMENTS = frozenset(
     ["model", "dtype", "max_model_len", "max_num_seqs", "seed", "logprobs_mode", "distributed_executor_backend"]
@@ -170,11 +169,11 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     # vLLM's own clean-up would destroy the default process group: the trainer's, and the groups of other engines here.
     vllm.v1.engine.core.cleanup_dist_env_and_memory = gc.collect  # pyright: ignore[reportPrivateImportUsage]
     if current_platform.is_cpu():
-        memory = {"kv_cache_memory_bytes": cache_mb << 20, "block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
+        own = vllm_cpu.arguments(max_model_len=arguments["max_model_len"], cache_mb=cache_mb)
     else:
-        memory = {"gpu_memory_utilization": gpu_memory}
+        own = {"gpu_memory_utilization": gpu_memory}
     _check_options(options)
-    llm = LLM(model, distributed_executor_backend=LocalExecutor, **{**arguments, **memory, **options})
+    llm = LLM(model, distributed_executor_backend=LocalExecutor, **{**arguments, **own, **options})
     if current_platform.is_cpu():
         vllm_cpu.check_head_size(llm.llm_engine.model_config.get_head_size())
     return llm

@@ -10,6 +10,25 @@ import torch
 from posttrain.errors import RecipeError
 
 
+BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes, so that short prompts share their prefix
+PREFILL_TOKENS = 4096  # prompt tokens computed in one step
+
+
+def arguments(*, max_model_len: int, cache_mb: int) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` on CPU.
+
+    Prompts are computed whole. Where a prompt is cut into pieces vLLM rewinds the generator of its seed after every
+    piece but the last, which generators on CPU cannot do: the request would end in an error.
+    """
+    return {
+        "kv_cache_memory_bytes": cache_mb << 20,
+        "block_size": BLOCK_SIZE,
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(PREFILL_TOKENS, max_model_len),
+    }
+
+
 def prepare() -> None:
     """Fits vLLM's CPU backend; does nothing elsewhere. Must run before vLLM's sampler is imported.
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import workload
 
+CASES = ("even", "heavy_tailed")
 SHARES = ("generate", "verify", "score", "update", "load", "other")
 
 
@@ -51,6 +52,7 @@ class Settings:
     warmup: int
     threads: int
     folder: str
+    cases: tuple[workload.Lengths, ...]
     lengths: workload.Lengths = "even"
 
     @property
@@ -374,9 +376,9 @@ def take_turns(names: Sequence[str], settings: Settings) -> dict[str, list[dict[
             order = list(names) if number % 2 else list(names)[::-1]
             for name in order:
                 turn = workers[name].turn() | {"order": number}
-                note = "" if number >= settings.warmup else " (warm-up)"
-                rate = sum(turn["lengths"]) / turn["seconds"]
-                print(f"  {name:10s} {turn['seconds']:7.2f} s  {rate:8.0f} tokens/s{note}", flush=True)
+                warm = "" if number >= settings.warmup else "  (warm-up)"
+                speed = f"{sum(turn['lengths']) / turn['seconds']:7.0f} tokens/s"
+                print(f"  {name:10s}{turn['seconds']:8.2f} s{turn['cpu_seconds']:8.2f} cpu s {speed}{warm}", flush=True)
                 if number >= settings.warmup:
                     turns[name].append(turn)
     finally:
@@ -396,6 +398,12 @@ def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> f
     return statistics.median(rate([mine]) / rate([other]) for mine, other in pairs)
 
 
+def cpu_ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
+    """The same from processor seconds, which other load on the machine changes less."""
+    used = [[turn["cpu_seconds"] / sum(turn["lengths"]) for turn in turns] for turns in (ours, theirs)]
+    return statistics.median(used[1]) / statistics.median(used[0])
+
+
 def shares(turns: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Shares of the time of all turns; what lies between the loop's steps (files, trackers) counts as other."""
     whole = sum(turn["seconds"] for turn in turns)
@@ -407,8 +415,14 @@ def side_by_side(settings: Settings) -> dict[str, Any]:
     """posttrain and TRL, with both laws of lengths."""
     result: dict[str, Any] = {"tokens_per_second": {"posttrain": {}, "trl": {}}, "ratio_to_trl": {}}
     details: dict[str, Any] = {"peak_memory_mb": {"posttrain": {}, "trl": {}}, "share_of_step_by_lengths": {}}
-    details |= {"response_lengths": {}, "seconds_per_step": {}, "cpu_seconds_per_step": {}, "trl_generate_share": {}}
-    for lengths in ("even", "heavy_tailed"):
+    details |= {
+        "cpu_ratio_to_trl": {},
+        "response_lengths": {},
+        "seconds_per_step": {},
+        "cpu_seconds_per_step": {},
+        "trl_generate_share": {},
+    }
+    for lengths in settings.cases:
         settings = dataclasses.replace(settings, lengths=lengths)
         print(f"{lengths} lengths: {settings.batch} completions a step, at most {settings.limit} tokens", flush=True)
         turns = take_turns(("trl", "posttrain"), settings)
@@ -416,6 +430,7 @@ def side_by_side(settings: Settings) -> dict[str, Any]:
             result["tokens_per_second"][side][lengths] = rate(its)
             details["peak_memory_mb"][side][lengths] = its[-1]["peak_memory_mb"]
         result["ratio_to_trl"][lengths] = ratio(turns["posttrain"], turns["trl"])
+        details["cpu_ratio_to_trl"][lengths] = cpu_ratio(turns["posttrain"], turns["trl"])
         details["share_of_step_by_lengths"][lengths] = shares(turns["posttrain"])
         generating = sum(turn["times"]["generate"] for turn in turns["trl"])
         details["trl_generate_share"][lengths] = generating / sum(turn["seconds"] for turn in turns["trl"])
@@ -424,18 +439,19 @@ def side_by_side(settings: Settings) -> dict[str, Any]:
         details["response_lengths"][lengths] = {
             side: workload.describe_lengths([n for turn in its for n in turn["lengths"]]) for side, its in turns.items()
         }
-    return result | {"share_of_step": details["share_of_step_by_lengths"]["even"]} | details
+    return result | {"share_of_step": details["share_of_step_by_lengths"][settings.cases[0]]} | details
 
 
 def engine_against_bare(settings: Settings) -> dict[str, Any]:
     """posttrain's engine and bare vLLM on the same requests."""
     found: dict[str, Any] = {}
-    for lengths in ("even", "heavy_tailed"):
+    for lengths in settings.cases:
         settings = dataclasses.replace(settings, lengths=lengths)
         print(f"engine, {lengths} lengths", flush=True)
         turns = take_turns(("bare_vllm", "engine"), settings)
         found[lengths] = {
             "ratio": ratio(turns["engine"], turns["bare_vllm"]),
+            "cpu_ratio": cpu_ratio(turns["engine"], turns["bare_vllm"]),
             "tokens_per_second": {side: rate(its) for side, its in turns.items()},
         }
     return found
@@ -470,6 +486,7 @@ def print_table(result: dict[str, Any]) -> None:
         speeds = {side: each[lengths] for side, each in result["tokens_per_second"].items()}
         memory = {side: each[lengths] for side, each in result["peak_memory_mb"].items()}
         print(f"\n{lengths}: posttrain {speeds['posttrain']:.0f} tokens/s, TRL {speeds['trl']:.0f}, ratio {value:.2f}")
+        print(f"  from processor seconds: ratio {result['cpu_ratio_to_trl'][lengths]:.2f}")
         print(f"  peak memory: posttrain {memory['posttrain']:.0f} MB, TRL {memory['trl']:.0f} MB")
         for side, numbers in result["response_lengths"][lengths].items():
             print(f"  lengths, {side}: " + ", ".join(f"{name} {number:.0f}" for name, number in numbers.items()))
@@ -492,6 +509,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=16, help="completions in a forward pass of TRL")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="tokens in a forward pass of posttrain")
     parser.add_argument("--trl-continuous-batching", action="store_true")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="laws of response lengths")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each side and case")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -503,7 +521,7 @@ def build_workload(settings: Settings) -> int:
     from transformers import AutoTokenizer
 
     size = workload.SIZES[settings.size]
-    for lengths in ("even", "heavy_tailed"):
+    for lengths in settings.cases:
         case = dataclasses.replace(settings, lengths=lengths)
         parameters = workload.build_model(case.model, size, lengths, limit=settings.max_length)
     tokenizer = AutoTokenizer.from_pretrained(case.model)
@@ -521,7 +539,7 @@ def main() -> None:
         print(f"{settings.size}: {parameters / 1e6:.1f}M parameters, {settings.dtype}", flush=True)
         result = side_by_side(settings)
         engine = engine_against_bare(settings) if settings.engine == "vllm" else None
-    result["engine_over_bare_vllm"] = engine["even"]["ratio"] if engine else None
+    result["engine_over_bare_vllm"] = engine[settings.cases[0]]["ratio"] if engine else None
     result |= {"engine_detail": engine, "parameters": parameters, "settings": arguments, "machine": machine()}
     result |= {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
     print_table(result)

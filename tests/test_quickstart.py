@@ -1,4 +1,4 @@
-"""The quickstart's problems, tokenizer, model and files, the offline loop under its warm-up, and its recipe, run short."""
+"""The quickstart: problems, tokenizer, model, files; the offline loop under its warm-up; its recipe, run short."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before torch is imported: threads that wait for each other shall sleep, not spin, where cores are shared with others.
+# Before torch is imported. Threads that wait for each other shall sleep, not spin, where cores are shared with others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM binds memory to a NUMA node, of which torch would warn
 
 from posttrain.errors import UserError  # noqa: E402
 
@@ -23,7 +24,7 @@ RECIPES = (PACKAGE / "recipes" / "quickstart.yaml", PACKAGE.parent / "recipes" /
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the quickstart; returns the exit code: 1 if the accuracy is not what it should be, 2 for a mistake to mend."""
+    """Runs the quickstart; returns the exit code: 1 if an accuracy is missed, 2 for a mistake to mend."""
     options = _parser().parse_args(arguments)
     try:
         return 0 if quickstart(options.folder, options.engine, options.seed) else 1
@@ -75,7 +76,7 @@ def clear(folder: Path) -> None:
 
     start = Start(start_folder(folder))
     for path in (folder, start.path):
-        if path.exists() and not start.demonstrations.exists():
+        if path.exists() and any(path.iterdir()) and not start.demonstrations.exists():
             raise UserError(f"{path} is there already and not from a quickstart; --folder=... takes another place")
     for path in (folder, start.path):
         shutil.rmtree(path, ignore_errors=True)

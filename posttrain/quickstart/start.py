@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.display import Column, Progress
 from posttrain.models import Policy
 from posttrain.offline import Example, fit
 from posttrain.options import Optimizer
+from posttrain.quickstart.model import END
 from posttrain.quickstart.problems import Problem, demonstrations, draw
 
 SHARE_WORKED_OUT = 0.5
@@ -90,7 +91,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def warm_up(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Mapping[str, str]],
     *,
@@ -98,9 +99,8 @@ def warm_up(
     steps: int = WARM_UP_STEPS,
 ) -> None:
     """Supervised steps on the demonstrations, in place, with a progress display."""
-    end = [tokenizer.eos_token_id]
     examples = [
-        Example(prompt_ids(tokenizer, row["prompt"]), tokenizer.encode(row["completion"]) + end) for row in rows
+        Example(prompt_ids(tokenizer, row["prompt"]), tokenizer.encode(row["completion"] + END)) for row in rows
     ]
     with Progress(steps, columns=COLUMNS) as progress:
         fit(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from posttrain import load_recipe, online
 from posttrain.quickstart.model import make_model, make_tokenizer
@@ -35,22 +38,22 @@ def prepare(path: Path, seed: int) -> Start:
     """Makes problems and a warmed-up model."""
     start = Start(path)
     path.mkdir(parents=True)
+    disable_progress_bar()  # of loading and saving, which take no time here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # of torch names that vLLM looks at
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     with chapter("1. Problems: additions of three-digit numbers, generated here"):
         write_problems(start, seed)
-        print(
-            f"Of the demonstrations, {SHARE_WORKED_OUT:.0%} add up column by column; the others just give the answer,"
-        )
-        print(f"which a tiny model cannot guess. {HELD_OUT} problems are held out from everything that follows.")
+        print(f"{SHARE_WORKED_OUT:.0%} of the demonstrations add up column by column. The others give just the answer,")
+        print(f"which a tiny model can only guess. {HELD_OUT} problems are held out from everything that follows.")
         show("demonstration", read_rows(start.demonstrations)[:SAMPLES], None)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
     size = f"{model.num_parameters() / 1e6:.2f}M parameters"
-    with chapter(f"2. Warm-up: {WARM_UP_STEPS} supervised steps on a Qwen2 model of {size} with random weights"):
+    with chapter(f"2. Warm-up: {WARM_UP_STEPS} supervised steps on a Qwen3 model of {size} with random weights"):
         warm_up(model, tokenizer, read_rows(start.demonstrations), seed=seed)
         model.save_pretrained(start.model)
         tokenizer.save_pretrained(start.model)
-        print("The model has taken over both habits. It works out about half of the problems and guesses the others.")
+        print("The model has taken over both habits: now it works a problem out, now it guesses.")
     return start
 
 
@@ -64,6 +67,8 @@ def train(recipe: Path, start: Start, folder: Path, engine: str, seed: int) -> N
         f"--engine.use={engine}",
         f"--seed={seed}",
     ]
+    if engine == "vllm":
+        overrides.append("--engine.options.use_tqdm_on_load=false")
     with chapter(f"3. GRPO by {recipe.name}: the math verifier rewards right answers to completions of the engine"):
         online.train(load_recipe(recipe, overrides))
 
@@ -86,11 +91,11 @@ def where_things_are(recipe: Path, start: Start, folder: Path) -> None:
     """What to look at next."""
     run = RunFolder(folder)
     print(f"""
-Recipe       {recipe} (as it ran: {run.recipe})
+Recipe       {recipe}, with all its defaults in {run.recipe}
 Start        {start.path}: problems and the warmed-up model
 Run folder   {run.path}: rollouts, checkpoints, metrics in {run.metrics}
 Curves       tensorboard --logdir {run.path / "tensorboard"}
-Once more    posttrain train {recipe} --run.folder=runs/again --optimizer.learning_rate=1e-3
+Once more    posttrain train {run.recipe} --run.folder=runs/again --optimizer.learning_rate=1e-4
 Model        {run.model}:
              AutoModelForCausalLM.from_pretrained("{run.model}"), AutoTokenizer.from_pretrained("{run.model}")
 """)
@@ -100,7 +105,7 @@ Model        {run.model}:
 def answers(folder: Path, prompts: Sequence[str], *, seed: int | None = None) -> list[str]:
     """A completion of each prompt by a saved model: sampled at temperature 1 with ``seed``, greedy without."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([prompt_ids(tokenizer, prompt) for prompt in prompts])  # all problems are equally long
     how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng():

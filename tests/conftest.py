@@ -10,8 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from posttrain.batch import Batch, Finish
+# The shapes in the signatures of what handles tensors are checked at every call that a test makes.
+CHECKED = ["posttrain.batch", "posttrain.models", "posttrain.parts", "posttrain.runtime"]
+with install_import_hook(CHECKED, "beartype.beartype"):
+    import posttrain.models
+    import posttrain.parts.compose
+    import posttrain.parts.rewards
+    import posttrain.parts.selection
+    import posttrain.parts.weighting
+    import posttrain.runtime  # noqa: F401
+    from posttrain.batch import Batch, Finish
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

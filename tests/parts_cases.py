@@ -78,7 +78,8 @@ def pad(batch: Batch, columns: int, fill: float = 0.0) -> Batch:
     def wider(tensor: Tensor, value: float) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, columns), value=value)
 
-    changes: dict[str, Any] = {name: wider(getattr(batch, name), fill) for name in PER_TOKEN}
+    filled = [name for name in PER_TOKEN + ("weight",) if getattr(batch, name) is not None]
+    changes: dict[str, Any] = {name: wider(getattr(batch, name), fill) for name in filled}
     return batch.set(
         tokens=wider(batch.tokens, 0), mask=wider(batch.mask, 0), step_id=wider(batch.step_id, -1), **changes
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from posttrain.batch import (
     Batch,
@@ -86,3 +87,11 @@ def test_a_blank_row_has_nothing_to_train_on(random_batch):
     row = blank_row(random_batch(6))
     assert len(row) == 1 and not row.mask.any() and row.reward.isnan().all()
     assert row.advantage.abs().sum() == row.weight.abs().sum() == 0
+
+
+def test_shapes_are_checked_in_tests(random_batch):
+    batch = random_batch(7)
+    with pytest.raises(TypeCheckError):
+        batch.set(reward=torch.zeros(len(batch) + 1))
+    with pytest.raises(TypeCheckError):
+        seq_sum(batch.advantage, batch.mask[:, 1:])

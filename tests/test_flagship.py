@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ RECIPE = str(ROOT / "recipes" / "grpo.yaml")
 PROBLEMS = ROOT / "examples" / "data" / "word_problems.jsonl"  # GSM8K's columns
 SMALL = ("--steps=1", "--prompts_per_step=4", "--completions=4", "--sampling.max_tokens=32")
 WAYS = {
-    "posttrain train": lambda *arguments: command("-m", "posttrain", "train", *arguments),
+    "posttrain train": lambda *arguments: command(str(Path(sys.executable).parent / "posttrain"), "train", *arguments),
     "python -m posttrain": lambda *arguments: command("-m", "posttrain", *arguments),
     "accelerate launch": lambda *arguments: launch(*arguments),
     "accelerate launch -m posttrain": lambda *arguments: launch("-m", "posttrain", *arguments),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from parts_cases import close, examples, pad, rough_batch, seeds
 from torch import Tensor
 
-from posttrain.batch import Batch, Finish
+from posttrain.batch import OPTIONAL_FIELDS, Batch, Finish
 from posttrain.parts import rewards, selection
 
 NAN = math.nan
@@ -25,8 +25,8 @@ def scored_batch(scores: list[float], group: list[int], greedy: list[bool] | Non
     n = len(scores)
     batch = make_random_batch(0, groups=1, size=n)
     return batch.set(
-        score=torch.tensor(scores),
-        reward=torch.tensor(scores),
+        score=torch.tensor(scores, dtype=torch.float32),
+        reward=torch.tensor(scores, dtype=torch.float32),
         group=torch.tensor(group),
         greedy=torch.tensor(greedy or [False] * n),
     )
@@ -35,9 +35,12 @@ def scored_batch(scores: list[float], group: list[int], greedy: list[bool] | Non
 def with_lengths(batch: Batch, lengths: list[int]) -> Batch:
     """Completions of so many chosen tokens after no prompt."""
     column = torch.arange(max(lengths))
-    n, columns = len(lengths), max(lengths)
     mask = column < torch.tensor(lengths)[:, None]
-    return batch.set(mask=mask, step_reward=torch.zeros(n, columns), length=torch.tensor(lengths))
+    nothing = torch.zeros(mask.shape)
+    empty = dict.fromkeys(("logp_sampler", "step_reward", *OPTIONAL_FIELDS), nothing)
+    return batch.set(
+        tokens=nothing.long(), mask=mask, length=torch.tensor(lengths), step_id=torch.where(mask, 0, -1), **empty
+    )
 
 
 @given(seed=seeds)

@@ -87,3 +87,23 @@ def test_launches_that_cannot_be_right_are_refused(flags, message, tmp_path, tin
     done = launch(*flags, recipe, *overrides, **variables)
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+BROKEN = """
+import os
+
+def broken(outputs, batch):
+    return outputs.logp * (float("nan") if batch.step == 1 and os.environ.get("RANK") == "1" else 0.0)
+"""
+
+
+@pytest.mark.parametrize("flags", [MULTI, ZERO], ids=["data parallel", "ZeRO-2"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(flags, tmp_path, tiny_model_folder):
+    recipe = write_run(tmp_path, tiny_model_folder, loss=[{"use": "clip"}, {"use": "broken.py:broken"}])
+    (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
+    variables = {"ACCELERATE_USE_CPU": "true"} if flags is MULTI else {}
+    done = launch(*flags, str(recipe), **variables)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["skipped"] for line in metrics] == [0, 1, 0]
+    assert metrics[2]["loss"] is not None and metrics[2]["grad_norm"] > 0

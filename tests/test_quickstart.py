@@ -19,7 +19,7 @@ from posttrain.offline import Example, fit, negative_log_likelihood, pad, shuffl
 from posttrain.options import Optimizer
 from posttrain.quickstart.__main__ import clear, find_recipe, start_folder
 from posttrain.quickstart.model import make_model, make_tokenizer
-from posttrain.quickstart.problems import Problem, boxed, draw, worked_out
+from posttrain.quickstart.problems import Problem, draw, estimated, worked_out
 from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, read_rows, write_problems
 from posttrain.verifiers.mathematics import math
 
@@ -47,14 +47,19 @@ def test_worked_out_columns_add_up_to_the_answer(problem: Problem):
         assert carried == carry and a + b + carried == total
         carry, digits = total // 10, f"{total % 10}{digits}"
     assert int(f"{carry}{digits}") == problem.a + problem.b
-    assert last == boxed(problem)
+    assert last == f"\\boxed{{{problem.answer}}}"
 
 
 @given(problems)
-def test_verifier_takes_demonstrations_for_right_and_neighbours_for_wrong(problem: Problem):
-    for text in (worked_out(problem), boxed(problem)):
-        assert math(text, answer=problem.answer) == 1
-        assert math(text, answer=str(int(problem.answer) + 1)) == 0
+def test_verifier_takes_worked_out_sums_for_right(problem: Problem):
+    assert math(worked_out(problem), answer=problem.answer) == 1
+    assert math(worked_out(problem), answer=str(int(problem.answer) + 1)) == 0
+
+
+def test_estimates_are_rounded_and_nearly_always_wrong():
+    assert estimated(Problem(614, 950)) == "\\boxed{1600}"
+    right = [math(estimated(problem), answer=problem.answer) for problem in draw(2000, random.Random(0))]
+    assert 0 < sum(right) / 2000 < 0.03
 
 
 def test_draw_repeats_no_sum_in_either_order():

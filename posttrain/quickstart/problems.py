@@ -1,4 +1,4 @@
-"""Additions of two three-digit numbers, with demonstrations of two kinds: worked out, and answered at once."""
+"""Additions of two three-digit numbers, with demonstrations of two kinds: worked out, and estimated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(count: int, rng: random.Random) -> list[Problem]:
 
 def worked_out(problem: Problem) -> str:
     """The sum column by column from the right, a line each, then the boxed answer."""
-    return "".join(f"{line}\n" for line in columns(problem)) + boxed(problem)
+    return "".join(f"{line}\n" for line in columns(problem)) + boxed(problem.a + problem.b)
 
 
 def columns(problem: Problem) -> Iterator[str]:
@@ -50,13 +50,17 @@ def columns(problem: Problem) -> Iterator[str]:
         carry = (a + b + carry) // 10
 
 
-def boxed(problem: Problem) -> str:
-    r"""The answer alone: right in a demonstration, but more than a tiny model can find without the steps."""
-    return f"\\boxed{{{problem.answer}}}"
+def estimated(problem: Problem) -> str:
+    """The sum of both numbers rounded to hundreds, boxed: quickly said and hardly ever right."""
+    return boxed(sum((number + 50) // 100 * 100 for number in problem))
+
+
+def boxed(number: int) -> str:
+    """A final answer as verifiers know it."""
+    return f"\\boxed{{{number}}}"
 
 
 def demonstrations(problems: list[Problem], share_worked_out: float, rng: random.Random) -> list[tuple[Problem, str]]:
-    """Each problem with a completion; ``share_worked_out`` of them show the steps, the others only the answer."""
-    return [
-        (problem, worked_out(problem) if rng.random() < share_worked_out else boxed(problem)) for problem in problems
-    ]
+    """Each problem with a completion; ``share_worked_out`` of them show the steps, the others are estimates."""
+    habits = [worked_out if rng.random() < share_worked_out else estimated for _ in problems]
+    return [(problem, habit(problem)) for problem, habit in zip(problems, habits, strict=True)]

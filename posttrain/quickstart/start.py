@@ -19,7 +19,7 @@ from posttrain.quickstart.problems import Problem, demonstrations, draw
 
 SHARE_WORKED_OUT = 0.5
 HELD_OUT, TRAIN = 256, 2000
-WARM_UP_STEPS, BATCH_SIZE = 900, 32
+WARM_UP_STEPS, BATCH_SIZE = 800, 32
 OPTIMIZER = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
 COLUMNS = (Column("loss", "loss", "{:.3f}"), Column("grad_norm", "gradient norm", "{:.2f}"))
 

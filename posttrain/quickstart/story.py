@@ -43,8 +43,8 @@ def prepare(path: Path, seed: int) -> Start:
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     with chapter("1. Problems: additions of three-digit numbers, generated here"):
         write_problems(start, seed)
-        print(f"{SHARE_WORKED_OUT:.0%} of the demonstrations add up column by column. The others give just the answer,")
-        print(f"which a tiny model can only guess. {HELD_OUT} problems are held out from everything that follows.")
+        print(f"{SHARE_WORKED_OUT:.0%} of the demonstrations add up column by column. The others round to hundreds and")
+        print(f"are nearly always wrong. {HELD_OUT} problems are held out from everything that follows.")
         show("demonstration", read_rows(start.demonstrations)[:SAMPLES], None)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
@@ -53,7 +53,7 @@ def prepare(path: Path, seed: int) -> Start:
         warm_up(model, tokenizer, read_rows(start.demonstrations), seed=seed)
         model.save_pretrained(start.model)
         tokenizer.save_pretrained(start.model)
-        print("The model has taken over both habits: now it works a problem out, now it guesses.")
+        print("The model has taken over both habits: now it works a problem out, now it estimates.")
     return start
 
 

@@ -9,7 +9,6 @@ import torch
 
 from posttrain.errors import RecipeError
 
-
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes, so that short prompts share their prefix
 PREFILL_TOKENS = 4096  # prompt tokens computed in one step
 

@@ -119,18 +119,21 @@ class Recipe:
     """
 
     policy: options.Policy
+    reference: options.Reference = field(default_factory=options.Reference)
     data: options.Data
-    verify: tuple[InstanceOf[Part], ...] = ()
-    loss: tuple[InstanceOf[Part], ...]
-    advantage: InstanceOf[Part]
-    normaliser: InstanceOf[Part] = _default("posttrain.parts.normalisers.token_mean")
-    rollout: InstanceOf[Part] = _default("posttrain.rollout.single_turn")
+
+    # The slots, in the order in which a step uses them
     prompts: InstanceOf[Part] = _default("posttrain.data.uniform")
-    reward: tuple[InstanceOf[Part], ...] = ()
+    rollout: InstanceOf[Part] = _default("posttrain.rollout.single_turn")
+    verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()
+    reward: tuple[InstanceOf[Part], ...] = ()
+    advantage: InstanceOf[Part]
     shape: tuple[InstanceOf[Part], ...] = ()
     keep: tuple[InstanceOf[Part], ...] = ()
-    reference: options.Reference = field(default_factory=options.Reference)
+    normaliser: InstanceOf[Part] = _default("posttrain.parts.normalisers.token_mean")
+    loss: tuple[InstanceOf[Part], ...]
+
     sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
     engine: options.EngineOptions = field(default_factory=options.EngineOptions)
     optimizer: options.Optimizer = field(default_factory=options.Optimizer)

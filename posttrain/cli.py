@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    # Before torch is imported. Threads that wait for each other shall sleep: where cores are shared with verifiers and
+    # with other people, spinning costs far more than it saves.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from posttrain.loading import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM binds memory to a 
 from posttrain.errors import UserError  # noqa: E402
 
 START_AT_MOST, END_AT_LEAST = 0.6, 0.9
-PACKAGE = Path(__file__).resolve().parents[1]
-RECIPES = (PACKAGE / "recipes" / "quickstart.yaml", PACKAGE.parent / "recipes" / "quickstart.yaml")
-"""In an installed package; in a clone of the repository."""
+RECIPES = (
+    Path(__file__).resolve().parents[2] / "recipes",  # in a clone of the repository
+    Path(sysconfig.get_path("data"), "share", "posttrain", "recipes"),  # of an installed package
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,10 +98,10 @@ def find_recipe() -> Path:
     Raises:
         UserError: where it is missing.
     """
-    for path in RECIPES:
-        if path.exists():
-            return path
-    raise UserError(f"recipes/quickstart.yaml is missing; looked for {' and '.join(map(str, RECIPES))}")
+    for folder in RECIPES:
+        if (folder / "quickstart.yaml").exists():
+            return folder / "quickstart.yaml"
+    raise UserError(f"quickstart.yaml is missing; looked in {' and '.join(map(str, RECIPES))}")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ class VllmEngine:
         llm = self._opened()
         with torch.no_grad():
             load_verified(tensors, parameter_places(self._model), self._model.load_weights)
+            vllm_cpu.pack_weights(self._model)
         if not llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
         self.version = version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def arguments(*, max_model_len: int, cache_mb: int) -> dict[str, Any]:
 def prepare() -> None:
     """Fits vLLM's CPU backend; does nothing elsewhere. Must run before vLLM's sampler is imported.
 
-    * Linear weights stay as they are. vLLM would pack them for its own kernels and drop the originals, after which no
-      weight can be loaded; for the sizes that CPUs train, the packed kernels are no faster.
+    * Linear layers keep their weights. vLLM packs them for its own kernels and drops the originals, after which no
+      weight could be loaded. See :func:`pack_weights`.
     * Small functions of the sampler are not compiled, which would take 20 seconds at the first token. Only vLLM's own
       choice of a backend and one of its functions are changed: ``torch.compile`` is untouched for everyone else.
     """
@@ -46,11 +47,28 @@ def prepare() -> None:
     import vllm.v1.sample.sampler as sampler
 
     sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)  # type: ignore
-    layers.dispatch_cpu_unquantized_gemm = _keep_weight
+    if not hasattr(layers.dispatch_cpu_unquantized_gemm, "keeps_weight"):
+        layers.dispatch_cpu_unquantized_gemm = _keeping_weight(layers.dispatch_cpu_unquantized_gemm)
 
 
-def _keep_weight(layer: Any, remove_weight: bool) -> None:
-    layer.cpu_linear = torch.nn.functional.linear
+def _keeping_weight(pack: Callable[..., None]) -> Callable[..., None]:
+    def pack_and_keep(layer: Any, remove_weight: bool) -> None:
+        pack(layer, remove_weight=False)
+
+    pack_and_keep.keeps_weight = True  # type: ignore[attr-defined]
+    return pack_and_keep
+
+
+def pack_weights(model: torch.nn.Module) -> None:
+    """Packs the weights of linear layers again, after new ones were loaded; does nothing but on CPU.
+
+    vLLM's kernels for packed weights are 1.1 to 2.2 times as fast as plain ones, for twice the memory of the weights.
+    """
+    import vllm.model_executor.layers.utils as layers
+
+    for layer in model.modules():
+        if hasattr(layer, "cpu_linear"):
+            layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
 def check_head_size(size: int) -> None:

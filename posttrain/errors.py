@@ -42,6 +42,10 @@ class VerifierError(RuntimeError):
         lines += ["  (`on_error: skip` leaves such completions out of the update and counts them)"]
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[type[VerifierError], tuple[object, ...]]:
+        """Other ranks are told of the error: pickle would rebuild it from its message alone."""
+        return type(self), (self.verifier, self.problem, self.place, self.row, self.completion, self.trace)
+
 
 def _shorten(text: str, longest: int = 600) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
@@ -26,9 +27,10 @@ def evaluate(options: Evaluation, runtime: Runtime, source: Source, rows: Rows, 
     start = time.perf_counter()
     mine = range(runtime.rank, len(rows), runtime.world)
     prompts = make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 1, mine))
+    sampling = sampling_of(options.sampling)
+    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, options.n, sampling, {}))
     sums = torch.zeros(6, dtype=torch.float64)
-    if len(prompts):
-        batch, _ = generate_and_verify(source, prompts, options.n, sampling_of(options.sampling), {})
+    if len(batch):
         score = batch.score[batch.scored].double()
         counts = (len(score), len(batch), int(batch.mask.sum()), int((batch.finish == Finish.LENGTH).sum()))
         sums += torch.tensor([float(score.sum()), float((score > 0).sum()), *counts], dtype=torch.float64)

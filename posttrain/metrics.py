@@ -15,12 +15,12 @@ from posttrain.runtime import Runtime
 
 
 def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
-    """What the policy wrote and how it was rewarded; greedy baselines are left out.
+    """What the policy wrote and how it was rewarded; greedy baselines, and the blank row of a rank with none, are out.
 
     ``groups/mixed`` is the share of groups whose scores differ, the only ones that teach a group-centred method
     anything; ``groups/spread`` is the mean standard deviation of the scores in a group.
     """
-    batch = batch[~batch.greedy]
+    batch = batch[~batch.greedy & batch.mask.any(-1)]
     scored = batch.scored
     reward, score = batch.reward[scored], batch.score[scored]
     spread = group_std(batch.score, batch.group, scored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -51,39 +51,33 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     needs = find_needs(recipe)
     tokenizer = load_tokenizer(recipe.policy)
     rows, evaluation_rows = load_all_rows(recipe, tokenizer)
-    runtime = Runtime(dtype=recipe.policy.dtype)
-    refuse_uneven_prompts(recipe, runtime)
-    folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))
-    pool = VerifierPool(recipe.verify)
-    try:
-        policy, reference = build_models(recipe, needs, runtime)
-        source = Source(
-            engine=build_engine(recipe, rows, evaluation_rows),
-            verifiers=pool,
-            rollout=recipe.rollout,
-            decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        )
-        run = Online(
-            recipe=recipe,
-            runtime=runtime,
-            folder=folder,
-            learner=Learner(recipe, runtime, policy, reference, needs),
-            tokenizer=tokenizer,
-            rows=rows,
-            sampler=recipe.prompts.call(size=len(rows), seed=recipe.seed),
-            source=source,
-            evaluation_rows=evaluation_rows,
-        )
-        if checkpoint is not None:
-            load_checkpoint(run, checkpoint)
-        try:
-            loop(run)
-            finish(run)
-        finally:
-            source.engine.close()
-    finally:
-        pool.close()
-        runtime.close()
+    with Runtime(dtype=recipe.policy.dtype) as runtime:
+        refuse_uneven_prompts(recipe, runtime)
+        folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))
+        with VerifierPool(recipe.verify) as pool:
+            policy, reference = build_models(recipe, needs, runtime)
+            with closing(build_engine(recipe, rows, evaluation_rows)) as engine:
+                source = Source(
+                    engine=engine,
+                    verifiers=pool,
+                    rollout=recipe.rollout,
+                    decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+                )
+                run = Online(
+                    recipe=recipe,
+                    runtime=runtime,
+                    folder=folder,
+                    learner=Learner(recipe, runtime, policy, reference, needs),
+                    tokenizer=tokenizer,
+                    rows=rows,
+                    sampler=recipe.prompts.call(size=len(rows), seed=recipe.seed),
+                    source=source,
+                    evaluation_rows=evaluation_rows,
+                )
+                if checkpoint is not None:
+                    load_checkpoint(run, checkpoint)
+                loop(run)
+                finish(run)
     return folder.model
 
 
@@ -111,11 +105,16 @@ def loop(run: Online) -> None:
         while run.step < recipe.steps:
             metrics, batch, collected = guarded_step(run)
             last = run.step == recipe.steps
-            if recipe.evaluate and (last or run.step % recipe.evaluate.every == 0):
-                run.evaluations["after"] = measure(run)
-                metrics |= run.evaluations["after"]
             if recipe.run.rollouts_every and run.step % recipe.run.rollouts_every == 0:
                 store_rollouts(run, batch, collected)
+            if recipe.evaluate and (last or run.step % recipe.evaluate.every == 0):
+                try:
+                    run.evaluations["after"] = measure(run)
+                except VerifierError:
+                    trackers.log(run.step, metrics)
+                    save_checkpoint(run, states(run))
+                    raise
+                metrics |= run.evaluations["after"]
             trackers.log(run.step, metrics)
             progress.update(run.step, metrics)
             stop_if_broken(run, metrics, batch, collected)
@@ -140,6 +139,7 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
     recipe, runtime = run.recipe, run.runtime
     seconds: dict[str, float] = {}
     start = time.perf_counter()
+    run.source.verifiers.failures.clear()
     collected = collect(recipe, runtime, run.source, run.rows, run.sampler, run.step)
     with timed(seconds, "score"):
         batch = score(run.learner, collected.batch)
@@ -164,7 +164,7 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
 
 
 def failures(run: Online) -> dict[str, float]:
-    """Verifier calls that failed so far under ``on_error: skip``, on all ranks."""
+    """Verifier calls of this step that failed under ``on_error: skip``, on all ranks."""
     counted, of = run.source.verifiers.failures, run.source.verifiers.names
     totals = run.runtime.all_sum(torch.tensor([float(counted[name]) for name in of])).tolist()
     return {f"failures/{name}": total for name, total in zip(of, totals, strict=True) if total}
@@ -185,6 +185,7 @@ def stop_if_broken(run: Online, metrics: dict[str, float], batch: Batch, collect
     if run.bad_steps <= run.recipe.run.max_bad_steps:
         return
     write_batch(run, run.folder.dump / f"{step_name(run.step)}-rank-{run.runtime.rank}.parquet", batch, collected)
+    run.runtime.barrier()  # the first rank to stop ends the others
     raise RuntimeError(
         f"the loss or a gradient was not finite in {run.bad_steps} steps in a row (loss {metrics['loss']}, gradient "
         f"norm {metrics['grad_norm']}); weights are those of before. The last batch lies in {run.folder.dump}. A lower "

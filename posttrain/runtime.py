@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -96,22 +97,22 @@ class Runtime:
     def from_main(self, make: Callable[[], Any]) -> Any:
         """What ``make`` returns on the main process, on every process. Its error, if any, is raised on all."""
         result: Any = None
-        error: BaseException | None = None
+        error: Exception | None = None
         if self.is_main:
             try:
                 result = make()
             except Exception as raised:
                 error = raised
         if self.world > 1:
-            shared = [result, error]
+            shared = [result, None if error is None else _portable(error)]
             torch.distributed.broadcast_object_list(shared)
-            result, error = shared
+            result, error = shared[0], error or shared[1]
         if error is not None:
             raise error
         return result
 
     def together(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on every rank; an error on any of them is raised on all, so that none waits for the others."""
+        """Calls ``make`` on every rank; an error on any of them is raised on all, so that all can act on it alike."""
         if self.world == 1:
             return make()
         result: Any = None
@@ -120,9 +121,10 @@ class Runtime:
             result = make()
         except Exception as raised:
             error = raised
-        for other in self.gather(error):
-            if other is not None:
-                raise error or other
+        errors = self.gather(None if error is None else _portable(error))
+        first = next((rank for rank, other in enumerate(errors) if other is not None), None)
+        if first is not None:
+            raise error if error is not None and first == self.rank else errors[first]
         return result
 
     def barrier(self) -> None:
@@ -229,8 +231,21 @@ class Runtime:
         module: Any = self.accelerator.unwrap_model(self.model)
         return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
-    def close(self) -> None:
-        """Ends the process group. Models are freed first, then all ranks meet: the other order can deadlock gloo."""
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the process group. Models are freed first, then all ranks meet: the other order can deadlock gloo.
+
+        Args:
+            failed: this rank stops on an error. The others may not know of it and wait in a collective operation, where
+                meeting them would take forever: this process just goes, and then the launcher ends the others.
+        """
+        if failed and self.world > 1:
+            return
         self.model = self.optimizer = None
         self._trained = []
         self.accelerator.free_memory()
@@ -243,6 +258,15 @@ class Runtime:
 
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error if other processes can be told of it as it is, else its type and message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _asked_for_deepspeed(environment: Mapping[str, str]) -> bool:

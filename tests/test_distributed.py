@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,43 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(flags, tmp_
     metrics = read_metrics(tmp_path / "run")
     assert [line["skipped"] for line in metrics] == [0, 1, 0]
     assert metrics[2]["loss"] is not None and metrics[2]["grad_norm"] > 0
+
+
+FAILS = """
+import os
+from pathlib import Path
+
+def on_one_rank(advantage, batch):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("a part that fails here only")
+    return advantage
+
+def on_one_row(completion, *, answer):
+    stepped = (Path(__file__).parent / "run" / "rollouts" / "step-000001.parquet").exists()
+    if answer == "held out" and stepped:
+        raise ValueError("a verifier that fails here only")
+    return 1.0
+"""
+
+
+def launch_failing(folder: Path, model: Path, **changes):
+    recipe = write_run(folder, model, prompts_per_step=2, **changes)
+    (folder / "fails.py").write_text(FAILS, encoding="utf-8")
+    rows = [{"prompt": "1+1", "answer": "2"}, {"prompt": "3+4", "answer": "held out"}]  # one for each rank
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return launch(*MULTI, str(recipe), ACCELERATE_USE_CPU="true", timeout=120)
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path, tiny_model_folder):
+    """The others wait for that rank in a collective operation, so it must not wait for them."""
+    done = launch_failing(tmp_path, tiny_model_folder, shape=[{"use": "fails.py:on_one_rank"}])
+    assert done.returncode != 0 and "a part that fails here only" in done.stderr
+
+
+def test_a_verifier_that_fails_in_an_evaluation_on_one_rank_stops_all_after_a_checkpoint(tmp_path, tiny_model_folder):
+    changes = {"verify": [{"use": "fails.py:on_one_row"}], "evaluate": {"data": {"path": "held_out.jsonl"}, "every": 1}}
+    done = launch_failing(tmp_path, tiny_model_folder, **changes)
+    assert done.returncode != 0 and "VerifierError: verifier 'fails.py:on_one_row' raised ValueError" in done.stderr
+    checkpoint = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert checkpoint is not None and checkpoint.name == "step-000001"
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1]

@@ -15,9 +15,12 @@ import torch
 from runs import VERIFIER, command, environment, write_run
 from transformers import AutoModelForCausalLM
 
+from posttrain.batch import Batch, blank_row
 from posttrain.errors import UserError, VerifierError
 from posttrain.loading import load_recipe
+from posttrain.metrics import rollout_metrics
 from posttrain.online import train
+from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
@@ -196,3 +199,20 @@ def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_m
     )
     models = [(tmp_path / name / "run" / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert models[0] == models[1]
+
+
+def test_a_rank_without_completions_counts_as_none(random_batch):
+    """Its blank row takes part in the passes and in no statistic."""
+    with Runtime() as runtime:
+        batch = random_batch(0)
+        alone = rollout_metrics(batch, runtime)
+        with_blank = rollout_metrics(Batch.concatenate([batch, blank_row(batch)]), runtime)
+    assert alone == with_blank
+
+
+def test_failures_are_counted_by_the_step(tmp_path, tiny_model_folder):
+    """A resumed run could not know of those before it."""
+    verify = [{"use": "fails.py:always", "on_error": "skip"}]
+    (tmp_path / "fails.py").write_text("def always(completion):\n    raise ValueError\n", encoding="utf-8")
+    metrics = start(tmp_path, tiny_model_folder, verify=verify, steps=2)
+    assert [line["failures/fails.py:always"] for line in metrics] == [16, 16]

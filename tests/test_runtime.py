@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, VerifierError
 from posttrain.options import Optimizer
 from posttrain.runtime import (
+    _portable,
     learning_rate,
     length_groups,
     micro_batches,
@@ -60,3 +63,15 @@ def test_ranks_that_would_train_alone_are_refused():
         refuse_lost_processes({"WORLD_SIZE": "2"}, 1)
     refuse_lost_processes({"WORLD_SIZE": "2"}, 2)
     refuse_lost_processes({}, 1)
+
+
+def test_errors_reach_other_processes_whole():
+    """Or, where they cannot be rebuilt there, with their type and message."""
+    error = VerifierError("math", "raised ValueError: no", "data.jsonl:3", {"answer": 1}, "text", "trace")
+    copied = pickle.loads(pickle.dumps(_portable(error)))
+    assert type(copied) is VerifierError and str(copied) == str(error) and copied.place == "data.jsonl:3"
+
+    class Local(Exception):
+        pass
+
+    assert str(_portable(Local("said"))) == "Local: said"

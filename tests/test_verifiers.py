@@ -16,7 +16,7 @@ from posttrain import verifiers
 from posttrain.errors import UserError, VerifierError
 from posttrain.recipe import Part
 from posttrain.resolve import resolve
-from posttrain.verification import VerifierPool
+from posttrain.verification import Verdict, VerifierPool
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -411,3 +411,7 @@ def test_examples_of_own_verifiers() -> None:
     assert [list(verdict.values.values()) for verdict in found] == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
     no_unit, _ = verdicts(parts[:1], ["#### 195"], {**row, "unit": None})
     assert maths.isnan(no_unit[0].score)
+
+
+def test_a_recipe_without_verifiers_scores_zero_so_that_reward_parts_alone_can_train():
+    assert verdicts([], ["anything"])[0] == [Verdict(0.0, {})]

@@ -31,7 +31,7 @@ CALLS_PER_WORKER = 20_000  # then a fresh process takes over, so that caches and
 class Verdict:
     """The score of a completion and what each verifier said."""
 
-    score: float  # sum of weight * value over the verifiers that apply; NaN: unscored
+    score: float  # sum of weight * value over the verifiers that apply; NaN: unscored; 0 in a recipe with none at all
     values: Mapping[str, float | None]  # by verifier; None: does not apply, or failed under ``on_error: skip``
 
 
@@ -198,7 +198,8 @@ class VerifierPool:
             elif value is not None:
                 score += verifier.part.weight * value
                 applicable += 1
-        return Verdict(score if applicable and not failed else float("nan"), values)
+        scored = not failed and (applicable > 0 or not self.verifiers)
+        return Verdict(score if scored else float("nan"), values)
 
     def _value(self, verifier: Verifier, item: _Item) -> Outcome:
         outcome, stuck = self._settle(verifier, item.outcomes[verifier.name])

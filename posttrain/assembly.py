@@ -91,18 +91,21 @@ def build_engine(recipe: Recipe, rows: Rows, evaluation_rows: Rows | None) -> En
     """The engine, with room for the longest prompt and completion.
 
     Raises:
-        UserError: where that is more than the model's positions.
+        UserError: where that is more than ``engine.max_model_len`` or the model's positions.
     """
-    wanted = rows.longest_prompt + recipe.sampling.max_tokens
+    needed = [(rows.longest_prompt, recipe.sampling.max_tokens, "sampling.max_tokens")]
     if recipe.evaluate is not None and evaluation_rows is not None:
-        wanted = max(wanted, evaluation_rows.longest_prompt + recipe.evaluate.sampling.max_tokens)
-    length = recipe.engine.max_model_len or wanted
-    limit = context_length(recipe.policy)
+        of_evaluation = (recipe.evaluate.sampling.max_tokens, "evaluate.sampling.max_tokens")
+        needed.append((evaluation_rows.longest_prompt, *of_evaluation))
+    prompt, completion, name = max(needed, key=lambda each: each[0] + each[1])
+    length, limit = recipe.engine.max_model_len or prompt + completion, context_length(recipe.policy)
+    for room, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):
+        if room is not None and prompt + completion > room:
+            raise UserError(
+                f"the longest prompt ({prompt} tokens) and {name} ({completion}) need {prompt + completion} positions; "
+                f"{whose} has {room}. Lower {name} or set data.max_prompt_tokens."
+            )
     if limit is not None and length > limit:
-        raise UserError(
-            f"the longest prompt ({wanted - recipe.sampling.max_tokens} tokens) and sampling.max_tokens "
-            f"({recipe.sampling.max_tokens}) need {length} positions; {recipe.policy.model} has {limit}. Lower "
-            "sampling.max_tokens or set data.max_prompt_tokens."
-        )
+        raise UserError(f"engine.max_model_len: {length} is more than the {limit} positions of {recipe.policy.model}")
     dtype = recipe.policy.dtype if recipe.engine.dtype == "auto" else recipe.engine.dtype
     return make_engine(recipe.policy.model, recipe.engine, dtype=dtype, max_model_len=length, seed=recipe.seed)

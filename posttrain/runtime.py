@@ -214,7 +214,16 @@ class Runtime:
             torch.save({"weights": self._weights(), "optimizer": self.optimizer.state_dict()}, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """What :meth:`save` wrote. Called on all ranks."""
+        """What :meth:`save` wrote. Called on all ranks.
+
+        Raises:
+            UserError: if it was written with DeepSpeed and this run is without, or the other way round, or if it holds
+                other weights than this recipe trains.
+        """
+        with_deepspeed = (folder / DEEPSPEED_TAG).is_dir()
+        if with_deepspeed != self.uses_deepspeed:
+            which = "with" if with_deepspeed else "without"
+            raise UserError(f"{folder} was written {which} DeepSpeed: resume {which} it")
         if self.uses_deepspeed:
             self.model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_module_strict=False)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import torch
 from runs import VERIFIER, command, environment, write_run
 from transformers import AutoModelForCausalLM
 
+from posttrain.assembly import build_engine, load_all_rows
 from posttrain.batch import Batch, blank_row
 from posttrain.errors import UserError, VerifierError
 from posttrain.loading import load_recipe
 from posttrain.metrics import rollout_metrics
+from posttrain.models import load_tokenizer
 from posttrain.online import train
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
@@ -216,3 +219,19 @@ def test_failures_are_counted_by_the_step(tmp_path, tiny_model_folder):
     (tmp_path / "fails.py").write_text("def always(completion):\n    raise ValueError\n", encoding="utf-8")
     metrics = start(tmp_path, tiny_model_folder, verify=verify, steps=2)
     assert [line["failures/fails.py:always"] for line in metrics] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"use": "transformers", "max_model_len": 17}}, "need 18 positions; engine.max_model_len has 17"),
+        ({"engine": {"use": "transformers", "max_model_len": 4096}}, "4096 is more than the 2048 positions"),
+        ({"evaluate": {"data": {"path": "data.jsonl"}, "sampling": {"max_tokens": 4000}}}, "(6 tokens) and evaluate."),
+    ],
+    ids=["prompts that do not fit", "more than the model has", "evaluation that does not fit"],
+)
+def test_what_does_not_fit_the_engine_is_refused_before_the_first_step(changes, message, tmp_path, tiny_model_folder):
+    recipe = load_recipe(write_run(tmp_path, tiny_model_folder, **changes))
+    rows, evaluation_rows = load_all_rows(recipe, load_tokenizer(recipe.policy))
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_engine(recipe, rows, evaluation_rows)

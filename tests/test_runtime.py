@@ -10,6 +10,7 @@ import torch
 from posttrain.errors import UserError, VerifierError
 from posttrain.options import Optimizer
 from posttrain.runtime import (
+    Runtime,
     _portable,
     learning_rate,
     length_groups,
@@ -75,3 +76,9 @@ def test_errors_reach_other_processes_whole():
         pass
 
     assert str(_portable(Local("said"))) == "Local: said"
+
+
+def test_a_checkpoint_of_deepspeed_is_refused_without_it(tmp_path):
+    (tmp_path / "deepspeed").mkdir()
+    with Runtime() as runtime, pytest.raises(UserError, match="with DeepSpeed: resume with it"):
+        runtime.load(tmp_path)

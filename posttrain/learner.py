@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.batch import Batch, blank_row
+from posttrain.engines.base import sample_seed
 from posttrain.metrics import add_sums, reduce_means, update_sums
 from posttrain.models import Policy, forward
 from posttrain.needs import Needs
@@ -102,7 +103,7 @@ def minibatches(recipe: Recipe, rows: int, step: int) -> Iterator[list[int]]:
     if recipe.epochs * recipe.minibatches == 1:
         yield list(range(rows))
         return
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(sample_seed(recipe.seed, step))
     for _ in range(recipe.epochs):
         order = torch.randperm(rows, generator=generator)
         yield from (part.tolist() for part in torch.tensor_split(order, recipe.minibatches))
@@ -110,4 +111,4 @@ def minibatches(recipe: Recipe, rows: int, step: int) -> Iterator[list[int]]:
 
 def _seed_dropout(seed: int, step: int, number: int, rank: int) -> None:
     """Dropout as a function of the step, so that a resumed run repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + number * 4099 + rank)
+    torch.manual_seed(sample_seed(sample_seed(sample_seed(seed, step), number), rank))

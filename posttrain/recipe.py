@@ -147,7 +147,7 @@ class Recipe:
     minibatches: PositiveInt = 1  # optimiser steps a pass
     micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
     max_refills: PositiveInt = 10  # rounds of generation in which `select` may find enough prompts
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's limit, in vLLM
 
     name: str = "recipe"
     path: Path | None = None  # of the YAML file, if it came from one

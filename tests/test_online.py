@@ -235,3 +235,10 @@ def test_what_does_not_fit_the_engine_is_refused_before_the_first_step(changes, 
     rows, evaluation_rows = load_all_rows(recipe, load_tokenizer(recipe.policy))
     with pytest.raises(UserError, match=re.escape(message)):
         build_engine(recipe, rows, evaluation_rows)
+
+
+def test_the_largest_seed_shuffles_and_drops_out(tmp_path, tiny_model_folder):
+    lora = {"rank": 2, "dropout": 0.1}
+    policy = {"model": str(tiny_model_folder), "lora": lora}
+    metrics = start(tmp_path, tiny_model_folder, seed=2**32 - 1, steps=1, minibatches=2, policy=policy)
+    assert metrics[0]["grad_norm"] > 0

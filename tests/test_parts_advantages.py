@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, halves, on_ranks, pad, rough_batch, seeds, with_greedy
 
-from posttrain.batch import Batch
+from posttrain.batch import Batch, blank_row
 from posttrain.parts.advantages import outcome, returns, whiten
 
 CENTERS = ["none", "group", "leave_one_out", "greedy", "length", "batch"]
@@ -140,6 +140,8 @@ def test_the_greedy_completion_is_the_baseline_and_not_trained() -> None:
     assert per_completion(unscored, center="greedy") == [0, 0, 0, 1, 0]
     with pytest.raises(ValueError, match="made no greedy completions"):
         outcome(one_token_batch([1.0, 0.0]), center="greedy")
+    blank = blank_row(batch)  # of a rank whose prompts were all dropped, their greedy completions with them
+    assert outcome(blank, center="greedy").abs().sum() == 0
 
 
 @pytest.mark.parametrize("option", [{"center": "median"}, {"scale": "iqr"}])

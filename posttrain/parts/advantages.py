@@ -158,7 +158,7 @@ def _spread(
 
 def _greedy_baseline(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
     """Where the greedy completion could not be scored there is no baseline: each completion is its own, advantage 0."""
-    if len(batch) and not batch.greedy.any():
+    if _valid(batch).any() and not batch.greedy.any():
         raise ValueError("outcome: center is greedy, but the rollout made no greedy completions")
     scored_greedy = batch.greedy & batch.scored
     found = group_sum(scored_greedy.double(), batch.group) > 0

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.batch import Batch, blank_row
+from posttrain.compose import total_loss
 from posttrain.engines.base import sample_seed
 from posttrain.metrics import add_sums, reduce_means, update_sums
 from posttrain.models import Policy, forward
 from posttrain.needs import Needs
-from posttrain.parts.compose import total_loss
 from posttrain.recipe import Recipe
 from posttrain.runtime import Runtime, Update, learning_rate, length_groups, micro_batches
 

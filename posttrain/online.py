@@ -13,6 +13,7 @@ from posttrain.assembly import Online, build_engine, build_models, load_all_rows
 from posttrain.batch import Batch
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, verifier_means
+from posttrain.compose import credit, reward_batch
 from posttrain.display import Progress
 from posttrain.errors import VerifierError
 from posttrain.evaluate import evaluate
@@ -21,7 +22,6 @@ from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import write_model_card
 from posttrain.models import DTYPES, describe, load_tokenizer, save_model
 from posttrain.needs import find_needs
-from posttrain.parts.compose import credit, reward_batch
 from posttrain.recipe import Recipe
 from posttrain.run_folder import step_name, step_of
 from posttrain.runtime import Runtime

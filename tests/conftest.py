@@ -13,10 +13,10 @@ import torch
 from jaxtyping import install_import_hook
 
 # The shapes in the signatures of what handles tensors are checked at every call that a test makes.
-CHECKED = ["posttrain.batch", "posttrain.models", "posttrain.parts", "posttrain.runtime"]
+CHECKED = ["posttrain.batch", "posttrain.compose", "posttrain.models", "posttrain.parts", "posttrain.runtime"]
 with install_import_hook(CHECKED, "beartype.beartype"):
+    import posttrain.compose
     import posttrain.models
-    import posttrain.parts.compose
     import posttrain.parts.rewards
     import posttrain.parts.selection
     import posttrain.parts.weighting

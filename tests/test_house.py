@@ -47,9 +47,8 @@ def test_no_import_goes_round_in_a_circle():
 
 def test_parts_know_batches_and_no_configuration():
     for path in (ROOT / "posttrain" / "parts").glob("*.py"):
-        if path.stem != "compose":  # which puts parts together, for the loop
-            known = ("posttrain.batch", "posttrain.parts")
-            assert {name for name in imports(path) if not name.startswith(known)} == set(), path.name
+        known = ("posttrain.batch", "posttrain.parts")
+        assert {name for name in imports(path) if not name.startswith(known)} == set(), path.name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

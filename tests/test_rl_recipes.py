@@ -17,8 +17,8 @@ from parts_cases import close, examples, halves, moved_outputs, on_ranks, pad, r
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
+from posttrain.compose import credit, reward_batch, total_loss
 from posttrain.loading import load_recipe
-from posttrain.parts.compose import credit, reward_batch, total_loss
 from posttrain.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "rl"

@@ -10,9 +10,9 @@ import torch
 from parts_cases import close, moved_outputs, rough_batch
 
 from posttrain.batch import Batch
+from posttrain.compose import credit, reward_batch, total_loss
 from posttrain.loading import load_recipe
 from posttrain.parts import losses, normalisers, rewards, weighting
-from posttrain.parts.compose import credit, reward_batch, total_loss
 from posttrain.recipe import Part, Recipe
 
 GRPO = Path(__file__).parent.parent / "recipes" / "rl" / "grpo.yaml"

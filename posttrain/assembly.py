@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from posttrain.collect import Source
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.engines import make_engine
@@ -81,7 +83,11 @@ def build_models(recipe: Recipe, needs: Needs, runtime: Runtime) -> tuple[Policy
     other = recipe.reference.model
     reference = None
     if needs.logp_ref and (other is not None or not policy.has_adapters):
-        model = load_model(recipe.policy, dtype=DTYPES[recipe.policy.dtype], model=other)
+        # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters
+        # stand on weights in the recipe's dtype, and DeepSpeed puts all weights into it; else they are float32.
+        in_recipe_dtype = policy.has_adapters or runtime.uses_deepspeed
+        dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
+        model = load_model(recipe.policy, dtype=dtype, model=other)
         reference = Policy(model).requires_grad_(False).eval().to(runtime.device)
     runtime.prepare(policy, recipe.optimizer)
     return policy, reference

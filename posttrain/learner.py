@@ -53,7 +53,8 @@ def _passes(
         part = batch[rows].trim().to(learner.runtime.device)
         columns = part.tokens.shape[1]
         temperature = learner.recipe.sampling.temperature
-        mine, its = model(part.tokens, part.mask, temperature=temperature, entropy=entropy, reference=reference)
+        with learner.runtime.autocast():
+            mine, its = model(part.tokens, part.mask, temperature=temperature, entropy=entropy, reference=reference)
         logp[rows, :columns] = mine.cpu()
         if entropies is not None:
             entropies[rows, :columns] = its.cpu()

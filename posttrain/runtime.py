@@ -10,7 +10,7 @@ import gc
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,10 @@ class Runtime:
             gradient_clipping=options.max_grad_norm,
             zero_allow_untested_optimizer=True,
         )
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the prepared policy's forward pass, for models that are not prepared."""
+        return self.accelerator.autocast()
 
     def update(
         self, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor], learning_rate: float

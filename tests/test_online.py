@@ -242,3 +242,9 @@ def test_the_largest_seed_shuffles_and_drops_out(tmp_path, tiny_model_folder):
     policy = {"model": str(tiny_model_folder), "lora": lora}
     metrics = start(tmp_path, tiny_model_folder, seed=2**32 - 1, steps=1, minibatches=2, policy=policy)
     assert metrics[0]["grad_norm"] > 0
+
+
+def test_in_bfloat16_the_policy_starts_at_its_reference(tmp_path, tiny_model_folder):
+    policy = {"model": str(tiny_model_folder), "dtype": "bfloat16"}
+    metrics = start(tmp_path, tiny_model_folder, policy=policy, loss=[{"use": "clip"}, {"use": "kl"}], steps=2)
+    assert metrics[0]["policy/kl_ref"] == 0 < metrics[1]["policy/kl_ref"]

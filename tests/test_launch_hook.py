@@ -113,5 +113,6 @@ def test_the_wheel_puts_the_hook_at_the_root_of_site_packages(tmp_path):
         hook = wheel.read("posttrain-startup.pth")
     assert hook == (ROOT / "startup" / "posttrain.pth").read_bytes()
     assert {"_posttrain_startup.py", "posttrain/cli.py"} <= set(names)
-    tops = {name.partition("/")[0] for name in names}
-    assert tops == {"posttrain", "_posttrain_startup.py", "posttrain-startup.pth", "posttrain-0.1.0.dist-info"}
+    assert "posttrain-0.1.0.data/data/share/posttrain/recipes/grpo.yaml" in names
+    tops = {name.partition("/")[0] for name in names} - {"posttrain-0.1.0.data", "posttrain-0.1.0.dist-info"}
+    assert tops == {"posttrain", "_posttrain_startup.py", "posttrain-startup.pth"}

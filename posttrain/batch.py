@@ -4,7 +4,8 @@ Alignment rule of the whole package: column ``t`` belongs to token ``t``. Log-pr
 log p(token_t | tokens before t); the value at column ``t`` is of the prefix that *ends with* token ``t``.
 Shifts between logits and tokens happen once, in :mod:`posttrain.models`. Log-probs, advantages and losses are float32.
 
-Sizes in the shape annotations: ``N`` completions, ``L`` columns (longest prompt + completion), ``K`` value bins.
+Sizes in the shape annotations: ``N`` completions, ``L`` columns (longest prompt + completion), ``K`` outputs of a
+value head (bins, quantiles).
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ class Finish(IntEnum):
     ABORTED = 2
 
 
-OPTIONAL_FIELDS = ("logp_old", "logp_ref", "entropy", "value", "advantage", "target", "weight")
+OPTIONAL_FIELDS = (
+    "logp_old",
+    "logp_ref",
+    "entropy",
+    "value",
+    "value_next",
+    "advantage",
+    "weight",
+    "target",
+    "value_weight",
+)
 """Fields of a batch that some stage fills, each ``[N, L]``."""
 
 
@@ -63,11 +74,13 @@ class Batch:
     logp_old: Float[Tensor, "N L"] | None = None  # the trainer's log-prob before the update             by score
     logp_ref: Float[Tensor, "N L"] | None = None  # the reference policy's log-prob                       by score
     entropy: Float[Tensor, "N L"] | None = None  # of the policy before the update, in nats              by score
-    value: Float[Tensor, "N L"] | None = None  # the critic's value before the update                    by score
+    value: Float[Tensor, "N L"] | None = None  # the critic's, before the update, at ``states``          by score
+    value_next: Float[Tensor, "N L"] | None = None  # Q heads: backed up over every next token           by score
 
     advantage: Float[Tensor, "N L"] | None = None  # by credit
-    target: Float[Tensor, "N L"] | None = None  # what the critic regresses to                            by credit
     weight: Float[Tensor, "N L"] | None = None  # the normaliser: each token's share of the loss          by credit
+    target: Float[Tensor, "N L"] | None = None  # what the critic learns at ``states``; NaN: nothing      by credit
+    value_weight: Float[Tensor, "N L"] | None = None  # each state's share of the value loss              by credit
 
     step: int = 0  # optimiser step, for scheduled hyper-parameters
     all_sum: Callable[[Tensor], Tensor] = identity  # sum of a tensor over all ranks
@@ -111,6 +124,16 @@ class Batch:
         return ~torch.isnan(self.reward)
 
     @property
+    def states(self) -> Bool[Tensor, "N L"]:
+        """Columns whose prefix has a value: each chosen token, and the column right before it, such as the prompt's last.
+
+        The state in which token ``t`` was chosen ends with column ``t - 1``; the last chosen token's column is the
+        whole completion.
+        """
+        before = torch.nn.functional.pad(self.mask[:, 1:], (0, 1))
+        return self.mask | before
+
+    @property
     def tokens_chosen(self) -> Int[Tensor, " N"]:
         """Tokens the policy chose in each completion."""
         return self.mask.sum(-1)
@@ -152,12 +175,13 @@ def _widen(tensor: Tensor, columns: int, fill: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """One forward pass over a batch: the only source of gradient. Zero off the mask."""
+    """One forward pass over a batch: the only source of gradient. Zero off the mask (values: off the states)."""
 
     logp: Float[Tensor, "N L"]  # at the sampling temperature
     entropy: Float[Tensor, "N L"] | None = None  # nats; None where no part asked for it
-    value: Float[Tensor, "N L"] | None = None
-    value_logits: Float[Tensor, "N L K"] | None = None
+    value: Float[Tensor, "N L"] | None = None  # of the value model, at ``batch.states``
+    value_logits: Float[Tensor, "N L K"] | None = None  # what its head puts out, where that is not the value itself
+    support: Float[Tensor, " K"] | None = None  # centres of a categorical head's bins, ascending, equally spaced
 
 
 def blank_row(batch: Batch) -> Batch:

@@ -39,6 +39,56 @@ class Reference:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
+class Optimizer:
+    learning_rate: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class Head:
+    type: Literal["scalar", "categorical", "quantile", "bernoulli", "per_token"] = "scalar"
+    """What the value model puts out: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles; the
+    logit of a probability; or a number for each possible next token (a Q or twist head)."""
+    bins: int = Field(default=101, ge=2)
+    low: float = -0.5
+    """Centre of the lowest bin: the support should reach a few bin widths beyond the rewards on both sides."""
+    high: float = 1.5
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class Value:
+    model: str | None = None
+    """A value model saved by another run, a reward or process model, or any language model, which gets a new head.
+    Default: the policy's model."""
+    head: Head | None = None
+    """Default: the head of the saved value model, or else a scalar."""
+    share: bool = False
+    """Adapters of its own on the policy's weights instead of a model of its own; ``policy.lora`` must be set."""
+    lora: Lora | None = None
+    """Train adapters instead of all weights. With ``share``: their rank; default the policy's."""
+    frozen: bool = False
+    """Use it as it is."""
+    members: int = Field(default=1, ge=1)
+    """Heads on one backbone that are trained side by side from different initial weights."""
+    reduce: Literal["mean", "min", "max", "mean_minus_std"] = "mean"
+    """How the members' values become one."""
+    deviations: float = Field(default=1.0, ge=0)
+    """Standard deviations that ``mean_minus_std`` subtracts."""
+    normalise: bool = False
+    """The head learns targets standardised by their running mean and deviation (Yu et al. 2021, arXiv:2103.01955)."""
+    target_rate: float | None = Field(default=None, gt=0, le=1)
+    """Targets come from a slow copy that moves by this share of the difference each step (Polyak averaging)."""
+    ready_at: float | None = Field(default=None, lt=1)
+    """The policy waits until the explained variance of a step's values has reached this."""
+    optimizer: Optimizer = Field(default_factory=lambda: Optimizer(learning_rate=1e-5))
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Data:
     path: str
     """Hub name, local folder, JSONL / JSON / Parquet / CSV file, or ``my_file.py:function`` that yields rows."""
@@ -87,17 +137,6 @@ class EngineOptions:
     """Completions generated at the same time."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm.LLM``."""
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Optimizer:
-    learning_rate: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)

@@ -41,6 +41,9 @@ SLOTS: Mapping[str, Slot] = {
     "loss": Slot("posttrain.parts.losses", ("outputs", "batch"), ("coef", "weights")),
     "weights": Slot("posttrain.parts.weighting", ("outputs", "batch")),  # of an entry of `loss`
     "normaliser": Slot("posttrain.parts.normalisers", ("batch",)),
+    "target": Slot("posttrain.parts.targets", ("batch",)),
+    "value_loss": Slot("posttrain.parts.value_losses", ("outputs", "batch"), ("coef", "weights")),
+    "examples": Slot("posttrain.examples", ("data", "tokenizer", "base")),
     "rollout": Slot("posttrain.rollout", ("engine", "prompts", "n", "context")),
     "prompts": Slot("posttrain.data", (), by_name=("size", "seed")),
 }
@@ -120,7 +123,9 @@ class Recipe:
 
     policy: options.Policy
     reference: options.Reference = field(default_factory=options.Reference)
+    value: options.Value | None = None  # default: a recipe whose parts read or train values gets one
     data: options.Data
+    examples: InstanceOf[Part] | None = None  # given completions to learn from, instead of sampling
 
     # The slots, in the order in which a step uses them
     prompts: InstanceOf[Part] = _default("posttrain.data.uniform")
@@ -128,11 +133,13 @@ class Recipe:
     verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()
     reward: tuple[InstanceOf[Part], ...] = ()
-    advantage: InstanceOf[Part]
+    advantage: InstanceOf[Part] | None = None
     shape: tuple[InstanceOf[Part], ...] = ()
     keep: tuple[InstanceOf[Part], ...] = ()
     normaliser: InstanceOf[Part] = _default("posttrain.parts.normalisers.token_mean")
-    loss: tuple[InstanceOf[Part], ...]
+    loss: tuple[InstanceOf[Part], ...] = ()  # none: the policy stays as it is
+    target: InstanceOf[Part] | None = None
+    value_loss: tuple[InstanceOf[Part], ...] = ()
 
     sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
     engine: options.EngineOptions = field(default_factory=options.EngineOptions)
@@ -164,7 +171,7 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, Part):
                 plain[name] = _plain_part(value, name)
-            elif name in SLOTS:
+            elif isinstance(value, tuple) and name in SLOTS:
                 plain[name] = [_plain_part(part, name) for part in value]
             else:
                 plain[name] = TypeAdapter(Any).dump_python(value, mode="json")

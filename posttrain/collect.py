@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain.batch import Batch, blank_row
 from posttrain.data import PromptSampler, Rows
 from posttrain.engines.base import Engine, Sampling
+from posttrain.errors import NothingSelected
 from posttrain.options import SamplingOptions
 from posttrain.recipe import Part, Recipe
 from posttrain.rollout import Context, Prompts, prompt_seeds
@@ -89,7 +90,7 @@ def collect(
     share of prompts, or ``max_refills`` is used up; what a round brings beyond the share is dropped.
 
     Raises:
-        RuntimeError: where not one prompt was kept on any rank.
+        NothingSelected: where not one prompt was kept on any rank.
     """
     sampling = sampling_of(recipe.sampling)
     missing = recipe.prompts_per_step // runtime.world
@@ -115,7 +116,7 @@ def collect(
         drawn, tokens, rounds = drawn + len(index), tokens + int(batch.mask.sum()), rounds + 1
     whole = Batch.concatenate(kept)
     if runtime.all_max(len(whole)) == 0:
-        raise RuntimeError(_nothing_kept(recipe, drawn, rounds))
+        raise NothingSelected(_nothing_kept(recipe, drawn, rounds))
     if not len(whole):
         whole = blank_row(batch)
         values = {name: [None] for name in source.verifiers.names}
@@ -157,9 +158,9 @@ def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
 def _nothing_kept(recipe: Recipe, drawn: int, rounds: int) -> str:
     parts = ", ".join(part.name for part in recipe.select) or "none"
     return (
-        f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds: their completions all score alike. "
-        "Are the problems too hard or too easy for this policy, or does the verifier not recognise its answers? The "
-        "rollouts of earlier steps show what it writes."
+        f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or "
+        "too easy for this policy, so that all completions of a prompt score alike, or does the verifier not recognise "
+        "its answers? The rollouts of earlier steps show what it writes. Once that is mended, --resume goes on here."
     )
 
 

@@ -23,6 +23,10 @@ class DataError(UserError):
     """A data set or a row of it that does not fit."""
 
 
+class NothingSelected(UserError):
+    """Not one prompt of a step passed ``select``: data, policy and verifiers do not go together."""
+
+
 class VerifierError(RuntimeError):
     """A verifier that raised, took too long, ended its process, or returned what is not a number.
 

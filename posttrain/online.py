@@ -15,7 +15,7 @@ from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, verifier_means
 from posttrain.compose import credit, reward_batch
 from posttrain.display import Progress
-from posttrain.errors import VerifierError
+from posttrain.errors import NothingSelected, VerifierError
 from posttrain.evaluate import evaluate
 from posttrain.learner import Learner, score, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
@@ -123,11 +123,11 @@ def loop(run: Online) -> None:
 
 
 def guarded_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
-    """A step; if a verifier fails in it, the state before the step is saved and then the error goes on."""
+    """A step; if a verifier fails or nothing is selected, the state before it is saved and then the error goes on."""
     before = states(run)
     try:
         return run_step(run)
-    except VerifierError:
+    except (VerifierError, NothingSelected):
         latest = run.folder.latest_checkpoint()
         if latest is None or step_of(latest) != run.step:
             save_checkpoint(run, before)

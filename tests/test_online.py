@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.assembly import build_engine, load_all_rows
 from posttrain.batch import Batch, blank_row
+from posttrain.cli import main
 from posttrain.errors import UserError, VerifierError
 from posttrain.loading import load_recipe
 from posttrain.metrics import rollout_metrics
@@ -175,6 +176,22 @@ def test_a_verifier_that_fails_stops_the_run_after_a_checkpoint(tmp_path, tiny_m
     resumed = read_metrics(tmp_path / "run", timing=False)
     assert [line["step"] for line in resumed] == [1, 2, 3] and state["step"] < 3
     assert resumed == start(tmp_path / "whole", tiny_model_folder)
+
+
+def test_where_nothing_is_selected_the_state_is_saved_and_resume_goes_on(tmp_path, tiny_model_folder, capsys):
+    """All completions score 0 until the verifier is mended."""
+    changes = {"select": [{"use": "mixed_groups"}], "max_refills": 1, "steps": 2}
+    recipe = write_run(tmp_path, tiny_model_folder, **changes)
+    (tmp_path / "verifier.py").write_text(
+        "def share_of_digits(completion, *, answer):\n    return 0.0\n", encoding="utf-8"
+    )
+    assert main([str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "not one of 8 prompts passed `select` (mixed_groups) in 2 rounds" in said and "Traceback" not in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000"]
+    (tmp_path / "verifier.py").write_text(VERIFIER, encoding="utf-8")
+    assert main([str(recipe), "--resume"]) == 0
+    assert read_metrics(tmp_path / "run", timing=False) == start(tmp_path / "whole", tiny_model_folder, **changes)
 
 
 @pytest.mark.engine

@@ -1,10 +1,10 @@
-"""How the parts of a recipe become rewards, advantages and a loss: three pure functions that the online loop calls."""
+"""How the parts of a recipe become rewards, advantages, targets and losses: pure functions that the loop calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
@@ -40,6 +40,7 @@ def credit(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     Raises:
         ValueError: if a part returns another shape, or a number that is not finite.
     """
+    assert recipe.advantage is not None
     trained = batch.mask & (batch.scored & ~batch.greedy)[:, None]
     advantage = _checked(recipe.advantage, recipe.advantage(batch), trained)
     for part in recipe.shape:
@@ -57,6 +58,37 @@ def _checked(part: Part, advantage: Tensor, trained: Tensor) -> Float[Tensor, "N
     return advantage
 
 
+def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
+    """What the value model learns at each state, float32; NaN where there is nothing to learn.
+
+    Unscored completions and greedy baselines teach nothing, whatever the part says of them.
+
+    Raises:
+        ValueError: if the part returns another shape, or an infinite number.
+    """
+    assert recipe.target is not None
+    part, target = recipe.target, recipe.target(batch)
+    if target.shape != batch.mask.shape:
+        expected = list(batch.mask.shape)
+        raise ValueError(f"target part {part.name!r} returned shape {list(target.shape)}, expected {expected}")
+    taught = batch.states & (batch.scored & ~batch.greedy)[:, None]
+    target = target.float().where(taught, float("nan"))
+    if rows := target.isinf().any(-1).nonzero().squeeze(-1).tolist():
+        raise ValueError(f"target part {part.name!r} gave an infinite target in completions {rows[:8]}")
+    return target
+
+
+def taught_states(batch: Batch) -> Bool[Tensor, "N L"]:
+    """States whose value has a target.
+
+    Raises:
+        ValueError: if the targets are missing.
+    """
+    if batch.target is None:
+        raise ValueError("batch.target has not been filled: call the recipe's target on the whole batch first")
+    return ~batch.target.isnan()
+
+
 def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch or micro-batch, and the value of each term before its coefficient, by the term's name.
 
@@ -68,12 +100,29 @@ def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tu
     """
     if batch.weight is None:
         raise ValueError("batch.weight has not been filled: call the recipe's normaliser on the whole batch first")
+    return _sum_of_terms(loss_parts, outputs, batch, batch.mask, batch.weight)
+
+
+def total_value_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same over the states that have a target, with ``batch.value_weight``.
+
+    Raises:
+        ValueError: if the normaliser's weights or the targets are missing.
+    """
+    if batch.value_weight is None:
+        raise ValueError("batch.value_weight has not been filled: call the recipe's normaliser on the states first")
+    return _sum_of_terms(loss_parts, outputs, batch, taught_states(batch), batch.value_weight)
+
+
+def _sum_of_terms(
+    parts: Sequence[Part], outputs: Outputs, batch: Batch, counted: Tensor, shares: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     loss, terms = outputs.logp.new_zeros(()), {}
-    for part in loss_parts:
+    for part in parts:
         term = part(outputs, batch)
         for weight in part.weights:
             term = term * weight(outputs, batch).detach()
-        value = (term.where(batch.mask, 0.0) * batch.weight).sum()
+        value = (term.where(counted, 0.0) * shares).sum()
         loss = loss + part.coef * value
         terms[_unused(part.name, terms)] = value.detach()
     return loss, terms

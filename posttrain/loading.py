@@ -15,13 +15,14 @@ from posttrain.resolve import check_options, find_file, parameters, positional, 
 from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
 from posttrain.validation import Problems, dataclass_in, validate
 
-LISTS = ("verify", "reward", "select", "shape", "keep", "loss")
+LISTS = ("verify", "reward", "select", "shape", "keep", "loss", "value_loss")
 """Slots that hold several parts; one alone may be written without the brackets."""
 PATHS: tuple[Location, ...] = (
     ("data", "path"),
     ("evaluate", "data", "path"),
     ("policy", "model"),
     ("reference", "model"),
+    ("value", "model"),
 )
 """Local paths, where they exist: relative to the recipe's folder, or else to the working directory."""
 BATCH_VERIFIER = ("prompts", "completions", "completion_ids", "trainer_state")

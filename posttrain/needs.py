@@ -7,7 +7,7 @@ reads its result, and a part that fails or returns the wrong shape is found befo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -74,6 +74,11 @@ class Needs:
     logp_ref: bool
     entropy: bool  # of the policy before the update
     entropy_gradient: bool  # Outputs.entropy, which a loss term reads
+    value: bool = False  # of the value model, before the update
+    value_next: bool = False  # its Q head backed up over every next token
+    value_model: bool = False  # some part reads or trains values
+    policy_in_value_loss: bool = False  # a value loss reads the policy's log-probs
+    groups: bool = False  # a loss compares the completions of a group: micro-batches must not cut groups
 
     @property
     def scoring_pass(self) -> bool:
@@ -84,37 +89,72 @@ def find_needs(recipe: Recipe) -> Needs:
     """What the parts of a recipe read.
 
     Raises:
-        RecipeError: if a part fails on the made-up batch or returns something of the wrong shape.
+        RecipeError: if a part fails on the made-up batch or returns something of the wrong shape, or reads what nothing
+            in the recipe fills.
     """
     batch = _probe_batch()
-    n, columns = batch.mask.shape
     before: set[str] = set()
     for slot, part in _before_update(recipe):
         arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
-        allowed = {"reward": [(n,), (n, columns)], "select": [(n,)], "keep": [(n,)]}.get(slot, [(n, columns)])
-        before |= _observe(slot, part, arguments, allowed)
-    during: set[str] = set()
-    outputs = _probe_outputs(batch)
-    for i, term in enumerate(recipe.loss):
-        during |= _observe(f"loss.{i}", term, (outputs, batch), [(n, columns)])
-        for weight in term.weights:
-            during |= _observe(f"loss.{i}.weights", weight, (outputs, batch), [(n, columns)])
-    several_updates = recipe.epochs * recipe.minibatches > 1
-    return Needs(
-        logp_old="logp_old" in before or several_updates,
+        before |= _observe(slot, part, arguments, _shapes(slot, batch))
+    in_policy_loss = _observe_losses("loss", recipe.loss, batch, recipe)
+    in_value_loss = _observe_losses("value_loss", recipe.value_loss, batch, recipe)
+    during = in_policy_loss | in_value_loss
+    needs = Needs(
+        logp_old="logp_old" in before or bool(recipe.loss and recipe.epochs * recipe.minibatches > 1),
         logp_ref="logp_ref" in before | during,
         entropy="entropy" in before,
-        entropy_gradient="entropy" in during,
+        entropy_gradient="entropy" in in_policy_loss,
+        value="value" in before or "value" in in_value_loss,
+        value_next="value_next" in before | during,
+        value_model=bool(recipe.value_loss) or bool({"value", "value_next"} & (before | during)),
+        policy_in_value_loss="logp" in in_value_loss,
+        groups="group" in during,
     )
+    _refuse_unfilled(recipe, needs, before | during)
+    return needs
+
+
+def _refuse_unfilled(recipe: Recipe, needs: Needs, read: set[str]) -> None:
+    """A field that nothing fills would only be missed in the first step, after the models were loaded."""
+    if recipe.advantage is None and "advantage" in read:
+        raise RecipeError("a part reads the advantage, but the recipe has no `advantage:`")
+    value = recipe.value
+    if needs.value_model and not recipe.value_loss and not (value is not None and value.frozen):
+        raise RecipeError(
+            "a part reads values, but nothing trains them: add `value_loss: [{use: mse}]` and `target: {use: "
+            "lambda_return}`, or take a trained value model as it is: `value: {model: ..., frozen: true}`"
+        )
+    if value is not None and not needs.value_model:
+        raise RecipeError("value: no part of the recipe reads or trains values; leave the section out")
 
 
 def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
     yield from (("reward", part) for part in recipe.reward)
     yield from (("select", part) for part in recipe.select)
-    yield "advantage", recipe.advantage
+    if recipe.advantage is not None:
+        yield "advantage", recipe.advantage
     yield from (("shape", part) for part in recipe.shape)
     yield from (("keep", part) for part in recipe.keep)
     yield "normaliser", recipe.normaliser
+    if recipe.target is not None:
+        yield "target", recipe.target
+
+
+def _shapes(slot: str, batch: Batch) -> list[tuple[int, ...]]:
+    """What a part of a slot may return."""
+    n, columns = batch.mask.shape
+    return {"reward": [(n,), (n, columns)], "select": [(n,)], "keep": [(n,)]}.get(slot, [(n, columns)])
+
+
+def _observe_losses(slot: str, terms: Sequence[Part], batch: Batch, recipe: Recipe) -> set[str]:
+    seen: set[str] = set()
+    outputs = _probe_outputs(batch, recipe)
+    for i, term in enumerate(terms):
+        seen |= _observe(f"{slot}.{i}", term, (outputs, batch), _shapes(slot, batch))
+        for weight in term.weights:
+            seen |= _observe(f"{slot}.{i}.weights", weight, (outputs, batch), _shapes(slot, batch))
+    return seen
 
 
 def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, ...]]) -> set[str]:
@@ -160,15 +200,28 @@ def _probe_batch() -> Batch:
         logp_old=logp,
         logp_ref=logp + 0.1 * noise,
         entropy=noise.abs(),
-        value=noise,
+        value=torch.rand(n, columns, generator=generator),
+        value_next=torch.rand(n, columns, generator=generator),
         advantage=noise,
-        target=noise,
         weight=mask / mask.sum(),
+        target=torch.rand(n, columns, generator=generator),
+        value_weight=mask / mask.sum(),
     )
 
 
-def _probe_outputs(batch: Batch) -> Outputs:
+def _probe_outputs(batch: Batch, recipe: Recipe) -> Outputs:
+    """Outputs as the recipe's models would make them; the head of a saved value model is not known yet."""
     with _unobserved():
-        assert batch.logp_old is not None and batch.entropy is not None
+        assert batch.logp_old is not None and batch.entropy is not None and batch.value is not None
         logp = (batch.logp_old + 0.05).where(batch.mask, 0.0).requires_grad_()
-        return _ProbeOutputs(logp=logp, entropy=batch.entropy.clone().requires_grad_(), value=batch.value)
+        entropy, value = batch.entropy.clone().requires_grad_(), batch.value.clone().requires_grad_()
+        made = _ProbeOutputs(logp=logp, entropy=entropy, value=value)
+        head = recipe.value.head if recipe.value else None
+        unknown = head is None and recipe.value is not None and recipe.value.model is not None
+        if not unknown and (head is None or head.type in ("scalar", "per_token")):
+            return made
+        outputs = {"bernoulli": 1}.get(head.type, head.bins) if head else 11
+        logits = torch.zeros(*batch.mask.shape, outputs, requires_grad=True)
+        low, high = (head.low, head.high) if head else (-1.0, 2.0)
+        support = torch.linspace(low, high, outputs) if head is None or head.type == "categorical" else None
+        return replace(made, value_logits=logits, support=support)

@@ -202,10 +202,33 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     rows = recipe.prompts_per_step * recipe.completions
     if recipe.minibatches > rows:
         yield ("minibatches",), f"{recipe.minibatches} optimiser steps a pass, but a step has {rows} completions"
-    if not recipe.loss:
-        yield ("loss",), "is empty: there is nothing to minimise"
-    if not recipe.verify and not recipe.reward:
+    if not recipe.loss and not recipe.value_loss:
+        yield ("loss",), "is empty, and so is `value_loss`: there is nothing to minimise"
+    if recipe.loss and recipe.advantage is None and recipe.examples is None:
+        yield (), "the section 'advantage' is missing"
+    if not recipe.verify and not recipe.reward and recipe.examples is None:
         yield ("verify",), "is empty and so is `reward`: nothing says which completions are good"
+    yield from _value_conflicts(recipe)
+
+
+def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    value = recipe.value or options.Value()
+    if recipe.value_loss and recipe.target is None:
+        yield ("value_loss",), "needs a `target` to learn, such as `target: {use: lambda_return}`"
+    if recipe.target is not None and not recipe.value_loss:
+        yield ("target",), "nothing learns it: add `value_loss: [{use: mse}]`, or leave `target` out"
+    if value.frozen and recipe.value_loss:
+        yield ("value", "frozen"), "the value model is to be used as it is, and yet there is a `value_loss` to train it"
+    if value.frozen and value.model is None:
+        yield ("value", "frozen"), "a head that was never trained is of no use: name a trained `value.model`"
+    if value.share and recipe.policy.lora is None:
+        yield ("value", "share"), "adapters are shared out over one copy of frozen weights: set `policy.lora`"
+    if value.share and value.model is not None:
+        yield ("value", "model"), "with `share` the backbone is the policy's; leave one of them out"
+    if value.head is not None and value.head.low >= value.head.high:
+        yield ("value", "head", "low"), f"{value.head.low} is not below `high: {value.head.high}`"
+    if value.ready_at is not None and not (recipe.value_loss and recipe.loss):
+        yield ("value", "ready_at"), "makes the policy wait for the value model: both must be trained"
 
 
 def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

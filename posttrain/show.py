@@ -31,7 +31,7 @@ def show(recipe: Recipe, console: Console | None = None) -> None:
     for name in SETTINGS_AND_SLOTS:
         if name in SLOTS:
             value = getattr(recipe, name)
-            for part in (value,) if isinstance(value, Part) else value:
+            for part in (value,) if isinstance(value, Part) else value or ():
                 console.print(describe(name, part))
     console.print(settings(recipe))
 

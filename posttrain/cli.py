@@ -11,6 +11,7 @@ from pathlib import Path
 from posttrain.errors import UserError
 
 SUFFIXES = (".yaml", ".yml")
+INTERRUPTED = 128 + 2  # as shells report a program that SIGINT ended
 EPILOG = """\
 Settings of the recipe are overridden by --key.path=value, with the value in YAML:
 
@@ -22,7 +23,8 @@ Settings of the recipe are overridden by --key.path=value, with the value in YAM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 2 for a mistake that the user can mend, told without a traceback."""
+    """Runs a command; returns the exit code: 2 for a mistake that the user can mend, told without a traceback, and 130
+    after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].lower().endswith(SUFFIXES):
         arguments.insert(0, "train")
@@ -36,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        if os.environ.get("RANK", "0") == "0":  # one message for all processes
+            print(str(stopped) or "stopped", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

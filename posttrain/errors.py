@@ -27,6 +27,10 @@ class NothingSelected(UserError):
     """Not one prompt of a step passed ``select``: data, policy and verifiers do not go together."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while a run was under way; the message says how far it is and where ``--resume`` goes on."""
+
+
 class VerifierError(RuntimeError):
     """A verifier that raised, took too long, ended its process, or returned what is not a number.
 

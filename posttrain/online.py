@@ -15,7 +15,7 @@ from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, verifier_means
 from posttrain.compose import credit, reward_batch
 from posttrain.display import Progress
-from posttrain.errors import NothingSelected, VerifierError
+from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate
 from posttrain.learner import Learner, score, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
@@ -45,6 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     Raises:
         UserError: for what a person can mend.
         VerifierError: if a verifier fails and is not told to be skipped; a checkpoint is saved first.
+        Stopped: on Ctrl-C, when engine and workers are gone.
         RuntimeError: if too many steps in a row are not finite; the batch lies in the run's ``dump`` folder.
     """
     check_trackers(recipe.run.trackers)
@@ -76,8 +77,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 )
                 if checkpoint is not None:
                     load_checkpoint(run, checkpoint)
-                loop(run)
-                finish(run)
+                try:
+                    loop(run)
+                    finish(run)
+                except KeyboardInterrupt:
+                    raise Stopped(standing(run)) from None
     return folder.model
 
 
@@ -223,6 +227,12 @@ def introduction(run: Online) -> str:
         f"  {len(run.rows):,} prompts, {size}, {recipe.steps} steps\n"
         f"  engine {type(run.source.engine).__name__}, run folder {run.folder.path}"
     )
+
+
+def standing(run: Online) -> str:
+    """How far a run is that was stopped, and where it can go on."""
+    latest = run.folder.latest_checkpoint()
+    return f"stopped at step {run.step}; --resume goes on from step {step_of(latest) if latest else 0}"
 
 
 def finish(run: Online) -> None:

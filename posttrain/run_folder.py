@@ -180,7 +180,8 @@ def write_checkpoint(
     """Gives a directory to write a checkpoint into, which gets its name only when all of it is on disk.
 
     A process killed at any moment leaves either the whole checkpoint or none: the files are flushed to disk, then a
-    marker is written, then the directory is renamed. Log the metrics and rollouts of ``step`` before.
+    marker is written, then the directory is renamed. After an exception or Ctrl-C nothing is left. Log the metrics and
+    rollouts of ``step`` before.
 
     Args:
         folder: the run folder.
@@ -194,8 +195,13 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    yield temporary
-    sync_tree(temporary)
+    try:
+        yield temporary
+        sync_tree(temporary)
+    except BaseException:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     barrier()
     if main:
         if folder.metrics.exists():

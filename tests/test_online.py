@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 from runs import VERIFIER, command, environment, write_run
@@ -24,6 +26,7 @@ from posttrain.loading import load_recipe
 from posttrain.metrics import rollout_metrics
 from posttrain.models import load_tokenizer
 from posttrain.online import train
+from posttrain.run_folder import step_name
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
@@ -194,6 +197,40 @@ def test_where_nothing_is_selected_the_state_is_saved_and_resume_goes_on(tmp_pat
     assert read_metrics(tmp_path / "run", timing=False) == start(tmp_path / "whole", tiny_model_folder, **changes)
 
 
+def wait_for_lines(process: subprocess.Popen, metrics: Path, lines: int) -> None:
+    """Until a run has written so many lines of metrics."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= lines:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_ctrl_c_says_where_resume_goes_on_and_leaves_no_process(engine, tmp_path, tiny_model_folder):
+    recipe = write_run(tmp_path, tiny_model_folder, engine={"use": engine}, steps=10_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "posttrain", str(recipe)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 5)
+    others = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the run
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    said = re.fullmatch(r"stopped at step (\d+); --resume goes on from step (\d+)", errors.splitlines()[-1])
+    assert said and "Traceback" not in errors
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names[-1] == step_name(int(said[2])) and not any(name.startswith(".") for name in names)
+    psutil.wait_procs(others, timeout=10)  # the last of them, Python's own, end just after the run
+    assert others and all(not child.is_running() or child.status() == psutil.STATUS_ZOMBIE for child in others)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_model_folder):
@@ -205,11 +242,7 @@ def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_m
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-m", "posttrain", str(killed)], env=environment(), **quiet)
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 6:  # the 5th step is done
-            break
-        time.sleep(0.01)
+    wait_for_lines(process, metrics, 6)  # the 5th step is done
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     done = command("-m", "posttrain", str(killed), "--resume")

@@ -79,6 +79,7 @@ class Batch:
 
     advantage: Float[Tensor, "N L"] | None = None  # by credit
     weight: Float[Tensor, "N L"] | None = None  # the normaliser: each token's share of the loss          by credit
+    baseline: Float[Tensor, " N"] | None = None  # score that a preference loss measures against          by credit
     target: Float[Tensor, "N L"] | None = None  # what the critic learns at ``states``; NaN: nothing      by credit
     value_weight: Float[Tensor, "N L"] | None = None  # each state's share of the value loss              by credit
 
@@ -182,6 +183,8 @@ class Outputs:
     value: Float[Tensor, "N L"] | None = None  # of the value model, at ``batch.states``
     value_logits: Float[Tensor, "N L K"] | None = None  # what its head puts out, where that is not the value itself
     support: Float[Tensor, " K"] | None = None  # centres of a categorical head's bins, ascending, equally spaced
+    kl_ref: Float[Tensor, "N L"] | None = None  # KL(π_ref ‖ π) of the next token, over the vocabulary, in nats
+    collision: Float[Tensor, "N L"] | None = None  # log Σ_v π(v)², of two draws of the next token being equal
 
 
 def blank_row(batch: Batch) -> Batch:

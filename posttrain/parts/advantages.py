@@ -16,6 +16,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_sum
+from posttrain.parts.credit import (
+    Truncated,
+    accumulate,
+    at_following,
+    at_state,
+    last_chosen,
+    open_ended,
+    row_lambda,
+    step_ends,
+    token_rewards,
+)
+from posttrain.parts.credit import valid_rows as _valid
+from posttrain.parts.ratio import needed
 
 Center = Literal["none", "group", "leave_one_out", "greedy", "length", "batch"]
 Scale = Literal["none", "group", "batch"]
@@ -75,10 +88,89 @@ def returns(batch: Batch, *, gamma: float = 1.0, center: Center = "none") -> Flo
     """
     valid, outcome_reward = _valid(batch), _scored(batch.reward.double(), batch)
     outcome_reward = outcome_reward - _baseline(outcome_reward, valid, batch, center)
-    last = batch.mask & (batch.mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    rewards = batch.step_reward.double().where(batch.mask, 0.0) + broadcast(outcome_reward, last)
-    counted = batch.mask & valid[:, None]
-    return _discounted_sum(rewards, batch.mask, gamma).where(counted, 0.0).float()
+    rewards = batch.step_reward.double().where(batch.mask, 0.0) + broadcast(outcome_reward, last_chosen(batch.mask))
+    return _trained(accumulate(rewards, batch.mask, gamma), batch)
+
+
+def gae(
+    batch: Batch,
+    *,
+    gamma: float = 1.0,
+    lambda_: float = 0.95,
+    alpha: float | None = None,
+    truncated: Truncated = "bootstrap",
+) -> Float[Tensor, "N L"]:
+    """Generalised advantage estimate: decayed sum of the critic's one-step errors from each token on.
+
+    A_t = δ_t + γ λ A_t',  δ_t = r_t + γ V(s_t') - V(s_t), with t' the next chosen token
+
+    Schulman et al. 2016 (GAE), eq. 16, arXiv:1506.02438; λ of 0.95 and γ of 1: Ouyang et al. 2022, arXiv:2203.02155.
+
+    r_t is ``step_reward``, and at the last chosen token ``reward`` too. λ = 1 gives the return minus V(s_t).
+
+    Args:
+        gamma: discount a chosen token.
+        alpha: λ = max(0, 1 - 1 / (α · tokens)) instead: 0.05 in Yue et al. 2025 (VAPO), eq. 10, arXiv:2504.05118.
+        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off for what would have
+            followed; ``end`` takes it as an ending.
+    """
+    value, cut = _value(batch), open_ended(batch, truncated)
+    before = at_state(value, batch.mask)
+    after = torch.where(cut, value, at_following(before, batch.mask))
+    errors = (token_rewards(batch) + gamma * after - before).where(batch.mask, 0.0)
+    return _trained(accumulate(errors, batch.mask, gamma * row_lambda(batch, lambda_, alpha)), batch)
+
+
+def value_change(batch: Batch, *, last: Literal["value", "reward"] = "value") -> Float[Tensor, "N L"]:
+    """How much each token changed the value: the advantage where rewards come at the end and γ is 1.
+
+    A_t = V(s_t') - V(s_t), with t' the next chosen token; these add up to V of the whole completion minus V(s_0)
+
+    Huang et al. 2025 (DVPO), arXiv:2502.16944, with a value model that stays as it is.
+    V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), eq. 5, arXiv:2410.01679, with ``last: reward``.
+
+    Args:
+        last: what follows the last chosen token: the model's ``value`` of the whole completion, or its ``reward``.
+            Taking 0 instead, as a critic's bootstrap does, would punish every ending that was worth something.
+    """
+    value, ends = _value(batch), last_chosen(batch.mask)
+    final = value if last == "value" else _scored(batch.reward.double(), batch)[:, None]
+    before = at_state(value, batch.mask)
+    return _trained(torch.where(ends, final, at_following(before, batch.mask)) - before, batch)
+
+
+def static_q(batch: Batch) -> Float[Tensor, "N L"]:
+    """The value of each token as it is, without a baseline.
+
+    A_t = Q(s_t, y_t) = V(prefix that ends with y_t)
+
+    Huang et al. 2025 (DVPO, static Q), arXiv:2502.16944. Goes with the shaper ``whiten``.
+    """
+    return _trained(_value(batch), batch)
+
+
+def min_form(batch: Batch, *, temperature: float = 0.1, baseline: bool = True) -> Float[Tensor, "N L"]:
+    """Return that lets a completion be as good as its worst step: the worst outweighs the others.
+
+    G_t = Σ_k>=t r*_k + R,  r*_k = softmax_k(-r_k / T) r_k over the completion's steps
+    A_it = G_it - b_i,  b_i = Σ_j≠i Σ_t G_jt / ((G - 1) max_j |o_j|) over the group
+
+    Cheng et al. 2025 (PURE), section 3, arXiv:2504.15275. Goes with the shaper ``whiten``.
+
+    r_k is ``step_reward`` at the last token of step k, and R ``reward``, at the last token. What ``step_reward`` holds
+    at other tokens counts as it is.
+
+    Args:
+        temperature: T; near 0 only the worst step counts, up to itself.
+        baseline: subtract b_i, a constant over the completion's tokens.
+    """
+    if temperature <= 0:
+        raise ValueError(f"min_form: temperature must be positive, not {temperature}")
+    ends, process = step_ends(batch), batch.step_reward.double()
+    share = torch.softmax((-process / temperature).where(ends, -torch.inf), -1).where(ends, 0.0)
+    rewards = token_rewards(batch) + (share * process - process).where(ends, 0.0)
+    gains = accumulate(rewards, batch.mask, 1.0).where(batch.mask, 0.0)
+    return _trained(gains - _token_baseline(gains, batch)[:, None] if baseline else gains, batch)
 
 
 def whiten(
@@ -102,24 +194,27 @@ def whiten(
     return whitened.where(counted, 0.0).float()
 
 
-def _valid(batch: Batch) -> Bool[Tensor, " N"]:
-    """Completions that count in statistics and are trained on."""
-    return batch.scored & ~batch.greedy
+def _trained(advantage: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, "N L"]:
+    return advantage.where(batch.mask & _valid(batch)[:, None], 0.0).float()
+
+
+def _value(batch: Batch) -> Float[Tensor, "N L"]:
+    return needed(batch, "value").double().where(batch.states, 0.0)
+
+
+def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, " N"]:
+    """What the others of the group gain per token, over the length of the group's longest; 0 where there are none."""
+    valid = _valid(batch)
+    total = gains.sum(-1).where(valid, 0.0)
+    others = group_sum(valid.double(), batch.group) - 1
+    length = batch.tokens_chosen.double().where(valid, 0.0)
+    _, index = batch.group.unique(return_inverse=True)
+    longest = torch.zeros_like(length).scatter_reduce(0, index, length, "amax")[index]
+    return (group_sum(total, batch.group) - total) / (others * longest).clamp(min=1)
 
 
 def _scored(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
     return reward.where(batch.scored, 0.0)
-
-
-def _discounted_sum(rewards: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], gamma: float) -> Float[Tensor, "N L"]:
-    """For each chosen token, its reward and the discounted rewards of the chosen tokens after it."""
-    if gamma == 1.0:
-        return rewards.flip(-1).cumsum(-1).flip(-1)
-    running, sums = torch.zeros_like(rewards[:, 0]), torch.empty_like(rewards)
-    for t in reversed(range(rewards.shape[1])):
-        running = torch.where(mask[:, t], rewards[:, t] + gamma * running, running)
-        sums[:, t] = running
-    return sums
 
 
 def _baseline(

@@ -10,6 +10,7 @@ from torch import Tensor
 from posttrain.batch import Batch
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 is beyond every clip and still far from float32's limit
+Filled = Literal["logp_old", "logp_ref", "advantage", "value", "target"]
 
 
 def log_ratio(
@@ -22,7 +23,9 @@ def log_ratio(
     return (now - before).where(mask, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def needed(batch: Batch, field: Literal["logp_old", "logp_ref", "advantage"]) -> Float[Tensor, "N L"]:
+def needed(
+    batch: Batch, field: Literal["logp_old", "logp_ref", "advantage", "value", "target"]
+) -> Float[Tensor, "N L"]:
     """A field of the batch that an earlier stage of the loop fills.
 
     Raises:

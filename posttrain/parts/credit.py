@@ -1,0 +1,104 @@
+"""What returns, advantages and value targets share: rewards a token, the state a token was chosen in, one recursion.
+
+The state in which chosen token t was chosen is the prefix that ends with column t - 1. Its next state is the one in
+which the next chosen token t' was chosen, column t' - 1: tool output in between is stepped over, without a discount.
+After the last chosen token nothing follows a completion that stopped; what would have followed a truncated one is
+unknown, and its value at the last chosen token's column stands for it. Sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from posttrain.batch import Batch, Finish, broadcast
+
+Truncated = Literal["bootstrap", "end"]
+
+
+def valid_rows(batch: Batch) -> Bool[Tensor, " N"]:
+    """Completions that count in statistics and are trained on: scored, and no greedy baseline."""
+    return batch.scored & ~batch.greedy
+
+
+def last_chosen(mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
+    """True at each completion's last chosen token."""
+    return mask & (following(mask) == mask.shape[1])
+
+
+def following(mask: Bool[Tensor, "N L"]) -> Int[Tensor, "N L"]:
+    """For each column, the column of the first chosen token after it; L where there is none."""
+    columns = mask.shape[1]
+    chosen = torch.arange(columns, device=mask.device).expand_as(mask).where(mask, columns)
+    at_or_after = chosen.flip(-1).cummin(-1).values.flip(-1)
+    return torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=columns)
+
+
+def at_following(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], fill: float = 0.0) -> Float[Tensor, "N L"]:
+    """For each column, ``values`` at the first chosen token after it, ``fill`` where there is none."""
+    return torch.nn.functional.pad(values, (0, 1), value=fill).gather(-1, following(mask))
+
+
+def at_state(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    """For each chosen token, ``values`` at the state in which it was chosen; 0 off the mask."""
+    return torch.nn.functional.pad(values[:, :-1], (1, 0)).where(mask, 0.0)
+
+
+def step_ends(batch: Batch) -> Bool[Tensor, "N L"]:
+    """True at the last chosen token of each reasoning step or turn."""
+    next_step = at_following(batch.step_id.double(), batch.mask, fill=-1.0)
+    return batch.mask & (next_step != batch.step_id)
+
+
+def token_rewards(batch: Batch) -> Float[Tensor, "N L"]:
+    """``step_reward`` at each chosen token, and ``reward`` too at the last one; ``reward`` is 0 where unscored."""
+    outcome = batch.reward.double().where(batch.scored, 0.0)
+    return batch.step_reward.double().where(batch.mask, 0.0) + broadcast(outcome, last_chosen(batch.mask))
+
+
+def row_lambda(batch: Batch, lambda_: float, alpha: float | None) -> Float[Tensor, " N"]:
+    """λ of each completion: ``lambda_``, or with ``alpha`` max(0, 1 - 1 / (α l)), where l tokens were chosen.
+
+    Yue et al. 2025 (VAPO, length-adaptive GAE), eq. 10, arXiv:2504.05118.
+
+    Raises:
+        ValueError: for a λ outside [0, 1], or an α that is not positive.
+    """
+    if not 0 <= lambda_ <= 1:
+        raise ValueError(f"lambda_ weighs longer returns against shorter ones and lies in [0, 1], not {lambda_}")
+    if alpha is None:
+        return torch.full_like(batch.reward, lambda_, dtype=torch.float64)
+    if alpha <= 0:
+        raise ValueError(f"alpha sets the weight 1 - 1 / (alpha · length) and must be positive, not {alpha}")
+    return (1 - 1 / (alpha * batch.tokens_chosen.double().clamp(min=1))).clamp(min=0)
+
+
+def open_ended(batch: Batch, truncated: Truncated) -> Bool[Tensor, "N L"]:
+    """True at the last chosen token of completions that were cut off, if those are to be bootstrapped.
+
+    Raises:
+        ValueError: for an unknown way to treat truncation.
+    """
+    if truncated not in get_args(Truncated):
+        raise ValueError(f"truncated must be one of {', '.join(get_args(Truncated))}, not {truncated!r}")
+    cut = (batch.finish != int(Finish.STOPPED)) & (truncated == "bootstrap")
+    return last_chosen(batch.mask) & cut[:, None]
+
+
+def accumulate(
+    terms: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], decay: float | Float[Tensor, " N"]
+) -> Float[Tensor, "N L"]:
+    """The sum from each chosen token on, each later chosen token decayed once more: y_t = x_t + decay · y_t'.
+
+    Off the mask it holds the sum from the next chosen token on; terms there must be 0.
+    """
+    if isinstance(decay, float) and decay == 1.0:
+        return terms.flip(-1).cumsum(-1).flip(-1)
+    running, sums = torch.zeros_like(terms[:, 0]), torch.empty_like(terms)
+    for t in reversed(range(terms.shape[1])):
+        running = torch.where(mask[:, t], terms[:, t] + decay * running, running)
+        sums[:, t] = running
+    return sums

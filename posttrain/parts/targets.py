@@ -1,0 +1,195 @@
+"""Targets of a value model ``batch -> [N, L]``: what it learns at each state, float32, NaN where there is nothing.
+
+A state is a prefix that ends right before a chosen token, or with one (``Batch.states``). At a column that a chosen
+token follows the target is of what comes from that token on; at the last chosen token's column it is the completion's
+outcome, which a guide needs and a critic never reads. Unscored completions and greedy baselines have no targets.
+
+Values come in kinds: ``mean`` is the expected reward under the policy that sampled, ``soft`` is
+β log E exp(reward / β), ``max`` the best that can be reached, ``greedy`` what the most probable tokens lead to.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.batch import Batch, broadcast
+from posttrain.parts.credit import (
+    Truncated,
+    accumulate,
+    at_following,
+    at_state,
+    following,
+    last_chosen,
+    open_ended,
+    row_lambda,
+    step_ends,
+    token_rewards,
+    valid_rows,
+)
+
+Backup = Literal["mean", "soft", "max", "greedy"]
+Reduction = Literal["mean", "min", "max", "mean_minus_std"]
+
+
+def backup(
+    values: Float[Tensor, "*S C"], logp: Float[Tensor, "*S C"], *, kind: Backup, beta: float = 1.0
+) -> Float[Tensor, "*S"]:
+    """The value of states whose C next tokens lead to states of known values.
+
+    mean: Σ_z p(z) v_z;  soft: β log Σ_z p(z) exp(v_z / β);  max: max_z v_z over p(z) > 0;  greedy: v at argmax_z p(z)
+
+    mean: Mudgal et al. 2024 (CD-Q), eq. 5, arXiv:2310.17022.
+    soft: Zhao et al. 2024 (twisted SMC, soft Bellman equation), arXiv:2404.17546.
+    max: Wang et al. 2024 (Q*), arXiv:2406.14283.
+    greedy: Yu et al. 2024 (B-Coder), arXiv:2310.03173.
+
+    Args:
+        values: of each next token; those of probability 0 are ignored, NaN and infinities included.
+        logp: log-probs of the next tokens, normalised; -inf for tokens that cannot follow.
+        beta: temperature of ``soft``, in units of reward.
+
+    Raises:
+        ValueError: for an unknown kind, or a β that is not positive.
+    """
+    _check_backup(kind, beta)
+    possible = logp > -torch.inf
+    match kind:
+        case "mean":
+            return (logp.exp() * values.where(possible, 0.0)).sum(-1)
+        case "soft":
+            return beta * torch.logsumexp((logp + values / beta).where(possible, -torch.inf), -1)
+        case "max":
+            return values.where(possible, -torch.inf).amax(-1)
+        case "greedy":
+            return values.gather(-1, logp.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def lambda_return(
+    batch: Batch,
+    *,
+    gamma: float = 1.0,
+    lambda_: float = 1.0,
+    alpha: float | None = None,
+    backup: Backup = "mean",
+    beta: float = 1.0,
+    truncated: Truncated = "bootstrap",
+) -> Float[Tensor, "N L"]:
+    """Returns that mix what was seen with what the value model says, from its next state on.
+
+    G_t = r_t + γ ((1 - λ) V(s_t') + λ G_t'), with t' the next chosen token
+    G_t = (1 - λ) B(s_t) + λ (r_t + G_t') where the model gives a value to every next token, with B their backup
+
+    Sutton and Barto 2018, section 12.1; λ = 1 is Monte Carlo, λ = 0 one-step temporal differences.
+    λ = 1 for the critic alone: Yuan et al. 2025 (VC-PPO, decoupled GAE), arXiv:2503.01491.
+    λ = 0 with B: Mudgal et al. 2024 (CD-Q), eq. 5, arXiv:2310.17022.
+
+    The target at a column is G of the chosen token that follows. r_t is ``step_reward``, and at the last chosen token
+    ``reward`` too. The values are read only where λ < 1 or a completion is bootstrapped.
+
+    Args:
+        gamma: discount a chosen token.
+        alpha: λ = max(0, 1 - 1 / (α · tokens)) instead. Yue et al. 2025 (VAPO), eq. 10, arXiv:2504.05118.
+        backup: kind of B, by which the loop fills ``batch.value_next``. Sampled returns estimate means, so kinds other
+            than ``mean`` take λ = 0. B knows nothing of ``step_reward``: it goes with outcome rewards.
+        beta: temperature of ``soft``, in units of reward.
+        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off for what would have
+            followed; ``end`` takes it as an ending.
+
+    Raises:
+        ValueError: for λ > 0 with a kind other than mean, γ < 1 with B, or values that the loop did not fill.
+    """
+    _check_backup(backup, beta)
+    lambdas = row_lambda(batch, lambda_, alpha)[:, None]
+    sampled = lambda_ > 0 if alpha is None else True
+    if backup != "mean" and sampled:
+        raise ValueError(
+            f"lambda_return: what follows a sampled token estimates the mean, not the {backup} value; set lambda_: 0"
+        )
+    rewards, cut = token_rewards(batch), open_ended(batch, truncated)
+    if alpha is None and lambda_ == 1 and not bool(cut.any()):
+        return _at_states(accumulate(rewards, batch.mask, gamma), batch, truncated)
+    if batch.value_next is None:
+        value = _state_values(batch)
+        following_value = torch.where(cut, value, (1 - lambdas) * at_following(at_state(value, batch.mask), batch.mask))
+        terms, decay = rewards + gamma * following_value.where(batch.mask, 0.0), gamma * lambdas
+    else:
+        if gamma != 1:
+            raise ValueError(f"lambda_return: a backup over every next token is undiscounted; gamma is {gamma}, not 1")
+        value = batch.value_next.double().where(batch.states, 0.0)
+        seen = rewards + value.where(cut, 0.0)
+        terms, decay = (1 - lambdas) * at_state(value, batch.mask) + lambdas * seen, lambdas
+    return _at_states(accumulate(terms.where(batch.mask, 0.0), batch.mask, decay.squeeze(-1)), batch, truncated)
+
+
+def outcome_label(batch: Batch) -> Float[Tensor, "N L"]:
+    """The completion's reward at each of its states, however it ended.
+
+    target_t = R
+
+    Yang and Klein 2021 (FUDGE), section 3, arXiv:2104.05218; as a squared error: Mudgal et al. 2024 (CD-FUDGE), eq. 4,
+    arXiv:2310.17022.
+    """
+    return _labels(batch.reward.double()[:, None].expand(batch.mask.shape), batch.states, batch)
+
+
+def step_labels(batch: Batch) -> Float[Tensor, "N L"]:
+    """Process labels: ``step_reward`` at the last chosen token of each step; NaN there is no label.
+
+    Lightman et al. 2024 (PRM800K), arXiv:2305.20050.
+    """
+    return _labels(batch.step_reward.double(), step_ends(batch), batch)
+
+
+def reduce_members(
+    values: Float[Tensor, " members *S"], *, how: Reduction, deviations: float = 1.0
+) -> Float[Tensor, "*S"]:
+    """One value of the members of an ensemble.
+
+    mean_minus_std: mean - deviations · std, with the biased standard deviation
+
+    min: Fujimoto et al. 2018 (clipped double Q-learning), arXiv:1802.09477.
+    min and mean - deviations · variance of reward models: Coste et al. 2024, arXiv:2310.02743.
+
+    Raises:
+        ValueError: for an unknown reduction.
+    """
+    match how:
+        case "mean":
+            return values.mean(0)
+        case "min":
+            return values.amin(0)
+        case "max":
+            return values.amax(0)
+        case "mean_minus_std":
+            return values.mean(0) - deviations * values.std(0, correction=0)
+    raise ValueError(f"how must be one of {', '.join(get_args(Reduction))}, not {how!r}")
+
+
+def _at_states(returns: Float[Tensor, "N L"], batch: Batch, truncated: Truncated) -> Float[Tensor, "N L"]:
+    """The return of the chosen token after each state; the outcome at the last one, unless the end is open."""
+    ends = last_chosen(batch.mask)
+    outcome = broadcast(batch.reward.double(), ends).where(~open_ended(batch, truncated), torch.nan)
+    targets = torch.where(ends, outcome, at_following(returns, batch.mask))
+    followed = following(batch.mask) < batch.mask.shape[1]
+    return _labels(targets, batch.states & (followed | ends), batch)
+
+
+def _labels(labels: Float[Tensor, "N L"], where: Tensor, batch: Batch) -> Float[Tensor, "N L"]:
+    return labels.where(where & valid_rows(batch)[:, None], torch.nan).float()
+
+
+def _state_values(batch: Batch) -> Float[Tensor, "N L"]:
+    if batch.value is None:
+        raise ValueError("batch.value has not been filled, and lambda_return bootstraps from it")
+    return batch.value.double().where(batch.states, 0.0)
+
+
+def _check_backup(kind: str, beta: float) -> None:
+    if kind not in get_args(Backup):
+        raise ValueError(f"backup must be one of {', '.join(get_args(Backup))}, not {kind!r}")
+    if beta <= 0:
+        raise ValueError(f"beta is the temperature of the soft backup and must be positive, not {beta}")

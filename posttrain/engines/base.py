@@ -5,10 +5,11 @@ Nothing is re-tokenised: the ids that an engine returns are the ids that the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Finish
@@ -44,6 +45,7 @@ class Completion:
     logps: list[float]  # log-prob of each token under the distribution it was drawn from (at the temperature)
     finish: Finish
     version: int  # weights it was sampled with
+    measured: Mapping[str, float] = field(default_factory=dict)  # by a decoder: see posttrain.decoding
 
 
 OnCompletion = Callable[[int, int, Completion], None]
@@ -94,6 +96,42 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees memory and processes. Closing twice is harmless."""
+        ...
+
+
+class Row(NamedTuple):
+    """One completion that is being sampled, as a shaper sees it before its next token is drawn."""
+
+    prompt: int  # index of the prompt
+    sample: int  # index of the sample
+    start: int  # length of the prompt
+    tokens: Sequence[int]  # prompt and what was sampled so far
+
+
+Shaper = Callable[[Float[Tensor, "B V"], Sequence[Row]], Float[Tensor, "B V"]]
+"""Replaces the next-token law of each row: log-probs at the sampling temperature (at temperature 0, those of the
+model's own softmax) to log-probs, normalised. It may be called more than once for the same row and position."""
+
+
+@runtime_checkable
+class ShapingEngine(Engine, Protocol):
+    """An engine that lets a shaper change the law each token is drawn from; log-probs are then the changed law's."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+        shaper: Shaper | None = None,
+    ) -> list[list[Completion]]:
+        """As :meth:`Engine.generate`.
+
+        Raises:
+            ValueError: for a shaper with ``top_p``, ``top_k`` or ``min_p``, which cut in another order in each engine.
+        """
         ...
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain.engines.base import Sampling, Shaper
+
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
     """Raises ``ValueError`` for the first prompt that is empty or leaves no room for ``max_tokens``."""
@@ -16,6 +18,15 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
                 f"prompt {index} has {len(prompt)} tokens: with max_tokens {max_tokens} that is more than "
                 f"max_model_len {max_model_len}"
             )
+
+
+def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
+    """Raises ``ValueError`` for a shaper together with filters: each engine would cut in another order."""
+    if shaper is not None and sampling.temperature > 0 and not sampling.is_full_softmax:
+        raise ValueError(
+            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped law takes no filters; "
+            "leave them out and restrict the shaper's candidates"
+        )
 
 
 def end_of_sequence_ids(model: str | Path) -> tuple[int, ...]:

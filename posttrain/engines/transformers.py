@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Completion, OnCompletion, Sampling, sample_seed
+from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, Shaper, sample_seed
 from posttrain.engines.cache import growing_cache
-from posttrain.engines.requests import check_prompts, end_of_sequence_ids
+from posttrain.engines.requests import check_prompts, check_shaper, end_of_sequence_ids
 from posttrain.engines.sampling import draw, filters, uniforms
 from posttrain.engines.weights import load_verified
 
@@ -64,10 +64,12 @@ class TransformersEngine:
         *,
         seeds: Sequence[int] | None = None,
         on_completion: OnCompletion | None = None,
+        shaper: Shaper | None = None,
     ) -> list[list[Completion]]:
-        """See :meth:`posttrain.engines.base.Engine.generate`."""
+        """See :meth:`posttrain.engines.base.ShapingEngine.generate`."""
         self._opened()
         check_prompts(prompts, sampling.max_tokens, self._max_model_len)
+        check_shaper(shaper, sampling)
         if seeds is None:
             seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
         done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
@@ -80,7 +82,7 @@ class TransformersEngine:
         requests = [Request(i, j, prompts[i], sample_seed(seeds[i], j)) for i in range(len(prompts)) for j in range(n)]
         requests.sort(key=lambda request: len(request.tokens))  # neighbours need little padding
         for start in range(0, len(requests), self._max_concurrent):
-            self._sample(requests[start : start + self._max_concurrent], sampling, finish)
+            self._sample(requests[start : start + self._max_concurrent], sampling, finish, shaper)
         return done
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -101,13 +103,22 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that samples, for decoders that reach into it."""
+        return self._opened()
+
     def _opened(self) -> PreTrainedModel:
         if self._model is None:
             raise RuntimeError("the engine has been closed")
         return self._model
 
     def _sample(
-        self, requests: Sequence[Request], sampling: Sampling, finish: Callable[[Request, Completion], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        finish: Callable[[Request, Completion], None],
+        shaper: Shaper | None,
     ) -> None:
         """Samples all ``requests`` at once, calling ``finish`` as each one ends."""
         model = self._opened()
@@ -119,7 +130,8 @@ class TransformersEngine:
         logps = torch.zeros(len(requests), sampling.max_tokens, device=model.device)
         batch = Running.start(model, requests, sampling.max_tokens)
         for column in range(sampling.max_tokens):
-            drawn, logp = draw(batch.logits, uniform[batch.rows, column], sampling.temperature, processors)
+            logits = batch.logits if shaper is None else batch.shaped(shaper, requests, tokens[:, :column], sampling)
+            drawn, logp = draw(logits, uniform[batch.rows, column], sampling.temperature, processors)
             tokens[batch.rows, column], logps[batch.rows, column] = drawn, logp
             stopped = torch.isin(drawn, stops)
             ended = batch.running & (stopped | (column + 1 == sampling.max_tokens))
@@ -180,6 +192,22 @@ class Running:
             padded=bool(padding.any()),
             cache=cache,
         )
+
+    def shaped(
+        self, shaper: Shaper, requests: Sequence[Request], sampled: Int[Tensor, "N columns"], sampling: Sampling
+    ) -> Float[Tensor, "B V"]:
+        """Logits whose softmax at the temperature is the shaper's law; those of ended rows are as they were."""
+        temperature = sampling.temperature or 1.0
+        rows = [
+            Row(requests[row].prompt, requests[row].sample, len(requests[row].tokens), [*requests[row].tokens, *ids])
+            for row, ids in zip(
+                self.rows[self.running].tolist(), sampled[self.rows[self.running]].tolist(), strict=True
+            )
+        ]
+        logits = self.logits.float().clone()  # what a forward pass returned may not be written to
+        logps = shaper((logits[self.running] / temperature).log_softmax(-1), rows)
+        logits[self.running] = temperature * logps.to(logits)
+        return logits
 
     def compact(self, drawn: Int[Tensor, " B"]) -> Int[Tensor, " kept"]:
         """Takes ended rows out if they are many; returns the tokens of the rows that stay."""

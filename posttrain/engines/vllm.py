@@ -19,9 +19,9 @@ from torch import Tensor
 
 from posttrain.batch import Finish
 from posttrain.engines import vllm_cpu
-from posttrain.engines.base import Completion, OnCompletion, Sampling, sample_seed
+from posttrain.engines.base import Completion, OnCompletion, Sampling, Shaper, sample_seed
 from posttrain.engines.process_group import engine_world
-from posttrain.engines.requests import check_prompts, end_of_sequence_ids
+from posttrain.engines.requests import check_prompts, check_shaper, end_of_sequence_ids
 from posttrain.engines.weights import load_verified
 from posttrain.errors import RecipeError
 
@@ -95,22 +95,24 @@ class VllmEngine:
         *,
         seeds: Sequence[int] | None = None,
         on_completion: OnCompletion | None = None,
+        shaper: Shaper | None = None,
     ) -> list[list[Completion]]:
-        """See :meth:`posttrain.engines.base.Engine.generate`."""
+        """See :meth:`posttrain.engines.base.ShapingEngine.generate`."""
         check_prompts(prompts, sampling.max_tokens, self._max_model_len)
+        check_shaper(shaper, sampling)
         if seeds is None:
             seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
         engine = self._opened().llm_engine
         params = sampling_params(sampling, self._eos)
+        shaping = None if shaper is None else vllm_shaping().register(shaper)
         pending: dict[str, tuple[int, int]] = {}
         done: list[list[Any]] = [[None] * n for _ in prompts]
         try:
             for i, prompt in enumerate(prompts):
                 for j in range(n):
                     request = self._request_name()
-                    engine.add_request(
-                        request, {"prompt_token_ids": list(prompt)}, _seeded(params, sample_seed(seeds[i], j))
-                    )
+                    one = _of_one(params, sample_seed(seeds[i], j), shaping, i, j)
+                    engine.add_request(request, {"prompt_token_ids": list(prompt)}, one)
                     pending[request] = (i, j)
             while pending:
                 with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws from the global generator, to no effect
@@ -123,6 +125,8 @@ class VllmEngine:
         finally:  # an exception, of a callback for one, must not leave requests behind for the next call
             if pending:
                 engine.abort_request(list(pending))
+            if shaping is not None:
+                vllm_shaping().forget(shaping)
         return done
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -174,7 +178,9 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     else:
         own = {"gpu_memory_utilization": gpu_memory}
     _check_options(options)
-    llm = LLM(model, distributed_executor_backend=LocalExecutor, **{**arguments, **own, **options})
+    processors = [vllm_shaping().ShapingProcessor, *options.get("logits_processors", ())]
+    arguments = {**arguments, **own, **options, "logits_processors": processors}
+    llm = LLM(model, distributed_executor_backend=LocalExecutor, **arguments)
     if current_platform.is_cpu():
         vllm_cpu.check_head_size(llm.llm_engine.model_config.get_head_size())
     return llm
@@ -214,9 +220,19 @@ def sampling_params(sampling: Sampling, eos: Sequence[int]) -> SamplingParams:
     )
 
 
-def _seeded(params: SamplingParams, seed: int) -> SamplingParams:
+def vllm_shaping() -> Any:
+    """The module of shapers, which needs vLLM's classes: imported once vLLM is."""
+    from posttrain.engines import vllm_shaping
+
+    return vllm_shaping
+
+
+def _of_one(params: SamplingParams, seed: int, shaping: int | None, prompt: int, sample: int) -> SamplingParams:
+    """Parameters of one request: with its seed, and where it finds its shaper."""
     params = copy.copy(params)
     params.seed = seed
+    if shaping is not None:
+        params.extra_args = {vllm_shaping().KEY: [shaping, prompt, sample]}
     return params
 
 

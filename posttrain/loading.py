@@ -7,13 +7,15 @@ import functools
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.errors import RecipeError
-from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe, RecipeConflict, Slot
+from posttrain.recipe import SLOTS, Part, Recipe, RecipeConflict, Slot
 from posttrain.resolve import check_options, find_file, parameters, positional, resolve, specify
 from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
 from posttrain.validation import Problems, dataclass_in, validate
+
+T = TypeVar("T")
 
 LISTS = ("verify", "reward", "select", "shape", "keep", "loss", "value_loss")
 """Slots that hold several parts; one alone may be written without the brackets."""
@@ -59,10 +61,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line for each problem in file, base and overrides, with its place and a suggestion.
     """
+    return load_as(Recipe, path, overrides)
+
+
+def load_as(kind: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
+    """What a YAML file with overrides describes: a recipe, or something else made of slots and settings.
+
+    Args:
+        kind: a dataclass whose fields are slots by name, settings, and ``name`` and ``path`` of the file. It may raise
+            ``RecipeConflict``.
+
+    Raises:
+        RecipeError: like :func:`load_recipe`.
+    """
     path = Path(path)
     document = read_with_base(path)
     document = _with_lists(override(_with_lists(document), overrides))
-    return _Reader(document, path).recipe()
+    return _Reader(document, path, kind).build()
 
 
 def read_with_base(path: Path) -> Document:
@@ -99,18 +114,20 @@ def _with_lists(document: Document) -> Document:
 class _Reader:
     """Checks a document piece by piece, collecting problems."""
 
-    def __init__(self, document: Document, path: Path) -> None:
+    def __init__(self, document: Document, path: Path, kind: type[Any]) -> None:
         self.document = document
         self.path = path
+        self.kind = kind
         self.problems: Problems = []
 
-    def recipe(self) -> Recipe:
+    def build(self) -> Any:
         fields: dict[str, Any] = {}
-        hints = typing.get_type_hints(Recipe, include_extras=True)
+        hints = typing.get_type_hints(self.kind, include_extras=True)
+        known = [f.name for f in dataclasses.fields(self.kind) if f.name not in ("name", "path")]
         self._check_top()
         for name, value in self.document.data.items():
-            if name not in SETTINGS_AND_SLOTS:
-                self.problems.append(((name,), f"unknown key; {_hint_for(())(name, SETTINGS_AND_SLOTS)}"))
+            if name not in known:
+                self.problems.append(((name,), f"unknown key; {_hint_for((), self.kind)(name, known)}"))
             elif name in LISTS:
                 fields[name] = self.parts((name,), value)
             elif name in SLOTS:
@@ -119,14 +136,14 @@ class _Reader:
                 fields[name] = self.settings(name, hints[name], value)
         self._raise_if_any()
         try:
-            return Recipe(**fields, name=self.path.stem, path=self.path.resolve())
+            return self.kind(**fields, name=self.path.stem, path=self.path.resolve())
         except RecipeConflict as error:
             self.problems.extend(error.conflicts)
         self._raise_if_any()
         raise AssertionError("unreachable: conflicts are problems")
 
     def _check_top(self) -> None:
-        required = [f.name for f in dataclasses.fields(Recipe) if _has_no_default(f)]
+        required = [f.name for f in dataclasses.fields(self.kind) if _has_no_default(f)]
         for name in required:
             if name not in self.document.data:
                 self.problems.append(((), f"the section {name!r} is missing"))
@@ -140,7 +157,7 @@ class _Reader:
     def settings(self, name: str, annotation: Any, value: Any) -> Any:
         """A section or a number at the top."""
         value = {} if value is None and dataclass_in(annotation) and name != "evaluate" else value
-        checked, problems = validate(annotation, self._local_paths((name,), value), _hint_for((name,)))
+        checked, problems = validate(annotation, self._local_paths((name,), value), _hint_for((name,), self.kind))
         self.problems.extend(((name, *location), message) for location, message in problems)
         return checked
 
@@ -250,7 +267,7 @@ def _absolute_function(value: str, folders: Iterable[Path]) -> str:
     return f"{find_file(file, folders)}:{name}"
 
 
-def _hint_for(location: Location) -> Any:
+def _hint_for(location: Location, kind: type[Any]) -> Any:
     """Suggestions for an unknown key: a near miss, the name in other toolkits, or where such a key does exist."""
 
     def hint(name: str, known: Iterable[str]) -> str:
@@ -258,10 +275,10 @@ def _hint_for(location: Location) -> Any:
         guess = suggestion(name, known)
         if guess.startswith("did"):
             return guess
-        if other := ELSEWHERE.get(name):
+        if (other := ELSEWHERE.get(name)) and tuple(other.split(".")) in _all_settings(kind):
             section, _, key = other.rpartition(".")
             return f"did you mean {key!r}?" if (section,) == location else f"it is {other!r} here"
-        if other := next((dotted(at) for at in _all_settings() if at[-1] == name and len(at) > 1), None):
+        if other := next((dotted(at) for at in _all_settings(kind) if at[-1] == name and len(at) > 1), None):
             return f"there is {other!r}"
         return guess
 
@@ -269,14 +286,14 @@ def _hint_for(location: Location) -> Any:
 
 
 @functools.cache
-def _all_settings() -> tuple[Location, ...]:
+def _all_settings(kind: type[Any]) -> tuple[Location, ...]:
     def inside(cls: Any, location: Location) -> Iterable[Location]:
         for name, annotation in typing.get_type_hints(cls).items():
             yield (*location, name)
             if (nested := dataclass_in(annotation)) is not None and nested is not Part:
                 yield from inside(nested, (*location, name))
 
-    return tuple(inside(Recipe, ()))
+    return tuple(inside(kind, ()))
 
 
 def _has_no_default(f: dataclasses.Field[Any]) -> bool:

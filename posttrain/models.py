@@ -1,4 +1,4 @@
-"""Policies: loading, the forward pass from tokens to :class:`Outputs`, and the weights as an engine wants them.
+"""Policies: loading, the forward pass from tokens to log-probs, and the weights as an engine wants them.
 
 The shift between logits and tokens happens here and nowhere else: the hidden state at column ``t - 1`` gives the
 log-prob at column ``t``.
@@ -7,16 +7,17 @@ log-prob at column ``t``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.batch import Batch, Outputs
 from posttrain.errors import RecipeError
 from posttrain.options import Lora
 from posttrain.options import Policy as PolicyOptions
@@ -24,7 +25,13 @@ from posttrain.options import Policy as PolicyOptions
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at once, in float32 elements: rows of a chunk = this / vocabulary."""
 
+POLICY_ADAPTER = "default"
+"""Name of the policy's own adapter; a value model on the same weights has another."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
+"""What Transformers raises where a model is absent, of an unknown kind, damaged, or of other shapes than it says."""
 
 
 def load_tokenizer(options: PolicyOptions) -> PreTrainedTokenizerBase:
@@ -37,19 +44,20 @@ def load_tokenizer(options: PolicyOptions) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise RecipeError(_not_found(options.model, error)) from error
+    except UNLOADABLE as error:
+        raise RecipeError(not_found("policy.model", options.model, error)) from error
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"policy.model: the tokenizer of {options.model} has no end-of-sequence token to stop at")
     return tokenizer
 
 
-def _not_found(model: str, error: Exception) -> str:
+def not_found(place: str, model: str, error: Exception) -> str:
+    """What to tell a person whose model could not be loaded; ``place``: where in the recipe it is named."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not Path(model).expanduser().exists():
-        return f"policy.model: there is no folder {model!r}"
-    return f"policy.model: cannot load {model!r}: {first}"
+        return f"{place}: there is no folder {model!r}"
+    return f"{place}: cannot load {model!r}: {first}"
 
 
 def context_length(options: PolicyOptions) -> int | None:
@@ -60,13 +68,16 @@ def context_length(options: PolicyOptions) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(options: PolicyOptions, *, dtype: torch.dtype, model: str | None = None) -> PreTrainedModel:
+def load_model(
+    options: PolicyOptions, *, dtype: torch.dtype, model: str | None = None, place: str = "policy.model"
+) -> PreTrainedModel:
     """A causal language model in the Hugging Face format, on the CPU, without dropout being touched.
 
     Args:
         options: the policy section of a recipe.
         dtype: of the weights in memory.
         model: another model of the same settings, such as the reference.
+        place: where in the recipe the model is named.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -76,8 +87,8 @@ def load_model(options: PolicyOptions, *, dtype: torch.dtype, model: str | None 
             revision=options.revision if model is None else None,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ImportError) as error:
-        raise RecipeError(_not_found(model or options.model, error)) from error
+    except UNLOADABLE as error:
+        raise RecipeError(not_found(place, model or options.model, error)) from error
 
 
 def build_policy(options: PolicyOptions) -> Policy:
@@ -85,27 +96,105 @@ def build_policy(options: PolicyOptions) -> Policy:
     if options.lora is None:
         model = load_model(options, dtype=torch.float32)
     else:
-        model = _with_adapters(load_model(options, dtype=DTYPES[options.dtype]), options.lora)
+        model = with_adapter(load_model(options, dtype=DTYPES[options.dtype]), options.lora, POLICY_ADAPTER)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if options.lora is not None:
-            model.enable_input_require_grads()
+        enable_checkpointing(model)
     model.config.use_cache = False
     return Policy(model)
 
 
-def _with_adapters(model: PreTrainedModel, lora: Lora) -> Any:
+def with_adapter(model: Any, lora: Lora, name: str) -> Any:
+    """The model with one more adapter, in float32, to be trained; a model without any is wrapped for PEFT first."""
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
     )
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return adapted
+    if hasattr(model, "peft_config"):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.add_adapter(name, config)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+    for parameter in adapter_parameters(model, name).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return model
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The weights of one adapter, under names that do not hold the adapter's."""
+    mark = f".{name}."
+    return {key.replace(mark, "."): p for key, p in model.named_parameters() if ".lora_" in key and mark in key}
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Trades time for memory: each layer's activations are computed again in the backward pass.
+
+    They are computed again with the adapter of the forward pass. Without that, a backward pass through two forward
+    passes with two adapters on the same weights would silently give wrong gradients.
+    """
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if hasattr(model, "peft_config"):
+        kwargs["context_fn"] = lambda: (nullcontext(), active_adapter(model, selected_adapter(model)))
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def selected_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that a forward pass would run with; None: without."""
+    layer = next(_adapted_layers(model))
+    return None if layer.disable_adapters else layer.active_adapters[0]
+
+
+@contextmanager
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Runs with one adapter, or with none, and leaves alone what requires a gradient (PEFT's own switches do not)."""
+    before = selected_adapter(model)
+    _select(model, name, before)
+    try:
+        yield
+    finally:
+        _select(model, before, name)
+
+
+def _select(model: nn.Module, name: str | None, now: str | None) -> None:
+    if name == now:
+        return
+    for layer in _adapted_layers(model):
+        required = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+        if name is not None:
+            layer.set_adapter(name)
+        layer.enable_adapters(name is not None)
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def merged(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model under its Hugging Face name, with one adapter merged in, one at a time."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." not in name:
+            yield name, parameter.detach()
+            continue
+        owner = name.rsplit(".", 2)[0]
+        delta = modules[owner].get_delta_weight(adapter) if name.endswith(".weight") else None
+        weight = parameter if delta is None else parameter.float() + delta.float()
+        yield name.replace(".base_layer.", "."), weight.detach().to(parameter.dtype)
 
 
 class Policy(nn.Module):
@@ -143,20 +232,32 @@ class Policy(nn.Module):
         Padding stands on the right of every row, where causal attention cannot see it: no attention mask is needed,
         and the fastest kernels apply. ``reference``: without the adapters.
         """
-        model: Any = self.model
-        if reference:
-            with model.disable_adapter():
-                return self(tokens, mask, temperature=temperature, entropy=entropy)
-        hidden = self.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = self.hidden_states(tokens, reference=reference)
         chosen = mask[:, 1:]
         logp, entropies = self._chunked(hidden[:, :-1][chosen], tokens[:, 1:][chosen], temperature, entropy)
         return _scatter(logp, mask), _scatter(entropies, mask) if entropies is not None else None
 
+    def hidden_states(self, tokens: Int[Tensor, "N L"], *, reference: bool = False) -> Float[Tensor, "N L H"]:
+        """What the output layer reads; ``reference``: without the adapters."""
+        adapter: AbstractContextManager[None] = nullcontext()
+        if self.has_adapters:
+            adapter = active_adapter(self.model, None if reference else POLICY_ADAPTER)
+        with adapter:
+            return self.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def next_logits(self, hidden: Float[Tensor, "m H"], temperature: float = 1.0) -> Float[Tensor, "m V"]:
+        """Logits of the token after each hidden state, float32, at ``temperature``."""
+        head: Any = self.base.get_output_embeddings()
+        logits = head(hidden).float()
+        softcap = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits if temperature == 1.0 else logits / temperature
+
     def _chunked(
         self, hidden: Float[Tensor, "M H"], target: Int[Tensor, " M"], temperature: float, entropy: bool
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]:
-        vocabulary = self.base.config.get_text_config().vocab_size
-        rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**26) // vocabulary)
+        rows = chunk_rows(hidden.device, self.base.config.get_text_config().vocab_size)
         if len(hidden) <= rows:
             return self._head(hidden, target, temperature, entropy)
         parts = []
@@ -172,13 +273,7 @@ class Policy(nn.Module):
     def _head(
         self, hidden: Float[Tensor, "m H"], target: Int[Tensor, " m"], temperature: float, entropy: bool
     ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"] | None]:
-        head: Any = self.base.get_output_embeddings()
-        logits = head(hidden).float()
-        softcap = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        if temperature != 1.0:
-            logits = logits / temperature
+        logits = self.next_logits(hidden, temperature)
         logp = -nn.functional.cross_entropy(logits, target, reduction="none")
         if not entropy:
             return logp, None
@@ -190,29 +285,18 @@ class Policy(nn.Module):
             tied = set(getattr(self.base, "all_tied_weights_keys", None) or ())
             yield from ((name, p.detach()) for name, p in self.base.named_parameters() if name not in tied)
             return
-        modules: dict[str, Any] = dict(self.base.named_modules())
-        for name, parameter in self.base.named_parameters():
-            if ".lora_" in name:
-                continue
-            owner = name.rsplit(".", 2)[0]
-            if ".base_layer." in name:
-                delta = modules[owner].get_delta_weight("default") if name.endswith(".weight") else None
-                merged = parameter if delta is None else parameter.float() + delta.float()
-                yield name.replace(".base_layer.", "."), merged.detach().to(parameter.dtype)
-            else:
-                yield name, parameter.detach()
+        yield from merged(self.base, POLICY_ADAPTER)
+
+
+def chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """How many rows of logits are held at once."""
+    return max(1, CHUNK_ELEMENTS.get(device.type, 2**26) // vocabulary)
 
 
 def _scatter(values: Float[Tensor, " M"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     padded = values.new_zeros(mask.shape)
     padded[:, 1:] = padded[:, 1:].masked_scatter(mask[:, 1:], values)
     return padded
-
-
-def forward(policy: nn.Module, batch: Batch, *, temperature: float, entropy: bool = False) -> Outputs:
-    """One pass of a (wrapped) :class:`Policy` over a batch."""
-    logp, entropies = policy(batch.tokens, batch.mask, temperature=temperature, entropy=entropy)
-    return Outputs(logp=logp, entropy=entropies)
 
 
 def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
@@ -231,7 +315,7 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path,
     tokenizer.save_pretrained(folder)
     if policy.has_adapters:
         adapted: Any = policy.model
-        adapted.save_pretrained(folder / "adapter")
+        adapted.save_pretrained(folder / "adapter", selected_adapters=[POLICY_ADAPTER])
 
 
 def describe(policy: Policy) -> str:

@@ -1,0 +1,81 @@
+"""Heads: what turns a hidden state into a value, or into a distribution over values.
+
+Sizes in the shape annotations: ``H`` hidden size, ``K`` outputs of a member (bins, quantiles, the vocabulary), ``M``
+members; ``...`` is any number of states.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from posttrain import options
+
+
+def output_count(head: options.Head, vocabulary: int) -> int:
+    """Numbers that a member of the head puts out for a state."""
+    if head.type in ("categorical", "quantile"):
+        return head.bins
+    return vocabulary if head.type == "per_token" else 1
+
+
+def bin_centres(head: options.Head) -> Float[Tensor, " K"]:
+    """The centres of a categorical head's bins: equally spaced from ``low`` to ``high``, ends included."""
+    return torch.linspace(head.low, head.high, head.bins)
+
+
+class Head(nn.Module):
+    """A linear layer for each member, side by side in one, on float32 copies of the hidden states; no dropout.
+
+    One member starts at zero outputs, so that it neither knows nor claims anything. Of several, each starts with
+    weights of its own, of standard deviation 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325, appendix B.1),
+    so that they stay different; the same ones in every process.
+    """
+
+    def __init__(self, head: options.Head, hidden: int, vocabulary: int, members: int = 1) -> None:
+        super().__init__()
+        self.options, self.members = head, members
+        self.outputs = output_count(head, vocabulary)
+        # without a bias in the per-token case, as in the output layer of a language model
+        self.linear = nn.Linear(hidden, members * self.outputs, bias=head.type != "per_token")
+        nn.init.zeros_(self.linear.weight)
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
+        if members > 1:
+            own = torch.Generator().manual_seed(0)
+            nn.init.normal_(self.linear.weight, std=1 / math.sqrt(hidden + 1), generator=own)
+
+    def forward(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... M K"]:
+        """Outputs of every member, float32 also under autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.linear.bias is None else self.linear.bias.float()
+            outputs = nn.functional.linear(hidden.float(), self.linear.weight.float(), bias)
+        return outputs.unflatten(-1, (self.members, self.outputs))
+
+    def of_tokens(self, hidden: Float[Tensor, "m H"], token: Int[Tensor, " m"]) -> Float[Tensor, "m M"]:
+        """A per-token head's output for one next token of each state, without those of all others."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = self.linear.weight.unflatten(0, (self.members, self.outputs))[:, token].float()
+            return torch.einsum("mh,kmh->mk", hidden.float(), rows)
+
+    def decode(self, outputs: Float[Tensor, "... K"]) -> Float[Tensor, "..."]:
+        """The value that a member's outputs stand for.
+
+        scalar: the output. categorical: sum_k softmax(outputs)_k centre_k. quantile: the mean. bernoulli:
+        sigmoid(output), the probability of reward 1.
+
+        Raises:
+            ValueError: for a per-token head, which has no value but one for each next token.
+        """
+        if self.options.type == "categorical":
+            return outputs.softmax(-1) @ bin_centres(self.options).to(outputs)
+        if self.options.type == "quantile":
+            return outputs.mean(-1)
+        if self.options.type == "bernoulli":
+            return outputs.squeeze(-1).sigmoid()
+        if self.options.type == "scalar":
+            return outputs.squeeze(-1)
+        raise ValueError("a per-token head has a value for each next token, not one")

@@ -1,0 +1,336 @@
+"""Value models: building them for a run, and on disk.
+
+On disk a value model is a Hugging Face ``...ForTokenClassification`` checkpoint whose labels are the outputs of the
+head, or, with a per-token head, a ``...ForCausalLM`` whose output layer is Q: plain transformers loads both. The entry
+``posttrain`` of its ``config.json`` holds the :class:`~posttrain.values.ValueSpec`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from posttrain import options
+from posttrain.errors import RecipeError, UserError
+from posttrain.heads import Head
+from posttrain.models import DTYPES, Policy, enable_checkpointing, load_model, merged, not_found, with_adapter
+from posttrain.values import VALUE_ADAPTER, Kind, ValueModel, ValueSpec
+
+PLACE = "value.model"
+
+
+def build_value(
+    settings: options.Value,
+    policy_settings: options.Policy,
+    policy: Policy | None = None,
+    kind: Kind | None = None,
+    beta: float | None = None,
+) -> ValueModel:
+    """The value model of a run, on the CPU: a model of its own, or adapters on the policy's weights.
+
+    Its forward pass runs in the policy's precision, with its attention and gradient checkpointing. Weights are held as
+    the policy's are: all in float32, or frozen ones in ``policy.dtype`` under float32 adapters; the head in float32.
+
+    Args:
+        settings: the value section of the recipe. Members and their reduction, where left at their defaults, are those
+            of a saved value model.
+        policy_settings: the policy section.
+        policy: to share its weights; not yet wrapped by Accelerate.
+        kind: how targets are backed up; None: as a saved value model says, or else the mean.
+        beta: temperature of a soft value.
+
+    Raises:
+        RecipeError: for settings that contradict each other or the model they name.
+    """
+    _refuse_contradictions(settings, policy_settings)
+    if settings.share:
+        if policy is None or policy_settings.lora is None:
+            raise RecipeError("value.share: needs policy.lora, for the adapters stand on frozen weights")
+        backbone = with_adapter(policy.model, settings.lora or policy_settings.lora, VALUE_ADAPTER)
+        value = _new(backbone, settings, policy.base.config, policy_settings.model)
+        value.adapter = VALUE_ADAPTER
+    else:
+        value = _of_its_own(settings, policy_settings)
+    if not settings.frozen:
+        value.spec = dataclasses.replace(value.spec, kind=kind or value.spec.kind, beta=beta or value.spec.beta)
+    return value
+
+
+def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> ValueModel:
+    source = policy_settings
+    if settings.model is not None:
+        source = dataclasses.replace(policy_settings, model=settings.model, revision=None)
+        _refuse_other_tokens(settings.model, policy_settings)
+    compact = settings.frozen or settings.lora is not None
+    dtype = DTYPES[policy_settings.dtype] if compact else torch.float32
+    value = _with_its_head(source, dtype, settings.head)
+    if value is not None:
+        _fit(value, settings, source.model)
+    elif settings.frozen:
+        raise RecipeError(
+            f"value.frozen: {source.model!r} is a language model without a value head: it has to learn one"
+        )
+    else:
+        model = load_model(source, dtype=dtype, place=PLACE)
+        value = _new(model.get_decoder(), settings, model.config, source.model)
+    if settings.frozen:
+        return value.requires_grad_(False).eval()
+    if settings.lora is not None:
+        value.backbone = with_adapter(value.backbone, settings.lora, VALUE_ADAPTER)
+        value.adapter = VALUE_ADAPTER
+    if policy_settings.gradient_checkpointing:
+        enable_checkpointing(value.backbone)
+    return value
+
+
+def _new(backbone: nn.Module, settings: options.Value, config: Any, base: str) -> ValueModel:
+    text, head = config.get_text_config(), settings.head or options.Head()
+    spec = ValueSpec(
+        head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=base
+    )
+    return ValueModel(backbone, Head(head, text.hidden_size, text.vocab_size, settings.members), spec)
+
+
+def _fit(value: ValueModel, settings: options.Value, name: str) -> None:
+    saved = value.spec
+    if settings.head is not None and settings.head != saved.head:
+        raise RecipeError(
+            f"value.head: {settings.head} does not fit {name!r}, whose head is {saved.head}; leave value.head out to "
+            "use the model's"
+        )
+    if settings.members not in (1, saved.members):
+        raise RecipeError(f"value.members: {settings.members}, but {name!r} has {saved.members}")
+    standard = options.Value()
+    changes = {
+        key: getattr(settings, key)
+        for key in ("reduce", "deviations")
+        if getattr(settings, key) != getattr(standard, key)
+    }
+    value.spec = dataclasses.replace(saved, **changes, base=name, step=None)
+
+
+def _refuse_contradictions(settings: options.Value, policy_settings: options.Policy) -> None:
+    head = settings.head or options.Head()
+    problems = {
+        "value.share: needs `policy.lora`: the adapters stand on weights that nobody trains": (
+            settings.share and policy_settings.lora is None
+        ),
+        "value.share: the weights are the policy's, so `value.model` cannot be set": settings.share and settings.model,
+        "value.share: adapters that start at nothing have to learn, so not with `frozen`": (
+            settings.share and settings.frozen
+        ),
+        "value.frozen: nothing is trained, so leave out `value.lora`": settings.frozen and settings.lora,
+        "value.frozen: nothing is trained, so leave out `value.normalise`": settings.frozen and settings.normalise,
+        "value.normalise: a bernoulli head's value is a probability, which has no other scale": (
+            settings.normalise and head.type == "bernoulli"
+        ),
+        "value.members: a per_token head has one member": settings.members > 1 and head.type == "per_token",
+        f"value.head: low ({head.low}) must be below high ({head.high})": (
+            head.type == "categorical" and head.low >= head.high
+        ),
+    }
+    found = [problem for problem, there in problems.items() if there]
+    if found:
+        raise RecipeError(found)
+
+
+def _refuse_other_tokens(model: str, policy_settings: options.Policy) -> None:
+    """A value model reads the policy's token ids, so these must mean the same to both."""
+    trust = policy_settings.trust_remote_code
+    try:
+        own = AutoTokenizer.from_pretrained(model, trust_remote_code=trust).get_vocab()
+    except (OSError, ValueError) as error:
+        raise RecipeError(not_found(PLACE, model, error)) from error
+    of_policy = AutoTokenizer.from_pretrained(
+        policy_settings.model, revision=policy_settings.revision, trust_remote_code=trust
+    ).get_vocab()
+    differ = [token for token, i in of_policy.items() if own.get(token) != i]
+    if differ:
+        raise RecipeError(
+            f"{PLACE}: {model!r} reads other tokens than the policy writes: {len(differ)} of {len(of_policy)} differ, "
+            f"such as {differ[0]!r} ({of_policy[differ[0]]} to the policy, {own.get(differ[0], 'unknown')} to it). Use "
+            "a value model with the policy's tokenizer"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+def load_value(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ValueModel:
+    """A value model that a run saved, or a Hugging Face reward or process model, ready to be asked.
+
+    A reward model (``...ForSequenceClassification`` of one label) becomes a scalar head; a process model
+    (``...ForTokenClassification``) of two labels, wrong and right, a bernoulli head on the difference of their logits,
+    and of one label a scalar head.
+
+    Raises:
+        UserError: where there is no such model, or it has no value head.
+    """
+    source = options.Policy(
+        model=str(path),
+        attention=attention,  # pyright: ignore[reportArgumentType]  # checked by pydantic
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    value = _with_its_head(source, dtype, None)
+    if value is None:
+        raise UserError(
+            f"{str(path)!r} is a language model without a value head. A value model is what `posttrain train` saves "
+            "beside the policy, or a reward or process model of Hugging Face's classification classes."
+        )
+    return value.eval()
+
+
+def _with_its_head(source: options.Policy, dtype: torch.dtype, wanted: options.Head | None) -> ValueModel | None:
+    """A model with the head it brings; None for a language model, which brings none."""
+    try:
+        config = AutoConfig.from_pretrained(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(not_found(PLACE, source.model, error)) from error
+    name = (getattr(config, "architectures", None) or [""])[0]
+    spec = _read_spec(config, source.model)
+    if name.endswith("ForTokenClassification"):
+        model = _load(AutoModelForTokenClassification, source, dtype)
+        layer = _classifier(model)
+    elif name.endswith("ForSequenceClassification"):
+        model = _load(AutoModelForSequenceClassification, source, dtype)
+        layer = _classifier(model)
+        if layer.out_features != 1:
+            raise RecipeError(f"{PLACE}: {source.model!r} classifies into {layer.out_features}; a reward model has 1")
+    elif spec is not None:
+        model = load_model(source, dtype=dtype, place=PLACE)
+        layer = model.get_output_embeddings()
+    else:
+        if not name.endswith(("ForCausalLM", "LMHeadModel", "Model")):
+            raise RecipeError(f"{PLACE}: {source.model!r} is a {name}: neither a language, reward nor process model")
+        return None
+    weight, bias = _rows(layer)
+    if spec is None:
+        spec, weight, bias = _foreign_spec(weight, bias, source.model, wanted)
+    return _assembled(model, spec, weight, bias, source.model)
+
+
+def _load(kind: Any, source: options.Policy, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return kind.from_pretrained(
+            source.model,
+            dtype=dtype,
+            attn_implementation=source.attention,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise RecipeError(not_found(PLACE, source.model, error)) from error
+
+
+def _read_spec(config: Any, model: str) -> ValueSpec | None:
+    entry = getattr(config, "posttrain", None)
+    if entry is None:
+        return None
+    try:
+        return TypeAdapter(ValueSpec).validate_python(entry)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise RecipeError(f"{PLACE}: the entry `posttrain` in config.json of {model!r}: {'; '.join(lines)}") from error
+
+
+def _classifier(model: Any) -> nn.Linear:
+    """The layer of a classification model on top of its decoder, which is not called the same everywhere."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def _rows(layer: Any) -> tuple[Tensor, Tensor]:
+    weight = layer.weight.detach().float()
+    bias = getattr(layer, "bias", None)
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+
+
+def _foreign_spec(
+    weight: Tensor, bias: Tensor, model: str, wanted: options.Head | None
+) -> tuple[ValueSpec, Tensor, Tensor]:
+    if len(weight) == 2:  # wrong, right: the probability of right is the sigmoid of the logits' difference
+        return ValueSpec(head=options.Head(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
+    if len(weight) != 1:
+        raise RecipeError(f"{PLACE}: {model!r} puts out {len(weight)} numbers a token; a process model has 1 or 2")
+    one_output = wanted is not None and wanted.type in ("scalar", "bernoulli")
+    return ValueSpec(head=wanted if one_output and wanted is not None else options.Head()), weight, bias
+
+
+def _assembled(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, name: str) -> ValueModel:
+    text = model.config.get_text_config()
+    head = Head(spec.head, text.hidden_size, text.vocab_size, spec.members)
+    if head.linear.weight.shape != weight.shape:
+        raise RecipeError(
+            f"{PLACE}: the head of {name!r} has {len(weight)} outputs, and its entry `posttrain` in config.json speaks "
+            f"of {len(head.linear.weight)}"
+        )
+    with torch.no_grad():
+        head.linear.weight.copy_(weight)
+        if head.linear.bias is not None:
+            head.linear.bias.copy_(bias)
+    return ValueModel(model.get_decoder(), head, spec)
+
+
+def save_value(
+    model: ValueModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    step: int | None = None,
+) -> None:
+    """A value model as a Hugging Face checkpoint, adapters merged.
+
+    Args:
+        model: not wrapped by Accelerate.
+        tokenizer: of the tokens that it reads.
+        folder: made where it is missing.
+        dtype: of the weights on disk; in float32, and without adapters, values after loading are equal to the bit.
+        step: optimiser steps it was trained for.
+    """
+    spec = dataclasses.replace(model.spec, step=step)
+    config = copy.deepcopy(model.decoder.config)
+    config.update({"posttrain": TypeAdapter(ValueSpec).dump_python(spec, mode="json"), "use_cache": True})
+    if spec.head.type == "per_token":
+        config.tie_word_embeddings = False
+        kind: Any = AutoModelForCausalLM
+    else:
+        config.update({"num_labels": len(model.head.linear.weight), "classifier_dropout": 0.0})
+        config.update({"token_classification_bias": True})
+        kind = AutoModelForTokenClassification
+    with torch.device("meta"):  # names and configuration alone: the weights are those at hand
+        shell = kind.from_config(config, dtype=dtype)
+    layer = shell.get_output_embeddings() if spec.head.type == "per_token" else _classifier(shell)
+    layer_name = next(name for name, module in shell.named_modules() if module is layer)
+    decoder = merged(model.decoder, model.adapter) if model.adapter else model.decoder.named_parameters()
+    state = {f"{shell.base_model_prefix}.{name}": tensor for name, tensor in decoder}
+    state |= {f"{layer_name}.{name}": tensor for name, tensor in model.head.linear.named_parameters()}
+    if state.keys() != dict(shell.named_parameters()).keys():
+        raise RuntimeError(f"the saved model would differ in {sorted(state.keys() ^ dict(shell.named_parameters()))}")
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    shell.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)

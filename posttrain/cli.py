@@ -60,12 +60,15 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     # Before torch is imported. Threads that wait for each other shall sleep: where cores are shared with verifiers and
     # with other people, spinning costs far more than it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from posttrain.loading import load_recipe
+    from posttrain.loading import load_recipe, placed
 
     recipe = load_recipe(options.recipe, overrides)
     from posttrain.online import train  # after loading: mistakes in a recipe show at once
 
-    train(recipe, resume=options.resume)
+    try:
+        train(recipe, resume=options.resume)
+    except UserError as error:
+        raise placed(error, options.recipe, overrides) from error
     return 0
 
 

@@ -16,7 +16,11 @@ class UserError(Exception):
 
 
 class RecipeError(UserError):
-    """A recipe, or an override on the command line, that cannot run."""
+    """A recipe, or an override on the command line, that cannot run.
+
+    A problem that shows only when a run starts begins with its key, as in ``policy.model: there is no folder 'x'``: the
+    command line puts the place of the key before it.
+    """
 
 
 class DataError(UserError):

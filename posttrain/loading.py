@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, UserError
 from posttrain.recipe import SLOTS, Part, Recipe, RecipeConflict, Slot
 from posttrain.resolve import check_options, find_file, parameters, positional, resolve, specify
 from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
@@ -75,9 +75,24 @@ def load_as(kind: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T
         RecipeError: like :func:`load_recipe`.
     """
     path = Path(path)
-    document = read_with_base(path)
-    document = _with_lists(override(_with_lists(document), overrides))
-    return _Reader(document, path, kind).build()
+    return _Reader(read_document(path, overrides), path, kind).build()
+
+
+def placed(error: UserError, path: Path, overrides: Iterable[str] = ()) -> UserError:
+    """An error of a run with the place of each key that a problem begins with: ``grpo.yaml:3:3: policy.model: ...``."""
+    document = read_document(path, overrides)
+
+    def with_place(problem: str) -> str:
+        key, colon, message = problem.partition(": ")
+        location = tuple(int(step) if step.isdecimal() else step for step in key.split("."))
+        return document.problem(location, message) if colon and location[0] in document.data else problem
+
+    return UserError(map(with_place, error.problems))
+
+
+def read_document(path: Path, overrides: Iterable[str]) -> Document:
+    """What a recipe says: the file over its base, under the overrides."""
+    return _with_lists(override(_with_lists(read_with_base(path)), overrides))
 
 
 def read_with_base(path: Path) -> Document:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,6 +286,39 @@ def test_what_does_not_fit_the_engine_is_refused_before_the_first_step(changes, 
     rows, evaluation_rows = load_all_rows(recipe, load_tokenizer(recipe.policy))
     with pytest.raises(UserError, match=re.escape(message)):
         build_engine(recipe, rows, evaluation_rows)
+
+
+def damaged(model: Path, folder: Path, how: str) -> Path:
+    """A copy of a model with something wrong."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = folder / "model.safetensors"
+    match how:
+        case "no weights":
+            weights.unlink()
+        case "cut short":
+            weights.write_bytes(weights.read_bytes()[:5000])
+        case "unknown kind":
+            config["model_type"] = "unheard-of"
+        case "other shapes":
+            config["intermediate_size"] = 96
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["no weights", "cut short", "unknown kind", "other shapes"])
+def test_a_model_that_does_not_load_is_told_with_the_place_of_its_key(how, tmp_path, tiny_model_folder, capsys):
+    model = damaged(tiny_model_folder, tmp_path / "model", how)
+    recipe = write_run(tmp_path, model)
+    assert main([str(recipe)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{recipe}:2:3: policy.model: cannot load '{model}': ")
+
+
+def test_mistakes_that_show_when_a_run_starts_have_their_place(tmp_path, tiny_model_folder, capsys):
+    recipe = write_run(tmp_path, tiny_model_folder)
+    assert main([str(recipe), "--policy.model=./nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said == "command line: --policy.model=./nowhere: there is no folder './nowhere'\n"
 
 
 def test_the_largest_seed_shuffles_and_drops_out(tmp_path, tiny_model_folder):

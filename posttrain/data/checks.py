@@ -28,7 +28,7 @@ def prompt_problem(prompt: Any) -> str | None:
     if not prompt:
         return "is an empty list: leave the row out, or put a user's message in it"
     for position, message in enumerate(prompt):
-        problem = _message_problem(message, position)
+        problem = message_problem(message, position)
         if problem:
             return f"has a message {position + 1} of {len(prompt)} that {problem}"
     if prompt[-1]["role"] not in LAST_ROLES:
@@ -36,7 +36,8 @@ def prompt_problem(prompt: Any) -> str | None:
     return None
 
 
-def _message_problem(message: Any, position: int) -> str | None:
+def message_problem(message: Any, position: int) -> str | None:
+    """What keeps an element of a conversation from being a message, as the end of "a message that ..."."""
     if not isinstance(message, dict):
         return f"is {shown(message)}; it is to be an object with role and content"
     for key in ("role", "content"):

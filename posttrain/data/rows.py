@@ -72,7 +72,16 @@ def load_rows(data: options.Data, *, base: Path | None = None, tokenizer: PreTra
     Raises:
         DataError: with the file, row and column of everything that does not fit.
     """
-    source = _with_columns(read(data, base), data.columns)
+    return tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
+
+
+def tokenise_rows(source: Source, data: options.Data, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Checks and tokenises the prompts of rows that have been read.
+
+    Raises:
+        DataError: with the file, row and column of everything that does not fit.
+    """
+    _require_prompt(source)
     _check_prompts(source)
     to_prompt = _prompt_maker(source, data, tokenizer)
     tokens, lengths = _tokenise(source, data, tokenizer, to_prompt)
@@ -89,8 +98,12 @@ def load_rows(data: options.Data, *, base: Path | None = None, tokenizer: PreTra
     )
 
 
-def _with_columns(source: Source, copies: Mapping[str, str]) -> Source:
-    """The source with columns copied under new names, and surely a ``prompt`` among them."""
+def with_columns(source: Source, copies: Mapping[str, str]) -> Source:
+    """The source with columns copied under new names.
+
+    Raises:
+        DataError: where there is nothing to copy, or the new name is taken.
+    """
     problems, there = Problems(), source.rows.column_names
     for new, old in copies.items():
         if old not in there:
@@ -102,11 +115,15 @@ def _with_columns(source: Source, copies: Mapping[str, str]) -> Source:
     for new, old in copies.items():
         if new != old:
             rows = rows.add_column(new, _arrow_column(rows, old))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    if "prompt" not in rows.column_names:
+    return Source(rows, source.place, source.name)
+
+
+def _require_prompt(source: Source) -> None:
+    there = source.rows.column_names
+    if "prompt" not in there:
         close = next((name for name in ("question", "problem", "instruction", "query", "input") if name in there), None)
         copy = f"`columns: {{prompt: {close or '<column>'}}}` copies one"
         raise DataError(f"{source.name}: no column 'prompt'; {suggestion('prompt', there)}; {copy}")
-    return Source(rows, source.place, source.name)
 
 
 def _arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -145,9 +162,7 @@ def _prompt_maker(source: Source, data: options.Data, tokenizer: PreTrainedToken
         return str
 
     def messages(prompt: Any) -> list[dict[str, Any]]:
-        turns = (
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_without_nulls(m) for m in prompt]
-        )
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [without_nulls(m) for m in prompt]
         if data.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": data.system})
         return turns
@@ -155,8 +170,9 @@ def _prompt_maker(source: Source, data: options.Data, tokenizer: PreTrainedToken
     return messages
 
 
-def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None}  # Arrow fills what a message lacks
+def without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as it was written: Arrow fills up what it lacks of the keys of others."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _tokenise(

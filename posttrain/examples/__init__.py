@@ -1,0 +1,12 @@
+"""Parts of the ``examples`` slot: given completions to learn from instead of sampling.
+
+``part(data, tokenizer, base, *, ...) -> Examples``. An index of the examples is a group of completions of one prompt;
+``examples.batch(index)`` is a batch as a rollout would have made it, with its rewards.
+"""
+
+from __future__ import annotations
+
+from posttrain.examples.rows import demonstrations, pairs, rated, stepwise
+from posttrain.examples.stored import rollouts
+
+__all__ = ["demonstrations", "pairs", "rated", "rollouts", "stepwise"]

@@ -1,0 +1,153 @@
+"""Columns of examples: what they hold, checked, with file and row of all that does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+from trl.data_utils import extract_prompt
+
+from posttrain.batch import Finish
+from posttrain.data.arrow import to_table
+from posttrain.data.problems import Problems, shown
+from posttrain.data.read import Source
+from posttrain.data.rows import Rows, without_nulls
+from posttrain.errors import DataError
+from posttrain.strictyaml import suggestion
+
+REWARD_COLUMNS = ("reward", "score", "label")
+
+
+def need(rows: Rows | Source, names: Sequence[str]) -> None:
+    """
+    Raises:
+        DataError: where one of the columns is not there.
+    """
+    source, there = (rows.source, rows.columns) if isinstance(rows, Rows) else (rows, rows.rows.column_names)
+    problems = Problems()
+    for name in names:
+        if name not in there:
+            copy = f"`columns: {{{name}: <column>}}` copies one"
+            problems.add(source.name, f"no column {name!r}; {suggestion(name, there)}; {copy}")
+    problems.raise_if_any()
+
+
+def find_reward(rows: Rows) -> str:
+    """The one column that is called as ratings are.
+
+    Raises:
+        DataError: where there are none or several.
+    """
+    there = [name for name in REWARD_COLUMNS if name in rows.columns]
+    if len(there) == 1:
+        return there[0]
+    names = ", ".join(map(repr, there or rows.columns))
+    found = f"several columns may be the rating ({names})" if there else f"none of the columns is a rating ({names})"
+    raise DataError(f"{rows.source.name}: {found}; name it: `examples: {{use: rated, reward: <column>}}`")
+
+
+def read_numbers(rows: Rows, name: str) -> list[float]:
+    """A column of numbers, or of true and false."""
+    need(rows, (name,))
+    problems, numbers = Problems(), []
+    for i, value in enumerate(rows.column(name).to_pylist()):
+        if not isinstance(value, bool | int | float) or not math.isfinite(value):
+            problems.add(rows.place(i), f"column {name!r} is {shown(value)}; it is to be a number, or true or false")
+        else:
+            numbers.append(float(value))
+    problems.raise_if_any()
+    return numbers
+
+
+def read_finishes(rows: Rows) -> list[Finish]:
+    """How each completion ended, by the column ``finish``; all of them stopped where there is none."""
+    if "finish" not in rows.columns:
+        return [Finish.STOPPED] * len(rows)
+    problems, finishes, names = Problems(), [], [finish.name.lower() for finish in Finish]
+    for i, value in enumerate(rows.column("finish").to_pylist()):
+        if value not in names:
+            problems.add(rows.place(i), f"column 'finish' is {shown(value)}; {suggestion(value, names)}")
+        else:
+            finishes.append(Finish[value.upper()])
+    problems.raise_if_any()
+    return finishes
+
+
+def read_steps(rows: Rows, separator: str) -> list[list[str]]:
+    """Each solution's steps with what stands between them."""
+    problems, pieces = Problems(), []
+    for i, steps in enumerate(rows.column("completions").to_pylist()):
+        wrong = [step for step in steps or () if not isinstance(step, str) or not step]
+        if not isinstance(steps, list) or not steps:
+            problems.add(rows.place(i), f"column 'completions' is {shown(steps)}; it is to be a list of steps")
+        elif wrong:
+            problems.add(rows.place(i), f"column 'completions' holds {shown(wrong[0])}; each step is to be some text")
+        else:
+            pieces.append([step + separator for step in steps[:-1]] + steps[-1:])
+    problems.raise_if_any()
+    return pieces
+
+
+def read_labels(rows: Rows) -> list[list[float]]:
+    """Each solution's labels as numbers, NaN for null."""
+    problems, found = Problems(), []
+    steps = rows.column("completions").to_pylist()
+    for i, labels in enumerate(rows.column("labels").to_pylist()):
+        if not isinstance(labels, list) or len(labels) != len(steps[i] or ()):
+            has = f"has {len(labels)} elements" if isinstance(labels, list) else f"is {shown(labels)}"
+            problems.add(
+                rows.place(i), f"column 'labels' {has}; there are {len(steps[i] or ())} steps in 'completions'"
+            )
+        elif wrong := [label for label in labels if not isinstance(label, bool | int | float | None)]:
+            problems.add(rows.place(i), f"column 'labels' holds {shown(wrong[0])}; a label is a number, true or false")
+        else:
+            found.append([float("nan") if label is None else float(label) for label in labels])
+    problems.raise_if_any()
+    return found
+
+
+def clean(completion: Any) -> Any:
+    """Messages without the nulls that Arrow fills in."""
+    if not isinstance(completion, list):
+        return completion
+    return [without_nulls(message) if isinstance(message, dict) else message for message in completion]
+
+
+def converted(source: Source, convert: Callable[[dict[str, Any]], dict[str, Any] | str]) -> Source:
+    """The source with each row converted; ``convert`` says in words what is wrong with a row that does not fit."""
+    problems = Problems()
+    for i, row in enumerate(source.rows):
+        if isinstance(found := convert(dict(row)), str):
+            problems.add(source.place(i), found)
+    problems.raise_if_any()
+    table = to_table(partial(map, lambda row: convert(dict(row)), source.rows), source.place)  # type: ignore[arg-type]
+    return Source(datasets.Dataset(table), source.place, source.name)
+
+
+def split_messages(row: dict[str, Any]) -> dict[str, Any] | str:
+    """``messages`` as ``prompt`` and ``completion``, cut before the assistant's first."""
+    messages = clean(row.pop("messages"))
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return f"column 'messages' is {shown(messages)}; it is to be a list of messages with role and content"
+    first = next((i for i, message in enumerate(messages) if message.get("role") == "assistant"), None)
+    if not first:
+        return "column 'messages' " + (
+            "begins with the assistant's" if first == 0 else "has no message of the assistant"
+        )
+    return {**row, "prompt": messages[:first], "completion": messages[first:]}
+
+
+def explicit_prompt(row: dict[str, Any]) -> dict[str, Any] | str:
+    """A preference with its ``prompt``, which may only be the common beginning of both sides."""
+    chosen, rejected = clean(row["chosen"]), clean(row["rejected"])
+    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        return f"columns 'chosen' and 'rejected' are {shown(chosen)} and {shown(rejected)}: both text, or both messages"
+    prompt = row.get("prompt")
+    whole_conversations = isinstance(chosen, list) and any(message.get("role") != "assistant" for message in chosen[:1])
+    if prompt is not None and not whole_conversations:
+        return {**row, "chosen": chosen, "rejected": rejected}
+    found = extract_prompt({"chosen": chosen, "rejected": rejected})
+    return {**row, **found}

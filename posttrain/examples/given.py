@@ -1,0 +1,120 @@
+"""What the parts of the ``examples`` slot return: groups of given completions that become batches on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.batch import Batch, Finish
+
+
+class Examples(Protocol):
+    """Groups of given completions. The loop draws group numbers and goes on with their batch as after sampling."""
+
+    @property
+    def left_out(self) -> int:
+        """Rows of the data set that were too long."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt + completion."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        ...
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """The completions of these groups; ``group`` is the position in ``index``.
+
+        Nothing is known of how likely they were when they were written: ``logp_sampler`` is NaN on the chosen tokens,
+        unless the completions were sampled by an earlier run.
+        """
+        ...
+
+    def place(self, index: int) -> str:
+        """Where a group comes from, such as ``ratings.jsonl:7``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A prompt with a completion, as token ids."""
+
+    tokens: np.ndarray  # int32 [length]
+    mask: np.ndarray  # bool [length]: what the policy is to have written
+    row: int  # of the data set
+    finish: Finish
+    reward: float = float("nan")
+    step_id: np.ndarray | None = None  # int32 [length], -1 off the mask; None: all one step
+    step_reward: np.ndarray | None = None  # float32 [length], NaN at the end of a step without a label
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class GivenExamples:
+    """Completions of a data set's rows, encoded once; see :class:`Examples`."""
+
+    groups: Sequence[Sequence[Given]]
+    columns: Callable[[int], dict[str, Any]]  # of a row
+    place_of: Callable[[int], str]  # of a row
+    decode: Callable[[Sequence[int]], str]
+    left_out: int
+
+    @property
+    def longest(self) -> int:
+        return max(len(given) for group in self.groups for given in group)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def place(self, index: int) -> str:
+        return self.place_of(self.groups[index][0].row)
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """The completions of these groups as a batch; their rewards are scores and rewards at once."""
+        chosen = [(position, given) for position, i in enumerate(index) for given in self.groups[i]]
+        rows = {given.row: self.columns(given.row) for _, given in chosen}
+        mask = _padded([given.mask for _, given in chosen], False)
+        reward = torch.tensor([given.reward for _, given in chosen], dtype=torch.float32)
+        return Batch(
+            tokens=_padded([given.tokens for _, given in chosen], 0).long(),
+            mask=mask,
+            length=torch.tensor([len(given) for _, given in chosen]),
+            group=torch.tensor([position for position, _ in chosen]),
+            finish=torch.tensor([int(given.finish) for _, given in chosen]),
+            logp_sampler=torch.where(mask, float("nan"), 0.0),
+            version=torch.full((len(chosen),), -1),
+            step_id=_padded([_step_id(given) for _, given in chosen], -1).long(),
+            greedy=torch.zeros(len(chosen), dtype=torch.bool),
+            rows=tuple(rows[given.row] for _, given in chosen),
+            texts=tuple(self.decode(given.tokens[given.mask].tolist()) for _, given in chosen),
+            score=reward,
+            reward=reward.clone(),
+            step_reward=_padded([_step_reward(given) for _, given in chosen], 0.0),
+        )
+
+
+def _step_id(given: Given) -> np.ndarray:
+    return np.where(given.mask, 0, -1).astype(np.int32) if given.step_id is None else given.step_id
+
+
+def _step_reward(given: Given) -> np.ndarray:
+    return np.zeros(len(given), np.float32) if given.step_reward is None else given.step_reward
+
+
+def _padded(rows: Sequence[np.ndarray], fill: float) -> Tensor:
+    """Rows of different lengths as one tensor [N, L], filled up on the right."""
+    columns = max(len(row) for row in rows)
+    whole = np.full((len(rows), columns), fill, dtype=rows[0].dtype)
+    for i, row in enumerate(rows):
+        whole[i, : len(row)] = row
+    return torch.from_numpy(whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,30 @@ from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import UserError
+from posttrain.examples.given import Examples
 from posttrain.learner import Learner
 from posttrain.models import DTYPES, Policy, build_policy, context_length, load_model
 from posttrain.needs import Needs
-from posttrain.recipe import Recipe
+from posttrain.options import Value
+from posttrain.recipe import Part, Recipe
 from posttrain.run_folder import RunFolder, changed_settings, open_run
-from posttrain.runtime import Runtime
+from posttrain.runtime import Group, Runtime
+from posttrain.trained import Trained
+from posttrain.value_checkpoints import build_value
+from posttrain.values import target_copy
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run learns from, prompts or given completions, and what it is measured on."""
+
+    rows: Rows | None
+    examples: Examples | None
+    evaluation_rows: Rows | None
+
+    def __len__(self) -> int:
+        """Prompts or groups of given completions."""
+        return len(self.rows if self.rows is not None else self.examples or ())
 
 
 @dataclass
@@ -30,25 +50,29 @@ class Online:
     folder: RunFolder
     learner: Learner
     tokenizer: Any
-    rows: Rows
+    material: Material
     sampler: PromptSampler
     source: Source
-    evaluation_rows: Rows | None = None
     step: int = 0  # steps of the loop that are done
     bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
+    weights_version: int = -1  # of the policy that the engine has; -1: none yet
+    policy_waits: bool = False  # until the value model has become good enough
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # "before" and "after"
 
 
-def load_all_rows(recipe: Recipe, tokenizer: Any) -> tuple[Rows, Rows | None]:
-    """Training and evaluation rows, each with the columns that the verifiers ask for."""
+def load_material(recipe: Recipe, tokenizer: Any) -> Material:
+    """Training and evaluation data, with the columns that the verifiers ask for."""
     base = recipe.path.parent if recipe.path else None
-    rows = load_rows(recipe.data, tokenizer=tokenizer, base=base)
-    check_columns(rows, recipe.verify)
-    if recipe.evaluate is None:
-        return rows, None
-    held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
-    check_columns(held_out, recipe.verify)
-    return rows, held_out
+    rows = examples = held_out = None
+    if recipe.examples is not None:
+        examples = recipe.examples(recipe.data, tokenizer, base)
+    else:
+        rows = load_rows(recipe.data, tokenizer=tokenizer, base=base)
+        check_columns(rows, recipe.verify)
+    if recipe.evaluate is not None:
+        held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
+        check_columns(held_out, recipe.verify)
+    return Material(rows, examples, held_out)
 
 
 def refuse_uneven_prompts(recipe: Recipe, runtime: Runtime) -> None:
@@ -77,32 +101,73 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
     return open_run(path, recipe.resolved, resume=resume)
 
 
-def build_models(recipe: Recipe, needs: Needs, runtime: Runtime) -> tuple[Policy, Policy | None]:
-    """The policy, prepared for training, and the reference policy where one is needed beside it."""
+def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
+    """The models of a run: those with a loss prepared for training, the others beside them as far as they are needed."""
     policy = build_policy(recipe.policy)
+    reference = build_reference(recipe, needs, runtime, policy)
+    value = slow = None
+    if needs.value_model:
+        value = build_value(recipe.value or Value(), recipe.policy, policy, **value_kind(recipe.target))
+    if value is not None and recipe.value is not None and recipe.value.target_rate is not None:
+        slow = target_copy(value)
+    groups: list[Group] = []
+    trains_value = value is not None and bool(recipe.value_loss)
+    of_value = [p for p in value.own_parameters().values() if p.requires_grad] if trains_value else []
+    if recipe.loss:
+        others = {id(parameter) for parameter in of_value}
+        mine = [p for p in policy.parameters() if p.requires_grad and id(p) not in others]
+        groups.append(Group(mine, recipe.optimizer))
+    if of_value:
+        groups.append(Group(of_value, (recipe.value or Value()).optimizer))
+    runtime.prepare(Trained(policy if recipe.loss else None, value if recipe.value_loss else None), groups)
+    for model in (policy, value, slow):
+        if model is not None:
+            model.to(runtime.device)
+    return Learner(recipe, runtime, policy, reference, value, slow, needs)
+
+
+def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Policy | None:
+    """The reference policy where one is needed beside the policy, which may be its own without its adapters."""
     other = recipe.reference.model
-    reference = None
-    if needs.logp_ref and (other is not None or not policy.has_adapters):
-        # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters
-        # stand on weights in the recipe's dtype, and DeepSpeed puts all weights into it; else they are float32.
-        in_recipe_dtype = policy.has_adapters or runtime.uses_deepspeed
-        dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
-        model = load_model(recipe.policy, dtype=dtype, model=other)
-        reference = Policy(model).requires_grad_(False).eval().to(runtime.device)
-    runtime.prepare(policy, recipe.optimizer)
-    return policy, reference
+    needed = needs.logp_ref or (needs.value_next and bool(recipe.loss))
+    if not needed or (other is None and policy.has_adapters):
+        return None
+    # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters
+    # stand on weights in the recipe's dtype, and DeepSpeed puts all weights into it; else they are float32.
+    in_recipe_dtype = policy.has_adapters or runtime.uses_deepspeed
+    dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
+    model = load_model(recipe.policy, dtype=dtype, model=other)
+    return Policy(model).requires_grad_(False).eval().to(runtime.device)
 
 
-def build_engine(recipe: Recipe, rows: Rows, evaluation_rows: Rows | None) -> Engine:
+def value_kind(target: Part | None) -> dict[str, Any]:
+    """What a value that learns this target means: the backup and inverse temperature that its checkpoint records."""
+    chosen = {} if target is None else target.every_option
+    return {"kind": chosen.get("backup", "mean"), "beta": chosen.get("beta")}
+
+
+@contextmanager
+def engine_for(recipe: Recipe, material: Material) -> Iterator[Engine | None]:
+    """The engine of a run, closed at its end; none where nothing is sampled."""
+    if material.rows is None and material.evaluation_rows is None:
+        yield None
+        return
+    with closing(build_engine(recipe, material)) as engine:
+        yield engine
+
+
+def build_engine(recipe: Recipe, material: Material) -> Engine:
     """The engine, with room for the longest prompt and completion.
 
     Raises:
         UserError: where that is more than ``engine.max_model_len`` or the model's positions.
     """
-    needed = [(rows.longest_prompt, recipe.sampling.max_tokens, "sampling.max_tokens")]
-    if recipe.evaluate is not None and evaluation_rows is not None:
+    needed: list[tuple[int, int, str]] = []
+    if material.rows is not None:
+        needed.append((material.rows.longest_prompt, recipe.sampling.max_tokens, "sampling.max_tokens"))
+    if recipe.evaluate is not None and material.evaluation_rows is not None:
         of_evaluation = (recipe.evaluate.sampling.max_tokens, "evaluate.sampling.max_tokens")
-        needed.append((evaluation_rows.longest_prompt, *of_evaluation))
+        needed.append((material.evaluation_rows.longest_prompt, *of_evaluation))
     prompt, completion, name = max(needed, key=lambda each: each[0] + each[1])
     length, limit = recipe.engine.max_model_len or prompt + completion, context_length(recipe.policy)
     for room, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):

@@ -6,18 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from posttrain.assembly import Online
 from posttrain.errors import UserError
+from posttrain.learner import Learner
 from posttrain.recipe import Part, Recipe
 from posttrain.run_folder import prune_checkpoints, write_checkpoint
 
 STATE_FILE = "state.json"
+SLOW_FILE = "target_network.pt"
 
 
 def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
     """Parts that keep a ``state``, by their path in the recipe."""
-    slots: dict[str, Part] = {"rollout": recipe.rollout, "advantage": recipe.advantage, "normaliser": recipe.normaliser}
-    for slot in ("reward", "select", "shape", "keep", "loss"):
+    slots: dict[str, Part] = {"rollout": recipe.rollout, "normaliser": recipe.normaliser}
+    for slot in ("advantage", "target"):
+        if (part := getattr(recipe, slot)) is not None:
+            slots[slot] = part
+    for slot in ("reward", "select", "shape", "keep", "loss", "value_loss"):
         for i, part in enumerate(getattr(recipe, slot)):
             slots[f"{slot}.{i}"] = part
             slots |= {f"{slot}.{i}.weights.{j}": weight for j, weight in enumerate(part.weights)}
@@ -31,6 +38,8 @@ def states(run: Online) -> dict[str, Any]:
             {
                 "step": run.step,
                 "bad_steps": run.bad_steps,
+                "policy_waits": run.policy_waits,
+                "value": None if run.learner.value is None else run.learner.value.state,
                 "world": run.runtime.world,
                 "evaluations": run.evaluations,
                 "prompts": run.sampler.state,
@@ -40,12 +49,19 @@ def states(run: Online) -> dict[str, Any]:
     )
 
 
+def slow_weights(learner: Learner) -> dict[str, torch.Tensor]:
+    """Weights of the target network, which no optimiser holds."""
+    return {} if learner.slow_value is None else learner.slow_value.own_parameters()
+
+
 def save_checkpoint(run: Online, state: dict[str, Any]) -> None:
     """A checkpoint that is whole or absent."""
     runtime = run.runtime
     with write_checkpoint(run.folder, run.step, main=runtime.is_main, barrier=runtime.barrier) as folder:
         runtime.save(folder)
         if runtime.is_main:
+            slow = {name: weight.detach() for name, weight in slow_weights(run.learner).items()}
+            torch.save(slow, folder / SLOW_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     if runtime.is_main:
         prune_checkpoints(run.folder, run.recipe.run.keep)
@@ -64,7 +80,15 @@ def load_checkpoint(run: Online, checkpoint: Path) -> None:
             f"{run.runtime.world}: resume with --num_processes {state['world']}"
         )
     run.runtime.load(checkpoint)
+    saved = torch.load(checkpoint / SLOW_FILE, map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, weight in slow_weights(run.learner).items():
+            weight.copy_(saved[name])
+    for value in (run.learner.value, run.learner.slow_value):
+        if value is not None:
+            value.state = state["value"]
     run.step, run.bad_steps, run.evaluations = state["step"], state["bad_steps"], state["evaluations"]
+    run.policy_waits = state["policy_waits"]
     run.sampler.state = state["prompts"]
     memories = parts_with_memory(run.recipe)
     for path, remembered in state["parts"].items():

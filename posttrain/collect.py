@@ -26,7 +26,7 @@ from posttrain.verification import VerifierPool
 class Source:
     """Where completions come from, on one rank."""
 
-    engine: Engine
+    engine: Engine | None  # None: nothing is sampled
     verifiers: VerifierPool
     rollout: Part
     decode: Callable[[Sequence[int]], str]

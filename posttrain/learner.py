@@ -1,21 +1,24 @@
-"""The two passes over a batch that need the policy's weights: scoring before the update, and the update."""
+"""The two passes over a batch that need the models' weights: scoring before the update, and the update."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.batch import Batch, blank_row
-from posttrain.compose import total_loss
+from posttrain.compose import taught_states, total_loss, total_value_loss, value_target
 from posttrain.engines.base import sample_seed
 from posttrain.metrics import add_sums, reduce_means, update_sums
-from posttrain.models import Policy, forward
+from posttrain.models import Policy
 from posttrain.needs import Needs
+from posttrain.options import Optimizer, Value
 from posttrain.recipe import Recipe
 from posttrain.runtime import Runtime, Update, learning_rate, length_groups, micro_batches
+from posttrain.trained import forward
+from posttrain.values import ValueModel, backed_up, polyak
 
 
 @dataclass(frozen=True)
@@ -26,88 +29,192 @@ class Learner:
     runtime: Runtime
     policy: Policy
     reference: Policy | None  # None: not needed, or the policy without its adapters
+    value: ValueModel | None
+    slow_value: ValueModel | None  # the target network, where there is one
     needs: Needs
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Settings of each group of parameters that is trained, in the runtime's order."""
+        value = (self.recipe.value or Value()).optimizer
+        return [self.recipe.optimizer] * bool(self.recipe.loss) + [value] * bool(self.recipe.value_loss)
 
 
 @torch.no_grad()
 def score(learner: Learner, batch: Batch) -> Batch:
-    """Fills the log-probs and entropies that some part reads before the update, and no others."""
-    needs = learner.needs
+    """Fills the log-probs, entropies and values that some part reads before the update, and no others."""
+    needs, temperature = learner.needs, learner.recipe.sampling.temperature
     learner.policy.eval()
     if needs.scoring_pass:
-        logp, entropy = _passes(learner, learner.policy, batch, entropy=needs.entropy)
-        batch = batch.set(logp_old=logp, entropy=entropy)
-    if needs.logp_ref and learner.reference is not None:
-        batch = batch.set(logp_ref=_passes(learner, learner.reference, batch)[0])
-    elif needs.logp_ref:
-        batch = batch.set(logp_ref=_passes(learner, learner.policy, batch, reference=True)[0])
+        filled = _passes(learner, batch, lambda part: _policy_pass(learner.policy, part, temperature, needs.entropy))
+        batch = batch.set(logp_old=filled[0], entropy=filled[1] if needs.entropy else None)
+    if needs.logp_ref:
+        model, without_adapters = learner.reference or learner.policy, learner.reference is None
+        filled = _passes(
+            learner, batch, lambda part: _policy_pass(model, part, temperature, reference=without_adapters)
+        )
+        batch = batch.set(logp_ref=filled[0])
+    return score_values(learner, batch, learner.value)
+
+
+@torch.no_grad()
+def score_values(learner: Learner, batch: Batch, value: ValueModel | None) -> Batch:
+    """Fills what the parts read of a value model."""
+    if value is None:
+        return batch
+    value.eval()
+    if learner.needs.value:
+        batch = batch.set(value=_passes(learner, batch, lambda part: [value(part.tokens, part.states)[0]])[0])
+    if learner.needs.value_next:
+        base, temperature = learner.reference or learner.policy, learner.recipe.sampling.temperature
+        kind, beta = value.spec.kind, value.spec.beta
+
+        def of_next(part: Batch) -> list[Tensor]:
+            return [backed_up(value, base, part.tokens, part.states, kind, beta, temperature=temperature)]
+
+        batch = batch.set(value_next=_passes(learner, batch, of_next)[0])
     return batch
 
 
-def _passes(
-    learner: Learner, model: nn.Module, batch: Batch, *, entropy: bool = False, reference: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    logp = torch.zeros_like(batch.logp_sampler)
-    entropies = torch.zeros_like(logp) if entropy else None
+def _policy_pass(
+    model: Policy, part: Batch, temperature: float, entropy: bool = False, *, reference: bool = False
+) -> list[Tensor]:
+    logp, entropies = model(part.tokens, part.mask, temperature=temperature, entropy=entropy, reference=reference)
+    return [logp] if entropies is None else [logp, entropies]
+
+
+def _passes(learner: Learner, batch: Batch, pass_: Callable[[Batch], list[Tensor]]) -> list[Tensor]:
+    """Results [N, L] of a model's passes over micro-batches, put together."""
+    whole: list[Tensor] = []
     for rows in length_groups(batch.length, learner.recipe.micro_batch_tokens):
         part = batch[rows].trim().to(learner.runtime.device)
-        columns = part.tokens.shape[1]
-        temperature = learner.recipe.sampling.temperature
         with learner.runtime.autocast():
-            mine, its = model(part.tokens, part.mask, temperature=temperature, entropy=entropy, reference=reference)
-        logp[rows, :columns] = mine.cpu()
-        if entropies is not None:
-            entropies[rows, :columns] = its.cpu()
-    return logp, entropies
+            results = pass_(part)
+        whole = whole or [torch.zeros_like(batch.logp_sampler) for _ in results]
+        for filled, result in zip(whole, results, strict=True):
+            filled[rows, : result.shape[1]] = result.float().cpu()
+    return whole
 
 
-def update(learner: Learner, batch: Batch, step: int) -> dict[str, float]:
-    """All optimiser steps on a batch. Completions that ``keep`` drops, and greedy baselines, have no part in them."""
+@torch.no_grad()
+def set_targets(learner: Learner, batch: Batch) -> Batch:
+    """Fills what the value model learns, from the slow copy's values where there is one."""
+    if learner.recipe.target is None:
+        return batch
+    judged = score_values(learner, batch, learner.slow_value) if learner.slow_value is not None else batch
+    batch = batch.set(target=value_target(learner.recipe, judged))
+    if learner.value is not None and (learner.recipe.value or Value()).normalise:
+        learner.value.update_statistics(batch.target, batch.all_sum)
+    return batch
+
+
+def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = False) -> dict[str, float]:
+    """All optimiser steps on a batch. Completions that ``keep`` drops, and greedy baselines, have no part in them.
+
+    Args:
+        policy_waits: the policy is left as it is, and the value model alone learns.
+    """
     recipe, runtime = learner.recipe, learner.runtime
     kept = ~batch.greedy
     for part in recipe.keep:
         kept &= part(batch)
-    rate = learning_rate(recipe.optimizer, step, recipe.steps)
+    rates = [learning_rate(options, step, recipe.steps) for options in learner.optimizers]
+    if policy_waits:
+        rates[0] = 0.0
     trained = batch[kept] if bool(kept.any()) else blank_row(batch)
     sums: list[dict[str, Tensor]] = []
     losses: dict[str, Tensor] = {}
     updates: list[Update] = []
-    for rows in minibatches(recipe, len(trained), step):
-        mini = trained[rows] if len(rows) else blank_row(trained)
-        mini = mini.set(weight=recipe.normaliser(mini))
+    for rows in minibatches(learner, trained, step):
+        mini = with_shares(recipe, trained[rows] if len(rows) else blank_row(trained))
 
         def loss_of(micro: Batch) -> Tensor:
-            micro = micro.to(runtime.device)
-            entropy = learner.needs.entropy_gradient
-            outputs = forward(runtime.model, micro, temperature=recipe.sampling.temperature, entropy=entropy)
-            if micro.logp_old is None:
-                micro = micro.set(logp_old=outputs.logp.detach())
-            loss, terms = total_loss(recipe.loss, outputs, micro)
-            for name, value in {"": loss.detach(), **terms}.items():
+            loss, terms = losses_of(learner, micro.to(runtime.device), sums, policy_waits)
+            for name, value in {"loss": loss.detach(), **terms}.items():
                 losses[name] = losses.get(name, 0) + value.double()
-            sums.append(update_sums(outputs, micro))
             return loss
 
         _seed_dropout(recipe.seed, step, len(updates), runtime.rank)
-        micro = micro_batches(mini, recipe.micro_batch_tokens, runtime.all_max)
-        updates.append(runtime.update(micro, loss_of, rate))
-    skipped = sum(each.skipped for each in updates)
-    names = ["loss" if not name else f"loss/{name}" for name in losses]
+        micro = micro_batches(mini, recipe.micro_batch_tokens, runtime.all_max, whole_groups=learner.needs.groups)
+        updates.append(runtime.update(micro, loss_of, rates))
+        if learner.slow_value is not None and learner.value is not None and recipe.value is not None:
+            polyak(learner.slow_value, learner.value, recipe.value.target_rate or 1.0)
     totals = (runtime.all_sum(torch.stack(list(losses.values()))) / len(updates)).tolist()
-    metrics = dict(zip(names, totals, strict=True)) | reduce_means(add_sums(sums), runtime)
-    norm = sum(each.grad_norm for each in updates) / len(updates)
-    return metrics | {"grad_norm": norm, "learning_rate": rate, "skipped": float(skipped)}
+    metrics = dict(zip(losses, totals, strict=True)) | reduce_means(add_sums(sums), runtime)
+    return metrics | update_metrics(learner, updates, rates)
 
 
-def minibatches(recipe: Recipe, rows: int, step: int) -> Iterator[list[int]]:
-    """Rows of each optimiser step: all in order if there is one, else a fresh shuffle each epoch, cut evenly."""
+def with_shares(recipe: Recipe, mini: Batch) -> Batch:
+    """The batch of one optimiser step with each token's share of the loss, and each state's of the value loss."""
+    if recipe.loss:
+        mini = mini.set(weight=recipe.normaliser(mini))
+    if recipe.value_loss:
+        mini = mini.set(value_weight=recipe.normaliser(mini.set(mask=taught_states(mini))))
+    return mini
+
+
+def losses_of(
+    learner: Learner, micro: Batch, sums: list[dict[str, Tensor]], policy_waits: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch and its terms; what compares the policies is added to ``sums``.
+
+    Each member of the value model has a loss of its own, and they are added up.
+    """
+    recipe, needs = learner.recipe, learner.needs
+    support = learner.value.support if learner.value is not None else None
+    members = forward(
+        learner.runtime.model,
+        micro,
+        temperature=recipe.sampling.temperature,
+        entropy=needs.entropy_gradient,
+        support=support,
+    )
+    outputs = members[0]
+    loss, terms = outputs.logp.new_zeros(()), {}
+    if recipe.loss:
+        if micro.logp_old is None:
+            micro = micro.set(logp_old=outputs.logp.detach())
+        policy_loss, parts = total_loss(recipe.loss, outputs, micro)
+        # Times 0, not left out: data-parallel wrappers wait for the gradient of everything they wrap.
+        loss = loss + (0.0 * policy_loss if policy_waits else policy_loss)
+        terms |= {f"loss/{name}": value for name, value in parts.items()}
+        sums.append(update_sums(outputs, micro))
+    for member in members if recipe.value_loss else ():
+        value_loss, parts = total_value_loss(recipe.value_loss, member, micro)
+        loss = loss + value_loss
+        for name, value in parts.items():  # the mean over members
+            terms[f"value_loss/{name}"] = terms.get(f"value_loss/{name}", 0.0) + value / len(members)
+    return loss, terms
+
+
+def update_metrics(learner: Learner, updates: list[Update], rates: list[float]) -> dict[str, float]:
+    """Gradient norms (mean over the optimiser steps), rates, and optimiser steps skipped as not finite."""
+    norms = [sum(column) / len(updates) for column in zip(*(each.grad_norms for each in updates), strict=True)]
+    names = [""] * bool(learner.recipe.loss) + ["value/"] * bool(learner.recipe.value_loss)
+    metrics = {f"{name}grad_norm": norm for name, norm in zip(names, norms, strict=True)}
+    metrics |= {f"{name}learning_rate": rate for name, rate in zip(names, rates, strict=True)}
+    return metrics | {"skipped": float(sum(each.skipped for each in updates))}
+
+
+def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]]:
+    """Rows of each optimiser step: all in order if there is one, else a fresh shuffle each epoch, cut evenly.
+
+    Where a loss compares the completions of a group, groups are shuffled and cut, not rows.
+    """
+    recipe = learner.recipe
     if recipe.epochs * recipe.minibatches == 1:
-        yield list(range(rows))
+        yield list(range(len(batch)))
         return
+    together = batch.group.tolist() if learner.needs.groups else list(range(len(batch)))
+    units: dict[int, list[int]] = {}
+    for row, unit in enumerate(together):
+        units.setdefault(unit, []).append(row)
+    rows = list(units.values())
     generator = torch.Generator().manual_seed(sample_seed(recipe.seed, step))
     for _ in range(recipe.epochs):
-        order = torch.randperm(rows, generator=generator)
-        yield from (part.tolist() for part in torch.tensor_split(order, recipe.minibatches))
+        order = torch.randperm(len(rows), generator=generator)
+        for part in torch.tensor_split(order, recipe.minibatches):
+            yield [row for unit in part.tolist() for row in rows[unit]]
 
 
 def _seed_dropout(seed: int, step: int, number: int, rank: int) -> None:

@@ -55,7 +55,8 @@ def update_sums(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
     mask = batch.mask & (batch.weight != 0 if batch.weight is not None else batch.mask)
     now, sampler = outputs.logp.detach()[mask], batch.logp_sampler[mask]
     old = batch.logp_old[mask] if batch.logp_old is not None else now
-    moved, gap = now - old, old - sampler
+    known = ~sampler.isnan()  # nobody knows how likely given completions were when they were written
+    moved, gap = now - old, (old - sampler)[known]
     sums = {
         "policy/entropy": _mean(-now),
         "policy/ratio": _mean(moved.exp()),

@@ -77,7 +77,6 @@ class Needs:
     value: bool = False  # of the value model, before the update
     value_next: bool = False  # its Q head backed up over every next token
     value_model: bool = False  # some part reads or trains values
-    policy_in_value_loss: bool = False  # a value loss reads the policy's log-probs
     groups: bool = False  # a loss compares the completions of a group: micro-batches must not cut groups
 
     @property
@@ -92,7 +91,7 @@ def find_needs(recipe: Recipe) -> Needs:
         RecipeError: if a part fails on the made-up batch or returns something of the wrong shape, or reads what nothing
             in the recipe fills.
     """
-    batch = _probe_batch()
+    batch = _probe_batch(every_next=_has_q_head(recipe))
     before: set[str] = set()
     for slot, part in _before_update(recipe):
         arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
@@ -101,14 +100,15 @@ def find_needs(recipe: Recipe) -> Needs:
     in_value_loss = _observe_losses("value_loss", recipe.value_loss, batch, recipe)
     during = in_policy_loss | in_value_loss
     needs = Needs(
-        logp_old="logp_old" in before or bool(recipe.loss and recipe.epochs * recipe.minibatches > 1),
+        logp_old="logp_old" in before
+        or bool(recipe.loss and recipe.epochs * recipe.minibatches > 1)
+        or ("logp" in in_value_loss and not recipe.loss),
         logp_ref="logp_ref" in before | during,
         entropy="entropy" in before,
         entropy_gradient="entropy" in in_policy_loss,
         value="value" in before or "value" in in_value_loss,
         value_next="value_next" in before | during,
         value_model=bool(recipe.value_loss) or bool({"value", "value_next"} & (before | during)),
-        policy_in_value_loss="logp" in in_value_loss,
         groups="group" in during,
     )
     _refuse_unfilled(recipe, needs, before | during)
@@ -173,7 +173,12 @@ def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, .
     return set(_log.seen)
 
 
-def _probe_batch() -> Batch:
+def _has_q_head(recipe: Recipe) -> bool:
+    head = recipe.value.head if recipe.value is not None else None
+    return head is not None and head.type == "per_token"
+
+
+def _probe_batch(*, every_next: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(0)
     n, columns, prompt = 8, 6, 2
     length = torch.tensor([6, 4, 5, 6, 3, 6, 5, 4])
@@ -201,7 +206,7 @@ def _probe_batch() -> Batch:
         logp_ref=logp + 0.1 * noise,
         entropy=noise.abs(),
         value=torch.rand(n, columns, generator=generator),
-        value_next=torch.rand(n, columns, generator=generator),
+        value_next=torch.rand(n, columns, generator=generator) if every_next else None,
         advantage=noise,
         weight=mask / mask.sum(),
         target=torch.rand(n, columns, generator=generator),

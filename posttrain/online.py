@@ -1,15 +1,16 @@
-"""The online loop: rollout, verify, select, score, reward, advantage, update."""
+"""The loop: rollout (or given examples), verify, select, score, reward, advantage, target, update."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from posttrain.assembly import Online, build_engine, build_models, load_all_rows, open_folder, refuse_uneven_prompts
+from posttrain.assembly import Online, build_learner, engine_for, load_material, open_folder, refuse_uneven_prompts
 from posttrain.batch import Batch
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, verifier_means
@@ -17,16 +18,19 @@ from posttrain.compose import credit, reward_batch
 from posttrain.display import Progress
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate
-from posttrain.learner import Learner, score, update
+from posttrain.given import draw_examples
+from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import write_model_card
 from posttrain.models import DTYPES, describe, load_tokenizer, save_model
 from posttrain.needs import find_needs
 from posttrain.recipe import Recipe
+from posttrain.report.values import value_metrics
 from posttrain.run_folder import step_name, step_of
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.tracking import Trackers, check_trackers
+from posttrain.value_checkpoints import save_value
 from posttrain.verification import VerifierPool
 
 
@@ -51,29 +55,24 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     check_trackers(recipe.run.trackers)
     needs = find_needs(recipe)
     tokenizer = load_tokenizer(recipe.policy)
-    rows, evaluation_rows = load_all_rows(recipe, tokenizer)
+    material = load_material(recipe, tokenizer)
     with Runtime(dtype=recipe.policy.dtype) as runtime:
         refuse_uneven_prompts(recipe, runtime)
         folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify) as pool:
-            policy, reference = build_models(recipe, needs, runtime)
-            with closing(build_engine(recipe, rows, evaluation_rows)) as engine:
-                source = Source(
-                    engine=engine,
-                    verifiers=pool,
-                    rollout=recipe.rollout,
-                    decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-                )
+            learner = build_learner(recipe, needs, runtime)
+            with engine_for(recipe, material) as engine:
+                decode = partial(tokenizer.decode, skip_special_tokens=True)
                 run = Online(
                     recipe=recipe,
                     runtime=runtime,
                     folder=folder,
-                    learner=Learner(recipe, runtime, policy, reference, needs),
+                    learner=learner,
                     tokenizer=tokenizer,
-                    rows=rows,
-                    sampler=recipe.prompts.call(size=len(rows), seed=recipe.seed),
-                    source=source,
-                    evaluation_rows=evaluation_rows,
+                    material=material,
+                    sampler=recipe.prompts.call(size=len(material), seed=recipe.seed),
+                    source=Source(engine=engine, verifiers=pool, rollout=recipe.rollout, decode=decode),
+                    policy_waits=recipe.value is not None and recipe.value.ready_at is not None,
                 )
                 if checkpoint is not None:
                     load_checkpoint(run, checkpoint)
@@ -82,13 +81,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     finish(run)
                 except KeyboardInterrupt:
                     raise Stopped(standing(run)) from None
-    return folder.model
+    return folder.model if recipe.loss else folder.value
 
 
 def loop(run: Online) -> None:
     """Steps until the recipe has all of them, with what goes around a step: metrics, evaluation, checkpoints."""
     recipe, runtime = run.recipe, run.runtime
-    run.source.engine.load(run.learner.policy.weights(), version=run.step)
+    hand_over(run)
     with (
         Trackers(
             recipe.run.trackers,
@@ -102,7 +101,7 @@ def loop(run: Online) -> None:
     ):
         if runtime.is_main:
             progress.note(introduction(run))
-        if run.evaluation_rows is not None and run.step == 0:
+        if recipe.evaluate is not None and run.step == 0:
             run.evaluations["before"] = measure(run)
             trackers.log(0, run.evaluations["before"])
             progress.update(0, run.evaluations["before"])
@@ -144,18 +143,20 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     run.source.verifiers.failures.clear()
-    collected = collect(recipe, runtime, run.source, run.rows, run.sampler, run.step)
+    collected = take(run)
     with timed(seconds, "score"):
-        batch = score(run.learner, collected.batch)
-        batch = reward_batch(recipe, batch)
-        batch = batch.set(advantage=credit(recipe, batch))
+        batch = set_targets(run.learner, with_credit(recipe, reward_batch(recipe, score(run.learner, collected.batch))))
+        support = run.learner.value.support if run.learner.value is not None else None
+        judged = value_metrics(batch, runtime, support=support)
+        run.policy_waits = run.policy_waits and not good_enough(recipe, judged)
     with timed(seconds, "update"):
-        learned = update(run.learner, batch, run.step)
-    with timed(seconds, "load"):
-        run.source.engine.load(run.learner.policy.weights(), version=run.step + 1)
+        learned = update(run.learner, batch, run.step, policy_waits=run.policy_waits)
     run.step += 1
+    with timed(seconds, "load"):
+        hand_over(run)
     run.bad_steps = run.bad_steps + 1 if learned["skipped"] else 0
-    metrics = rollout_metrics(batch, runtime) | learned | verifier_means(collected.values, runtime)
+    metrics = rollout_metrics(batch, runtime) | judged | learned | verifier_means(collected.values, runtime)
+    metrics |= {"policy/waits": float(run.policy_waits)} if recipe.value and recipe.value.ready_at is not None else {}
     metrics |= {"prompts/drawn": float(collected.prompts_drawn), "prompts/rounds": float(collected.rounds)}
     metrics |= failures(run)
     tokens = float(runtime.all_sum(torch.tensor(collected.tokens)))
@@ -167,6 +168,34 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
     return metrics, batch, collected
 
 
+def take(run: Online) -> Collected:
+    """What a step learns from: sampled completions, or given ones."""
+    recipe, material = run.recipe, run.material
+    if material.examples is not None:
+        return draw_examples(recipe, run.runtime, material.examples, run.sampler, run.step)
+    assert material.rows is not None
+    return collect(recipe, run.runtime, run.source, material.rows, run.sampler, run.step)
+
+
+def with_credit(recipe: Recipe, batch: Batch) -> Batch:
+    """The batch with its advantages, if the recipe has any."""
+    return batch if recipe.advantage is None else batch.set(advantage=credit(recipe, batch))
+
+
+def good_enough(recipe: Recipe, judged: dict[str, float]) -> bool:
+    """Whether the value model explains as much of the returns as the policy waits for."""
+    threshold = recipe.value.ready_at if recipe.value is not None else None
+    return threshold is None or judged["value/explained_variance"] >= threshold
+
+
+def hand_over(run: Online) -> None:
+    """Gives the engine the policy's weights, unless it has them already."""
+    engine = run.source.engine
+    if engine is not None and (run.recipe.loss or run.weights_version < 0):
+        engine.load(run.learner.policy.weights(), version=run.step)
+        run.weights_version = run.step
+
+
 def failures(run: Online) -> dict[str, float]:
     """Verifier calls of this step that failed under ``on_error: skip``, on all ranks."""
     counted, of = run.source.verifiers.failures, run.source.verifiers.names
@@ -176,8 +205,9 @@ def failures(run: Online) -> dict[str, float]:
 
 def measure(run: Online) -> dict[str, float]:
     """Scores of the policy as it is on the evaluation rows."""
-    assert run.recipe.evaluate is not None and run.evaluation_rows is not None
-    return evaluate(run.recipe.evaluate, run.runtime, run.source, run.evaluation_rows, seed=run.recipe.seed)
+    rows = run.material.evaluation_rows
+    assert run.recipe.evaluate is not None and rows is not None
+    return evaluate(run.recipe.evaluate, run.runtime, run.source, rows, seed=run.recipe.seed)
 
 
 def stop_if_broken(run: Online, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:
@@ -219,13 +249,20 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def introduction(run: Online) -> str:
     """What is about to run, in a few lines."""
-    recipe = run.recipe
-    size = f"{recipe.prompts_per_step} x {recipe.completions} completions a step"
+    recipe, material = run.recipe, run.material
     processes = "1 process" if run.runtime.world == 1 else f"{run.runtime.world} processes"
+    models = describe(run.learner.policy)
+    if run.learner.value is not None:
+        models += f", values from {describe(run.learner.value)}"
+    if material.examples is None:
+        size = f"{len(material):,} prompts, {recipe.prompts_per_step} x {recipe.completions} completions a step"
+    else:
+        size = f"{len(material):,} examples, {recipe.prompts_per_step} a step"
+    engine = "no engine" if run.source.engine is None else f"engine {type(run.source.engine).__name__}"
     return (
-        f"{recipe.name}: {describe(run.learner.policy)}, {processes} on {run.runtime.device.type}\n"
-        f"  {len(run.rows):,} prompts, {size}, {recipe.steps} steps\n"
-        f"  engine {type(run.source.engine).__name__}, run folder {run.folder.path}"
+        f"{recipe.name}: {models}, {processes} on {run.runtime.device.type}\n"
+        f"  {size}, {recipe.steps} steps\n"
+        f"  {engine}, run folder {run.folder.path}"
     )
 
 
@@ -236,15 +273,21 @@ def standing(run: Online) -> str:
 
 
 def finish(run: Online) -> None:
-    """The trained model in the Hugging Face format, with its card."""
+    """The trained models in the Hugging Face format, with their cards."""
+    recipe, learner = run.recipe, run.learner
     if run.runtime.is_main:
-        save_model(run.learner.policy, run.tokenizer, run.folder.model, DTYPES[run.recipe.policy.dtype])
-        write_model_card(
-            run.folder.model,
-            run.recipe,
-            before=run.evaluations.get("before"),
-            after=run.evaluations.get("after"),
-            steps=run.step,
-            engine=type(run.source.engine).__name__,
-        )
+        engine = "none" if run.source.engine is None else type(run.source.engine).__name__
+        if recipe.loss:
+            save_model(learner.policy, run.tokenizer, run.folder.model, DTYPES[recipe.policy.dtype])
+        if recipe.value_loss and learner.value is not None:
+            save_value(learner.value, run.tokenizer, run.folder.value, step=run.step)
+        for folder in [run.folder.model] * bool(recipe.loss) + [run.folder.value] * bool(recipe.value_loss):
+            write_model_card(
+                folder,
+                recipe,
+                before=run.evaluations.get("before"),
+                after=run.evaluations.get("after"),
+                steps=run.step,
+                engine=engine,
+            )
     run.runtime.barrier()

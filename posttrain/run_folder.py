@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def value(self) -> Path:
+        """The trained value model."""
+        return self.path / "value"
+
+    @property
     def dump(self) -> Path:
         return self.path / "dump"
 

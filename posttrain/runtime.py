@@ -7,6 +7,7 @@ ranks. Data-parallel wrappers average gradients over ranks, so each share is mul
 from __future__ import annotations
 
 import gc
+import math
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from posttrain.batch import Batch, blank_row
 from posttrain.errors import UserError
-from posttrain.models import Policy
 from posttrain.options import Optimizer
 
 STATE_FILE = "trainer.pt"
@@ -32,8 +32,16 @@ DEEPSPEED_TAG = "deepspeed"
 class Update:
     """One optimiser step."""
 
-    grad_norm: float  # before clipping
+    grad_norms: tuple[float, ...]  # of each group of parameters, before clipping
     skipped: bool  # the loss or a gradient was not finite: nothing was changed
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are trained alike, such as those of the policy."""
+
+    parameters: Sequence[torch.nn.Parameter]
+    options: Optimizer
 
 
 class Runtime:
@@ -66,7 +74,7 @@ class Runtime:
         self.uses_deepspeed = deepspeed
         self.model: Any = None
         self.optimizer: Any = None
-        self._trained: list[torch.nn.Parameter] = []
+        self._groups: list[Group] = []
 
     # ------------------------------------------------------------------------------------------------ several processes
 
@@ -133,20 +141,28 @@ class Runtime:
 
     # --------------------------------------------------------------------------------------------------------- training
 
-    def prepare(self, policy: Policy, options: Optimizer) -> None:
-        """Moves the policy to the device, wraps it, and makes an AdamW optimiser for what requires a gradient."""
-        self._trained = [p for p in policy.parameters() if p.requires_grad]
-        self._max_grad_norm = options.max_grad_norm
+    def prepare(self, model: torch.nn.Module, groups: Sequence[Group]) -> None:
+        """Moves a model to the device, wraps it, and makes an AdamW optimiser with a rate of its own for each group.
+
+        Each group's gradient is clipped by itself; DeepSpeed, which knows one norm, clips all of them together by the
+        first group's ``max_grad_norm``.
+        """
+        self._groups = list(groups)
         optimizer = torch.optim.AdamW(
-            self._trained,
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
+            [
+                {
+                    "params": list(group.parameters),
+                    "lr": group.options.learning_rate,
+                    "betas": group.options.betas,
+                    "eps": group.options.eps,
+                    "weight_decay": group.options.weight_decay,
+                }
+                for group in groups
+            ]
         )
         if self.uses_deepspeed:
-            self._configure_deepspeed(options)
-        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+            self._configure_deepspeed(groups[0].options)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _configure_deepspeed(self, options: Optimizer) -> None:
         plugin: Any = self.accelerator.state.deepspeed_plugin
@@ -167,15 +183,15 @@ class Runtime:
         return self.accelerator.autocast()
 
     def update(
-        self, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor], learning_rate: float
+        self, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor], learning_rates: Sequence[float]
     ) -> Update:
         """One optimiser step on the sum of the losses of all micro-batches of all ranks.
 
         Every rank must bring the same number of micro-batches. A loss or gradient that is not finite on any rank leaves
         weights and optimiser as they were on all of them.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
         self.model.train()
         losses = []
         for number, batch in enumerate(micro_batches, start=1):
@@ -195,18 +211,22 @@ class Runtime:
             self.accelerator.backward(loss)
 
     def _step(self, finite: bool) -> Update:
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
-        skipped = not finite or not torch.isfinite(torch.tensor(norm))
+        norms = tuple(
+            float(torch.nn.utils.clip_grad_norm_(group.parameters, group.options.max_grad_norm))
+            for group in self._groups
+        )
+        skipped = not finite or not all(map(math.isfinite, norms))
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, skipped)
+        return Update(norms, skipped)
 
     def _deepspeed_step(self) -> Update:
         # ZeRO looks for gradients that are not finite itself, and then drops them and leaves weights and moments alone
         self.model.step()
         norm = self.model.get_global_grad_norm()
-        return Update(float(norm) if norm is not None else float("nan"), bool(self.model.optimizer.overflow))
+        whole = float(norm) if norm is not None else float("nan")
+        return Update((whole,) * len(self._groups), bool(self.model.optimizer.overflow))
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -260,7 +280,7 @@ class Runtime:
         if failed and self.world > 1:
             return
         self.model = self.optimizer = None
-        self._trained = []
+        self._groups = []
         self.accelerator.free_memory()
         gc.collect()
         if self.world > 1:
@@ -335,29 +355,43 @@ def learning_rate(options: Optimizer, step: int, steps: int) -> float:
     return options.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
 
 
-def length_groups(length: Int[Tensor, " N"], tokens: int) -> list[list[int]]:
-    """Rows sorted by length, in groups of at most ``tokens`` padded tokens; a longer row stands alone.
+def length_groups(
+    length: Int[Tensor, " N"], tokens: int, together: Int[Tensor, " N"] | None = None
+) -> list[list[int]]:
+    """Rows sorted by length, in groups of at most ``tokens`` padded tokens; what is longer stands alone.
 
     Sorting keeps padding low where lengths differ.
+
+    Args:
+        together: rows of the same number here are not separated.
     """
     lengths = length.tolist()
+    units: dict[int, list[int]] = {}
+    for row, unit in enumerate(range(len(lengths)) if together is None else together.tolist()):
+        units.setdefault(unit, []).append(row)
+    longest = {unit: max(lengths[row] for row in rows) for unit, rows in units.items()}
     groups: list[list[int]] = []
-    for row in length.argsort(stable=True).tolist():  # ascending: the row that joins is the longest
-        if groups and lengths[row] * (len(groups[-1]) + 1) <= tokens:
-            groups[-1].append(row)
+    for unit in sorted(units, key=longest.__getitem__):  # ascending: what joins is the longest
+        if groups and longest[unit] * (len(groups[-1]) + len(units[unit])) <= tokens:
+            groups[-1] += units[unit]
         else:
-            groups.append([row])
+            groups.append(list(units[unit]))
     return groups
 
 
-def micro_batches(batch: Batch, tokens: int, all_max: Callable[[int], int]) -> list[Batch]:
+def micro_batches(
+    batch: Batch, tokens: int, all_max: Callable[[int], int], *, whole_groups: bool = False
+) -> list[Batch]:
     """A batch in micro-batches of at most ``tokens`` padded tokens; as many of them on every rank.
 
     A rank with fewer splits some, and at the end adds blank rows: collective operations need every rank.
+
+    Args:
+        whole_groups: the completions of a prompt stay in one micro-batch, whatever that takes.
     """
-    groups = length_groups(batch.length, tokens)
+    groups = length_groups(batch.length, tokens, batch.group if whole_groups else None)
     wanted = all_max(len(groups))
-    while len(groups) < wanted and max(map(len, groups)) > 1:
+    while not whole_groups and len(groups) < wanted and max(map(len, groups)) > 1:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         rows = groups[largest]
         groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]

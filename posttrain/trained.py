@@ -1,0 +1,65 @@
+"""The models that a run trains, as one module: Accelerate and DeepSpeed wrap one, and every pass goes through it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from posttrain.batch import Batch, Outputs
+from posttrain.models import Policy
+from posttrain.values import ValueModel
+
+
+class Passes(NamedTuple):
+    """What a pass of each trained model gives; None for a model that is not trained, or was not asked for."""
+
+    logp: Float[Tensor, "N L"] | None
+    entropy: Float[Tensor, "N L"] | None
+    value: Float[Tensor, "M N L"] | None  # of each member
+    value_logits: Float[Tensor, "M N L K"] | None
+
+
+class Trained(nn.Module):
+    """The policy, the value model, or both: those that have a loss."""
+
+    def __init__(self, policy: Policy | None, value: ValueModel | None) -> None:
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "N L"],
+        mask: Bool[Tensor, "N L"],
+        states: Bool[Tensor, "N L"],
+        *,
+        temperature: float,
+        entropy: bool,
+    ) -> Passes:
+        """One pass of each model."""
+        logp = entropies = value = logits = None
+        if self.policy is not None:
+            logp, entropies = self.policy(tokens, mask, temperature=temperature, entropy=entropy)
+        if self.value is not None:
+            value, logits = self.value(tokens, states, members=True)
+        return Passes(logp, entropies, value, logits)
+
+
+def forward(
+    trained: nn.Module, batch: Batch, *, temperature: float, entropy: bool = False, support: Tensor | None = None
+) -> list[Outputs]:
+    """One pass of a (wrapped) :class:`Trained` over a batch: outputs for each member of the value model, or one.
+
+    The log-probs of a policy that is not trained are those of before the update, or 0 where nothing asked for them.
+    """
+    passes = Passes(*trained(batch.tokens, batch.mask, batch.states, temperature=temperature, entropy=entropy))
+    before = batch.logp_old if batch.logp_old is not None else torch.zeros_like(batch.logp_sampler)
+    outputs = Outputs(logp=before if passes.logp is None else passes.logp, entropy=passes.entropy, support=support)
+    if passes.value is None:
+        return [outputs]
+    logits = [None] * len(passes.value) if passes.value_logits is None else list(passes.value_logits)
+    members = zip(passes.value, logits, strict=True)
+    return [dataclasses.replace(outputs, value=value, value_logits=its) for value, its in members]

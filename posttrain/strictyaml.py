@@ -244,7 +244,13 @@ def override(document: Document, arguments: Iterable[str]) -> Document:
             reader of the document to say; its place is then the command line.
     """
     problems: list[str] = []
+    given: dict[str, str] = {}
     for argument in arguments:
+        key = argument.partition("=")[0]
+        if key in given:
+            problems.append(f"{COMMAND_LINE}: {argument}: given twice (first as {given[key]})")
+            continue
+        given[key] = argument
         try:
             document = _override(document, argument)
         except RecipeError as error:

@@ -325,6 +325,21 @@ BROKEN = {
     "misspelt part": (edit("use: clip", "use: clipp"), [], ["r.yaml:8:6: loss.0.use", "did you mean 'clip'?"]),
     "misspelt option": (edit("high:", "hihg:"), [], ["r.yaml:8:27: loss.0.hihg: unknown option", "'high'?"]),
     "option of a wrong type": (edit("low: 0.2", "low: wide"), [], ["r.yaml:8:17: loss.0.low", '(got "wide")']),
+    "option outside its range": (
+        edit("low: 0.2", "low: -1"),
+        [],
+        ["r.yaml:8:17: loss.0.low", "greater than or equal to 0 (got -1)"],
+    ),
+    "option outside its range, on the command line": (
+        GOOD,
+        ["--loss.0.low=-1"],
+        ["command line: --loss.0.low=-1", "greater than or equal to 0 (got -1)"],
+    ),
+    "override given twice": (
+        GOOD,
+        ["--steps=4", "--seed=1", "--steps=5"],
+        ["command line: --steps=5: given twice (first as --steps=4)"],
+    ),
     "option outside its choices": (
         edit("scale: group", "scale: grup"),
         [],

@@ -28,6 +28,7 @@ from posttrain.parts.credit import (
     token_rewards,
 )
 from posttrain.parts.credit import valid_rows as _valid
+from posttrain.parts.ranges import Count, Fraction, NonNegative, Positive
 from posttrain.parts.ratio import needed
 
 Center = Literal["none", "group", "leave_one_out", "greedy", "length", "batch"]
@@ -35,7 +36,7 @@ Scale = Literal["none", "group", "batch"]
 
 
 def outcome(
-    batch: Batch, *, center: Center = "group", scale: Scale = "none", ddof: int = 1, eps: float = 1e-4
+    batch: Batch, *, center: Center = "group", scale: Scale = "none", ddof: Count = 1, eps: NonNegative = 1e-4
 ) -> Float[Tensor, "N L"]:
     """The completion's reward against a baseline, the same at each of its tokens.
 
@@ -72,7 +73,7 @@ def outcome(
     return broadcast(centred.where(valid, 0.0).float(), batch.mask)
 
 
-def returns(batch: Batch, *, gamma: float = 1.0, center: Center = "none") -> Float[Tensor, "N L"]:
+def returns(batch: Batch, *, gamma: Fraction = 1.0, center: Center = "none") -> Float[Tensor, "N L"]:
     """Sum of the rewards from each token on, discounted per token that the policy chose.
 
     A_t = r_t + γ A_t', with t' the next chosen token
@@ -95,9 +96,9 @@ def returns(batch: Batch, *, gamma: float = 1.0, center: Center = "none") -> Flo
 def gae(
     batch: Batch,
     *,
-    gamma: float = 1.0,
-    lambda_: float = 0.95,
-    alpha: float | None = None,
+    gamma: Fraction = 1.0,
+    lambda_: Fraction = 0.95,
+    alpha: Positive | None = None,
     truncated: Truncated = "bootstrap",
 ) -> Float[Tensor, "N L"]:
     """Generalised advantage estimate: decayed sum of the critic's one-step errors from each token on.
@@ -149,7 +150,7 @@ def static_q(batch: Batch) -> Float[Tensor, "N L"]:
     return _trained(_value(batch), batch)
 
 
-def min_form(batch: Batch, *, temperature: float = 0.1, baseline: bool = True) -> Float[Tensor, "N L"]:
+def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True) -> Float[Tensor, "N L"]:
     """Return that lets a completion be as good as its worst step: the worst outweighs the others.
 
     G_t = Σ_k>=t r*_k + R,  r*_k = softmax_k(-r_k / T) r_k over the completion's steps
@@ -174,7 +175,7 @@ def min_form(batch: Batch, *, temperature: float = 0.1, baseline: bool = True) -
 
 
 def whiten(
-    advantage: Float[Tensor, "N L"], batch: Batch, *, shift: bool = True, ddof: int = 0, eps: float = 1e-8
+    advantage: Float[Tensor, "N L"], batch: Batch, *, shift: bool = True, ddof: Count = 0, eps: NonNegative = 1e-8
 ) -> Float[Tensor, "N L"]:
     """Scaled to unit variance, and shifted to mean 0, over the chosen tokens of all scored completions on all ranks.
 

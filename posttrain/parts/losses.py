@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, broadcast, seq_mean
+from posttrain.parts.ranges import AboveOne, AtLeastOne, Fraction, NonNegative
 from posttrain.parts.ratio import log_ratio, needed
 
 Estimator = Literal["k1", "k2", "k3", "k3_k2"]
@@ -35,11 +36,11 @@ def clip(
     outputs: Outputs,
     batch: Batch,
     *,
-    low: float = 0.2,
-    high: float = 0.2,
+    low: Fraction = 0.2,
+    high: NonNegative = 0.2,
     level: Literal["token", "sequence"] = "token",
-    dual: float | None = None,
-    cap: float | None = None,
+    dual: AboveOne | None = None,
+    cap: AboveOne | None = None,
 ) -> Float[Tensor, "N L"]:
     """Clipped surrogate: the ratio earns nothing beyond [1 - low, 1 + high].
 
@@ -74,7 +75,7 @@ def clip(
     return -gain
 
 
-def cispo(outputs: Outputs, batch: Batch, *, floor: float = 0.0, cap: float = 5.0) -> Float[Tensor, "N L"]:
+def cispo(outputs: Outputs, batch: Batch, *, floor: Fraction = 0.0, cap: AtLeastOne = 5.0) -> Float[Tensor, "N L"]:
     """Policy gradient under a clipped importance weight: every token keeps a gradient, however far its ratio went.
 
     loss_t = -sg[clip(ρ_t, floor, cap)] A_t log π(y_t)
@@ -89,7 +90,9 @@ def cispo(outputs: Outputs, batch: Batch, *, floor: float = 0.0, cap: float = 5.
     return (-weight * _advantage(batch) * outputs.logp).where(batch.mask, 0.0)
 
 
-def geometric(outputs: Outputs, batch: Batch, *, low: float = 0.4, high: float = 0.4) -> Float[Tensor, "N L"]:
+def geometric(
+    outputs: Outputs, batch: Batch, *, low: NonNegative = 0.4, high: NonNegative = 0.4
+) -> Float[Tensor, "N L"]:
     """Geometric mean of a completion's clipped ratios; outliers among its tokens weigh little.
 
     loss_i = -s_i A_i

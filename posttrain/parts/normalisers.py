@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch
+from posttrain.parts.ranges import PositiveCount
 
 
 def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
@@ -50,7 +51,7 @@ def seq_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
     return _float(mask) / _sequences(batch, mask)
 
 
-def seq_sum_over(batch: Batch, *, length: int) -> Float[Tensor, "N L"]:
+def seq_sum_over(batch: Batch, *, length: PositiveCount) -> Float[Tensor, "N L"]:
     """Mean over completions of the sum over their tokens, divided by a constant number of tokens.
 
     w_it = m_it / (N · length)

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
+from posttrain.parts.ranges import PositiveCount
 from posttrain.parts.ratio import needed
 
 
-def overlong(batch: Batch, *, limit: int, buffer: int) -> Float[Tensor, " N"]:
+def overlong(batch: Batch, *, limit: PositiveCount, buffer: PositiveCount) -> Float[Tensor, " N"]:
     """Soft penalty on completions that come close to the length limit.
 
     r = 0 if l <= limit - buffer, (limit - buffer - l) / buffer if l <= limit, -1 else; l tokens were chosen

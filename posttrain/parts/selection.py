@@ -7,8 +7,11 @@ baselines stay with their group; the loop drops them before the update.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
@@ -31,7 +34,7 @@ def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
     return highest > lowest
 
 
-def max_variance(batch: Batch, *, keep: int) -> Bool[Tensor, " N"]:
+def max_variance(batch: Batch, *, keep: Annotated[int, Field(ge=2)]) -> Bool[Tensor, " N"]:
     """In each group, the ``keep`` completions whose rewards have the largest variance.
 
     kept = the k smallest and the keep - k largest rewards, for the best k

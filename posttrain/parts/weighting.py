@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, broadcast, seq_mean
+from posttrain.parts.ranges import AtLeastOne, Fraction, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 
-def truncated_importance(outputs: Outputs, batch: Batch, *, cap: float = 2.0) -> Float[Tensor, "N L"]:
+def truncated_importance(outputs: Outputs, batch: Batch, *, cap: Positive = 2.0) -> Float[Tensor, "N L"]:
     """Importance weight, bounded from above.
 
     weight_t = min(w_t, cap)
@@ -27,7 +28,9 @@ def truncated_importance(outputs: Outputs, batch: Batch, *, cap: float = 2.0) ->
     return _log_weight(batch).exp().clamp(max=cap) * batch.mask
 
 
-def masked_importance(outputs: Outputs, batch: Batch, *, low: float = 0.5, high: float = 5.0) -> Float[Tensor, "N L"]:
+def masked_importance(
+    outputs: Outputs, batch: Batch, *, low: Fraction = 0.5, high: AtLeastOne = 5.0
+) -> Float[Tensor, "N L"]:
     """Importance weight where it is moderate; tokens on which trainer and engine disagree are dropped.
 
     weight_t = w_t if low <= w_t <= high, 0 else
@@ -39,7 +42,9 @@ def masked_importance(outputs: Outputs, batch: Batch, *, low: float = 0.5, high:
     return weight * ((weight >= low) & (weight <= high)) * batch.mask
 
 
-def masked_sequence(outputs: Outputs, batch: Batch, *, low: float = 0.999, high: float = 1.002) -> Float[Tensor, "N L"]:
+def masked_sequence(
+    outputs: Outputs, batch: Batch, *, low: Fraction = 0.999, high: AtLeastOne = 1.002
+) -> Float[Tensor, "N L"]:
     """1 for completions on which trainer and engine agree on the whole, 0 for the others.
 
     weight_t = 1 if low <= exp(mean_t log w_t) <= high, 0 else

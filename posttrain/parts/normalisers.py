@@ -5,7 +5,7 @@ A normaliser maps a batch to weights ``[N, L]``, float32 and zero off the mask; 
 depend on how the batch is split. Unscored completions count: their advantage is 0, but other terms (KL, entropy) are
 about them too. Completions that hold no chosen token, and greedy baselines, do not.
 
-Notation: N completions; o_i the chosen tokens of completion i, |o_i| of them; m the mask.
+Notation: N completions; G groups; o_i the chosen tokens of completion i, |o_i| of them; m the mask.
 """
 
 from __future__ import annotations
@@ -67,6 +67,20 @@ def seq_sum_over(batch: Batch, *, length: PositiveCount) -> Float[Tensor, "N L"]
     if length <= 0:
         raise ValueError(f"seq_sum_over: length is a number of tokens and must be positive, not {length}")
     return seq_mean_of_token_sum(batch) / length
+
+
+def group_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
+    """Mean over groups of the sum over the tokens of all their completions: over pairs, in preference data.
+
+    w_it = m_it / G, with G the groups that hold a chosen token
+
+    Rafailov et al. 2023 (DPO), eq. 7, arXiv:2305.18290.
+
+    Groups must not straddle ranks.
+    """
+    mask = _counted(batch)
+    groups = batch.group[mask.any(-1)].unique()
+    return _float(mask) / batch.total(torch.ones_like(groups)).clamp(min=1)
 
 
 def token_sum(batch: Batch) -> Float[Tensor, "N L"]:

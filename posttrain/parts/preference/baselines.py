@@ -1,0 +1,95 @@
+"""Baselines ``(batch) -> [N]``: what a score is measured against, from the whole batch before it is updated on.
+
+They read ``logp_old``, the policy's log-probs before the update, and sums over all ranks, so they do not depend on how
+the batch is split. ``batch.greedy`` marks completions that serve as a baseline alone and are dropped before the update.
+
+Notation: s_i = Σ_t (log π_old(y_it) - log π_ref(y_it)), the log-ratio of completion i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from posttrain.batch import Batch, seq_sum
+from posttrain.parts.preference.groups import find_pairs, labelled
+from posttrain.parts.ratio import needed
+
+
+def mismatched(batch: Batch) -> Float[Tensor, " N"]:
+    """Estimate of KL(π ‖ π_ref) from completions put behind prompts that they do not answer.
+
+    b = max(0, mean_j s_j), over the baseline completions j of all ranks
+
+    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. Batches must hold a baseline completion (``greedy``)
+    for each prompt: the completion of another one.
+
+    Raises:
+        ValueError: for a batch without any.
+    """
+    count = batch.total(batch.greedy)
+    if count == 0:
+        raise ValueError("mismatched: the batch holds no completion of another prompt to estimate the divergence from")
+    total = batch.total(_log_ratio(batch).where(batch.greedy, 0.0))
+    return (total / count).clamp(min=0).expand(len(batch))
+
+
+@dataclass
+class running_mean:  # noqa: N801 - named like the functions beside it, which it stands among in recipes
+    """Mean log-ratio of all labelled completions so far: the threshold of a classifier of log-ratios.
+
+    b = Σ s_i / n, over all batches up to this one
+
+    Jung et al. 2024 (BCO, reward shift), arXiv:2404.04656. TRL keeps the mean in the same way.
+    """
+
+    state: dict[str, Any] = field(default_factory=lambda: {"sum": 0.0, "count": 0})
+
+    def __call__(self, batch: Batch) -> Float[Tensor, " N"]:
+        valid = labelled(batch)
+        self.state["sum"] += float(batch.total(_log_ratio(batch).where(valid, 0.0)))
+        self.state["count"] += int(batch.total(valid))
+        return batch.reward.new_full((len(batch),), self.state["sum"] / max(1, self.state["count"]))
+
+
+def sorted_reference(batch: Batch) -> Float[Tensor, " N"]:
+    """Compares the k-th smallest margin of the policy with the k-th smallest of the reference, not pair by pair.
+
+    b_i = m'_(k) - m'_i at the chosen completion of pair i, whose margin m_i = log π(y_w) - log π(y_l) is the k-th
+    smallest; m' is that of the reference. 0 elsewhere. For the margin ``baseline``.
+
+    Melnyk et al. 2024 (AOT, paired), arXiv:2406.05882. Sorts the pairs of one process.
+    """
+    chosen, rejected = find_pairs(batch)
+    policy, reference = (seq_sum(needed(batch, name), batch.mask) for name in ("logp_old", "logp_ref"))
+    margin, wanted = policy[chosen] - policy[rejected], reference[chosen] - reference[rejected]
+    shift = torch.empty_like(wanted)
+    shift[margin.argsort()] = wanted.sort().values
+    return torch.zeros_like(policy).index_add(0, chosen, shift - wanted)
+
+
+def sorted_pairs(batch: Batch) -> Int[Tensor, " N"]:
+    """New groups: the k-th smallest log-ratio of a chosen completion with the k-th smallest of a rejected one.
+
+    Melnyk et al. 2024 (AOT, unpaired), arXiv:2406.05882: stochastic dominance of the chosen ones as a whole. Sorts the
+    completions of one process. Chosen ones have a label above 0.
+
+    Raises:
+        ValueError: where there are more of one kind than of the other.
+    """
+    ratio, valid, good = _log_ratio(batch), labelled(batch), batch.reward > 0
+    chosen, rejected = ((valid & kind).nonzero().squeeze(-1) for kind in (good, ~good))
+    if len(chosen) != len(rejected):
+        raise ValueError(f"sorted_pairs: {len(chosen)} chosen completions cannot be paired with {len(rejected)}")
+    group = torch.arange(len(batch), device=ratio.device) + len(chosen)  # those without a label: each by itself
+    for rows in (chosen, rejected):
+        group[rows[ratio[rows].argsort()]] = torch.arange(len(rows), device=ratio.device)
+    return group
+
+
+def _log_ratio(batch: Batch) -> Float[Tensor, " N"]:
+    return seq_sum(needed(batch, "logp_old") - needed(batch, "logp_ref"), batch.mask)

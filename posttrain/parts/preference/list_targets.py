@@ -1,0 +1,41 @@
+"""Targets of lists ``(label, valid) -> [G, K]``: log-probabilities over each list; -inf where there is none."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def softmax(
+    label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, temperature: float = 1.0
+) -> Float[Tensor, "G K"]:
+    """Probabilities that grow with the labels.
+
+    q_k = exp(r_k / temperature) / Σ_j exp(r_j / temperature)
+
+    Chen et al. 2024 (InfoNCA, NCA), arXiv:2402.05369.
+    """
+    return (label / temperature).masked_fill(~valid, -math.inf).log_softmax(-1)
+
+
+def best(label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, eps: float = 0.0) -> Float[Tensor, "G K"]:
+    """Everything on the best completions, but for a share that the others divide.
+
+    q_k = 1 - eps for the best, eps / (K - 1) for the others
+
+    Ji et al. 2024 (EXO), arXiv:2402.00856, with ``eps`` 0.001.
+
+    Raises:
+        ValueError: unless ``eps`` lies in [0, 1).
+    """
+    if not 0 <= eps < 1:
+        raise ValueError(f"best: eps is a share and must lie in [0, 1), not {eps}")
+    top = valid & (label == label.masked_fill(~valid, -math.inf).amax(-1, keepdim=True))
+    others = valid & ~top
+    tied = ~others.any(-1, keepdim=True)
+    high = torch.where(tied, 1.0, 1 - eps) / top.sum(-1, keepdim=True)
+    low = eps / others.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(top, high, low.where(others, 0.0)).log()

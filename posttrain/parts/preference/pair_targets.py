@@ -1,0 +1,83 @@
+"""Targets of pairs ``(pairs) -> [P]``: mostly the probability that the chosen completion is the better one."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.parts.preference.groups import Pairs, column
+
+
+def hard(pairs: Pairs) -> Float[Tensor, " P"]:
+    """The label as it is.
+
+    p = 1, and ½ for a tie
+    """
+    better, worse = pairs.both(pairs.batch.reward)
+    return 0.5 + 0.5 * (better - worse).sign()
+
+
+def smoothed(pairs: Pairs, *, eps: float = 0.1) -> Float[Tensor, " P"]:
+    """The label, if a share of the labels is wrong and the policy should say so.
+
+    p = 1 - eps
+
+    Mitchell 2023 (cDPO), "A note on DPO with noisy preferences", ericmitchell.ai/cdpo.pdf.
+
+    Raises:
+        ValueError: unless ``eps`` lies in [0, ½].
+    """
+    if not 0 <= eps <= 0.5:
+        raise ValueError(f"smoothed: eps is the share of wrong labels and must lie in [0, 0.5], not {eps}")
+    return (1 - 2 * eps) * (hard(pairs) - 0.5) + 0.5
+
+
+def debiased(pairs: Pairs, *, eps: float = 0.1) -> Float[Tensor, " P"]:
+    """What makes the expected loss that of clean labels where a share of the labels is flipped.
+
+    p = (1 - eps) / (1 - 2 eps), and 1 - p = -eps / (1 - 2 eps) is negative
+
+    Chowdhury et al. 2024 (robust DPO), arXiv:2403.00409.
+
+    Raises:
+        ValueError: unless ``eps`` lies in [0, ½).
+    """
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"debiased: eps is the share of flipped labels and must lie in [0, 0.5), not {eps}")
+    return (hard(pairs) - 0.5) / (1 - 2 * eps) + 0.5
+
+
+def soft(pairs: Pairs, *, name: str = "probability") -> Float[Tensor, " P"]:
+    """A column of the chosen completion's row: the probability that it is better than the other, from several judges,
+    a preference model or both orders of one judge.
+
+    Raises:
+        ValueError: for a number outside [0, 1].
+    """
+    p = column(pairs.batch, pairs.chosen.tolist(), name)
+    outside = p[(p < 0) | (p > 1)].tolist()
+    if outside:
+        raise ValueError(f"soft: column {name!r} should hold probabilities, and holds {outside[0]}")
+    return p
+
+
+def bradley_terry(pairs: Pairs, *, temperature: float = 1.0) -> Float[Tensor, " P"]:
+    """The probability that a reward model gives to the chosen completion.
+
+    p = σ((r_w - r_l) / temperature)
+
+    Bradley and Terry 1952, doi:10.2307/2334029.
+    """
+    better, worse = pairs.both(pairs.batch.reward)
+    return ((better - worse) / temperature).sigmoid()
+
+
+def reward_gap(pairs: Pairs, *, eta: float = 1.0) -> Float[Tensor, " P"]:
+    """The difference of the rewards, to be regressed to; no probability.
+
+    target = η (r_w - r_l)
+
+    Gao et al. 2024 (REBEL), arXiv:2404.16767.
+    """
+    better, worse = pairs.both(pairs.batch.reward)
+    return eta * (better - worse)

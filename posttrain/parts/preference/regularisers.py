@@ -1,0 +1,87 @@
+"""Regularisers ``(outputs, batch) -> [N, L]``: loss terms that stand beside a preference term.
+
+Each is a mean over some completions of a group, so that with the normaliser ``group_mean_of_token_sum`` it is a mean
+over groups: of sums over the tokens of a completion, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.batch import Batch, Outputs, seq_sum
+from posttrain.parts.preference.groups import Rows, at_first_token, column, labelled, present, rows_of, share
+from posttrain.parts.ratio import needed
+
+
+def nll(
+    outputs: Outputs, batch: Batch, *, rows: Rows = "best", level: Literal["sum", "mean"] = "sum"
+) -> Float[Tensor, "N L"]:
+    """Negative log-likelihood of some completions of each group: of the chosen one of a pair.
+
+    loss_group = -mean_i Σ_t log π(y_it), or -mean_i mean_t log π(y_it)
+
+    Sum: Liu et al. 2024 (RPO), arXiv:2405.16436; Cen et al. 2024 (VPO offline, calibrated on the chosen),
+    arXiv:2405.19320. Mean: Pang et al. 2024 (iterative reasoning preference optimisation), arXiv:2404.19733.
+
+    Args:
+        rows: ``best``, ``worst`` or all ``labelled`` completions of the group, or those that are ``unlabelled``.
+        level: over the tokens of a completion.
+    """
+    weight = share(batch, rows_of(batch, rows))
+    if level == "mean":
+        weight = weight / batch.tokens_chosen.clamp(min=1)
+    return (-outputs.logp * weight[:, None]).where(batch.mask, 0.0)
+
+
+def optimism(
+    outputs: Outputs,
+    batch: Batch,
+    *,
+    rows: Rows = "unlabelled",
+    name: str | None = None,
+    bound: float = 10.0,
+) -> Float[Tensor, "N L"]:
+    """Log-ratio of calibration samples: pushing it down moves the policy to what it has not tried yet.
+
+    loss_group = mean_i max(s_i, -bound)
+
+    Cen et al. 2024 (VPO online), arXiv:2405.19320; Xie et al. 2024 (XPO), algorithm 1, arXiv:2405.21046, with ``coef``
+    α: samples of the reference. With a negative ``coef`` it is VPO's pessimism offline.
+
+    The unbounded term has no minimum, so a completion that is ``bound`` nats below the reference has no gradient. The
+    reference's log-probs, which the papers leave out, change the value alone.
+
+    Args:
+        rows: which completions are calibration samples.
+        name: a column that is true at calibration samples, in place of ``rows``: for samples that are compared too.
+        bound: nats.
+
+    Raises:
+        ValueError: unless ``bound`` is positive.
+    """
+    if bound <= 0:
+        raise ValueError(f"optimism: bound is a distance in nats and must be positive, not {bound}")
+    chosen = rows_of(batch, rows)
+    if name is not None:
+        chosen = present(batch) & (column(batch, range(len(batch)), name) > 0)
+    s = seq_sum(outputs.logp - needed(batch, "logp_ref"), batch.mask)
+    return at_first_token(s.clamp(min=-bound) * share(batch, chosen), batch.mask)
+
+
+def reference_kl(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
+    """Divergence from the reference along the labelled completions, exact over the vocabulary.
+
+    loss_group = mean_i Σ_t KL(π_ref(· | y_<t) ‖ π(· | y_<t))
+
+    Abdolmaleki et al. 2024 (PMPO), arXiv:2410.04166, with ``coef`` β.
+
+    Raises:
+        ValueError: where the forward pass has not computed the divergences.
+    """
+    if outputs.kl_ref is None:
+        raise ValueError("the loss term reference_kl needs outputs.kl_ref, which the forward pass did not compute")
+    weight = share(batch, labelled(batch))
+    return (outputs.kl_ref * weight[:, None]).where(batch.mask, 0.0)

@@ -1,7 +1,7 @@
 """posttrain: post-training of language models on one engine.
 
 ``Batch``, ``Outputs``: what flows through a run. ``Recipe``, ``Part``, ``load_recipe``: what a run is made of.
-``train``: runs it.
+``train``: runs it. ``ValueModel``, ``load_value``: what a run with a critic leaves beside the policy.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from posttrain.loading import load_recipe
     from posttrain.online import train
     from posttrain.recipe import Part, Recipe
+    from posttrain.value_checkpoints import load_value
+    from posttrain.values import ValueModel
 
-__all__ = ["Batch", "Outputs", "Part", "Recipe", "load_recipe", "train"]
+__all__ = ["Batch", "Outputs", "Part", "Recipe", "ValueModel", "load_recipe", "load_value", "train"]
 
 _HOME = {
     "Batch": "posttrain.batch",
     "Outputs": "posttrain.batch",
     "Part": "posttrain.recipe",
     "Recipe": "posttrain.recipe",
+    "ValueModel": "posttrain.values",
     "load_recipe": "posttrain.loading",
+    "load_value": "posttrain.value_checkpoints",
     "train": "posttrain.online",
 }
 

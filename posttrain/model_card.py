@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from posttrain.options import Value
 from posttrain.recipe import Part, Recipe
 
 ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
@@ -27,6 +28,16 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
 
+VALUE_USAGE = """```python
+from posttrain import load_value
+
+value_model = load_value(".")  # this folder
+values, _ = value_model(tokens, states)  # of each prefix of tokens [N, L] that ends where states [N, L] is true
+```
+
+or in a recipe: `value: {model: <this folder>}`. The entry `posttrain` of `config.json` says what the values mean. Plain
+transformers reads it as a model for token classification, or a causal language model where the head is per token."""
+
 
 def write_model_card(
     folder: Path | str,
@@ -36,6 +47,7 @@ def write_model_card(
     after: Mapping[str, float] | None = None,
     steps: int | None = None,
     engine: str = "",
+    of_value: bool = False,
 ) -> Path:
     """Writes ``README.md`` beside a model's weights: what it is, how it was trained, on what, from which papers.
 
@@ -46,15 +58,17 @@ def write_model_card(
         after: the same metrics of this model.
         steps: optimiser steps done, where not all of the recipe's.
         engine: the engine that sampled, as ``vllm 0.32.0``.
+        of_value: the folder holds the run's value model, not its policy.
     """
-    cited = papers(recipe)
+    cited, facts = papers(recipe), _facts(recipe, steps, engine, of_value)
+    base = (recipe.value.model if of_value and recipe.value else None) or recipe.policy.model
     body = [
         f"# {recipe.name}",
-        f"{_model_link(recipe.policy.model)}, trained with posttrain, recipe `{recipe.name}`.",
-        *_section("Evaluation", evaluation_table(before or {}, after or {})),
-        *_section("Training", "\n".join(f"- {name}: {value}" for name, value in _facts(recipe, steps, engine))),
+        f"{'A value model on ' if of_value else ''}{_model_link(base)}, trained with posttrain, recipe `{recipe.name}`.",
+        *_section("Evaluation", "" if of_value else evaluation_table(before or {}, after or {})),
+        *_section("Training", "\n".join(f"- {name}: {fact}" for name, fact in facts if fact)),
         *_section("Papers", "\n".join(f"- {line}" for line in cited)),
-        *_section("Use", USAGE),
+        *_section("Use", VALUE_USAGE if of_value else USAGE),
         *_section("Recipe", f"```yaml\n{yaml.safe_dump(dict(recipe.resolved), sort_keys=False, width=120)}```"),
         *_section("Versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
     ]
@@ -62,12 +76,12 @@ def write_model_card(
     path.parent.mkdir(parents=True, exist_ok=True)
     library = "peft" if (path.parent / "adapter_config.json").exists() else "transformers"
     path.write_text(
-        f"---\n{front_matter(recipe, cited, library)}\n---\n\n" + "\n\n".join(body) + "\n", encoding="utf-8"
+        f"---\n{front_matter(recipe, cited, library, of_value)}\n---\n\n" + "\n\n".join(body) + "\n", encoding="utf-8"
     )
     return path
 
 
-def front_matter(recipe: Recipe, cited: list[str], library: str) -> str:
+def front_matter(recipe: Recipe, cited: list[str], library: str, of_value: bool = False) -> str:
     """The YAML block. Models and data sets that are files of this machine have no page on the hub to link to."""
     data = [recipe.data] + ([recipe.evaluate.data] if recipe.evaluate else [])
     names = [section.path for section in data if is_hub_name(section.path)]
@@ -76,7 +90,7 @@ def front_matter(recipe: Recipe, cited: list[str], library: str) -> str:
         base_model=recipe.policy.model if is_hub_name(recipe.policy.model) else None,
         datasets=list(dict.fromkeys(names)) or None,
         library_name=library,
-        pipeline_tag="text-generation",
+        pipeline_tag="token-classification" if of_value else "text-generation",
         tags=["posttrain", "reinforcement-learning", *(f"arxiv:{name}" for name in dict.fromkeys(found))],
         model_name=recipe.name,
     )
@@ -147,14 +161,20 @@ def _model_link(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if is_hub_name(name) else f"`{name}`"
 
 
-def _facts(recipe: Recipe, steps: int | None, engine: str) -> Iterator[tuple[str, Any]]:
+def _facts(recipe: Recipe, steps: int | None, engine: str, of_value: bool) -> Iterator[tuple[str, Any]]:
+    value = recipe.value or Value()
+    optimizer, lora = (value.optimizer, value.lora) if of_value else (recipe.optimizer, recipe.policy.lora)
     yield "data", f"`{recipe.data.path}`, split `{recipe.data.split}`"
     yield "verifiers", ", ".join(f"`{part.name}`" for part in recipe.verify)
-    yield "advantage", f"`{recipe.advantage.name}`"
-    yield "loss", ", ".join(f"{part.coef:g} x `{part.name}`" for part in recipe.loss)
+    yield "advantage", f"`{recipe.advantage.name}`" if recipe.advantage and not of_value else ""
+    yield "target", f"`{recipe.target.name}`" if recipe.target and of_value else ""
+    losses = recipe.value_loss if of_value else recipe.loss
+    yield "loss", ", ".join(f"{part.coef:g} x `{part.name}`" for part in losses)
     yield "steps", recipe.steps if steps is None else f"{steps} of {recipe.steps}"
-    yield "completions a step", f"{recipe.prompts_per_step} prompts x {recipe.completions}"
-    yield "learning rate", f"{recipe.optimizer.learning_rate:g}, {recipe.optimizer.schedule}"
-    yield "weights trained", f"LoRA of rank {recipe.policy.lora.rank}" if recipe.policy.lora else "all"
-    if engine:
-        yield "sampled with", engine
+    if recipe.examples is None:
+        yield "completions a step", f"{recipe.prompts_per_step} prompts x {recipe.completions}"
+    else:
+        yield "examples", f"`{recipe.examples.name}`, {recipe.prompts_per_step} a step"
+    yield "learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}"
+    yield "weights trained", f"LoRA of rank {lora.rank}" if lora else "all"
+    yield "sampled with", engine

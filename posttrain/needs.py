@@ -107,8 +107,8 @@ def find_needs(recipe: Recipe) -> Needs:
         entropy="entropy" in before,
         entropy_gradient="entropy" in in_policy_loss,
         value="value" in before or "value" in in_value_loss,
-        value_next="value_next" in before | during,
-        value_model=bool(recipe.value_loss) or bool({"value", "value_next"} & (before | during)),
+        value_next=_has_q_head(recipe) and "value_next" in before | during,
+        value_model=bool(recipe.value_loss) or "value" in before | during,
         groups="group" in during,
     )
     _refuse_unfilled(recipe, needs, before | during)

@@ -281,7 +281,9 @@ def finish(run: Online) -> None:
             save_model(learner.policy, run.tokenizer, run.folder.model, DTYPES[recipe.policy.dtype])
         if recipe.value_loss and learner.value is not None:
             save_value(learner.value, run.tokenizer, run.folder.value, step=run.step)
-        for folder in [run.folder.model] * bool(recipe.loss) + [run.folder.value] * bool(recipe.value_loss):
+        made = {run.folder.model: False} if recipe.loss else {}
+        made |= {run.folder.value: True} if recipe.value_loss else {}
+        for folder, of_value in made.items():
             write_model_card(
                 folder,
                 recipe,
@@ -289,5 +291,6 @@ def finish(run: Online) -> None:
                 after=run.evaluations.get("after"),
                 steps=run.step,
                 engine=engine,
+                of_value=of_value,
             )
     run.runtime.barrier()

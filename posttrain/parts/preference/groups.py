@@ -86,7 +86,7 @@ def find_lists(batch: Batch) -> Lists:
     order = group.argsort(stable=True)
     start = size.cumsum(0) - size
     column = torch.arange(len(rows), device=rows.device) - start[group[order]]
-    index = rows.new_full((len(size), int(size.max()) if len(size) else 0), -1)
+    index = rows.new_full((len(size), int(size.max()) if len(size) else 1), -1)
     index[group[order], column] = rows[order]
     index = index[size > 1]
     return Lists(index.clamp(min=0), index >= 0)

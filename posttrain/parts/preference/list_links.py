@@ -34,7 +34,7 @@ def noise_contrastive(
 
     Chen et al. 2024 (NCA), arXiv:2402.05369.
     """
-    noise = valid / valid.sum(-1, keepdim=True).clamp(min=1)
+    noise = valid.to(score.dtype) / valid.sum(-1, keepdim=True)
     return -(log_target.exp() * logsigmoid(score) + noise * logsigmoid(-score)).sum(-1)
 
 

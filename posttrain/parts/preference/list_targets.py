@@ -35,7 +35,7 @@ def best(label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, eps: float 
         raise ValueError(f"best: eps is a share and must lie in [0, 1), not {eps}")
     top = valid & (label == label.masked_fill(~valid, -math.inf).amax(-1, keepdim=True))
     others = valid & ~top
-    tied = ~others.any(-1, keepdim=True)
-    high = torch.where(tied, 1.0, 1 - eps) / top.sum(-1, keepdim=True)
-    low = eps / others.sum(-1, keepdim=True).clamp(min=1)
+    spared = eps * others.any(-1, keepdim=True).to(label.dtype)
+    high = (1 - spared) / top.sum(-1, keepdim=True)
+    low = spared / others.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(top, high, low.where(others, 0.0)).log()

@@ -23,7 +23,7 @@ def sigmoid(
     Without a baseline: D'Oosterlinck et al. 2024 (APO-zero), eq. 7, arXiv:2408.06266.
     """
     good = label > 0
-    weight = torch.where(good, desirable, undesirable).to(score.dtype)
+    weight = torch.full_like(score, desirable).where(good, undesirable)
     return weight * torch.where(good, -score, score).sigmoid()
 
 
@@ -47,7 +47,7 @@ def logistic(
     Jung et al. 2024 (BCO), arXiv:2404.04656, with the baseline ``running_mean``.
     """
     good = label > 0
-    weight = torch.where(good, desirable, undesirable).to(score.dtype)
+    weight = torch.full_like(score, desirable).where(good, undesirable)
     return -weight * logsigmoid(torch.where(good, score, -score))
 
 

@@ -79,6 +79,7 @@ class Batch:
 
     advantage: Float[Tensor, "N L"] | None = None  # by credit
     weight: Float[Tensor, "N L"] | None = None  # the normaliser: each token's share of the loss          by credit
+    term_weight: Float[Tensor, "N L T"] | None = None  # of each loss term with a normaliser of its own  by credit
     baseline: Float[Tensor, " N"] | None = None  # score that a preference loss measures against          by credit
     target: Float[Tensor, "N L"] | None = None  # what the critic learns at ``states``; NaN: nothing      by credit
     value_weight: Float[Tensor, "N L"] | None = None  # each state's share of the value loss              by credit
@@ -194,7 +195,7 @@ def blank_row(batch: Batch) -> Batch:
     changes: dict[str, Any] = {"mask": nothing, "step_id": torch.full_like(row.step_id, -1)}
     for name in ("score", "reward"):
         changes[name] = torch.full_like(row.reward, float("nan"))
-    for name in ("logp_sampler", "step_reward", *OPTIONAL_FIELDS):
+    for name in ("logp_sampler", "step_reward", "term_weight", *OPTIONAL_FIELDS):
         if getattr(row, name) is not None:
             changes[name] = torch.zeros_like(getattr(row, name))
     return row.set(**changes)

@@ -92,15 +92,20 @@ def taught_states(batch: Batch) -> Bool[Tensor, "N L"]:
 def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch or micro-batch, and the value of each term before its coefficient, by the term's name.
 
-    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.weight. As ``batch.weight`` comes from sums over the global
-    batch, losses and term values add up over micro-batches and ranks.
+    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.weight, or in place of ``batch.weight`` the term's own slice of
+    ``batch.term_weight``. As these come from sums over the global batch, losses and term values add up over
+    micro-batches and ranks.
 
     Raises:
         ValueError: if the normaliser's weights are missing.
     """
     if batch.weight is None:
         raise ValueError("batch.weight has not been filled: call the recipe's normaliser on the whole batch first")
-    return _sum_of_terms(loss_parts, outputs, batch, batch.mask, batch.weight)
+    shares = [batch.weight] * len(loss_parts)
+    with_their_own = [i for i, part in enumerate(loss_parts) if part.normaliser is not None]
+    for i, share in zip(with_their_own, () if batch.term_weight is None else batch.term_weight.unbind(-1), strict=True):
+        shares[i] = share
+    return _sum_of_terms(loss_parts, outputs, batch, batch.mask, shares)
 
 
 def total_value_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,18 +116,18 @@ def total_value_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch)
     """
     if batch.value_weight is None:
         raise ValueError("batch.value_weight has not been filled: call the recipe's normaliser on the states first")
-    return _sum_of_terms(loss_parts, outputs, batch, taught_states(batch), batch.value_weight)
+    return _sum_of_terms(loss_parts, outputs, batch, taught_states(batch), [batch.value_weight] * len(loss_parts))
 
 
 def _sum_of_terms(
-    parts: Sequence[Part], outputs: Outputs, batch: Batch, counted: Tensor, shares: Tensor
+    parts: Sequence[Part], outputs: Outputs, batch: Batch, counted: Tensor, shares: Sequence[Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     loss, terms = outputs.logp.new_zeros(()), {}
-    for part in parts:
+    for part, share in zip(parts, shares, strict=True):
         term = part(outputs, batch)
         for weight in part.weights:
             term = term * weight(outputs, batch).detach()
-        value = (term.where(counted, 0.0) * shares).sum()
+        value = (term.where(counted, 0.0) * share).sum()
         loss = loss + part.coef * value
         terms[_unused(part.name, terms)] = value.detach()
     return loss, terms

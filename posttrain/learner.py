@@ -147,7 +147,8 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
 def with_shares(recipe: Recipe, mini: Batch) -> Batch:
     """The batch of one optimiser step with each token's share of the loss, and each state's of the value loss."""
     if recipe.loss:
-        mini = mini.set(weight=recipe.normaliser(mini))
+        own = [term.normaliser(mini) for term in recipe.loss if term.normaliser is not None]
+        mini = mini.set(weight=recipe.normaliser(mini), term_weight=torch.stack(own, -1) if own else None)
     if recipe.value_loss:
         mini = mini.set(value_weight=recipe.normaliser(mini.set(mask=taught_states(mini))))
     return mini

@@ -25,6 +25,7 @@ PATHS: tuple[Location, ...] = (
     ("policy", "model"),
     ("reference", "model"),
     ("value", "model"),
+    ("rollouts",),
 )
 """Local paths, where they exist: relative to the recipe's folder, or else to the working directory."""
 BATCH_VERIFIER = ("prompts", "completions", "completion_ids", "trainer_state")
@@ -235,6 +236,8 @@ class _Reader:
             if name in entry and name == "weights":
                 weights = [entry[name]] if isinstance(entry[name], dict) else entry[name]
                 settings[name] = self.parts((*location, name), weights)
+            elif name in entry and name == "normaliser":
+                settings[name] = self.part((*location, name), entry[name])
             elif name in entry:
                 settings[name], problems = validate(hints[name], entry[name])
                 self.problems.extend(((*location, name, *at), message) for at, message in problems)

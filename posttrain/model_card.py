@@ -110,6 +110,7 @@ def parts_of(recipe: Recipe) -> Iterator[Part]:
             if isinstance(part, Part):
                 yield part
                 yield from part.weights
+                yield from [part.normaliser] if part.normaliser is not None else []
 
 
 def papers(recipe: Recipe) -> list[str]:

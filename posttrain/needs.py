@@ -137,6 +137,7 @@ def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
     yield from (("shape", part) for part in recipe.shape)
     yield from (("keep", part) for part in recipe.keep)
     yield "normaliser", recipe.normaliser
+    yield from (("normaliser", term.normaliser) for term in recipe.loss if term.normaliser is not None)
     if recipe.target is not None:
         yield "target", recipe.target
 

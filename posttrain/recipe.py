@@ -38,7 +38,7 @@ SLOTS: Mapping[str, Slot] = {
     "advantage": Slot("posttrain.parts.advantages", ("batch",)),
     "shape": Slot("posttrain.parts.advantages", ("advantage", "batch")),
     "keep": Slot("posttrain.parts.selection", ("batch",)),
-    "loss": Slot("posttrain.parts.losses", ("outputs", "batch"), ("coef", "weights")),
+    "loss": Slot("posttrain.parts.losses", ("outputs", "batch"), ("coef", "weights", "normaliser")),
     "weights": Slot("posttrain.parts.weighting", ("outputs", "batch")),  # of an entry of `loss`
     "normaliser": Slot("posttrain.parts.normalisers", ("batch",)),
     "target": Slot("posttrain.parts.targets", ("batch",)),
@@ -63,6 +63,7 @@ class Part:
     weight: float = 1.0  # of a verifier or reward in the sum
     coef: float = 1.0  # of a loss term
     weights: tuple[Part, ...] = ()  # of a loss term: factors, detached
+    normaliser: Part | None = None  # of a loss term, in place of the recipe's
     time_limit: Annotated[float, Field(gt=0)] = 10.0  # of a verifier, seconds a completion
     on_error: Literal["stop", "skip"] = "stop"  # of a verifier
     spec: str = ""  # what other processes resolve again: file.py:name or package.module.name
@@ -192,7 +193,12 @@ def _plain_part(part: Part, slot: str) -> dict[str, Any]:
     plain |= TypeAdapter(Any).dump_python(dict(chosen), mode="json", fallback=repr)
     for setting in place.settings:
         value = getattr(part, setting)
-        plain[setting] = [_plain_part(weight, setting) for weight in value] if setting == "weights" else value
+        if setting == "weights":
+            value = [_plain_part(weight, setting) for weight in value]
+        elif isinstance(value, Part):
+            value = _plain_part(value, setting)
+        if value is not None:
+            plain[setting] = value
     return plain
 
 

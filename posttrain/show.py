@@ -41,11 +41,12 @@ def describe(slot: str, part: Part) -> Group:
     file, line = _source(part.target)
     head = Text.assemble((f"{slot:<11}", "cyan"), (part.name, "bold"), f"  {_relative(file)}:{line}" if file else "")
     body: list[Any] = [Text(signature(part))]
-    given = {name: getattr(part, name) for name in SLOTS[slot].settings if name != "weights"}
+    given = {name: getattr(part, name) for name in SLOTS[slot].settings if name not in SLOTS}
     if given:
         body.append(Text("  ".join(f"{name}: {value}" for name, value in given.items()), style="dim"))
     body.extend(Text(line, style=style) for line, style in _summary(part))
     body.extend(describe("weights", weight) for weight in part.weights)
+    body.extend([describe("normaliser", part.normaliser)] if part.normaliser is not None else [])
     return Group(head, *(Padding(line, (0, 0, 0, 11)) for line in body), Text())
 
 

@@ -10,6 +10,8 @@ Notation: N completions; G groups; o_i the chosen tokens of completion i, |o_i| 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -18,14 +20,20 @@ from posttrain.batch import Batch
 from posttrain.parts.ranges import PositiveCount
 
 
-def token_mean(batch: Batch) -> Float[Tensor, "N L"]:
+def token_mean(batch: Batch, *, of: Literal["all", "positive"] = "all") -> Float[Tensor, "N L"]:
     """Mean over all chosen tokens: long completions weigh more.
 
     w_it = m_it / Σ_j |o_j|
 
     Yu et al. 2025 (DAPO), eq. 12, arXiv:2503.14476.
+
+    Args:
+        of: ``positive`` counts only completions with a positive score, of a term that is about them alone.
+            Yue et al. 2025 (VAPO), section 4.3.2, arXiv:2504.05118.
     """
     mask = _counted(batch)
+    if of == "positive":
+        mask = mask & (batch.score > 0)[:, None]
     return _float(mask) / batch.total(mask).clamp(min=1)
 
 

@@ -60,6 +60,9 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     # Before torch is imported. Threads that wait for each other shall sleep: where cores are shared with verifiers and
     # with other people, spinning costs far more than it saves.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from posttrain.quiet import quiet
+
+    quiet()
     from posttrain.loading import load_recipe, placed
 
     recipe = load_recipe(options.recipe, overrides)

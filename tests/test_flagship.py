@@ -44,3 +44,13 @@ def test_every_way_to_launch(way, tiny_model_folder, tmp_path):
     done = WAYS[way](*arguments(tiny_model_folder, tmp_path / "run"), *SMALL)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_in_a_log_file_there_is_nothing_but_the_run(tiny_model_folder, tmp_path):
+    """No progress bars and no notes of libraries to themselves, also not of TRL, which is imported for its rewards."""
+    verify = "--verify=[{use: math}, {use: trl.rewards.think_format_reward}]"
+    done = WAYS["posttrain train"](*arguments(tiny_model_folder, tmp_path / "run"), *SMALL, "--engine.use=vllm", verify)
+    assert done.returncode == 0 and done.stderr == ""
+    first = ("grpo: ", "  ", "  engine ", "step 0/1 ", "step 1/1 ")
+    unexpected = [line for line in done.stdout.splitlines() if not line.startswith(first)]
+    assert not unexpected

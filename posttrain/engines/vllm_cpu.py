@@ -34,6 +34,7 @@ def prepare() -> None:
 
     * Linear layers keep their weights. vLLM packs them for its own kernels and drops the originals, after which no
       weight could be loaded. See :func:`pack_weights`.
+    * The process may use the memory it could use before. vLLM would bind all of it, the trainer's too, to one NUMA node.
     * Small functions of the sampler are not compiled, which would take 20 seconds at the first token. Only vLLM's own
       choice of a backend and one of its functions are changed: ``torch.compile`` is untouched for everyone else.
     """
@@ -41,6 +42,7 @@ def prepare() -> None:
 
     if not current_platform.is_cpu():
         return
+    torch.ops._C.init_cpu_memory_env = _leave_memory_unbound  # type: ignore[attr-defined]
     type(current_platform).simple_compile_backend = "eager"
 
     import vllm.model_executor.layers.utils as layers
@@ -49,6 +51,10 @@ def prepare() -> None:
     sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)  # type: ignore
     if not hasattr(layers.dispatch_cpu_unquantized_gemm, "keeps_weight"):
         layers.dispatch_cpu_unquantized_gemm = _keeping_weight(layers.dispatch_cpu_unquantized_gemm)
+
+
+def _leave_memory_unbound(nodes: list[int]) -> None:
+    """In place of vLLM's function, which binds the whole process."""
 
 
 def _keeping_weight(pack: Callable[..., None]) -> Callable[..., None]:

@@ -1,0 +1,24 @@
+"""Keeps off the console what libraries say of themselves and nobody who trains a model can act on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def quiet() -> None:
+    """Sets the libraries' own switches. To be called before any of them is imported.
+
+    * Progress bars of downloads and of loading and saving weights: only where somebody watches a terminal.
+    * DeepSpeed is told that there is no GPU, or every process that imports it warns of having found none.
+    * TRL warns of vLLM versions that its trainers were not tested with; its reward functions and data tools need no vLLM.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions", category=UserWarning)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

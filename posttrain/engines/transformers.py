@@ -198,12 +198,11 @@ class Running:
     ) -> Float[Tensor, "B V"]:
         """Logits whose softmax at the temperature is the shaper's law; those of ended rows are as they were."""
         temperature = sampling.temperature or 1.0
-        rows = [
-            Row(requests[row].prompt, requests[row].sample, len(requests[row].tokens), [*requests[row].tokens, *ids])
-            for row, ids in zip(
-                self.rows[self.running].tolist(), sampled[self.rows[self.running]].tolist(), strict=True
-            )
-        ]
+        which = self.rows[self.running]
+        rows = []
+        for row, ids in zip(which.tolist(), sampled[which].tolist(), strict=True):
+            request = requests[row]
+            rows.append(Row(request.prompt, request.sample, len(request.tokens), [*request.tokens, *ids]))
         logits = self.logits.float().clone()  # what a forward pass returned may not be written to
         logps = shaper((logits[self.running] / temperature).log_softmax(-1), rows)
         logits[self.running] = temperature * logps.to(logits)

@@ -58,10 +58,11 @@ class ShapingProcessor(LogitsProcessor):
             self._requests.pop(row, None)
         for row, params, prompt, sampled in batch_update.added:
             self._requests.pop(row, None)
-            if KEY in (params.extra_args or {}):
-                self._requests[row] = _Request(
-                    *params.extra_args[KEY], params.temperature or 1.0, prompt or [], sampled
-                )
+            arguments = params.extra_args or {}
+            if KEY in arguments:
+                shaper, at, sample = arguments[KEY]
+                temperature = params.temperature or 1.0
+                self._requests[row] = _Request(shaper, at, sample, temperature, prompt or [], sampled)
         for source, target, direction in batch_update.moved:
             moved, replaced = self._requests.pop(source, None), self._requests.pop(target, None)
             if moved is not None:

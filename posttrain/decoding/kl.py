@@ -1,0 +1,66 @@
+"""KL divergences of decoders against their base law, in nats: exact ones, bounds, and estimates from samples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def token_kl(logp: Float[Tensor, "*S V"], logp0: Float[Tensor, "*S V"]) -> Float[Tensor, "*S"]:
+    """KL(π ‖ p0) = Σ_a π(a) (log π(a) - log p0(a)) of one step's laws; tokens with π = 0 add nothing.
+
+    Summed along completions drawn from π its mean is the sequence KL (chain rule), with less variance than the
+    log-ratio of the sampled tokens: the sampled token is averaged over.
+    """
+    possible = logp > -torch.inf
+    return (logp.exp() * (logp - logp0).where(possible, 0.0)).sum(-1)
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """KL(best of n ‖ base) <= log n - (n - 1) / n, whatever ranks the samples; equality for rewards without ties.
+
+    Beirami et al. 2024, theorem 1, arXiv:2401.01879.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def blockwise_kl_bound(n: int, blocks: float) -> float:
+    """KL of best-of-n blocks <= (log n - (n - 1) / n) · E[number of blocks]: true, and loose for short blocks.
+
+    Mudgal et al. 2024, section 4, arXiv:2310.17022.
+    """
+    return best_of_n_kl_bound(n) * blocks
+
+
+def tilted_kl(
+    logp: Float[Tensor, " N"], logp0: Float[Tensor, " N"], reward: Float[Tensor, " N"], *, beta: float, log_z: float
+) -> Float[Tensor, ""]:
+    """KL(q ‖ σ) = E_q[log q - log p0 - r / β] + log Z, from samples of q, with σ(y) = p0(y) exp(r(y) / β) / Z.
+
+    With an upper bound of log Z it is an upper bound. Zhao et al. 2024, section 5, arXiv:2404.17546.
+
+    Args:
+        logp: log q of each sample.
+        logp0: log p0 of each sample.
+    """
+    return (logp - logp0 - reward / beta).mean() + log_z
+
+
+def expected_best(rewards: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """E[max of n] for n = 1 .. N, without bias, from N samples: Σ_i C(i-1, n-1) / C(N, n) r_(i), r ascending."""
+    ascending, total = rewards.double().sort().values, len(rewards)
+    rank = torch.arange(1, total + 1, dtype=torch.float64)
+    means = []
+    for n in range(1, total + 1):
+        log_share = _log_choose(rank - 1, n - 1) - _log_choose(torch.tensor(float(total)), n)
+        means.append((log_share.exp() * ascending).where(rank >= n, 0.0).sum())
+    return torch.stack(means)
+
+
+def _log_choose(among: Float[Tensor, "*S"], count: int) -> Float[Tensor, "*S"]:
+    among = among.double()
+    number = torch.tensor(float(count)).double()
+    return torch.lgamma(among + 1) - torch.lgamma(number + 1) - torch.lgamma((among - number).clamp(min=0) + 1)

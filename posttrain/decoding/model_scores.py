@@ -1,0 +1,144 @@
+"""Scores made of models: value models, and log-ratios of language models.
+
+Tokens are padded on the right, where causal attention cannot see them. M prefixes, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from posttrain.decoding.prefixes import Kind, Prefix
+
+ROWS = 64
+"""Prefixes in one forward pass."""
+
+Law = Callable[[Sequence[Prefix]], tuple[Float[Tensor, " M"], Float[Tensor, "M V"]]]
+"""Of a language model: the log-prob of what each prefix has generated, and the log-probs of its next token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRatio:
+    """Σ_t log p⁺(token_t) - log p⁻(token_t) over what was generated, under two language models or one of them.
+
+    GenARM: p⁺ = an autoregressive reward model (Xu et al. 2025, arXiv:2410.08193).
+    Proxy tuning: a small tuned model and the same untuned (Liu et al. 2024, arXiv:2401.08565).
+    Contrastive decoding: p⁻ = a small model (Li et al. 2023, arXiv:2210.15097).
+    Implicit reward: a tuned policy and its reference (Rafailov et al. 2023, eq. 5, arXiv:2305.18290).
+    """
+
+    plus: Law | None = None
+    minus: Law | None = None
+    kind: Kind = "other"
+    beta: None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.plus is None and self.minus is None:
+            raise ValueError("a log-ratio needs `plus`, `minus` or both")
+
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
+        return self.scale * sum(sign * law(prefixes)[0] for sign, law in self._laws())  # type: ignore[return-value]
+
+    def score_next(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M V"]:
+        """See :class:`posttrain.decoding.prefixes.NextTokenScore`."""
+        parts = [(sign, *law(prefixes)) for sign, law in self._laws()]
+        return self.scale * sum(sign * (path[:, None] + following) for sign, path, following in parts)  # type: ignore
+
+    def _laws(self) -> list[tuple[float, Law]]:
+        return [(sign, law) for sign, law in ((1.0, self.plus), (-1.0, self.minus)) if law is not None]
+
+
+def model_law(model: nn.Module, *, temperature: float = 1.0) -> Law:
+    """The law of a Hugging Face language model, whose vocabulary must be that of the model that generates."""
+
+    @torch.inference_mode()
+    def law(prefixes: Sequence[Prefix]) -> tuple[Float[Tensor, " M"], Float[Tensor, "M V"]]:
+        paths, following = [], []
+        for rows in _chunks(prefixes):
+            tokens, lengths = padded(rows, _device(model))
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float() / temperature
+            logps = logits.log_softmax(-1)
+            chosen = logps[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+            column = torch.arange(1, tokens.shape[1], device=tokens.device)
+            start = torch.tensor([row.start for row in rows], device=tokens.device)[:, None]
+            inside = (column >= start) & (column < lengths[:, None])
+            paths.append(chosen.where(inside, 0.0).sum(-1))
+            following.append(logps[torch.arange(len(rows)), lengths - 1])
+        return torch.cat(paths), torch.cat(following)
+
+    return law
+
+
+@dataclass(frozen=True)
+class ValueScore:
+    """The value that a model gives to each prefix, in reward units: at its last token.
+
+    Args:
+        model: ``forward(tokens [N, L], states [N, L]) -> (value [N, L], ...)``, as ``posttrain.values.ValueModel``.
+    """
+
+    model: nn.Module
+    kind: Kind = "mean"
+    beta: float | None = None
+    scale: float = 1.0
+
+    @torch.inference_mode()
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
+        values = []
+        for rows in _chunks(prefixes):
+            tokens, lengths = padded(rows, _device(self.model))
+            states = last_token(tokens, lengths)
+            outputs = self.model(tokens, states)
+            value = outputs[0] if isinstance(outputs, tuple) else outputs
+            values.append(value[states])
+        return torch.cat(values)
+
+
+class NextTokenValueScore(ValueScore):
+    """The values that a per-token (Q or twist) head gives to every next token, from one forward pass a prefix."""
+
+    @torch.inference_mode()
+    def score_next(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M V"]:
+        """See :class:`posttrain.decoding.prefixes.NextTokenScore`."""
+        model: Any = self.model
+        values = []
+        for rows in _chunks(prefixes):
+            tokens, lengths = padded(rows, _device(model))
+            values.append(model.next_values(model.hidden_states(tokens)[last_token(tokens, lengths)]))
+        return torch.cat(values)
+
+
+def value_score(model: Any) -> ValueScore:
+    """The score of a ``posttrain.values.ValueModel``, with the kind, temperature and scale it was trained for."""
+    spec = model.spec
+    score = NextTokenValueScore if spec.head.type == "per_token" else ValueScore
+    return score(model, kind=spec.kind, beta=spec.beta, scale=spec.scale)
+
+
+def padded(prefixes: Sequence[Prefix], device: torch.device) -> tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]:
+    """Tokens, padded on the right with 0, and lengths."""
+    lengths = [len(prefix.tokens) for prefix in prefixes]
+    width = max(lengths)
+    rows = [[*prefix.tokens, *([0] * (width - length))] for prefix, length in zip(prefixes, lengths, strict=True)]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+
+
+def last_token(tokens: Int[Tensor, "M L"], lengths: Int[Tensor, " M"]) -> Bool[Tensor, "M L"]:
+    """True at the last token of each row."""
+    return torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
+
+
+def _chunks(prefixes: Sequence[Prefix]) -> list[Sequence[Prefix]]:
+    return [prefixes[start : start + ROWS] for start in range(0, len(prefixes), ROWS)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,191 @@
+"""Particles of a population decoder, the rules that pick survivors, and those that make the final answer.
+
+A pick is ``(families, choose) -> survivors``: a family is what one particle has become, several branches or, where it
+had ended, itself; there are as many survivors as families. A final is ``(particles, choose) -> index``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from posttrain.decoding.prefixes import Prefix
+from posttrain.engines.choice import Chooser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Particle:
+    """One of the completions that a population keeps."""
+
+    prefix: Prefix
+    version: int
+    score: float = 0.0  # in reward units
+    potential: float = 0.0  # log ψ: strength · score; 0 before anything was generated
+    log_weight: float = 0.0  # log importance weight
+    fresh: bool = False  # has grown and is not scored yet
+
+    @property
+    def ended(self) -> bool:
+        return self.prefix.finish is not None
+
+
+Families = Sequence[Sequence[Particle]]
+Pick = Callable[[Families, Chooser], list[Particle]]
+Final = Callable[[Sequence[Particle], Chooser], int]
+
+
+def top(families: Families, choose: Chooser, *, distinct: bool = False) -> list[Particle]:
+    """The highest potentials of all families together: best-of-n, blockwise best-of-n, beam search.
+
+    Args:
+        distinct: of equal token sequences only the first, as long as others are left.
+    """
+    pool = sorted((particle for family in families for particle in family), key=lambda one: -one.potential)
+    if distinct:
+        seen: dict[tuple[int, ...], Particle] = {}
+        for particle in pool:
+            seen.setdefault(tuple(particle.prefix.tokens), particle)
+        firsts = {id(particle) for particle in seen.values()}
+        pool.sort(key=lambda one: id(one) not in firsts)
+    return pool[: len(families)]
+
+
+def tilted(families: Families, choose: Chooser) -> list[Particle]:
+    """One of each family, drawn with probability proportional to exp(potential).
+
+    Soft best-of-n: Verdun et al. 2025, arXiv:2505.03156; blocks: SVDD, Li et al. 2024, arXiv:2408.08252.
+    """
+    return [family[choose(softmax([one.potential for one in family]))] for family in families]
+
+
+def keep(families: Families, choose: Chooser) -> list[Particle]:
+    """Every particle: independent samples.
+
+    Raises:
+        ValueError: where particles branch, and would become more and more.
+    """
+    if any(len(family) > 1 for family in families):
+        raise ValueError("keep: a population with `branch` above 1 needs a pick that chooses among the branches")
+    return [family[0] for family in families]
+
+
+def resample(
+    families: Families,
+    choose: Chooser,
+    *,
+    threshold: float = 0.5,
+    scheme: Literal["multinomial", "systematic"] = "systematic",
+    pinned: bool = False,
+) -> list[Particle]:
+    """Sequential Monte Carlo: as many draws with probability proportional to the weights, which then are all equal.
+
+    Nothing is drawn while the effective sample size (Σ w)² / Σ w² is above ``threshold`` · particles; 0 never draws
+    (sequential importance sampling), 1 always does. The sum of the weights stays an unbiased estimate.
+
+    Zhao et al. 2024, section 2.2, arXiv:2404.17546; threshold: Liu and Chen 1998; systematic: Kitagawa 1996.
+
+    Args:
+        scheme: systematic draws take one random number and have less variance than independent ones.
+        pinned: the first particle is a given one and survives; the others are drawn independently (conditional SMC,
+            Andrieu et al. 2010).
+    """
+    count = len(families)
+    pool = [particle for family in families for particle in family]
+    log_weights = [particle.log_weight for particle in pool]
+    total = logsumexp(log_weights)
+    full = len(pool) == count
+    if full and (effective_size(log_weights) > threshold * count or all(one.ended for one in pool)):
+        return pool
+    if total == -math.inf:
+        return pool[:count]
+    shares = softmax(log_weights)
+    if pinned:
+        drawn = [0, *(choose(shares) for _ in range(count - 1))]
+    elif scheme == "multinomial":
+        drawn = [choose(shares) for _ in range(count)]
+    else:
+        drawn = systematic(shares, count, choose)
+    equal = total - math.log(count)
+    return [dataclasses.replace(pool[index], log_weight=equal) for index in drawn]
+
+
+def systematic(shares: Sequence[float], count: int, choose: Chooser) -> list[int]:
+    """``count`` indices, each on average count · share times and at most one more or less.
+
+    They are those where the cumulative shares pass (u + 0), (u + 1), ... over count, with u uniform in [0, 1). They
+    change with u only where count · (cumulative share) has its fractional parts, so one of the pieces is chosen.
+    """
+    passed, edges = 0.0, []
+    for share in shares:
+        passed += count * share
+        edges.append(min(passed, float(count)))
+    edges[-1] = float(count)
+    cuts = sorted({0.0, *(edge % 1.0 for edge in edges)})
+    widths = [after - before for before, after in zip(cuts, [*cuts[1:], 1.0], strict=True)]
+    piece = choose(widths)
+    u = cuts[piece] + widths[piece] / 2
+    return [next(i for i, edge in enumerate(edges) if u + place < edge) for place in range(count)]
+
+
+def best(particles: Sequence[Particle], choose: Chooser) -> int:
+    """The highest potential; the first of several."""
+    return max(range(len(particles)), key=lambda index: particles[index].potential)
+
+
+def weighted(particles: Sequence[Particle], choose: Chooser) -> int:
+    """Drawn with probability proportional to the importance weights."""
+    return choose(softmax([particle.log_weight for particle in particles]))
+
+
+def vote(
+    particles: Sequence[Particle],
+    choose: Chooser,
+    *,
+    answer: Callable[[Sequence[int]], Hashable],
+    by: Literal["count", "sum", "max"] = "count",
+) -> int:
+    """The best-scored completion with the answer that gets most: majority (``count``), or votes weighted by scores.
+
+    Majority: Wang et al. 2023, arXiv:2203.11171. ``sum`` of scores scaled to [0, 1] by their smallest and largest, and
+    ``max``: Feng et al. 2024 (TS-LLM), section 4.3, arXiv:2309.17179.
+
+    Args:
+        answer: the answer in what was generated; ``None`` where there is none, which gets no votes.
+    """
+    scores = [particle.potential for particle in particles]
+    low, spread = min(scores), max(scores) - min(scores) or 1.0
+    votes: dict[Hashable, float] = {}
+    answers = [answer(particle.prefix.generated) for particle in particles]
+    for own, score in zip(answers, scores, strict=True):
+        if own is None:
+            continue
+        share = (score - low) / spread
+        old = votes.get(own, -math.inf if by == "max" else 0.0)
+        votes[own] = max(old, share) if by == "max" else old + (1.0 if by == "count" else share)
+    if not votes:
+        return best(particles, choose)
+    winner = max(votes, key=lambda own: votes[own])
+    return max((i for i, own in enumerate(answers) if own == winner), key=lambda i: scores[i])
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Probabilities; all equal where every logit is -inf."""
+    largest = max(logits)
+    if largest == -math.inf:
+        return [1 / len(logits)] * len(logits)
+    powers = [math.exp(logit - largest) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def logsumexp(values: Sequence[float]) -> float:
+    """log Σ exp(value)."""
+    largest = max(values)
+    return largest if largest == -math.inf else largest + math.log(sum(math.exp(value - largest) for value in values))
+
+
+def effective_size(log_weights: Sequence[float]) -> float:
+    """(Σ w)² / Σ w²: how many equally weighted particles are worth as much."""
+    return 1 / sum(share * share for share in softmax(log_weights))

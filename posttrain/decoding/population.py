@@ -1,0 +1,294 @@
+"""Populations: particles that grow block by block, are scored, and of which some survive.
+
+One loop, many methods (P particles, n branches, blocks of M tokens):
+
+* best-of-n: P = 1, n branches, one block, ``top``; soft best-of-n: ``tilted``
+* blockwise controlled decoding: P = 1, n branches, M = 32, ``top``;  SVDD: ``tilted``
+* beam search and IVO's beam: P = n = B, ``top``, final ``best``
+* importance sampling, SIS and SMC: P particles, n = 1, ``resample``, final ``weighted``; the engine may be a shaped one
+* majority and weighted votes: P particles, one block, ``keep``, final ``vote``
+
+All live particles of all prompts grow in one call of the engine a round, and are scored in one call of the score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from posttrain.batch import Finish
+from posttrain.decoding.kl import blockwise_kl_bound
+from posttrain.decoding.particles import Final, Particle, Pick, best, logsumexp, top
+from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
+from posttrain.decoding.shaping import Shaped, warn_unless_tilted
+from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling, sample_seed
+from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
+
+CHOICES = 1 << 32
+"""Added to a seed's place: choices among particles do not share random numbers with the engine."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """The particles of one completion to be made."""
+
+    prompt: int
+    sample: int
+    seed: int
+    choose: Chooser
+    particles: list[Particle]
+    pinned: Sequence[int] | None = None  # the completion that the first particle follows
+    generated: int = 0
+    scored: int = 0
+    rounds: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return all(particle.ended for particle in self.particles)
+
+
+class Population:
+    """A decoder that keeps the best or the resampled of several growing completions; it is an engine.
+
+    Log-probs of its completions are those of the engine's own law, which is not the law that a population samples from:
+    that has no log-probs in closed form. ``measured`` holds ``generated``, ``scored``, ``log_weight`` and ``log_z``,
+    and ``kl_bound`` for one particle with the pick ``top``.
+
+    Args:
+        engine: grows particles; a :class:`~posttrain.decoding.shaping.Shaped` one is the proposal of SMC.
+        score: of prefixes.
+        particles: P.
+        branch: n, continuations of each particle in a round.
+        block: M, most tokens a round; ``None``: the whole completion.
+        block_ends: tokens that end a block early, such as that of a line break.
+        pick: who survives a round.
+        final: which particle is the answer.
+        strength: λ; the potential of a particle is log ψ = λ · score, and weights are those of targets p0 · ψ.
+        final_score: of completions that have ended; default: ``score``. SMC is then unbiased for E[exp(λ final)].
+        tilted: what follows relies on the tilted law: warn where the score cannot give it.
+        make_chooser: where choices among particles come from.
+        seed: of the seeds drawn where ``generate`` is given none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        score: PrefixScore,
+        *,
+        particles: int = 1,
+        branch: int = 1,
+        block: int | None = None,
+        block_ends: Sequence[int] = (),
+        pick: Pick = top,
+        final: Final = best,
+        strength: float = 1.0,
+        final_score: PrefixScore | None = None,
+        tilted: bool = False,
+        make_chooser: MakeChooser = seeded_chooser,
+        seed: int = 0,
+    ) -> None:
+        if particles < 1 or branch < 1 or (block is not None and block < 1):
+            raise ValueError(f"particles {particles}, branch {branch} and block {block} are counts of at least 1")
+        if tilted:
+            warn_unless_tilted(final_score or score, strength)
+        self.engine, self.score, self.final_score = engine, score, final_score or score
+        self.particles, self.branch, self.block, self.block_ends = particles, branch, block, tuple(block_ends)
+        self.pick, self.final, self.strength = pick, final, strength
+        self._make_chooser = make_chooser
+        self._fresh_seeds = random.Random(seed)
+
+    @property
+    def version(self) -> int:
+        """Of the engine's weights."""
+        return self.engine.version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`: one population for each completion."""
+        done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
+
+        def finish(group: _Group) -> None:
+            done[group.prompt][group.sample] = completion = self._completion(group)
+            if on_completion is not None:
+                on_completion(group.prompt, group.sample, completion)
+
+        self._run(self._groups(prompts, n, seeds), sampling, finish)
+        return done
+
+    def populations(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] | None = None,
+        pinned: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Particle]]:
+        """All final particles of one population for each prompt, with their weights.
+
+        log (1/P) Σ exp(log_weight), :func:`log_z`, is the log of an unbiased estimate of Z = E[exp(λ r)]: a lower bound
+        of log Z on average.
+
+        Args:
+            pinned: one whole completion a prompt, drawn from the tilted law, that takes the place of the first particle
+                and survives: with ``resample(pinned=True)`` the same estimate is an upper bound of log Z on average
+                (Zhao et al. 2024, section 5, arXiv:2404.17546; Grosse et al. 2015).
+
+        Raises:
+            ValueError: for ``pinned`` with more than one branch.
+        """
+        if pinned is not None and self.branch > 1:
+            raise ValueError("a pinned particle has one continuation: set branch to 1")
+        groups = self._groups(prompts, 1, seeds)
+        for group, completion in zip(groups, pinned or [None] * len(groups), strict=True):
+            group.pinned = completion
+        self._run(groups, sampling, lambda group: None)
+        return [group.particles for group in groups]
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the score keeps its own."""
+        self.engine.load(tensors, version)
+
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+        self.engine.close()
+
+    def _groups(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | None) -> list[_Group]:
+        if seeds is None:
+            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
+        groups = []
+        for i, prompt in enumerate(prompts):
+            root = Particle(prefix=Prefix(tokens=list(prompt), start=len(prompt)), version=self.version)
+            for j in range(n):
+                seed = sample_seed(seeds[i], j)
+                choose = self._make_chooser(sample_seed(seed, CHOICES))
+                groups.append(_Group(i, j, seed, choose, [root] * self.particles))
+        return groups
+
+    def _run(self, groups: Sequence[_Group], sampling: Sampling, finish: Callable[[_Group], None]) -> None:
+        """Rounds of growth, scores and picks, until every particle has ended."""
+        live = list(groups)
+        while live:
+            going = []
+            for group, families in zip(live, self._scored(live, self._grown(live, sampling)), strict=True):
+                group.particles = self.pick(families, group.choose)
+                group.rounds += 1
+                if group.ended:
+                    finish(group)
+                else:
+                    going.append(group)
+            live = going
+
+    def _grown(self, groups: Sequence[_Group], sampling: Sampling) -> list[list[list[Particle]]]:
+        """Every running particle of every group with its continuations, in one call of the engine; not scored yet."""
+        families: list[list[list[Particle]]] = [[[one] for one in group.particles] for group in groups]
+        places, parents, seeds = [], [], []
+        for row, group in enumerate(groups):
+            for column, particle in enumerate(group.particles):
+                if particle.ended or (column == 0 and group.pinned is not None):
+                    continue
+                places.append((row, column))
+                parents.append(particle)
+                seeds.append(derived_seed(group.seed, group.rounds, column))
+        continued = continue_prefixes(
+            self.engine,
+            [parent.prefix for parent in parents],
+            sampling,
+            self.branch,
+            seeds,
+            block=self.block,
+            ends=self.block_ends,
+        )
+        for (row, column), parent, continuations in zip(places, parents, continued, strict=True):
+            families[row][column] = [self._child(parent, each, sampling) for each in continuations]
+            groups[row].generated += sum(len(each.tokens) for each in continuations)
+            groups[row].scored += round(sum(each.measured.get("scored", 0) for each in continuations))
+        self._follow_pinned(groups, families, sampling)
+        return families
+
+    def _follow_pinned(
+        self, groups: Sequence[_Group], families: list[list[list[Particle]]], sampling: Sampling
+    ) -> None:
+        """The first particle of groups that have a pinned completion goes on as that does."""
+        for row, group in enumerate(groups):
+            first = group.particles[0]
+            if group.pinned is None or first.ended:
+                continue
+            begun = len(first.prefix.generated)
+            block = list(group.pinned[begun:][: self.block])
+            over = begun + len(block) == len(group.pinned)
+            cut = len(group.pinned) == sampling.max_tokens  # by length, if not by its last token: its score knows
+            finish = Finish.STOPPED if over and not cut else Finish.LENGTH
+            if isinstance(self.engine, Shaped):
+                starts = [first.prefix.start]
+                (completion,) = self.engine.forced([first.prefix.tokens], [block], sampling, starts)
+            else:
+                completion = Completion(block, [math.nan] * len(block), finish, self.version)  # nobody asks for them
+            families[row][0] = [self._child(first, dataclasses.replace(completion, finish=finish), sampling)]
+
+    def _child(self, parent: Particle, continuation: Completion, sampling: Sampling) -> Particle:
+        """The particle with a continuation; its weight takes in the proposal, its score is the parent's still."""
+        base_logp = continuation.measured.get("base_logp")
+        proposal = 0.0 if base_logp is None else base_logp - sum(continuation.logps)
+        return dataclasses.replace(
+            parent,
+            prefix=grown(parent.prefix, continuation, sampling, self.block_ends),
+            version=continuation.version,
+            log_weight=parent.log_weight + proposal - math.log(self.branch),
+            fresh=True,
+        )
+
+    def _scored(self, groups: Sequence[_Group], families: list[list[list[Particle]]]) -> list[list[list[Particle]]]:
+        """Fresh particles with their scores, potentials and weights; one call of each score for all groups."""
+        fresh = [one for own in families for family in own for one in family if one.fresh]
+        scores: dict[int, float] = {}
+        for score, ended in ((self.score, False), (self.final_score, True)):
+            if self.score is self.final_score:
+                members = fresh if ended else []
+            else:
+                members = [one for one in fresh if one.ended is ended]
+            if members:
+                values = score.score([one.prefix for one in members]).tolist()
+                scores |= {id(one): value for one, value in zip(members, values, strict=True)}
+        for group, own in zip(groups, families, strict=True):
+            group.scored += sum(one.fresh for family in own for one in family)
+        return [[[self._valued(one, scores) for one in family] for family in own] for own in families]
+
+    def _valued(self, particle: Particle, scores: dict[int, float]) -> Particle:
+        if not particle.fresh:
+            return particle
+        score = scores[id(particle)]
+        potential = self.strength * score
+        log_weight = particle.log_weight + potential - particle.potential
+        return dataclasses.replace(particle, score=score, potential=potential, log_weight=log_weight, fresh=False)
+
+    def _completion(self, group: _Group) -> Completion:
+        """The answer of a group, with what is measured."""
+        chosen = group.particles[self.final(group.particles, group.choose)]
+        measured = {
+            "generated": float(group.generated),
+            "scored": float(group.scored),
+            "log_weight": chosen.log_weight,
+            "log_z": log_z(group.particles),
+        }
+        if self.particles == 1 and self.pick is top:
+            measured["kl_bound"] = blockwise_kl_bound(self.branch, group.rounds)
+        finish = chosen.prefix.finish
+        assert finish is not None
+        return Completion(list(chosen.prefix.generated), list(chosen.prefix.logps), finish, chosen.version, measured)
+
+
+def log_z(particles: Sequence[Particle]) -> float:
+    """log of the mean weight: of an unbiased estimate of Z where the pick was ``resample`` or ``keep``."""
+    return logsumexp([particle.log_weight for particle in particles]) - math.log(len(particles))

@@ -1,0 +1,326 @@
+"""Token-wise shaping: the next-token law of an engine, tilted by a score of what each token leads to.
+
+    log π(a | s) = log p0(a | s) / T + strength · score(s a) - log Z(s)
+
+Mudgal et al. 2024 (CD), eq. 5, arXiv:2310.17022; Yang and Klein 2021 (FUDGE), arXiv:2104.05218. With a soft value of
+temperature β and strength 1/β the product of the π's is the tilted law p0(y) exp(r(y)/β) / Z (Zhao et al. 2024,
+proposition 3.3, arXiv:2404.17546); with a mean value it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from posttrain.decoding.kl import token_kl
+from posttrain.decoding.prefix_scores import next_scores
+from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore
+from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
+
+Rest = Literal["drop", "mean", "state", "residual"]
+
+
+class GuideWarning(UserWarning):
+    """A guide whose value is not of the kind that a promise needs."""
+
+
+def warn_unless_tilted(score: PrefixScore, strength: float) -> None:
+    """Warns where shaping by this score does not give the tilted law p0(y) exp(r(y) / β) / Z."""
+    if score.kind != "soft":
+        problem = f"the score is a {score.kind} value; only a soft value makes the shaped law the tilted one"
+    elif score.beta is None or abs(strength * score.beta - 1) > 1e-6:
+        problem = f"the soft value was trained for beta {score.beta}, but strength is {strength}, not 1 / beta"
+    else:
+        return
+    warnings.warn(f"{problem}; samples will follow another law", GuideWarning, stacklevel=3)
+
+
+class Shaped:
+    """A decoder that tilts every token's law by a score; it is an engine.
+
+    Log-probs of its completions are those of the shaped law they were drawn from. ``measured`` holds ``base_logp``
+    (log-prob of the completion under the engine's own law), ``kl`` (exact KL(π ‖ p0) of each step's whole law,
+    summed along the completion: its mean over completions is the sequence KL in nats) and ``scored`` (prefixes that
+    were scored; a vocabulary vector counts as one).
+
+    Candidates are all tokens, or the ``k`` most probable ones, or those with p0 >= ``head`` · max p0 (contrastive
+    decoding, Li et al. 2023, arXiv:2210.15097); what is left gets
+
+    * ``drop``: probability 0 (FUDGE; ARGS, Khanov et al. 2024, arXiv:2402.01694; TQ*);
+    * ``mean``: the unweighted mean of the candidates' scores (VAS, Han et al. 2024, arXiv:2405.06639, its code);
+    * ``state``: the score of the state itself (IVO, Liu et al. 2025, eq. 5, arXiv:2503.02368);
+    * ``residual``: the mass exp(strength · score(s)) - Σ_candidates p0 exp(strength · score), which is exact for the
+      candidates where the score is a soft value with strength 1/β; at least 0.
+
+    Args:
+        engine: its law is p0, at the sampling temperature; at temperature 0 the shaped law's mode is taken.
+        score: of prefixes, an ended one among them.
+        strength: λ, in 1 / reward units.
+        every: only tokens 0, b, 2b, ... are shaped (IVO, eq. 14).
+        tilted: what follows relies on the tilted law: warn where the score cannot give it.
+
+    Raises:
+        ValueError: for both ``k`` and ``head``.
+    """
+
+    takes_starts = True
+
+    def __init__(
+        self,
+        engine: ShapingEngine,
+        score: PrefixScore,
+        *,
+        strength: float = 1.0,
+        k: int | None = None,
+        head: float | None = None,
+        rest: Rest = "drop",
+        every: int = 1,
+        tilted: bool = False,
+    ) -> None:
+        if k is not None and head is not None:
+            raise ValueError("candidates are the `k` most probable tokens or the `head` of the law, not both")
+        if tilted:
+            warn_unless_tilted(score, strength)
+        self.engine, self.score, self.strength, self.every = engine, score, strength, every
+        self.k, self.head = k, head
+        self.rest: Rest = rest
+
+    @property
+    def version(self) -> int:
+        """Of the engine's weights."""
+        return self.engine.version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`.
+
+        Args:
+            starts: where prompts are prefixes: the length of the prompt within each.
+        """
+        return self._generate(prompts, sampling, n, seeds, on_completion, starts, forced=None)
+
+    def forced(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        sampling: Sampling,
+        starts: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Given continuations with their log-probs and what is measured, as if the decoder had sampled them."""
+        done: list[Completion | None] = [None] * len(prompts)
+        for length in sorted({len(continuation) for continuation in continuations}):
+            members = [i for i, continuation in enumerate(continuations) if len(continuation) == length]
+            forcing = dataclasses.replace(sampling, max_tokens=length, stop_token_ids=(), ignore_eos=True)
+            outputs = self._generate(
+                [prompts[i] for i in members],
+                forcing,
+                1,
+                [0] * len(members),
+                None,
+                None if starts is None else [starts[i] for i in members],
+                forced=[continuations[i] for i in members],
+            )
+            for i, (completion,) in zip(members, outputs, strict=True):
+                done[i] = completion
+        return done  # type: ignore[return-value]
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        seeds: Sequence[int] | None,
+        on_completion: OnCompletion | None,
+        starts: Sequence[int] | None,
+        *,
+        forced: Sequence[Sequence[int]] | None,
+    ) -> list[list[Completion]]:
+        call = _Call(self, prompts, starts, forced)
+
+        def report(prompt: int, sample: int, completion: Completion) -> None:
+            if on_completion is not None:
+                on_completion(prompt, sample, call.measured(prompt, sample, completion))
+
+        outputs = self.engine.generate(prompts, sampling, n, seeds=seeds, on_completion=report, shaper=call.shape)
+        return [[call.measured(i, j, c) for j, c in enumerate(group)] for i, group in enumerate(outputs)]
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the score keeps its own."""
+        self.engine.load(tensors, version)
+
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+        self.engine.close()
+
+    def law(self, logp0: Float[Tensor, "B V"], prefixes: Sequence[Prefix]) -> tuple[Float[Tensor, "B V"], int]:
+        """The shaped law of the next token, and how many prefixes were scored."""
+        if self.k is None and self.head is None and isinstance(self.score, NextTokenScore):
+            values = self.score.score_next(prefixes).to(logp0)
+            return (logp0 + self.strength * values).log_softmax(-1), len(prefixes)
+        candidates, valid = choose_candidates(logp0, k=self.k, head=self.head)
+        values = next_scores(self.score, prefixes, candidates).to(logp0)
+        scored = len(prefixes) if isinstance(self.score, NextTokenScore) else candidates.numel()
+        state = None
+        if self.rest in ("state", "residual"):
+            state = self.strength * self.score.score(prefixes).to(logp0)
+            scored += len(prefixes)
+        return shaped_law(logp0, candidates, self.strength * values, valid, rest=self.rest, state=state), scored
+
+
+class _Call:
+    """What one call of ``generate`` remembers of its rows; engines may ask for the same position twice."""
+
+    def __init__(
+        self,
+        decoder: Shaped,
+        prompts: Sequence[Sequence[int]],
+        starts: Sequence[int] | None,
+        forced: Sequence[Sequence[int]] | None,
+    ) -> None:
+        self.decoder, self.forced = decoder, forced
+        self.starts = starts or [len(prompt) for prompt in prompts]
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.kl: dict[tuple[int, int], dict[int, float]] = {}
+        self.scored: dict[tuple[int, int], dict[int, int]] = {}
+        self.path: dict[tuple[int, int], dict[int, tuple[float, float]]] = {}  # base and shaped log-probs of tokens
+        self.last: dict[tuple[int, int], tuple[int, Float[Tensor, " V"], Float[Tensor, " V"]]] = {}
+
+    def shape(self, logp0: Float[Tensor, "B V"], rows: Sequence[Row]) -> Float[Tensor, "B V"]:
+        positions = [len(row.tokens) - row.start for row in rows]
+        for row in rows:
+            self._settle((row.prompt, row.sample), row.tokens[row.start :])
+        shaped = logp0.clone()
+        generated = [len(row.tokens) - self.starts[row.prompt] for row in rows]
+        now = [index for index, count in enumerate(generated) if count % self.decoder.every == 0]
+        cost = [0] * len(rows)
+        if now:
+            prefixes = [Prefix(tokens=rows[i].tokens, start=self.starts[rows[i].prompt]) for i in now]
+            shaped[now], scored = self.decoder.law(logp0[now], prefixes)
+            for index in now:
+                cost[index] = scored // len(now)
+        kl = token_kl(shaped, logp0).tolist()
+        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            key = row.prompt, row.sample
+            self.kl.setdefault(key, {})[position] = kl[index]
+            self.scored.setdefault(key, {})[position] = cost[index]
+            self.last[key] = position, logp0[index], shaped[index]
+        if self.forced is None:
+            return shaped
+        return _only(shaped, [self.forced[row.prompt][position] for row, position in zip(rows, positions, strict=True)])
+
+    def measured(self, prompt: int, sample: int, completion: Completion) -> Completion:
+        """The completion with its numbers; forced ones also get the shaped law's log-probs."""
+        key = prompt, sample
+        self._settle(key, completion.tokens)
+        length = len(completion.tokens)
+        path = [self.path[key][position] for position in range(length)]
+        measured = {
+            "generated": float(length),
+            "scored": float(sum(self.scored[key][position] for position in range(length))),
+            "kl": sum(self.kl[key][position] for position in range(length)),
+            "base_logp": sum(base for base, _ in path),
+        }
+        logps = completion.logps if self.forced is None else [shaped for _, shaped in path]
+        return dataclasses.replace(completion, logps=logps, measured=measured)
+
+    def _settle(self, key: tuple[int, int], tokens: Sequence[int]) -> None:
+        """Notes the log-probs of the token that was drawn since the last law."""
+        position, base, shaped = self.last.get(key, (len(tokens), None, None))
+        if position < len(tokens) and base is not None and shaped is not None:
+            token = tokens[position]
+            self.path.setdefault(key, {})[position] = float(base[token]), float(shaped[token])
+
+
+def _only(shaped: Float[Tensor, "B V"], tokens: Sequence[int]) -> Float[Tensor, "B V"]:
+    """All probability on one token a row."""
+    law = torch.full_like(shaped, -torch.inf)
+    law[torch.arange(len(tokens)), list(tokens)] = 0.0
+    return law
+
+
+def choose_candidates(
+    logp0: Float[Tensor, "B V"], *, k: int | None = None, head: float | None = None
+) -> tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"]]:
+    """Tokens to score, most probable first, and which are candidates: with ``head`` each row has its own number."""
+    if head is not None:
+        inside = logp0 >= logp0.amax(-1, keepdim=True) + torch.tensor(head).log().to(logp0)
+        k = int(inside.sum(-1).max())
+    top, candidates = logp0.topk(min(k or logp0.shape[-1], logp0.shape[-1]), -1)
+    if head is None:
+        return candidates, torch.ones_like(candidates, dtype=torch.bool)
+    return candidates, inside.gather(-1, candidates)
+
+
+def shaped_law(
+    logp0: Float[Tensor, "B V"],
+    candidates: Int[Tensor, "B K"],
+    values: Float[Tensor, "B K"],
+    valid: Bool[Tensor, "B K"],
+    *,
+    rest: Rest,
+    state: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B V"]:
+    """log π(a) = log p0(a) + values(a) - log Z for candidates, and what ``rest`` says for the others.
+
+    Args:
+        logp0: log-probs, normalised.
+        values: strength · score of each candidate.
+        valid: which are candidates indeed.
+        state: strength · score of the state, for ``state`` and ``residual``.
+
+    Raises:
+        ValueError: for an unknown rule.
+    """
+    is_candidate = torch.zeros_like(logp0, dtype=torch.bool).scatter(-1, candidates, valid)
+    bonus = torch.zeros_like(logp0).scatter(-1, candidates, values.where(valid, 0.0))
+    match rest:
+        case "drop":
+            outside = logp0.new_full((len(logp0), 1), -torch.inf)
+        case "mean":
+            outside = (values.where(valid, 0.0).sum(-1) / valid.sum(-1))[:, None]
+        case "state" if state is not None:
+            outside = state[:, None]
+        case "residual" if state is not None:
+            outside = _residual(logp0, (logp0 + bonus).where(is_candidate, -torch.inf), is_candidate, state)
+        case _:
+            raise ValueError(f"the rest is drop, mean, or with the state's score state or residual; not {rest!r}")
+    return (logp0 + torch.where(is_candidate, bonus, outside)).log_softmax(-1)
+
+
+def _residual(
+    logp0: Float[Tensor, "B V"],
+    tilted: Float[Tensor, "B V"],
+    is_candidate: Bool[Tensor, "B V"],
+    state: Float[Tensor, " B"],
+) -> Float[Tensor, "B 1"]:
+    """log of (exp(state) - Σ_candidates exp(tilted)) / Σ_others p0; -inf where nothing is left."""
+    inside = tilted.logsumexp(-1)
+    left = state + torch.log1p(-(inside - state).clamp(max=0.0).exp())
+    others = logp0.where(~is_candidate, -torch.inf).logsumexp(-1)
+    return (left - others).where((inside < state) & others.isfinite(), -torch.inf)[:, None]
+
+
+MEASURED: Mapping[str, str] = {
+    "generated": "tokens sampled for this completion, discarded ones included",
+    "scored": "prefixes scored for it",
+    "kl": "nats: exact KL of each step's shaped law against the base law, summed along the completion",
+    "kl_bound": "nats: upper bound of the KL of the decoder's law against the base law",
+    "base_logp": "log-prob of the completion under the base law",
+    "log_weight": "log importance weight of a particle",
+    "log_z": "log of the unbiased estimate of the normaliser Z of its population",
+}
+"""What decoders write into ``Completion.measured``."""

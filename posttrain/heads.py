@@ -31,7 +31,7 @@ class Head(nn.Module):
     """A linear layer for each member, side by side in one, on float32 copies of the hidden states; no dropout.
 
     One member starts at zero outputs, so that it neither knows nor claims anything. Of several, each starts with
-    weights of its own, of standard deviation 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325, appendix B.1),
+    weights of its own, of standard deviation 1 / sqrt(H + 1) (Stiennon et al. 2020, arXiv:2009.01325),
     so that they stay different; the same ones in every process.
     """
 
@@ -61,7 +61,7 @@ class Head(nn.Module):
             rows = self.linear.weight.unflatten(0, (self.members, self.outputs))[:, token].float()
             return torch.einsum("mh,kmh->mk", hidden.float(), rows)
 
-    def decode(self, outputs: Float[Tensor, "... K"]) -> Float[Tensor, "..."]:
+    def decode(self, outputs: Float[Tensor, "... K"]) -> Float[Tensor, " ..."]:
         """The value that a member's outputs stand for.
 
         scalar: the output. categorical: sum_k softmax(outputs)_k centre_k. quantile: the mean. bernoulli:

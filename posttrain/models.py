@@ -117,17 +117,22 @@ def with_adapter(model: Any, lora: Lora, name: str) -> Any:
         task_type="CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
     )
     if hasattr(model, "peft_config"):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.add_adapter(name, config)
-        _LAYERS_OF.pop(model, None)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        add_adapter(model, config, name)
     else:
         model = get_peft_model(model, config, adapter_name=name)
     for parameter in adapter_parameters(model, name).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return model
+
+
+def add_adapter(model: Any, config: Any, name: str) -> None:
+    """One more adapter on a PEFT model; what required a gradient still does (PEFT would stop the others)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.add_adapter(name, config)
+    _LAYERS_OF.pop(model, None)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -68,6 +68,8 @@ def build_value(
         value = _of_its_own(settings, policy_settings)
     if not settings.frozen:
         value.spec = dataclasses.replace(value.spec, kind=kind or value.spec.kind, beta=beta or value.spec.beta)
+        if value.spec.kind == "soft" and not value.spec.beta:
+            raise RecipeError("target.beta: a soft value needs its temperature, in reward units")
     return value
 
 
@@ -317,6 +319,8 @@ def save_value(
     config.update({"posttrain": TypeAdapter(ValueSpec).dump_python(spec, mode="json"), "use_cache": True})
     if spec.head.type == "per_token":
         config.tie_word_embeddings = False
+        if hasattr(config, "final_logit_softcapping"):
+            config.final_logit_softcapping = None  # Q has no cap
         kind: Any = AutoModelForCausalLM
     else:
         config.update({"num_labels": len(model.head.linear.weight), "classifier_dropout": 0.0})

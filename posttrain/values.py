@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from posttrain import options
 from posttrain.batch import identity
 from posttrain.heads import Head, bin_centres
-from posttrain.models import Policy, active_adapter, adapter_parameters, chunk_rows, selected_adapter, with_adapter
+from posttrain.models import Policy, active_adapter, adapter_parameters, add_adapter, chunk_rows
 
 VALUE_ADAPTER = "value"
 """Name of a value model's adapter, on weights of its own or the policy's."""
@@ -56,8 +56,8 @@ class ValueSpec:
     """Optimiser steps it was trained for."""
 
 
-def reduce_members(values: Float[Tensor, "M ..."], how: Reduce, deviations: float = 1.0) -> Float[Tensor, "..."]:
-    """One value from those of the members; ``mean_minus_std``: mean - deviations * their standard deviation (over M)."""
+def reduce_members(values: Float[Tensor, "M ..."], how: Reduce, deviations: float = 1.0) -> Float[Tensor, " ..."]:
+    """One value from those of the members; ``mean_minus_std``: mean - deviations * standard deviation (over M)."""
     if how == "min":
         return values.amin(0)
     if how == "max":
@@ -171,7 +171,7 @@ class ValueModel(nn.Module):
             return None
         return self.spec.shift + self.spec.scale * outputs if self.spec.head.type == "quantile" else outputs
 
-    def reduce(self, values: Float[Tensor, "M ..."]) -> Float[Tensor, "..."]:
+    def reduce(self, values: Float[Tensor, "M ..."]) -> Float[Tensor, " ..."]:
         """One value from the members'."""
         return reduce_members(values, self.spec.reduce, self.spec.deviations)
 
@@ -219,6 +219,58 @@ def _scatter(values: Float[Tensor, "M S ..."], states: Bool[Tensor, "N L"]) -> F
     return padded
 
 
+def back_up(
+    logp: Float[Tensor, "m V"], next_values: Float[Tensor, "m V"], kind: Kind, beta: float | None = None
+) -> Float[Tensor, " m"]:
+    """The value of a state from the values Q of all that can come next, with probabilities p.
+
+        mean: sum_z p_z Q_z    soft: beta log sum_z p_z exp(Q_z / beta)    max: max_z Q_z    greedy: Q at argmax_z p_z
+
+    mean: Mudgal et al. 2024, arXiv:2310.17022 (CD-Q); soft: Zhao et al. 2024, arXiv:2404.17546, where Q = beta log psi.
+
+    Raises:
+        ValueError: for a soft value without a positive ``beta``.
+    """
+    if kind == "mean":
+        return (logp.exp() * next_values).sum(-1)
+    if kind == "max":
+        return next_values.amax(-1)
+    if kind == "greedy":
+        return next_values.gather(-1, logp.argmax(-1, keepdim=True)).squeeze(-1)
+    if beta is None or beta <= 0:
+        raise ValueError(f"a soft value needs a positive beta, not {beta}")
+    return beta * (logp + next_values / beta).logsumexp(-1)
+
+
+@torch.no_grad()
+def backed_up(
+    value: ValueModel,
+    policy: Policy,
+    tokens: Int[Tensor, "N L"],
+    states: Bool[Tensor, "N L"],
+    kind: Kind,
+    beta: float | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "N L"]:
+    """Value of the state after each column of ``states``, from a per-token head's values of every next token.
+
+    In chunks: ``[N, L, V]`` never exists. Float32, 0 off the states.
+
+    Args:
+        policy: whose next tokens count: of a policy with adapters, the reference, which is the model without them.
+        temperature: at which the policy samples.
+    """
+    own = value.hidden_states(tokens)[states]
+    of_policy = policy.hidden_states(tokens, reference=policy.has_adapters)[states]
+    rows = chunk_rows(tokens.device, value.head.outputs)
+    parts = [
+        back_up(policy.next_logits(other, temperature).log_softmax(-1), value.next_values(mine), kind, beta)
+        for mine, other in zip(own.split(rows), of_policy.split(rows), strict=True)
+    ]
+    return _scatter(torch.cat(parts)[None], states)[0]
+
+
 def target_copy(value: ValueModel) -> ValueModel:
     """A copy of a value model to be a target network, frozen; of adapters and head alone where it has adapters."""
     head = copy.deepcopy(value.head)
@@ -228,8 +280,8 @@ def target_copy(value: ValueModel) -> ValueModel:
     name = f"{value.adapter}_target"
     backbone: Any = value.backbone
     if name not in backbone.peft_config:
-        backbone.add_adapter(name, copy.deepcopy(backbone.peft_config[value.adapter]))
-    twin = ValueModel(backbone, head, value.spec, name)
+        add_adapter(backbone, copy.deepcopy(backbone.peft_config[value.adapter]), name)
+    twin = ValueModel(backbone, head, value.spec, name)  # not in evaluation mode, which would be the shared weights'
     for parameter in twin.own_parameters().values():
         parameter.requires_grad_(False)
     polyak(twin, value, rate=1.0)

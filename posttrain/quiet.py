@@ -12,7 +12,7 @@ def quiet() -> None:
 
     * Progress bars of downloads and of loading and saving weights: only where somebody watches a terminal.
     * DeepSpeed is told that there is no GPU, or every process that imports it warns of having found none.
-    * TRL warns of vLLM versions that its trainers were not tested with; its reward functions and data tools need no vLLM.
+    * TRL warns of vLLM versions that its trainers were not tested with; its reward functions and data tools need none.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -21,7 +21,7 @@ from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe
 from posttrain.resolve import parameters
 
 _PAPER = re.compile(r"arXiv:|\b(19|20)\d\d\b.*\b(eq|section|table|appendix|chapter)\b", re.IGNORECASE)
-_EQUATION = re.compile(r"^[^.:(]{1,60}(=|:=|<=)\s")
+_EQUATION = re.compile(r"^[^.:]{1,60}?\s(=|:=|<=)\s")
 
 
 def show(recipe: Recipe, console: Console | None = None) -> None:
@@ -110,12 +110,27 @@ def _shown(value: Any) -> str:
 
 
 def _summary(part: Part) -> Iterator[tuple[str, str]]:
-    lines = (inspect.getdoc(part.target) or "").splitlines()
-    if lines:
-        yield lines[0], "italic"
-    for line in map(str.strip, lines[1:]):
-        if _EQUATION.match(line) or _PAPER.search(line):
-            yield line.replace("\\|", "|"), "green" if _EQUATION.match(line) else "blue"
+    first, *others = (inspect.getdoc(part.target) or "").split("\n\n")
+    if first:
+        yield " ".join(first.split()), "italic"
+    for paragraph in others:
+        lines = [line.strip().replace("\\|", "|") for line in paragraph.splitlines()]
+        if _EQUATION.match(lines[0]) and not lines[-1].endswith("."):
+            yield from ((line, "green") for line in lines)
+        else:
+            yield from ((text, "blue") for text in _statements(lines) if _PAPER.search(text))
+
+
+def _statements(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a paragraph, joined up to each full stop or colon at a line's end."""
+    statement: list[str] = []
+    for line in lines:
+        statement.append(line)
+        if line.endswith((".", ":")):
+            yield " ".join(statement)
+            statement = []
+    if statement:
+        yield " ".join(statement)
 
 
 def _source(target: Any) -> tuple[str, int]:

@@ -120,7 +120,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in _OPENERS:
             problems.append(f"run.trackers: there is no tracker {name!r}; there are {', '.join(_OPENERS)}")
         elif importlib.util.find_spec(name) is None:
-            problems.append(f"run.trackers: {name} is not installed; `pip install {name}`, or take it off the list")
+            problems.append(f"run.trackers: {name} is not installed; {_INSTALL[name]}, or take it off the list")
     if problems:
         raise RecipeError(problems)
 
@@ -225,6 +225,9 @@ _OPENERS: dict[str, Callable[[Path, str, dict[str, Any], int], Sink]] = {
     "wandb": open_wandb,
     "trackio": open_trackio,
 }
+
+_INSTALL = {name: f"`pip install 'posttrain[{name}]'`" for name in ("wandb", "trackio")}  # extras of pyproject.toml
+_INSTALL["tensorboard"] = "`pip install tensorboard`"  # which posttrain itself requires
 
 
 def tracker_id(folder: Path) -> str:

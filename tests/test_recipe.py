@@ -292,6 +292,41 @@ def test_show_marks_what_differs(recipe, capsys, monkeypatch):
     assert "optimizer.eps" not in star and "  optimizer.eps " in text
 
 
+WRAPPED = '''
+def wrapped(batch):
+    """A summary that goes on
+    for two lines.
+
+    A_t = first_t + (second_t)
+    B_t = third_t
+
+    Someone 2026, a title that is so long that it is
+    wrapped, eq. 1, arXiv:2601.00001. Prose of the same line.
+    Prose that no one asked for.
+    """
+    return batch.reward
+'''
+
+
+def test_show_prints_summary_equation_and_source_whole(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "wrapped.py").write_text(WRAPPED, encoding="utf-8")
+    text = GOOD.replace("{use: outcome, scale: group}", "{use: 'wrapped.py:wrapped'}")
+
+    def shown(columns: str) -> list[str]:
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["show", str(recipe(text))]) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        start = lines.index("wrapped(batch)")
+        return lines[start + 1 : lines.index("", start)]
+
+    source = (
+        "Someone 2026, a title that is so long that it is wrapped, eq. 1, arXiv:2601.00001. Prose of the same line."
+    )
+    expected = ["A summary that goes on for two lines.", "A_t = first_t + (second_t)", "B_t = third_t", source]
+    assert shown("160") == expected
+    assert len(shown("60")) > 4 and " ".join(shown("60")) == " ".join(expected)
+
+
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 

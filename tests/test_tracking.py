@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import io
 import json
 import os
@@ -87,9 +88,15 @@ def test_truncation_keeps_the_step_and_what_was_before(tmp_path: Path):
 def test_unknown_and_missing_trackers_are_refused_together(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError) as error:
-        check_trackers(["tensorbord", "wandb"])
+        check_trackers(["tensorbord", "wandb", "trackio", "tensorboard"])
     assert "there is no tracker 'tensorbord'" in error.value.problems[0]
-    assert "`pip install wandb`" in error.value.problems[1]
+    hints = ["`pip install 'posttrain[wandb]'`", "`pip install 'posttrain[trackio]'`", "`pip install tensorboard`"]
+    assert all(hint in problem for hint, problem in zip(hints, error.value.problems[1:], strict=True))
+
+
+def test_the_extras_that_hints_name_exist():
+    extras = importlib.metadata.metadata("posttrain").get_all("Provides-Extra") or []
+    assert {"wandb", "trackio"} <= set(extras)
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:

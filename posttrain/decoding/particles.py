@@ -6,7 +6,9 @@ had ended, itself; there are as many survivors as families. A final is ``(partic
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ class Particle:
     def ended(self) -> bool:
         return self.prefix.finish is not None
 
+
+ROUNDING = 1e-12
+"""Pieces of the unit interval that are narrower come from rounding."""
 
 Families = Sequence[Sequence[Particle]]
 Pick = Callable[[Families, Chooser], list[Particle]]
@@ -118,16 +123,16 @@ def systematic(shares: Sequence[float], count: int, choose: Chooser) -> list[int
     They are those where the cumulative shares pass (u + 0), (u + 1), ... over count, with u uniform in [0, 1). They
     change with u only where count · (cumulative share) has its fractional parts, so one of the pieces is chosen.
     """
-    passed, edges = 0.0, []
-    for share in shares:
-        passed += count * share
-        edges.append(min(passed, float(count)))
-    edges[-1] = float(count)
-    cuts = sorted({0.0, *(edge % 1.0 for edge in edges)})
-    widths = [after - before for before, after in zip(cuts, [*cuts[1:], 1.0], strict=True)]
+    edges = [count * edge for edge in itertools.accumulate(shares)]
+    edges[-1] = float(count)  # whatever rounding says
+    cuts = [0.0]
+    for cut in sorted(edge % 1.0 for edge in edges):
+        if cut - cuts[-1] > ROUNDING and 1.0 - cut > ROUNDING:
+            cuts.append(cut)
+    widths = [after - before for before, after in itertools.pairwise([*cuts, 1.0])]
     piece = choose(widths)
     u = cuts[piece] + widths[piece] / 2
-    return [next(i for i, edge in enumerate(edges) if u + place < edge) for place in range(count)]
+    return [bisect.bisect_right(edges, u + place) for place in range(count)]
 
 
 def best(particles: Sequence[Particle], choose: Chooser) -> int:

@@ -1,0 +1,194 @@
+"""A world small enough to enumerate: every string, every value, and the law of any decoder that chooses through choosers.
+
+A decoder is run once for every sequence of choices that it, or the engine below it, can make; the probability of a
+sequence is the product of its choices' probabilities. The code that runs is the one that runs on vLLM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from posttrain.decoding.prefix_scores import FunctionScore
+from posttrain.decoding.prefixes import Kind, Prefix
+from posttrain.engines.base import Completion, Sampling
+from posttrain.engines.choice import MakeChooser, seeded_chooser
+from posttrain.engines.tabular import TabularEngine
+
+PROMPT = (0,)
+Outcome = TypeVar("Outcome", bound=Hashable)
+String = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """A law of strings of at most ``length`` tokens, which end early with ``eos``, and a reward for each."""
+
+    logits: Mapping[String, list[float]]  # by prefix, the prompt included
+    reward: Mapping[String, float]  # by whole string, the prompt not included
+    vocabulary: int
+    length: int
+    eos: int | None = None
+    beta: float = 0.7
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_tokens=self.length)
+
+    def engine(self, make_chooser: MakeChooser = seeded_chooser) -> TabularEngine:
+        return TabularEngine(
+            self.logits,
+            eos=() if self.eos is None else (self.eos,),
+            max_model_len=len(PROMPT) + self.length,
+            make_chooser=make_chooser,
+        )
+
+    def next_law(self, string: String) -> list[float]:
+        """Scalar softmax of the table."""
+        powers = [math.exp(logit) for logit in self.logits[PROMPT + string]]
+        return [power / sum(powers) for power in powers]
+
+    def ended(self, string: String) -> bool:
+        return len(string) == self.length or (len(string) > 0 and string[-1] == self.eos)
+
+    @property
+    def strings(self) -> dict[String, float]:
+        """p0 of every whole string."""
+        return {s: p for s, p in self.prefixes.items() if self.ended(s)}
+
+    @property
+    def prefixes(self) -> dict[String, float]:
+        """p0 of every prefix, the empty one and whole strings included."""
+        found, level = {(): 1.0}, [()]
+        while level:
+            following = {
+                (*s, a): found[s] * p for s in level if not self.ended(s) for a, p in enumerate(self.next_law(s))
+            }
+            found |= following
+            level = list(following)
+        return found
+
+    def recursive(self, backup: Callable[[list[float], list[float]], float]) -> dict[String, float]:
+        """Values of all prefixes by recursion from rewards: ``backup(values, probabilities)`` of the next ones."""
+        values: dict[String, float] = {}
+        for string in sorted(self.prefixes, key=len, reverse=True):
+            if self.ended(string):
+                values[string] = self.reward[string]
+            else:
+                law = self.next_law(string)
+                values[string] = backup([values[(*string, a)] for a in range(self.vocabulary)], law)
+        return values
+
+    def mean_values(self) -> dict[String, float]:
+        return self.recursive(lambda values, law: sum(p * v for v, p in zip(values, law, strict=True)))
+
+    def soft_values(self, beta: float | None = None) -> dict[String, float]:
+        b = beta or self.beta
+        return self.recursive(
+            lambda values, law: b * math.log(sum(p * math.exp(v / b) for v, p in zip(values, law, strict=True)))
+        )
+
+    def max_values(self) -> dict[String, float]:
+        return self.recursive(lambda values, law: max(values))
+
+    def tilted(self, beta: float | None = None) -> dict[String, float]:
+        """p0(y) exp(r(y) / β) / Z."""
+        weights = {y: p * math.exp(self.reward[y] / (beta or self.beta)) for y, p in self.strings.items()}
+        return {y: w / sum(weights.values()) for y, w in weights.items()}
+
+    def log_z(self, beta: float | None = None) -> float:
+        return math.log(sum(p * math.exp(self.reward[y] / (beta or self.beta)) for y, p in self.strings.items()))
+
+    def objective(self, law: Mapping[String, float], beta: float | None = None) -> float:
+        """E[r] - β KL to p0."""
+        return sum(p * self.reward[y] for y, p in law.items()) - (beta or self.beta) * kl(law, self.strings)
+
+
+def make_world(seed: int = 0, *, vocabulary: int = 3, length: int = 3, eos: bool = False) -> World:
+    """Random logits and rewards, without ties."""
+    draw = random.Random(seed)
+    end = vocabulary - 1 if eos else None
+    strings = [s for n in range(length + 1) for s in itertools.product(range(vocabulary), repeat=n)]
+    going = [s for s in strings if len(s) < length and end not in s]
+    logits = {PROMPT + s: [draw.gauss(0, 1) for _ in range(vocabulary)] for s in going}
+    whole = [s for s in strings if s and s[:-1] in going and (len(s) == length or s[-1] == end)]
+    return World(logits, {s: draw.gauss(0, 1) for s in whole}, vocabulary, length, end)
+
+
+def kl(law: Mapping[String, float], base: Mapping[String, float]) -> float:
+    return sum(p * math.log(p / base[y]) for y, p in law.items() if p > 0)
+
+
+def distance(one: Mapping[Outcome, float], other: Mapping[Outcome, float]) -> float:
+    """Largest difference of two laws."""
+    return max(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other})
+
+
+def total_variation(one: Mapping[Outcome, float], other: Mapping[Outcome, float]) -> float:
+    return sum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other}) / 2
+
+
+def law_of(run: Callable[[MakeChooser], Outcome]) -> dict[Outcome, float]:
+    """The law of what ``run`` returns, by running it once for every sequence of choices.
+
+    Args:
+        run: given the maker of all choosers, returns an outcome; whatever is random in it comes from them.
+    """
+    law: dict[Outcome, float] = {}
+    scripts: list[list[int]] = [[]]
+    while scripts:
+        script = scripts.pop()
+        taken: list[int] = []
+        probability = 1.0
+
+        def choose(probabilities: Sequence[float]) -> int:
+            nonlocal probability
+            if len(taken) == len(script):
+                possible = [index for index, p in enumerate(probabilities) if p > 0]
+                scripts.extend([*taken, index] for index in possible[1:])
+                script.append(possible[0])
+            index = script[len(taken)]
+            taken.append(index)
+            probability *= probabilities[index] / sum(probabilities)
+            return index
+
+        outcome = run(lambda seed: choose)  # noqa: B023  # used before the next turn of the loop
+        law[outcome] = law.get(outcome, 0.0) + probability
+    assert abs(sum(law.values()) - 1) < 1e-9
+    return law
+
+
+def tokens_of(completions: list[list[Completion]]) -> String:
+    """The first completion of the first prompt."""
+    return tuple(completions[0][0].tokens)
+
+
+def table_score(values: Mapping[String, float], kind: Kind = "mean", beta: float | None = None) -> FunctionScore:
+    """A score that looks values up by what was generated."""
+    return FunctionScore(
+        function=lambda prefixes: [values[tuple(prefix.generated)] for prefix in prefixes], kind=kind, beta=beta
+    )
+
+
+@dataclass(frozen=True)
+class TableOfNext:
+    """The same with vectors over the vocabulary."""
+
+    values: Mapping[String, float]
+    vocabulary: int
+    kind: Kind = "mean"
+    beta: float | None = None
+    scale: float = 1.0
+
+    def score(self, prefixes: Sequence[Prefix]) -> torch.Tensor:
+        return torch.tensor([self.values[tuple(prefix.generated)] for prefix in prefixes], dtype=torch.float64)
+
+    def score_next(self, prefixes: Sequence[Prefix]) -> torch.Tensor:
+        rows = [[self.values[(*prefix.generated, a)] for a in range(self.vocabulary)] for prefix in prefixes]
+        return torch.tensor(rows, dtype=torch.float64)

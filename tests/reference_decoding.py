@@ -1,0 +1,75 @@
+"""Laws of population decoders, from their definitions, as scalar loops over everything that can happen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from exact_world import String, World
+
+Select = Callable[[Sequence[float]], list[float]]
+"""Scores of candidates to the probability that each is taken."""
+
+
+def argmax(scores: Sequence[float]) -> list[float]:
+    first = list(scores).index(max(scores))
+    return [float(index == first) for index in range(len(scores))]
+
+
+def softmax_at(strength: float) -> Select:
+    def select(scores: Sequence[float]) -> list[float]:
+        powers = [math.exp(strength * score) for score in scores]
+        return [power / sum(powers) for power in powers]
+
+    return select
+
+
+def blocks_from(world: World, string: String, block: int) -> dict[String, float]:
+    """Law of the string one block later."""
+    law = {string: 1.0}
+    for _ in range(block):
+        law = {
+            after: probability * p
+            for s, probability in law.items()
+            for after, p in ([(s, 1.0)] if world.ended(s) else [((*s, a), p) for a, p in enumerate(world.next_law(s))])
+        }
+    return law
+
+
+def select_blockwise(
+    world: World, values: Mapping[String, float], *, block: int, count: int, select: Select
+) -> dict[String, float]:
+    """Draw ``count`` blocks from the base law, take one of them, go on until the string ends."""
+    ended: dict[String, float] = {}
+    going = {(): 1.0}
+    while going:
+        after: dict[String, float] = {}
+        for string, probability in going.items():
+            law = blocks_from(world, string, block)
+            for drawn in itertools.product(law.items(), repeat=count):
+                joint = probability * math.prod(p for _, p in drawn)
+                chances = select([values[s] for s, _ in drawn])
+                for (s, _), chance in zip(drawn, chances, strict=True):
+                    place = ended if world.ended(s) else after
+                    place[s] = place.get(s, 0.0) + joint * chance
+        going = {s: p for s, p in after.items() if p > 0}
+    return ended
+
+
+def best_of_n(world: World, n: int) -> dict[String, float]:
+    """P(y) = F(r(y))^n - F(< r(y))^n for rewards without ties, F the distribution of the reward under p0."""
+    law = {}
+    for y in world.strings:
+        upto = sum(p for z, p in world.strings.items() if world.reward[z] <= world.reward[y])
+        law[y] = upto**n - (upto - world.strings[y]) ** n
+    return law
+
+
+def beam(world: World, values: Mapping[String, float], width: int) -> String:
+    """Deterministic: all next tokens of all kept strings, the ``width`` of largest value are kept."""
+    kept: list[String] = [()]
+    while not all(world.ended(s) for s in kept):
+        pool = [after for s in kept for after in ([s] if world.ended(s) else blocks_from(world, s, 1))]
+        kept = sorted(pool, key=lambda s: -values[s])[:width]
+    return kept[0]

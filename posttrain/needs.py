@@ -106,9 +106,9 @@ def find_needs(recipe: Recipe) -> Needs:
         logp_ref="logp_ref" in before | during,
         entropy="entropy" in before,
         entropy_gradient="entropy" in in_policy_loss,
-        value="value" in before or "value" in in_value_loss,
+        value=("value" in before or "value" in in_value_loss) and not _branches(recipe),
         value_next=_has_q_head(recipe) and "value_next" in before | during,
-        value_model=bool(recipe.value_loss) or "value" in before | during,
+        value_model=bool(recipe.value_loss) or ("value" in before | during and not _branches(recipe)),
         groups="group" in during,
     )
     _refuse_unfilled(recipe, needs, before | during)
@@ -125,7 +125,7 @@ def _refuse_unfilled(recipe: Recipe, needs: Needs, read: set[str]) -> None:
             "a part reads values, but nothing trains them: add `value_loss: [{use: mse}]` and `target: {use: "
             "lambda_return}`, or take a trained value model as it is: `value: {model: ..., frozen: true}`"
         )
-    if value is not None and not needs.value_model:
+    if value is not None and not needs.value_model and not (_branches(recipe) and "value" in read):
         raise RecipeError("value: no part of the recipe reads or trains values; leave the section out")
 
 
@@ -172,6 +172,10 @@ def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, .
         wanted = " or ".join("[N, L]" if len(shape) == 2 else "[N]" for shape in allowed)
         raise RecipeError(f"{slot}: {part.name} returned {found} for a batch of {list(allowed[-1])}; wanted {wanted}")
     return set(_log.seen)
+
+
+def _branches(recipe: Recipe) -> bool:
+    return recipe.value is not None and recipe.value.branches is not None
 
 
 def _has_q_head(recipe: Recipe) -> bool:

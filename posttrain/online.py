@@ -12,10 +12,12 @@ import torch
 
 from posttrain.assembly import Online, build_learner, engine_for, load_material, open_folder, refuse_uneven_prompts
 from posttrain.batch import Batch
+from posttrain.branching import branch_values
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
-from posttrain.collect import Collected, Source, collect, verifier_means
+from posttrain.collect import Collected, Source, collect, sampling_of, verifier_means
 from posttrain.compose import credit, reward_batch
 from posttrain.display import Progress
+from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate
 from posttrain.given import draw_examples
@@ -145,7 +147,8 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
     run.source.verifiers.failures.clear()
     collected = take(run)
     with timed(seconds, "score"):
-        batch = set_targets(run.learner, with_credit(recipe, reward_batch(recipe, score(run.learner, collected.batch))))
+        batch = reward_batch(recipe, score(run.learner, with_branches(run, collected.batch)))
+        batch = set_targets(run.learner, with_credit(recipe, batch))
         support = run.learner.value.support if run.learner.value is not None else None
         judged = value_metrics(batch, runtime, support=support)
         run.policy_waits = run.policy_waits and not good_enough(recipe, judged)
@@ -175,6 +178,15 @@ def take(run: Online) -> Collected:
         return draw_examples(recipe, run.runtime, material.examples, run.sampler, run.step)
     assert material.rows is not None
     return collect(recipe, run.runtime, run.source, material.rows, run.sampler, run.step)
+
+
+def with_branches(run: Online, batch: Batch) -> Batch:
+    """The batch with values from branches, if the recipe takes them from there."""
+    branches = run.recipe.value.branches if run.recipe.value is not None else None
+    if branches is None:
+        return batch
+    sampling, seed = sampling_of(run.recipe.sampling), sample_seed(run.recipe.seed, run.step)
+    return run.runtime.together(lambda: branch_values(run.source, batch, branches, sampling, seed))
 
 
 def with_credit(recipe: Recipe, batch: Batch) -> Batch:

@@ -61,7 +61,17 @@ class Head:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
+class Branches:
+    n: int = Field(default=9, ge=1)
+    """Completions of each prefix."""
+    separator: str = Field(default="\n", min_length=1)
+    """What a reasoning step ends with."""
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Value:
+    branches: Branches | None = None
+    """No model: the value of each reasoning step's beginning is the mean score of completions sampled from there."""
     model: str | None = None
     """A value model saved by another run, a reward or process model, or any language model, which gets a new head.
     Default: the policy's model."""

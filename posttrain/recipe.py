@@ -223,6 +223,8 @@ def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         yield ("value_loss",), "needs a `target` to learn, such as `target: {use: lambda_return}`"
     if recipe.target is not None and not recipe.value_loss:
         yield ("target",), "nothing learns it: add `value_loss: [{use: mse}]`, or leave `target` out"
+    if value.branches is not None and (recipe.value_loss or value != options.Value(branches=value.branches)):
+        yield ("value", "branches"), "are in place of a value model: leave its settings and `value_loss` out"
     if value.frozen and recipe.value_loss:
         yield ("value", "frozen"), "the value model is to be used as it is, and yet there is a `value_loss` to train it"
     if value.frozen and value.model is None:

@@ -1,0 +1,129 @@
+"""Evaluation suites: strict YAML like a recipe, which says what to measure; run by ``posttrain eval SUITE``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from posttrain import options
+from posttrain.loading import load_as
+from posttrain.recipe import Part, PositiveInt, RecipeConflict
+
+
+@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+class ValueModelOptions:
+    model: str
+    """A value model saved by a run, or a reward or process model: local folder or hub name."""
+
+
+@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+class Branches:
+    """Monte-Carlo continuations of prefixes of the completions."""
+
+    prompts: int = Field(default=32, ge=0)
+    """Of so many prompts' completions; 0: none."""
+    prefixes: int = Field(default=2, ge=1)
+    """Prefixes a prompt, spread over the length of its completions."""
+    completions: int = Field(default=16, ge=2)
+    """Continuations a prefix."""
+
+
+@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+class Report:
+    folder: str | None = None
+    """Default: ``reports/<suite's name>``. A report that is there is replaced."""
+    bins: int = Field(default=10, ge=2)
+    """Of the calibration curve and of positions."""
+    separator: str | None = Field(default="\n", min_length=1)
+    """What a reasoning step ends with. null: the steps that stored rollouts have."""
+    shown: int = Field(default=6, ge=0)
+    """Completions that the page shows token by token."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class ValueSuite:
+    """Whether a value model's numbers are right: on fresh completions of held-out prompts, or on stored rollouts.
+
+    Raises:
+        RecipeConflict: when built from settings that do not go together.
+    """
+
+    suite: Literal["value"]
+    value: ValueModelOptions
+    policy: options.Policy | None = None  # samples the completions and the branches
+    data: options.Data | None = None
+    rollouts: str | None = None  # a Parquet file that a run stored, or a folder of them, instead of sampling
+    verify: tuple[InstanceOf[Part], ...] = ()
+    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
+    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
+    completions: PositiveInt = 4  # a prompt
+    branches: Branches = field(default_factory=Branches)
+    report: Report = field(default_factory=Report)
+    micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    name: str = "value"
+    path: Path | None = None  # of the YAML file
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_conflicts(self)):
+            raise RecipeConflict(conflicts)
+
+    @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return Path(self.report.folder or Path("reports") / self.name)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Plain data of the settings, defaults included."""
+        names = ("suite", "value", "policy", "data", "rollouts", "sampling", "engine", "completions", "branches")
+        plain = {name: TypeAdapter(Any).dump_python(getattr(self, name), mode="json") for name in names}
+        plain["verify"] = [{"use": part.name, **part.options} for part in self.verify]
+        plain |= {"report": TypeAdapter(Any).dump_python(self.report, mode="json"), "seed": self.seed}
+        return {name: value for name, value in plain.items() if value is not None}
+
+
+def _conflicts(suite: ValueSuite) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    branching = suite.branches.prompts > 0
+    if suite.rollouts is not None and suite.data is not None:
+        yield ("data",), "completions come from `rollouts`, prompts and columns with them: leave one of both out"
+    if suite.rollouts is None and suite.data is None:
+        yield (), "nothing says which completions to look at: give `data` (prompts to sample from) or `rollouts`"
+    for name in ("policy", "verify"):
+        if not getattr(suite, name) and (suite.rollouts is None or branching):
+            what = "samples and verifies completions" if suite.rollouts is None else "continues prefixes (`branches`)"
+            hint = "" if suite.rollouts is None else "; `branches: {prompts: 0}` does without"
+            yield (), f"the section {name!r} is missing: the suite {what}{hint}"
+    if suite.sampling.temperature == 0 and (branching or suite.rollouts is None and suite.completions > 1):
+        yield (
+            ("sampling", "temperature"),
+            "0 decodes greedily: all completions of a prefix are equal. A value is a mean over what the policy "
+            "samples; use the temperature it was trained for",
+        )
+
+
+def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> ValueSuite:
+    """The suite in a YAML file, with ``--key.path=value`` overrides.
+
+    Raises:
+        RecipeError: one line for each problem, with its place and a suggestion.
+    """
+    return load_as(ValueSuite, path, overrides)
+
+
+def run_suite(path: str | Path, overrides: Iterable[str] = ()) -> Path:
+    """Runs the suite in a YAML file, prints its figures, and returns the folder of its report.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    suite = load_suite(path, overrides)
+    from posttrain.report.value_evaluation import evaluate_value  # after loading: mistakes show at once
+
+    return evaluate_value(suite)

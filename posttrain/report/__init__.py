@@ -1,0 +1,1 @@
+"""What a trained thing is worth, as numbers, pictures and a page."""

@@ -1,0 +1,134 @@
+"""A value report as a web page that needs nothing else: figures, pictures, completions coloured by their value."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse } td { padding: .15rem 1rem .15rem 0; border-bottom: 1px solid #ddd }
+td.number { text-align: right; font-variant-numeric: tabular-nums } td.what { color: #555 }
+img { width: 30rem; max-width: 100% } figure { display: inline-block; margin: .5rem }
+pre { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; border-left: 3px solid #ccc; padding-left: .8rem }
+pre .prompt { color: #777 } .scale span { padding: .1rem .6rem }
+.note { color: #555 }
+"""
+
+MEANING = {
+    "value/states": "states (prefixes of completions) with a known outcome",
+    "value/mean": "mean predicted value",
+    "value/outcome": "mean outcome",
+    "value/bias": "mean of value - outcome",
+    "value/rmse": "root mean square of value - outcome",
+    "value/explained_variance": "1 - Var(outcome - value) / Var(outcome), over all states",
+    "value/explained_variance_finished": "the same without completions that were cut off",
+    "value/calibration_error": "mean gap of value and outcome, in bins of equally many states",
+    "value/brier": "mean square of value - outcome, where outcomes are 0 or 1",
+    "value/truncated": "share of completions that were cut off",
+    "value/bias_truncated": "mean of value - outcome at their last token",
+    "value/bias_finished": "the same of completions that ended by themselves",
+    "branches/prefixes": "prefixes with Monte-Carlo continuations",
+    "branches/bias": "mean of value - mean outcome of the continuations",
+    "branches/rmse": "root mean square of the same, without the noise of the means",
+    "branches/correlation": "of value and mean outcome of the continuations",
+    "branches/correlation_ceiling": "what the true values could be expected to reach with as many continuations",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A completion to show: the value before the first token, and after each."""
+
+    prompt: str
+    pieces: Sequence[str]
+    start: float
+    values: Sequence[float]
+    outcome: float
+    finish: str
+
+
+def write_page(
+    folder: Path, title: str, report: Mapping[str, Any], pictures: Mapping[str, str], examples: Sequence[Example]
+) -> Path:
+    """Writes ``index.html``; pictures that lie in the folder are put into it."""
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        *(f"<p class=note>{html.escape(note)}</p>" for note in report["notes"]),
+        "<h2>Figures</h2>",
+        _table(report["metrics"]),
+        "<h2>Pictures</h2>",
+        *(_picture(folder / name, what) for name, what in pictures.items()),
+        *_completions(examples, report["unit"]),
+        "<h2>What was run</h2>",
+        f"<pre>{html.escape(report['suite'])}</pre>",
+    ]
+    head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    path = folder / "index.html"
+    path.write_text("\n".join([head, *body]) + "\n", encoding="utf-8")
+    return path
+
+
+def figure(value: float | None) -> str:
+    """A number for people."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.4f}"
+
+
+def _table(metrics: Mapping[str, float | None]) -> str:
+    rows = (
+        f"<tr><td>{html.escape(name)}<td class=number>{figure(value)}<td class=what>{MEANING.get(name, '')}"
+        for name, value in metrics.items()
+    )
+    return "<table>" + "\n".join(rows) + "</table>"
+
+
+def _picture(path: Path, what: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{html.escape(what)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _completions(examples: Sequence[Example], unit: str) -> list[str]:
+    if not examples:
+        return []
+    values = [value for example in examples for value in (example.start, *example.values)]
+    low, high = min(values), max(values)
+    marks = [low + (high - low) * i / 4 for i in range(5)]
+    scale = "".join(f'<span style="{_colour(v, low, high)}">{v:.2f}</span>' for v in marks)
+    return [
+        "<h2>Completions, token by token</h2>",
+        f"<p class=scale>Value of the text up to and with each token ({html.escape(unit)}), darker is higher: {scale}"
+        "<br>The exact value shows when the pointer rests on a token.</p>",
+        *(_completion(example, low, high) for example in examples),
+    ]
+
+
+def _completion(example: Example, low: float, high: float) -> str:
+    tokens = "".join(
+        f'<span style="{_colour(value, low, high)}" title="{value:.4f}">{_visible(piece)}</span>'
+        for piece, value in zip(example.pieces, example.values, strict=True)
+    )
+    end = example.values[-1] if example.values else example.start
+    return (
+        f"<p>outcome {example.outcome:.3g}, {example.finish}; value of the prompt {example.start:.3f}, "
+        f"at the end {end:.3f}</p><pre><span class=prompt>{html.escape(example.prompt)}</span>{tokens}</pre>"
+    )
+
+
+def _visible(piece: str) -> str:
+    """Text of a token, with line breaks that can be seen."""
+    return html.escape(piece).replace("\n", "&crarr;\n")
+
+
+def _colour(value: float, low: float, high: float) -> str:
+    """Background from white to a mid blue of the same lightness as a mid grey, on which black text can be read."""
+    share = (value - low) / (high - low) if high > low else 0.5
+    red, green, blue = (round(255 - share * (255 - end)) for end in (120, 160, 210))
+    return f"background:rgb({red},{green},{blue})"

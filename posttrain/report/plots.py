@@ -1,0 +1,170 @@
+"""Pictures of a value report, drawn from its numbers alone: sober, and readable in black and white."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE: Any = {
+    "figure.figsize": (5.2, 4.0),
+    "figure.dpi": 130,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+}
+DARK, LIGHT = "#1b4f72", "#b9770e"  # of different lightness; marks and dashes differ too
+
+
+def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Every picture that the report has numbers for.
+
+    Args:
+        report: what ``metrics.json`` holds.
+        folder: where PNG files go.
+
+    Returns:
+        File name -> what the picture shows.
+    """
+    made: dict[str, str] = {}
+    unit = report["unit"]
+    pictures = {
+        "calibration.png": ("Outcome against predicted value, in bins of equally many states", draw_calibration),
+        "position.png": ("Value along the completion, by how it ended", draw_position),
+        "steps.png": ("Value and outcome by reasoning step", draw_steps),
+        "errors.png": ("Errors of all states", draw_errors),
+        "branches.png": ("Value against Monte-Carlo continuations of the same prefixes", draw_branches),
+    }
+    for name, (title, draw) in pictures.items():
+        with plt.rc_context(STYLE):
+            figure, axes = plt.subplots()
+            if draw(axes, report, unit):
+                axes.set_title(title)
+                _save(figure, folder / name)
+                made[name] = title
+            plt.close(figure)
+    return made
+
+
+def draw_calibration(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
+    """Reliability curve with 95 % intervals, and the line on which a perfect model lies."""
+    curve = report["calibration"]
+    value, outcome = curve["value"], curve["outcome"]
+    _diagonal(axes, [*value, *outcome])
+    axes.errorbar(
+        value,
+        outcome,
+        yerr=[1.96 * _number(error) for error in curve["standard_error"]],
+        color=DARK,
+        marker="o",
+        capsize=3,
+        label="mean of a bin, 95 % interval",
+    )
+    axes.set_xlabel(f"predicted value ({unit})")
+    axes.set_ylabel(f"mean outcome ({unit})")
+    axes.legend(loc="upper left", title=f"calibration error {report['metrics']['value/calibration_error']:.3f}")
+    return True
+
+
+def draw_position(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
+    """Median and quartiles of the value along completions that ended above, and not above, the mean outcome."""
+    curve, bands = report["by_position"], report["bands"]
+    centre = [50 * (low + high) for low, high in zip(curve["low"], curve["high"], strict=True)]
+    looks = {
+        "above": ("outcome above the mean", DARK, "-", "o", None),
+        "below": ("outcome below the mean", LIGHT, "--", "s", "////"),
+    }
+    for name, (label, colour, line, mark, hatch) in looks.items():
+        low, middle, high = ([_number(triple[i]) for triple in bands[name]] for i in range(3))
+        axes.plot(centre, middle, line, color=colour, marker=mark, markersize=4, label=f"{label}: median, quartiles")
+        axes.fill_between(centre, low, high, facecolor=colour, edgecolor=colour, hatch=hatch, alpha=0.2, linewidth=0)
+    axes.plot(centre, [_number(o) for o in curve["outcome"]], ":", color="black", label="mean outcome of all")
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("position in the completion (% of its tokens)")
+    axes.set_ylabel(f"value ({unit})")
+    axes.legend(loc="best")
+    return True
+
+
+def draw_steps(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
+    """Means by reasoning step, where completions have several."""
+    curve = report["by_step"]
+    if len(curve["low"]) <= 2:
+        return False
+    step = [low + 1 for low in curve["low"]]
+    axes.plot(step, [_number(v) for v in curve["value"]], "-o", color=DARK, label="mean value")
+    axes.plot(step, [_number(o) for o in curve["outcome"]], "--s", color=LIGHT, label="mean outcome")
+    axes.plot(step, [_number(e) for e in curve["rmse"]], ":^", color="black", label="root mean square error")
+    axes.set_xlabel("reasoning step (0: the prompt; the last point holds all later steps)")
+    axes.set_ylabel(f"value, outcome, error ({unit})")
+    axes.legend(loc="best")
+    return True
+
+
+def draw_errors(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
+    """Histogram of value - outcome."""
+    edges, count = report["errors"]["edges"], report["errors"]["count"]
+    total = max(1.0, sum(count))
+    axes.stairs([100 * c / total for c in count], edges, fill=True, facecolor="0.75", edgecolor=DARK)
+    bias = report["metrics"]["value/bias"]
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(bias, color=DARK, linestyle="--", label=f"mean {bias:+.3f}")
+    axes.set_xlabel(f"predicted value - outcome ({unit})")
+    axes.set_ylabel("states (%)")
+    axes.legend(loc="best")
+    return True
+
+
+def draw_branches(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
+    """Predicted value of each prefix against the mean outcome of its continuations, with standard errors."""
+    branches = report.get("branches")
+    if not branches or not branches["value"]:
+        return False
+    value, means = branches["value"], branches["mean"]
+    _diagonal(axes, [*value, *means])
+    axes.errorbar(
+        value,
+        means,
+        yerr=[_number(error) for error in branches["standard_error"]],
+        fmt="o",
+        color=DARK,
+        ecolor="0.6",
+        markersize=4,
+        elinewidth=0.8,
+        label="a prefix, one standard error",
+    )
+    correlation = report["metrics"]["branches/correlation"]
+    ceiling = report["metrics"]["branches/correlation_ceiling"]
+    axes.set_xlabel(f"predicted value ({unit})")
+    axes.set_ylabel(f"mean of {branches['completions']} continuations ({unit})")
+    axes.legend(loc="upper left", title=f"correlation {correlation:.2f}, at most {ceiling:.2f} with this many")
+    return True
+
+
+def _diagonal(axes: Axes, points: Sequence[float | None]) -> None:
+    known = [p for p in map(_number, points) if math.isfinite(p)]
+    ends = [min(known, default=0.0), max(known, default=1.0)]
+    axes.plot(ends, ends, ":", color="black", linewidth=1, label="perfect")
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no NaN
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Software": None})

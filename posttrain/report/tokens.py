@@ -1,0 +1,60 @@
+"""Tokens as text, piece by piece: where reasoning steps end, and what to print in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from posttrain.batch import Batch
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens included."""
+
+
+def pieces(tokens: Sequence[int], decode: Decode) -> list[str]:
+    """The text that each token adds; a character of several tokens stands at the last of them."""
+    found: list[str] = []
+    waiting: list[int] = []
+    for token in tokens:
+        waiting.append(token)
+        text = decode(waiting)
+        unfinished = text.endswith("\ufffd") and len(waiting) < 4  # bytes of one character
+        found.append("" if unfinished else text)
+        waiting = waiting if unfinished else []
+    if waiting:
+        found[-1] = decode(waiting)
+    return found
+
+
+def steps_by_text(batch: Batch, decode: Decode, separator: str) -> Int[Tensor, "N L"]:
+    """``step_id`` of completions whose reasoning steps end with ``separator``, such as a line break.
+
+    A token belongs to the step that its first character is in; -1 off the mask.
+    """
+    steps = torch.full_like(batch.step_id, -1)
+    for row, mask in enumerate(batch.mask):
+        text, starts = "", []
+        for piece in pieces(batch.tokens[row][mask].tolist(), decode):
+            starts.append(len(text))
+            text += piece
+        ends = _ends(text.rstrip(separator), separator)
+        numbers = torch.bucketize(torch.tensor(starts), torch.tensor(ends, dtype=torch.long), right=True)
+        steps[row, mask] = numbers
+    return steps
+
+
+def _ends(text: str, separator: str) -> list[int]:
+    """Where each run of separators ends."""
+    ends: list[int] = []
+    at = text.find(separator)
+    while at >= 0:
+        end = at + len(separator)
+        if ends and ends[-1] == at:
+            ends[-1] = end
+        else:
+            ends.append(end)
+        at = text.find(separator, end)
+    return ends

@@ -1,0 +1,303 @@
+"""The evaluation of a value model: completions, values, figures, pictures, page."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from posttrain import options
+from posttrain.batch import Batch, Finish
+from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
+from posttrain.data import Rows, check_columns, load_rows
+from posttrain.engines import make_engine
+from posttrain.engines.base import Engine, Sampling
+from posttrain.errors import DataError, UserError
+from posttrain.evaluation_suite import ValueSuite
+from posttrain.model_card import versions
+from posttrain.models import context_length, load_tokenizer
+from posttrain.recipe import Part
+from posttrain.report import values
+from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
+from posttrain.report.page import Example, figure, write_page
+from posttrain.report.plots import draw_all
+from posttrain.report.tokens import Decode, pieces, steps_by_text
+from posttrain.rollout import prompt_seeds, single_turn
+from posttrain.runtime import Runtime, length_groups
+from posttrain.stored_rollouts import read_rollouts
+from posttrain.value_checkpoints import load_value
+from posttrain.values import ValueModel
+from posttrain.verification import VerifierPool
+
+OF_SAMPLED = {
+    "max": "This model's values are of the best continuation, outcomes are of sampled ones: expect them to lie below.",
+    "greedy": "This model's values are of the greedy continuation, outcomes are of sampled ones: they need not agree.",
+    "soft": "This model's values are soft, beta log E exp(r / beta): values and outcomes are compared as "
+    "exp((r - top) / beta), on which scale a soft value is a mean; top is the highest outcome.",
+}
+
+
+def evaluate_value(suite: ValueSuite) -> Path:
+    """Runs a suite on all ranks; the main one writes ``metrics.json``, the pictures and ``index.html``.
+
+    Returns:
+        The report's folder.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    policy = suite.policy or options.Policy(model=suite.value.model)
+    tokenizer = load_tokenizer(policy)
+    rows = _rows(suite, tokenizer)
+    with Runtime(dtype=policy.dtype) as runtime:
+        model = load_value(suite.value.model).eval().requires_grad_(False).to(runtime.device)
+        batch = None if rows is not None else stored_batch(suite, runtime)
+        prefixes, scores = [], torch.zeros(0, suite.branches.completions)
+        if batch is None or suite.branches.prompts:
+            batch, prefixes, scores = sample(suite, rows, batch, tokenizer, runtime)
+        batch = batch.set(all_sum=runtime.all_sum)
+        if suite.report.separator is not None:
+            batch = batch.set(step_id=steps_by_text(batch, decoder(tokenizer), suite.report.separator))
+        value = predict(model, batch, runtime, suite.micro_batch_tokens)
+        report = make_report(suite, model, batch, value, prefixes, scores)
+        return runtime.from_main(lambda: write_report(suite, report, batch, value, tokenizer))
+
+
+def decoder(tokenizer: Any, *, special: bool = True) -> Decode:
+    """Token ids to text, with or without special tokens."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
+def _rows(suite: ValueSuite, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
+    if suite.data is None:
+        return None
+    rows = load_rows(suite.data, tokenizer=tokenizer, base=suite.path.parent if suite.path else None)
+    check_columns(rows, suite.verify)
+    return rows
+
+
+def stored_batch(suite: ValueSuite, runtime: Runtime) -> Batch:
+    """This rank's share of the stored completions, a group of each file being a prompt of its own.
+
+    Raises:
+        DataError: where there are none, or none has a score.
+    """
+    assert suite.rollouts is not None
+    place = Path(suite.rollouts).expanduser()
+    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    if not files:
+        raise DataError(f"rollouts: there is no Parquet file in {place}")
+    batches, groups = [], 0
+    for file in files:
+        batch = read_rollouts(file)
+        _, group = batch.group.unique(return_inverse=True)
+        batches.append(_sampled_fields(batch).set(group=group + groups))
+        groups += int(group.max()) + 1 if len(group) else 0
+    whole = Batch.concatenate(batches)
+    if not torch.isfinite(whole.score).any():
+        raise DataError(f"rollouts: no completion in {place} has a score")
+    mine = whole[whole.group % runtime.world == runtime.rank]
+    if not len(mine):
+        raise UserError(f"rollouts: {groups} prompts cannot be shared by {runtime.world} processes")
+    return mine.trim()
+
+
+def _sampled_fields(batch: Batch) -> Batch:
+    """Without what the run filled in beside the rollout: files of one run may differ in it."""
+    optional = [f.name for f in dataclasses.fields(batch) if f.default is None]
+    return batch.set(**dict.fromkeys(optional), step=0)
+
+
+def sample(
+    suite: ValueSuite, rows: Rows | None, batch: Batch | None, tokenizer: Any, runtime: Runtime
+) -> tuple[Batch, list[Prefix], Float[Tensor, "P K"]]:
+    """Completions of this rank's prompts, unless ``batch`` holds some, and scores of continuations."""
+    longest = 0 if rows is None else rows.longest_prompt
+    longest = longest if batch is None else int(batch.mask.int().argmax(-1).max())
+    sampling, few = sampling_of(suite.sampling), suite.branches
+    with VerifierPool(suite.verify) as pool, closing(_engine(suite, longest)) as engine:
+        source = Source(
+            engine=engine,
+            verifiers=pool,
+            rollout=Part.of(single_turn),
+            decode=decoder(tokenizer, special=False),
+        )
+        if batch is None:
+            assert rows is not None
+            batch = _completions(suite, rows, source, sampling, runtime)
+        prefixes = choose_prefixes(batch, prompts=few.prompts, per_prompt=few.prefixes, seed=suite.seed)
+        scores = runtime.together(partial(continue_prefixes, source, prefixes, few.completions, sampling))
+    return batch, prefixes, scores
+
+
+def _completions(suite: ValueSuite, rows: Rows, source: Source, sampling: Sampling, runtime: Runtime) -> Batch:
+    if len(rows) < runtime.world:
+        raise UserError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
+    mine = range(runtime.rank, len(rows), runtime.world)
+    prompts = make_prompts(rows, mine, mine, prompt_seeds(suite.seed, 0, 0, mine))
+    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, suite.completions, sampling, {}))
+    return batch
+
+
+def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:
+    assert suite.policy is not None
+    most = suite.sampling.max_tokens
+    room = longest_prompt + most + (math.ceil(most / BUCKETS) if suite.branches.prompts else 0)
+    limit = context_length(suite.policy)
+    length = suite.engine.max_model_len or room
+    for most_positions, whose in ((length, "engine.max_model_len"), (limit, suite.policy.model)):
+        if most_positions is not None and room > most_positions:
+            raise UserError(
+                f"the longest prompt ({longest_prompt} tokens), sampling.max_tokens ({most}) and an eighth of it for "
+                f"`branches` need {room} positions; {whose} has {most_positions}. Lower sampling.max_tokens."
+            )
+    return make_engine(
+        suite.policy.model, suite.engine, dtype=suite.policy.dtype, max_model_len=length, seed=suite.seed
+    )
+
+
+@torch.no_grad()
+def predict(model: ValueModel, batch: Batch, runtime: Runtime, micro_batch_tokens: int) -> Float[Tensor, "N L"]:
+    """The model's value at every state, 0 elsewhere, in micro-batches of completions of like length.
+
+    Raises:
+        UserError: where a token is not in the model's vocabulary.
+    """
+    embeddings: Any = model.decoder.get_input_embeddings()
+    known = embeddings.weight.shape[0]
+    if len(batch) and int(batch.tokens.max()) >= known:
+        raise UserError(
+            f"value.model: knows {known} tokens, and the completions hold token {int(batch.tokens.max())}: it was made "
+            "for another tokenizer than the policy's"
+        )
+    value = torch.zeros_like(batch.logp_sampler)
+    for rows in length_groups(batch.length, micro_batch_tokens):
+        part = batch[rows].trim().to(runtime.device)
+        with runtime.autocast():
+            its, _ = model(part.tokens, part.states)
+        value[rows, : its.shape[1]] = its.float().cpu()
+    return value
+
+
+def make_report(
+    suite: ValueSuite,
+    model: ValueModel,
+    batch: Batch,
+    value: Float[Tensor, "N L"],
+    prefixes: Sequence[Prefix],
+    scores: Float[Tensor, "P K"],
+) -> dict[str, Any]:
+    """Everything that the page shows, as plain data without NaN."""
+    spec, share = model.spec, batch.all_sum
+    known = batch.score[torch.isfinite(batch.score)]
+    top = float(values.global_quantiles(known, [1.0], share))
+    if math.isnan(top):
+        raise UserError("no completion has a score: none of the verifiers applied to any of them")
+    scaled = partial(values.on_mean_scale, kind=spec.kind, beta=spec.beta or 1.0, top=top)
+    predicted, bins = scaled(value.double()), suite.report.bins
+    # A per-token head knows the prefixes that end with a token that was chosen, not the prompt
+    at = batch.mask if spec.head.type == "per_token" else batch.states
+    states = values.states_of(batch, predicted, scaled(batch.score.double()), at)
+    calibration = values.calibration(states, bins)
+    report: dict[str, Any] = {
+        "metrics": values.summary(states, calibration),
+        "unit": "exp((reward - top) / beta)" if spec.kind == "soft" else "reward",
+        "notes": [OF_SAMPLED[spec.kind]] if spec.kind in OF_SAMPLED else [],
+        "calibration": dataclasses.asdict(calibration),
+        "by_position": dataclasses.asdict(values.by_position(states, bins)),
+        "bands": values.value_bands(states, bins),
+        "by_step": dataclasses.asdict(values.by_step(states)),
+        "errors": values.error_histogram(states),
+    }
+    if suite.branches.prompts:
+        of_prefix, outcomes = value_at(predicted, prefixes), scaled(scores.double())
+        report["metrics"] |= values.agreement(of_prefix, outcomes, share)
+        report["branches"] = _points(of_prefix, outcomes)  # the main rank's, to draw
+    report |= {"date": datetime.date.today().isoformat(), "versions": versions(), "kind": spec.kind}
+    report["suite"] = yaml.safe_dump(suite.resolved, sort_keys=False, allow_unicode=True, width=120)
+    return _without_nan(report)
+
+
+def _points(value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"]) -> dict[str, Any]:
+    count = torch.isfinite(outcomes).sum(-1)
+    kept = count >= 2
+    mean = outcomes[kept].nanmean(-1)
+    noise = ((outcomes[kept] - mean[:, None]).square().nansum(-1) / (count[kept] - 1) / count[kept]).sqrt()
+    plain = {"value": value[kept].tolist(), "mean": mean.tolist(), "standard_error": noise.tolist()}
+    return plain | {"completions": outcomes.shape[1]}
+
+
+def _without_nan(data: Any) -> Any:
+    """None for numbers that JSON has no word for."""
+    if isinstance(data, dict):
+        return {name: _without_nan(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def write_report(
+    suite: ValueSuite, report: dict[str, Any], batch: Batch, value: Float[Tensor, "N L"], tokenizer: Any
+) -> Path:
+    """The report's folder with all in it; prints the figures."""
+    folder = suite.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    pictures = draw_all(report, folder)
+    examples = [_example(batch, value, row, tokenizer) for row in choose_examples(batch, suite.report.shown)]
+    page = write_page(folder, f"Value report: {suite.value.model}", report, pictures, examples)
+    print_figures(report, page)
+    return folder
+
+
+def choose_examples(batch: Batch, most: int) -> list[int]:
+    """Rows to show: of different prompts as far as there are, the highest and the lowest outcomes in turn."""
+    scored = [row for row, score in enumerate(batch.score.tolist()) if math.isfinite(score) and not batch.greedy[row]]
+    ranked = sorted(scored, key=lambda row: -float(batch.score[row]))
+    in_turn = [row for pair in zip(ranked, reversed(ranked), strict=True) for row in pair]
+    first_of_prompt: dict[int, int] = {}
+    for row in in_turn:
+        first_of_prompt.setdefault(int(batch.group[row]), row)
+    order = dict.fromkeys([*first_of_prompt.values(), *in_turn])
+    return list(order)[:most]
+
+
+def _example(batch: Batch, value: Float[Tensor, "N L"], row: int, tokenizer: Any) -> Example:
+    mask, tokens = batch.mask[row], batch.tokens[row]
+    start, end = int(mask.int().argmax()), int(batch.length[row])
+    return Example(
+        prompt=tokenizer.decode(tokens[:start].tolist()),
+        pieces=pieces(tokens[start:end].tolist(), decoder(tokenizer)),
+        start=float(value[row, start - 1]),
+        values=value[row, start:end].tolist(),
+        outcome=float(batch.score[row]),
+        finish=Finish(int(batch.finish[row])).name.lower(),
+    )
+
+
+def print_figures(report: dict[str, Any], page: Path) -> None:
+    """A short table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, number in report["metrics"].items():
+        table.add_row(name, figure(number))
+    console = Console()
+    console.print(table)
+    for note in report["notes"]:
+        console.print(note)
+    console.print(f"report: {page}", soft_wrap=True)

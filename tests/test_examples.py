@@ -168,6 +168,8 @@ def test_stepwise_reward_column_wins_over_the_last_label(make):
     assert batch.texts == ("a\n\nb",)
     last_unknown = make(examples.stepwise, [row | {"reward": 0.25}]).batch([0])
     assert last_unknown.reward.tolist() == [0.25]
+    del row["reward"]
+    assert make(examples.stepwise, [row]).batch([0]).reward.tolist() == [0.5]  # the last one that is known
 
 
 def test_pairs_with_and_without_prompt_plain_and_as_messages(make, tokenizer):

@@ -9,6 +9,7 @@ end-of-sequence token. Nothing is ever cut off here: rows of more than ``max_tok
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,8 +108,8 @@ def stepwise(
     """Solutions with a label a step: TRL's stepwise supervision, columns ``prompt``, ``completions`` and ``labels``.
 
     The label (a number, true or false, null where it is not known) becomes ``step_reward`` at the step's last token,
-    NaN for null. The reward is that of the column ``reward`` if there is one, or else the last label. The
-    end-of-sequence token belongs to the last step.
+    NaN for null. The reward is that of the column ``reward`` if there is one, or else the last label that is known.
+    The end-of-sequence token belongs to the last step.
 
     Args:
         separator: stands after each step but the last, and belongs to it.
@@ -124,7 +125,7 @@ def stepwise(
     texts = ["".join(texts) for texts in pieces]
     written = [Written(i, text, f, "completions") for i, (text, f) in enumerate(zip(texts, finishes, strict=True))]
     encoded = encode(rows, written, tokenizer, data.template)
-    rewards = read_numbers(rows, "reward") if "reward" in rows.columns else [values[-1] for values in labels]
+    rewards = read_numbers(rows, "reward") if "reward" in rows.columns else [_last_known(values) for values in labels]
     problems, groups = Problems(), []
     for i, each in enumerate(encoded):
         try:
@@ -173,6 +174,10 @@ def _completions(
     written = [Written(i, clean(rows[i][column]), finishes[i], column) for i in range(len(rows))]
     for i, each in enumerate(encode(rows, written, tokenizer, data.template)):
         yield Given(each.tokens, each.mask, i, finishes[i], step_id=_turns(each))
+
+
+def _last_known(labels: Sequence[float]) -> float:
+    return next((label for label in reversed(labels) if not math.isnan(label)), math.nan)
 
 
 def _turns(encoded: Encoded) -> np.ndarray | None:

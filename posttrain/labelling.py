@@ -1,0 +1,171 @@
+"""Step labels from a YAML file: ``posttrain label recipes/value/labels.yaml`` samples, verifies, branches, writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, InstanceOf
+from pydantic.dataclasses import dataclass
+
+from posttrain import options
+from posttrain.batch import Batch
+from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
+from posttrain.data import Rows, check_columns, load_rows
+from posttrain.engines import make_engine
+from posttrain.engines.base import Engine
+from posttrain.errors import DataError, UserError
+from posttrain.examples import rollouts
+from posttrain.loading import load_as
+from posttrain.models import context_length, load_tokenizer
+from posttrain.recipe import Part, PositiveInt, RecipeConflict
+from posttrain.report.branches import BUCKETS
+from posttrain.rollout import prompt_seeds, single_turn
+from posttrain.runtime import Runtime
+from posttrain.step_labels import StepLabels, make_step_labels, to_row, write_rows
+from posttrain.verification import VerifierPool
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class LabelRecipe:
+    """Which completions are labelled step by step, how, and where the labels go.
+
+    Raises:
+        RecipeConflict: when built from settings that do not go together.
+    """
+
+    policy: options.Policy  # samples the branches, and the completions unless they are stored
+    data: options.Data | None = None  # prompts to sample completions of
+    rollouts: str | None = None  # what a run stored, instead: a file, or a folder of them
+    verify: tuple[InstanceOf[Part], ...]
+    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
+    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
+    completions: PositiveInt = 4  # a prompt
+    label: StepLabels = field(default_factory=StepLabels)
+    output: str = "step_labels.jsonl"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    name: str = "labels"
+    path: Path | None = None  # of the YAML file
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_conflicts(self)):
+            raise RecipeConflict(conflicts)
+
+
+def _conflicts(recipe: LabelRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if recipe.data is not None and recipe.rollouts is not None:
+        yield ("data",), "completions come from `rollouts`, prompts and columns with them: leave one of both out"
+    if recipe.data is None and recipe.rollouts is None:
+        yield (), "nothing says which completions to label: give `data` (prompts to sample from) or `rollouts`"
+    if not recipe.verify:
+        yield ("verify",), "is empty: nothing says which branches are right"
+    if recipe.sampling.temperature == 0:
+        yield (
+            ("sampling", "temperature"),
+            "0 decodes greedily: all branches of a step are equal; use 1.0",
+        )
+
+
+def run_labels(path: str | Path, overrides: Iterable[str] = ()) -> Path:
+    """Runs the label recipe in a YAML file, prints what came of it, and returns the file of labels.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    return label(load_as(LabelRecipe, path, overrides))
+
+
+def label(recipe: LabelRecipe) -> Path:
+    """Labels completions on all ranks; the main one writes them as JSON lines in TRL's stepwise format.
+
+    ``examples: {use: stepwise}`` reads them. Beside TRL's columns a row has those of the data set, ``estimates`` and
+    ``branches`` (the share of right branches after each step, and how many there were), and ``reward``.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    tokenizer = load_tokenizer(recipe.policy)
+    base = recipe.path.parent if recipe.path else None
+    rows = None if recipe.data is None else load_rows(recipe.data, tokenizer=tokenizer, base=base)
+    if rows is not None:
+        check_columns(rows, recipe.verify)
+
+    def decode(ids: Any) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    with Runtime(dtype=recipe.policy.dtype) as runtime:
+        stored = _stored(recipe, tokenizer, base, runtime)
+        longest = rows.longest_prompt if rows is not None else int(stored.mask.int().argmax(-1).max())  # type: ignore
+        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, longest)) as engine:
+            source = Source(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
+            batch = stored if rows is None else _sample(recipe, rows, source, runtime)
+            assert batch is not None
+            sampling = sampling_of(recipe.sampling)
+            make = partial(make_step_labels, source, batch, decode, recipe.label, sampling, seed=recipe.seed)
+            labelled = runtime.together(make)
+        found = [to_row(each, recipe.label.threshold) for each in labelled]
+        counts = runtime.gather((len(batch), found))
+    return _write(recipe, sum(size for size, _ in counts), [row for _, part in counts for row in part], runtime.is_main)
+
+
+def _write(recipe: LabelRecipe, completions: int, rows: list[dict[str, Any]], is_main: bool) -> Path:
+    path = Path(recipe.output)
+    if not rows:
+        raise UserError(f"not one of {completions} completions ended and has a score: there is no step to label")
+    if is_main:
+        write_rows(path, rows)
+        print(summary(completions, rows), f"  {path}", sep="\n")
+    return path
+
+
+def summary(completions: int, rows: list[dict[str, Any]]) -> str:
+    """What the labels are, in two lines."""
+    labels = [label for row in rows for label in row["labels"] if label is not None]
+    wrong, mean = sum(row["reward"] == 0 for row in rows), sum(labels) / len(labels)
+    return (
+        f"{len(rows)} of {completions} completions labelled, {wrong} of them wrong; the others did not end\n"
+        f"  {sum(len(row['labels']) for row in rows)} steps, {len(labels)} with a label, mean {mean:.3f}"
+    )
+
+
+def _stored(recipe: LabelRecipe, tokenizer: Any, base: Path | None, runtime: Runtime) -> Batch | None:
+    """This rank's share of the stored completions."""
+    if recipe.rollouts is None:
+        return None
+    examples = rollouts(options.Data(path=recipe.rollouts), tokenizer, base)
+    mine = range(runtime.rank, len(examples), runtime.world)
+    if not mine:
+        raise DataError(f"rollouts: {len(examples)} prompts cannot be shared by {runtime.world} processes")
+    return examples.batch(mine)
+
+
+def _sample(recipe: LabelRecipe, rows: Rows, source: Source, runtime: Runtime) -> Batch:
+    mine = range(runtime.rank, len(rows), runtime.world)
+    if not mine:
+        raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
+    prompts = make_prompts(rows, mine, mine, prompt_seeds(recipe.seed, 0, 0, mine))
+    sampling = sampling_of(recipe.sampling)
+    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
+    return batch
+
+
+def _engine(recipe: LabelRecipe, longest_prompt: int) -> Engine:
+    """The engine, with room for what exceeds a branch's own limit in a call for several."""
+    most = recipe.sampling.max_tokens
+    room, limit = longest_prompt + most + math.ceil(most / BUCKETS), context_length(recipe.policy)
+    length = recipe.engine.max_model_len or room
+    for positions, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):
+        if positions is not None and room > positions:
+            raise UserError(
+                f"sampling.max_tokens: the longest prompt ({longest_prompt} tokens), {most} more, and an eighth of "
+                f"those for the branches need {room} positions; {whose} has {positions}. Lower it."
+            )
+    return make_engine(
+        recipe.policy.model, recipe.engine, dtype=recipe.policy.dtype, max_model_len=length, seed=recipe.seed
+    )

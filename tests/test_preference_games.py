@@ -1,0 +1,216 @@
+"""Preferences without a best answer: Nash equilibria on rock, paper, scissors, reached with the parts as shipped.
+
+Everything is an exact expectation: all pairs are enumerated and weighted by their probability. M[i, j] is the
+probability that i beats j, and the equilibrium of the game with a KL penalty is π* ~ ref e^(P(y > π*) / τ).
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import pytest
+import torch
+from parts_cases import close
+from preference_cases import answers, every_pair, forward, whole_loss
+from test_preference_optima import CYCLE, ROCK_PAPER_SCISSORS
+from torch import Tensor
+
+from posttrain.parts.preference import pair_links, pair_targets, pair_weights
+from posttrain.parts.preference.games import antisymmetric, win_rates
+from posttrain.parts.preference.terms import pairwise
+
+GAME = ROCK_PAPER_SCISSORS
+REFERENCE = torch.tensor([0.6, 0.3, 0.1]).double()
+UNIFORM = torch.full((3,), 1 / 3).double()
+NASH = {0.2: (0.53812, 0.18123, 0.28064), 0.05: (0.37743, 0.2765, 0.34607)}
+"""Of REFERENCE at two strengths of the KL penalty."""
+
+
+def slope(logits: Tensor, centre: Tensor, reward: Tensor, eta: float) -> Tensor:
+    """Gradient of the regression of log-ratios to η times the difference of rewards, over all pairs."""
+    logits = logits.detach().requires_grad_()
+    reference = centre.exp().tolist()
+    batch = answers([[(i, r) for i, r in enumerate(reward.tolist())]], reference)
+    part = partial(
+        pairwise, beta=1.0, link=pair_links.regression, target=partial(pair_targets.reward_gap, eta=eta), ties="keep"
+    )
+    loss = whole_loss([(1.0, part)], forward(logits, batch, reference), batch)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+@cache
+def inverse_curvature() -> Tensor:
+    """Of that loss: it is quadratic in the logits, and its curvature depends on nothing else."""
+    start, zero = torch.zeros(3).double(), torch.zeros(3).double()
+    rows = [slope(start + unit, zero, zero, 1.0) - slope(start, zero, zero, 1.0) for unit in torch.eye(3).double()]
+    return torch.linalg.pinv(torch.stack(rows), hermitian=True)
+
+
+def regressed(centre: Tensor, reward: Tensor, eta: float) -> Tensor:
+    """The policy at the minimum: centre · e^(η reward) / Z."""
+    return (centre - inverse_curvature() @ slope(centre, centre, reward, eta)).softmax(-1)
+
+
+def proximal(policy: Tensor, opponent: Tensor, *, eta: float, tau: float, reference: Tensor = REFERENCE) -> Tensor:
+    """(ref^η π e^(η P(y > opponent) / τ))^(1 / (1 + η)): a half-step of Nash-MP, with a mixture as the reference."""
+    centre = (eta * reference.log() + policy.log()) / (1 + eta)
+    return regressed(centre, GAME @ opponent, eta / tau / (1 + eta))
+
+
+def nash_mp(steps: int, *, eta: float, tau: float, reference: Tensor = REFERENCE) -> Tensor:
+    policy = reference
+    for _ in range(steps):
+        half = proximal(policy, policy, eta=eta, tau=tau, reference=reference)
+        policy = proximal(policy, half, eta=eta, tau=tau, reference=reference)
+    return policy
+
+
+def self_play(steps: int, *, eta: float, tau: float) -> Tensor:
+    policy = REFERENCE
+    for _ in range(steps):
+        policy = proximal(policy, policy, eta=eta, tau=tau)
+    return policy
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    return (p * (p / q).log()).sum().item()
+
+
+def test_regression_is_a_step_of_mirror_descent() -> None:
+    reward = torch.tensor([0.3, -1.0, 2.0]).double()
+    close(regressed(REFERENCE.log(), reward, 0.7), (REFERENCE.log() + 0.7 * reward).softmax(-1), 1e-12)
+
+
+@pytest.mark.parametrize(("tau", "eta", "steps"), [(0.2, 0.5, 12), (0.05, 0.1, 32)])
+def test_the_last_iterate_of_nash_mp_is_the_equilibrium(tau: float, eta: float, steps: int) -> None:
+    found = nash_mp(steps, eta=eta, tau=tau)
+    close(found, NASH[tau], 1e-3)
+    close(found, (REFERENCE.log() + GAME @ found / tau).softmax(-1), 2e-3)
+
+
+def test_nash_mp_converges_where_self_play_diverges() -> None:
+    nash = torch.tensor(NASH[0.05]).double()
+    for eta in (0.1, 0.2):
+        assert kl(nash, nash_mp(22, eta=eta, tau=0.05)) < 5e-5
+    assert kl(nash, self_play(100, eta=0.1, tau=0.05)) == pytest.approx(0.3354, abs=1e-3)
+    assert kl(nash, self_play(20, eta=0.2, tau=0.05)) > 0.8
+    assert kl(nash, nash_mp(20, eta=0.5, tau=0.05)) > 0.5  # too long a step for both
+
+
+def test_a_uniform_reference_has_a_uniform_equilibrium() -> None:
+    close(nash_mp(3, eta=0.1, tau=0.05, reference=UNIFORM), UNIFORM)
+
+
+def test_the_best_response_to_the_last_policy_runs_in_a_circle() -> None:
+    def response(policy: Tensor) -> Tensor:
+        return regressed(REFERENCE.log(), GAME @ policy, 1 / 0.05)
+
+    policy = REFERENCE
+    for _ in range(12):
+        policy = response(policy)
+    again = response(response(response(policy)))
+    close(again, policy, 1e-4)
+    assert kl(policy, response(policy)) > 1
+
+
+def test_nash_md_with_a_falling_step() -> None:
+    """π_{t+1} ~ mix_t e^(η P(y > mix_t)), with mix_t ~ π_t^(1 - η τ) ref^(η τ) and η = 2 / (τ (t + 2))."""
+    tau, policy = 0.2, REFERENCE
+    nash = nash_mp(40, eta=0.5, tau=tau)
+    found = {}
+    for t in range(100):
+        eta = 2 / (tau * (t + 2))
+        mixture = ((1 - eta * tau) * policy.log() + eta * tau * REFERENCE.log()).log_softmax(-1)
+        policy = regressed(mixture, GAME @ mixture.exp(), eta)
+        found[t + 1] = kl(nash, policy)
+    assert found[10] == pytest.approx(9.8e-3, rel=0.02) and found[100] == pytest.approx(6.1e-5, rel=0.02)
+    assert all(value <= 8 / (tau**2 * (t + 1)) for t, value in found.items())
+
+
+def test_multiplicative_weights_cycle_but_their_mean_is_the_equilibrium() -> None:
+    policy, mean = torch.tensor([0.4, 0.3, 0.3]).double(), torch.zeros(3).double()
+    for _ in range(300):
+        policy = regressed(policy.log(), GAME @ policy, 0.5)
+        mean += policy / 300
+    close(mean, UNIFORM, 2e-2)
+    assert policy.min() < 0.05
+
+
+def test_win_rates_of_a_group() -> None:
+    """Rock, paper, scissors and rock again, where the row beats the next one; the mean is ½ without any baseline."""
+    order = [0, 1, 2, 0]
+    close(win_rates(GAME[order][:, order]), (0.5, 1 / 3, 2 / 3, 0.5))
+    tables = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    close(win_rates(antisymmetric(tables)).mean(-1), torch.full((5,), 0.5), 1e-12)
+    close(antisymmetric(tables) + antisymmetric(tables).transpose(-1, -2), torch.ones(5, 4, 4), 1e-12)
+    with pytest.raises(ValueError, match="nothing to win against"):
+        win_rates(torch.ones(2, 1, 1))
+
+
+# ---- Losses on pairs of the policy's own samples
+
+
+def on_policy_pairs(policy: Tensor, game: Tensor, centre: Tensor):
+    """All pairs of two draws of a policy, with their probability and what the preference model says of them."""
+    pairs = every_pair(3)
+    return answers(
+        [[(i, 1.0), (j, 0.0)] for i, j in pairs],
+        centre.exp().tolist(),
+        probability=[game[i, j].item() for i, j in pairs],
+        weight=[2 * (policy[i] * policy[j]).item() * len(pairs) for i, j in pairs],
+    )
+
+
+def square(tau: float):
+    return partial(
+        pairwise,
+        beta=1.0,
+        link=partial(pair_links.square, tau=tau),
+        target=pair_targets.soft,
+        pair_weight=(pair_weights.given,),
+    )
+
+
+def gradient_of_online_ipo(logits: Tensor, tau: float, game: Tensor) -> Tensor:
+    logits = logits.detach().requires_grad_()
+    batch = on_policy_pairs(logits.detach().softmax(-1), game, REFERENCE.log())
+    loss = whole_loss([(1.0, square(tau))], forward(logits, batch, REFERENCE.tolist()), batch)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.2, 1.0])
+def test_online_ipo_descends_the_self_play_objective(tau: float) -> None:
+    """Its gradient is -4 / τ times that of P(π > sg[π]) - τ KL(π ‖ ref), so its fixed point is the equilibrium."""
+    for seed in range(3):
+        logits = torch.randn(3, generator=torch.Generator().manual_seed(seed)).double().requires_grad_()
+        policy = logits.softmax(-1)
+        objective = policy @ GAME @ policy.detach() - tau * (policy * (policy / REFERENCE).log()).sum()
+        (expected,) = torch.autograd.grad(objective, logits)
+        close(gradient_of_online_ipo(logits, tau, GAME), -4 / tau * expected)
+
+
+def test_the_equilibrium_is_a_fixed_point_of_online_ipo() -> None:
+    close(gradient_of_online_ipo(nash_mp(40, eta=0.5, tau=0.2).log(), 0.2, GAME), torch.zeros(3))
+    assert gradient_of_online_ipo(REFERENCE.log(), 0.2, GAME).abs().max() > 1e-2
+    cycle = torch.tensor([[0.5, CYCLE, 1 - CYCLE], [1 - CYCLE, 0.5, CYCLE], [CYCLE, 1 - CYCLE, 0.5]]).double()
+    other = torch.tensor([0.62793, 0.2609, 0.11117]).double()
+    close(gradient_of_online_ipo(other.log(), 0.2, cycle), torch.zeros(3), 1e-4)
+
+
+def test_inpo_regresses_to_a_mixture_of_reference_and_last_iterate() -> None:
+    """π ~ ref^(τ/b) π_t^(1 - τ/b) e^(P(y > π_t) / b), exact where pairs are two draws of π_t."""
+    old, b, tau = torch.tensor([0.2, 0.5, 0.3]).double(), 0.5, 0.2
+    centre = tau / b * REFERENCE.log() + (1 - tau / b) * old.log()
+    batch = on_policy_pairs(old, GAME, centre)
+    logits = old.log().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=60, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = whole_loss([(1.0, square(b))], forward(logits, batch, centre.exp().tolist()), batch)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    close(logits.softmax(-1), (0.3897, 0.46308, 0.14722), 1e-4)
+    close(logits.softmax(-1), (centre + GAME @ old / b).softmax(-1), 1e-6)

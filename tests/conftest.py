@@ -13,14 +13,18 @@ import torch
 from jaxtyping import install_import_hook
 
 # The shapes in the signatures of what handles tensors are checked at every call that a test makes.
-CHECKED = ["posttrain.batch", "posttrain.compose", "posttrain.models", "posttrain.parts", "posttrain.runtime"]
+CHECKED = [
+    f"posttrain.{name}" for name in ("batch", "compose", "heads", "models", "parts", "runtime", "trained", "values")
+]
 with install_import_hook(CHECKED, "beartype.beartype"):
     import posttrain.compose
     import posttrain.models
     import posttrain.parts.rewards
     import posttrain.parts.selection
     import posttrain.parts.weighting
-    import posttrain.runtime  # noqa: F401
+    import posttrain.runtime
+    import posttrain.trained
+    import posttrain.values  # noqa: F401
     from posttrain.batch import Batch, Finish
 
 CHAT_TEMPLATE = (

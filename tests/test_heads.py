@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import reference_values as reference
+import reference_value_models as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

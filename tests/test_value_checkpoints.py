@@ -1,0 +1,261 @@
+"""Value models on disk, and what a recipe may ask of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_values import FAMILIES, save_family, shared_pair, stirred
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from posttrain.errors import RecipeError, UserError
+from posttrain.options import Head as HeadOptions
+from posttrain.options import Lora, Value
+from posttrain.options import Policy as PolicyOptions
+from posttrain.value_checkpoints import build_value, load_value, save_value
+from posttrain.values import (
+    ValueSpec,
+    target_copy,
+)
+
+TYPES = ("scalar", "categorical", "quantile", "bernoulli", "per_token")
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory, tiny_model_folder):
+    """``family_folder("Llama")`` -> a saved tiny model of the family."""
+    return functools.cache(lambda family: save_family(family, tmp_path_factory.mktemp(family), tiny_model_folder))
+
+
+@pytest.fixture
+def policy_options(tiny_model_folder) -> PolicyOptions:
+    return PolicyOptions(model=str(tiny_model_folder))
+
+
+@pytest.fixture
+def tokenizer(tiny_model_folder):
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tmp_path, random_batch, kind):
+    section = Value(head=HeadOptions(type=kind, bins=5, low=-1, high=1), members=1 if kind == "per_token" else 2)
+    value, batch = stirred(build_value(section, policy_options, kind="soft", beta=0.3)), random_batch(12)
+    if kind != "bernoulli":
+        value.update_statistics(torch.tensor([1.0, 2.0]))
+    save_value(value, tokenizer, tmp_path, step=7)
+    loaded = load_value(tmp_path)
+    for mine, its in zip(value(batch.tokens, batch.states), loaded(batch.tokens, batch.states), strict=True):
+        assert its is None if mine is None else torch.equal(mine, its)
+    spec = loaded.spec
+    assert (spec.head, spec.kind, spec.beta, spec.step, spec.members) == (section.head, "soft", 0.3, 7, section.members)
+    assert (spec.shift, spec.scale) == (value.spec.shift, value.spec.scale) and spec.base == policy_options.model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_loads_what_is_saved(family_folder, tokenizer, tmp_path, random_batch, family):
+    own, batch = PolicyOptions(model=str(family_folder(family))), random_batch(13)
+    for kind, auto in (("scalar", AutoModelForTokenClassification), ("per_token", AutoModelForCausalLM)):
+        value = stirred(build_value(Value(head=HeadOptions(type=kind)), own)).eval()
+        save_value(value, tokenizer, tmp_path / kind)
+        plain = auto.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
+        outputs = plain(input_ids=batch.tokens).logits.detach()
+        if kind == "per_token":
+            outputs = outputs[:, :-1].gather(-1, batch.tokens[:, 1:, None])
+            outputs = torch.nn.functional.pad(outputs, (0, 0, 1, 0))
+        values, _ = value(batch.tokens, batch.states)
+        torch.testing.assert_close(values, outputs[..., 0].where(batch.states, 0.0), atol=1e-5, rtol=1e-5)
+        assert torch.equal(load_value(tmp_path / kind)(batch.tokens, batch.states)[0], values)
+
+
+PROGRAM = """
+import sys, torch
+from posttrain.value_checkpoints import load_value
+batch = torch.load(sys.argv[2])
+torch.save(load_value(sys.argv[1])(batch["tokens"], batch["states"])[0], sys.argv[3])
+"""
+
+
+@pytest.mark.engine
+def test_a_fresh_process_needs_the_path_alone(policy_options, tokenizer, tmp_path, random_batch):
+    value, batch = stirred(build_value(Value(), policy_options)), random_batch(14)
+    save_value(value, tokenizer, tmp_path / "value")
+    torch.save({"tokens": batch.tokens, "states": batch.states}, tmp_path / "batch.pt")
+    command = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("value", "batch.pt", "values.pt"))]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "values.pt"), value(batch.tokens, batch.states)[0])
+
+
+@pytest.mark.parametrize("how", ["lora", "share"])
+def test_adapters_are_merged_into_what_is_saved(tiny_model_folder, tokenizer, tmp_path, random_batch, how):
+    torch.manual_seed(0)
+    if how == "share":
+        _, value = shared_pair(tiny_model_folder)
+    else:
+        value = stirred(build_value(Value(lora=Lora(rank=2)), PolicyOptions(model=str(tiny_model_folder))), std=0.1)
+    batch = random_batch(15)
+    save_value(value, tokenizer, tmp_path)
+    loaded = load_value(tmp_path)
+    assert loaded.adapter is None
+    expected = value(batch.tokens, batch.states)[0]
+    torch.testing.assert_close(loaded(batch.tokens, batch.states)[0], expected, atol=1e-5, rtol=1e-4)
+    target_copy(value)
+    stirred(value, seed=4, std=0.1)  # what is merged is the model's own adapter, not that of its target
+    save_value(value, tokenizer, tmp_path)
+    expected = value(batch.tokens, batch.states)[0]
+    torch.testing.assert_close(load_value(tmp_path)(batch.tokens, batch.states)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_critic_starts_another(policy_options, tokenizer, tmp_path, random_batch):
+    section = Value(head=HeadOptions(type="categorical", bins=5), members=2, reduce="min")
+    value, batch = stirred(build_value(section, policy_options, kind="soft", beta=0.5)), random_batch(16)
+    save_value(value, tokenizer, tmp_path)
+    expected, _ = value(batch.tokens, batch.states)
+    warm = build_value(Value(model=str(tmp_path)), policy_options)
+    assert torch.equal(warm(batch.tokens, batch.states)[0], expected)
+    assert (warm.spec.kind, warm.spec.beta, warm.spec.reduce, warm.spec.members) == ("soft", 0.5, "min", 2)
+    assert all(p.requires_grad for p in warm.parameters())
+    frozen = build_value(Value(model=str(tmp_path), frozen=True), policy_options, kind="mean")
+    assert frozen.spec.kind == "soft" and not any(p.requires_grad for p in frozen.parameters())
+    other = build_value(Value(model=str(tmp_path), reduce="max"), policy_options, kind="mean")
+    assert other.spec.kind == "mean" and (other(batch.tokens, batch.states)[0] >= expected).all()
+    adapted = build_value(Value(model=str(tmp_path), lora=Lora(rank=2)), policy_options)
+    assert torch.equal(adapted(batch.tokens, batch.states)[0], expected)  # adapters start at nothing
+    assert {n.split(".")[0] for n, p in adapted.named_parameters() if p.requires_grad} == {"backbone", "head"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reward_model_is_a_value_model(family_folder, tokenizer, tmp_path, random_batch, family):
+    folder, batch = family_folder(family), random_batch(17)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, pad_token_id=0, dtype=torch.float32
+    )
+    model.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    value = load_value(tmp_path)
+    assert value.spec == ValueSpec()
+    values, _ = value(batch.tokens, batch.states)
+    for row, length in enumerate(batch.length.tolist()):
+        if batch.states[row, length - 1]:
+            expected = model(batch.tokens[row : row + 1, :length]).logits[0, 0]
+            torch.testing.assert_close(values[row, length - 1], expected, atol=1e-5, rtol=1e-5)
+    critic = build_value(Value(model=str(tmp_path)), PolicyOptions(model=str(folder))).eval()
+    assert torch.equal(critic(batch.tokens, batch.states)[0], values)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_process_model_is_a_value_model(tiny_model_folder, tokenizer, tmp_path, random_batch, labels):
+    model = AutoModelForTokenClassification.from_pretrained(tiny_model_folder, num_labels=labels, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.bias)
+    model.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    batch = random_batch(18)
+    logits = model(batch.tokens).logits
+    right = logits[..., 0] if labels == 1 else logits.softmax(-1)[..., 1]
+    value = load_value(tmp_path)
+    assert value.spec.head.type == ("scalar" if labels == 1 else "bernoulli")
+    values, _ = value(batch.tokens, batch.states)
+    torch.testing.assert_close(values, right.where(batch.states, 0.0), atol=1e-5, rtol=1e-5)
+
+
+def test_one_label_may_be_read_as_a_probability(tiny_model_folder, tokenizer, tmp_path, random_batch):
+    model = AutoModelForTokenClassification.from_pretrained(tiny_model_folder, num_labels=1)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    section = Value(model=str(tmp_path), head=HeadOptions(type="bernoulli"))
+    value, batch = build_value(section, PolicyOptions(model=str(tiny_model_folder))), random_batch(19)
+    assert torch.equal(
+        value(batch.tokens, batch.states)[0],
+        value(batch.tokens, batch.states)[1][..., 0].sigmoid().where(batch.states, 0.0),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_what_is_no_value_model_is_named(tiny_model_folder, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        load_value(tmp_path / "absent")
+    with pytest.raises(UserError, match="without a value head"):
+        load_value(tiny_model_folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        load_value(tmp_path / "empty")
+    model = AutoModelForTokenClassification.from_pretrained(tiny_model_folder, num_labels=5)
+    model.save_pretrained(tmp_path / "tagger")
+    with pytest.raises(UserError, match="puts out 5"):
+        load_value(tmp_path / "tagger")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_folder, num_labels=3)
+    model.save_pretrained(tmp_path / "classifier")
+    with pytest.raises(UserError, match="classifies into 3"):
+        load_value(tmp_path / "classifier")
+
+
+def test_a_broken_entry_is_named(policy_options, tokenizer, tmp_path):
+    save_value(build_value(Value(), policy_options), tokenizer, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"posttrain": config["posttrain"] | {"kind": "median"}}))
+    with pytest.raises(UserError, match="kind"):
+        load_value(tmp_path)
+    wider = config["posttrain"] | {"members": 2}
+    path.write_text(json.dumps(config | {"posttrain": wider}))
+    with pytest.raises(UserError, match="1 outputs.*speaks of 2"):
+        load_value(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ({"head": HeadOptions(type="bernoulli")}, "value.head: .*does not fit"),
+        ({"members": 3}, "value.members: 3"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_saved_model(policy_options, tokenizer, tmp_path, section, complaint):
+    save_value(build_value(Value(members=2), policy_options), tokenizer, tmp_path)
+    with pytest.raises(RecipeError, match=complaint):
+        build_value(Value(model=str(tmp_path), **section), policy_options)
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ({"share": True}, "policy.lora"),
+        ({"frozen": True}, "without a value head"),
+        ({"frozen": True, "lora": Lora()}, "leave out `value.lora`"),
+        ({"normalise": True, "head": HeadOptions(type="bernoulli")}, "probability"),
+        ({"members": 2, "head": HeadOptions(type="per_token")}, "one member"),
+        ({"head": HeadOptions(type="categorical", low=1.0, high=0.0)}, "must be below"),
+    ],
+)
+def test_contradictions_are_refused(policy_options, section, complaint):
+    with pytest.raises(RecipeError, match=complaint):
+        build_value(Value(**section), policy_options)
+
+
+def test_a_soft_value_needs_its_temperature(policy_options):
+    with pytest.raises(RecipeError, match="target.beta"):
+        build_value(Value(), policy_options, kind="soft")
+
+
+def test_a_value_model_of_another_tokenizer_is_refused(policy_options, tmp_path):
+    from conftest import make_tokenizer
+
+    save_value(build_value(Value(), policy_options), make_tokenizer(tmp_path / "tokenizer"), tmp_path / "value")
+    build_value(Value(model=str(tmp_path / "value")), policy_options)
+    swapped = (tmp_path / "value" / "tokenizer.json").read_text().replace('"a":', '"swap":').replace('"b":', '"a":')
+    (tmp_path / "value" / "tokenizer.json").write_text(swapped.replace('"swap":', '"b":'))
+    with pytest.raises(RecipeError, match="reads other tokens"):
+        build_value(Value(model=str(tmp_path / "value")), policy_options)

@@ -1,0 +1,58 @@
+"""Tiny policies and value models of several families, with weights as training leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from posttrain.models import Policy, build_policy
+from posttrain.options import Lora, Value
+from posttrain.options import Policy as PolicyOptions
+from posttrain.value_checkpoints import build_value
+from posttrain.values import ValueModel
+
+SMALL = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+FAMILIES = {
+    "Qwen2": SMALL | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "Qwen3": SMALL | HEADS,
+    "Llama": SMALL | HEADS,
+    "Gemma2": SMALL | HEADS | {"query_pre_attn_scalar": 16},
+    "GPT2": {"vocab_size": 261, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}
+
+
+def save_family(family: str, folder: Path, tokenizer_folder: Path) -> Path:
+    """A saved tiny language model of the family with random weights and the tokenizer of all tests."""
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family], bos_token_id=None, eos_token_id=1)
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    getattr(transformers, name)(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def stirred(value: ValueModel, seed: int = 0, std: float = 0.3) -> ValueModel:
+    """With weights in its head (and adapter) as training leaves them, not at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in value.own_parameters().items():
+            if name.startswith("head.") or "lora_B" in name:
+                parameter.normal_(std=std, generator=generator)
+    return value
+
+
+def shared_pair(folder, *, checkpointing: bool = False, seed: int = 0) -> tuple[Policy, ValueModel]:
+    """A policy and a value model on the same weights, both with adapters that do something."""
+    torch.manual_seed(seed)
+    own = PolicyOptions(model=str(folder), lora=Lora(rank=4), gradient_checkpointing=checkpointing)
+    policy = build_policy(own)
+    value = build_value(Value(share=True), own, policy)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return policy, stirred(value, std=0.1)

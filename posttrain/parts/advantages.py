@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_sum
+from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
 from posttrain.parts.credit import (
     Truncated,
     accumulate,
@@ -25,6 +25,7 @@ from posttrain.parts.credit import (
     open_ended,
     row_lambda,
     step_ends,
+    step_starts,
     token_rewards,
 )
 from posttrain.parts.credit import valid_rows as _valid
@@ -73,7 +74,13 @@ def outcome(
     return broadcast(centred.where(valid, 0.0).float(), batch.mask)
 
 
-def returns(batch: Batch, *, gamma: Fraction = 1.0, center: Center = "none") -> Float[Tensor, "N L"]:
+def returns(
+    batch: Batch,
+    *,
+    gamma: Fraction = 1.0,
+    center: Center = "none",
+    step_center: Literal["none", "leave_one_out"] = "none",
+) -> Float[Tensor, "N L"]:
     """Sum of the rewards from each token on, discounted per token that the policy chose.
 
     A_t = r_t + γ A_t', with t' the next chosen token
@@ -86,10 +93,15 @@ def returns(batch: Batch, *, gamma: Fraction = 1.0, center: Center = "none") -> 
 
     Args:
         center: the baseline b of ``reward`` alone, as in ``outcome``.
+        step_center: ``leave_one_out`` subtracts from each token's ``step_reward`` the mean over the group's other
+            completions of their mean over tokens. Cui et al. 2025 (PRIME), eq. 5, arXiv:2502.01456.
     """
     valid, outcome_reward = _valid(batch), _scored(batch.reward.double(), batch)
     outcome_reward = outcome_reward - _baseline(outcome_reward, valid, batch, center)
-    rewards = batch.step_reward.double().where(batch.mask, 0.0) + broadcast(outcome_reward, last_chosen(batch.mask))
+    process = batch.step_reward.double().where(batch.mask, 0.0)
+    if step_center == "leave_one_out":
+        process = process - broadcast(_others_mean(seq_mean(process, batch.mask), batch), batch.mask)
+    rewards = process + broadcast(outcome_reward, last_chosen(batch.mask))
     return _trained(accumulate(rewards, batch.mask, gamma), batch)
 
 
@@ -122,22 +134,31 @@ def gae(
     return _trained(accumulate(errors, batch.mask, gamma * row_lambda(batch, lambda_, alpha)), batch)
 
 
-def value_change(batch: Batch, *, last: Literal["value", "reward"] = "value") -> Float[Tensor, "N L"]:
+def value_change(
+    batch: Batch, *, level: Literal["token", "step"] = "token", last: Literal["value", "reward"] = "value"
+) -> Float[Tensor, "N L"]:
     """How much each token changed the value: the advantage where rewards come at the end and γ is 1.
 
     A_t = V(s_t') - V(s_t), with t' the next chosen token; these add up to V of the whole completion minus V(s_0)
 
     Huang et al. 2025 (DVPO), arXiv:2502.16944, with a value model that stays as it is.
-    V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), eq. 5, arXiv:2410.01679, with ``last: reward``.
+    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), eq. 5, arXiv:2410.01679.
 
     Args:
+        level: ``step`` gives each token what its whole reasoning step changed; only values at the states before steps
+            are read, and at the end.
         last: what follows the last chosen token: the model's ``value`` of the whole completion, or its ``reward``.
             Taking 0 instead, as a critic's bootstrap does, would punish every ending that was worth something.
     """
     value, ends = _value(batch), last_chosen(batch.mask)
     final = value if last == "value" else _scored(batch.reward.double(), batch)[:, None]
-    before = at_state(value, batch.mask)
-    return _trained(torch.where(ends, final, at_following(before, batch.mask)) - before, batch)
+    starts = step_starts(batch) if level == "step" else batch.mask
+    before = at_state(value, batch.mask).where(starts, 0.0)
+    after = torch.where(last_chosen(starts), final.where(ends, 0.0).sum(-1, keepdim=True), at_following(before, starts))
+    changes = (after - before).where(starts, 0.0)
+    index = (starts.cumsum(-1) - 1).clamp(min=0)  # of the step that each token belongs to
+    per_step = torch.zeros_like(changes).scatter_add(-1, index, changes)
+    return _trained(per_step.gather(-1, index), batch)
 
 
 def static_q(batch: Batch) -> Float[Tensor, "N L"]:
@@ -165,8 +186,6 @@ def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True
         temperature: T; near 0 only the worst step counts, up to itself.
         baseline: subtract b_i, a constant over the completion's tokens.
     """
-    if temperature <= 0:
-        raise ValueError(f"min_form: temperature must be positive, not {temperature}")
     ends, process = step_ends(batch), batch.step_reward.double()
     share = torch.softmax((-process / temperature).where(ends, -torch.inf), -1).where(ends, 0.0)
     rewards = token_rewards(batch) + (share * process - process).where(ends, 0.0)
@@ -196,11 +215,19 @@ def whiten(
 
 
 def _trained(advantage: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, "N L"]:
-    return advantage.where(batch.mask & _valid(batch)[:, None], 0.0).float()
+    return advantage.where(batch.mask & _valid(batch)[:, None], 0.0).to(batch.reward.dtype)
 
 
 def _value(batch: Batch) -> Float[Tensor, "N L"]:
     return needed(batch, "value").double().where(batch.states, 0.0)
+
+
+def _others_mean(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
+    """The mean over the other valid completions of the group; a completion without others is its own."""
+    valid = _valid(batch)
+    counted = values.where(valid, 0.0)
+    others = group_sum(valid.double(), batch.group) - 1
+    return torch.where(others > 0, (group_sum(counted, batch.group) - counted) / others.clamp(min=1), values)
 
 
 def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, " N"]:
@@ -227,9 +254,7 @@ def _baseline(
         case "group":
             return group_mean(reward, batch.group, valid)
         case "leave_one_out":
-            counted = reward.where(valid, 0.0)
-            others = group_sum(valid.double(), batch.group) - 1
-            return torch.where(others > 0, (group_sum(counted, batch.group) - counted) / others.clamp(min=1), reward)
+            return _others_mean(reward, batch)
         case "length":
             length = batch.tokens_chosen.double().where(valid, 0.0)
             total = group_sum(length, batch.group)

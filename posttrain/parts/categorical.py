@@ -51,8 +51,6 @@ def hl_gauss_target(
         values: those beyond the outer centres are taken as the outer centre.
         sigma: σ in bin widths.
     """
-    if sigma <= 0:
-        raise ValueError(f"sigma is a standard deviation in bin widths and must be positive, not {sigma}")
     width = _width(support)
     edges = torch.cat([support - width / 2, support[-1:] + width / 2])
     below = torch.special.ndtr((edges - values.clamp(support[0], support[-1])[..., None]) / (sigma * width))

@@ -8,7 +8,7 @@ unknown, and its value at the last chosen token's column stands for it. Sums are
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,8 +49,12 @@ def at_state(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[T
 
 def step_ends(batch: Batch) -> Bool[Tensor, "N L"]:
     """True at the last chosen token of each reasoning step or turn."""
-    next_step = at_following(batch.step_id.double(), batch.mask, fill=-1.0)
-    return batch.mask & (next_step != batch.step_id)
+    return _before_change(batch.step_id, batch.mask)
+
+
+def step_starts(batch: Batch) -> Bool[Tensor, "N L"]:
+    """True at the first chosen token of each reasoning step or turn."""
+    return _before_change(batch.step_id.flip(-1), batch.mask.flip(-1)).flip(-1)
 
 
 def token_rewards(batch: Batch) -> Float[Tensor, "N L"]:
@@ -63,27 +67,14 @@ def row_lambda(batch: Batch, lambda_: float, alpha: float | None) -> Float[Tenso
     """λ of each completion: ``lambda_``, or with ``alpha`` max(0, 1 - 1 / (α l)), where l tokens were chosen.
 
     Yue et al. 2025 (VAPO, length-adaptive GAE), eq. 10, arXiv:2504.05118.
-
-    Raises:
-        ValueError: for a λ outside [0, 1], or an α that is not positive.
     """
-    if not 0 <= lambda_ <= 1:
-        raise ValueError(f"lambda_ weighs longer returns against shorter ones and lies in [0, 1], not {lambda_}")
     if alpha is None:
         return torch.full_like(batch.reward, lambda_, dtype=torch.float64)
-    if alpha <= 0:
-        raise ValueError(f"alpha sets the weight 1 - 1 / (alpha · length) and must be positive, not {alpha}")
     return (1 - 1 / (alpha * batch.tokens_chosen.double().clamp(min=1))).clamp(min=0)
 
 
 def open_ended(batch: Batch, truncated: Truncated) -> Bool[Tensor, "N L"]:
-    """True at the last chosen token of completions that were cut off, if those are to be bootstrapped.
-
-    Raises:
-        ValueError: for an unknown way to treat truncation.
-    """
-    if truncated not in get_args(Truncated):
-        raise ValueError(f"truncated must be one of {', '.join(get_args(Truncated))}, not {truncated!r}")
+    """True at the last chosen token of completions that were cut off, if those are to be bootstrapped."""
     cut = (batch.finish != int(Finish.STOPPED)) & (truncated == "bootstrap")
     return last_chosen(batch.mask) & cut[:, None]
 
@@ -102,3 +93,7 @@ def accumulate(
         running = torch.where(mask[:, t], terms[:, t] + decay * running, running)
         sums[:, t] = running
     return sums
+
+
+def _before_change(step_id: Int[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
+    return mask & (at_following(step_id.double(), mask, fill=-1.0) != step_id)

@@ -12,11 +12,20 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, Outputs, broadcast, seq_mean
-from posttrain.parts.ranges import AboveOne, AtLeastOne, Fraction, NonNegative
+from posttrain.batch import Batch, Outputs, broadcast, seq_mean, seq_sum
+from posttrain.parts.credit import (
+    accumulate,
+    at_following,
+    at_state,
+    last_chosen,
+    step_starts,
+    token_rewards,
+    valid_rows,
+)
+from posttrain.parts.ranges import AboveOne, AtLeastOne, Fraction, NonNegative, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 Estimator = Literal["k1", "k2", "k3", "k3_k2"]
@@ -155,6 +164,79 @@ def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     return (-outputs.entropy).where(batch.mask, 0.0)
 
 
+def banded(outputs: Outputs, batch: Batch, *, low: Fraction = 0.3, high: Positive = 5.0) -> Float[Tensor, "N L"]:
+    """Policy gradient under the importance weight against the engine itself; tokens outside a band have no part.
+
+    loss_t = -sg[f(r_t)] A_t log π(y_t)
+    r_t = π(y_t) / μ(y_t), f(r) = r if 1 - low < r < 1 + high, 0 else
+
+    Hou et al. 2026 (SAO), eq. 1 to 3, arXiv:2607.07508, with 0.3 and 5 for mathematics, 0.8 and 3 for coding agents.
+
+    μ is what the engine sampled from (``logp_sampler``); the policy before the update has no part in it, so one term
+    bounds both staleness and the engine's own deviations.
+
+    Raises:
+        ValueError: for a band without 1 in it.
+    """
+    if not (0 < low <= 1 and high > 0):
+        raise ValueError(
+            f"banded: the band is 1 - low to 1 + high with 0 < low <= 1 and high > 0, not {low} and {high}"
+        )
+    ratio = log_ratio(outputs.logp.detach(), batch.logp_sampler, batch.mask).exp()
+    weight = ratio.where((ratio > 1 - low) & (ratio < 1 + high), 0.0)
+    return (-weight * _advantage(batch) * outputs.logp).where(batch.mask, 0.0)
+
+
+def soft_path(
+    outputs: Outputs, batch: Batch, *, beta: Positive = 0.03, level: Literal["token", "step", "response"] = "token"
+) -> Float[Tensor, "N L"]:
+    """Squared error of soft path consistency: the policy's gain over its reference is what the value says it should be.
+
+    loss_t = (V(s_t) - R_t + β ρ_t + sg[β Σ_i>t ρ_i])², with ρ_t = log π(y_t) / π_ref(y_t), R_t the rewards from t on
+
+    Wang et al. 2024 (OREO), eq. 9, arXiv:2412.16145; the value is trained by the value loss of the same name.
+    ``response`` with V = mean reward of the prompt: Richemond et al. 2024 (DRO), arXiv:2405.19107.
+
+    At the optimum of E[reward] - β KL(π ‖ π_ref) every term is 0. V is ``batch.value``, before the update. Goes with
+    the normaliser ``seq_mean_of_token_mean``.
+
+    Args:
+        beta: temperature, in units of reward.
+        level: ``step`` has one term a reasoning step, ``response`` one a completion, with gradient through all tokens
+            of it. They stand at the first token, multiplied such that the mean over tokens is the mean over terms.
+    """
+    ratio = log_ratio(outputs.logp, needed(batch, "logp_ref"), batch.mask)
+    ahead = accumulate(ratio, batch.mask, 1.0).where(batch.mask, 0.0)
+    starts, after = _segments(ahead, batch, level)
+    gain = beta * (ahead - after + after.detach())
+    wanted = accumulate(token_rewards(batch), batch.mask, 1.0) - at_state(needed(batch, "value").double(), batch.mask)
+    counted = starts & valid_rows(batch)[:, None]
+    terms = (gain - wanted.to(gain.dtype)).where(counted, 0.0).square()
+    tokens, segments = batch.tokens_chosen[:, None], starts.sum(-1, keepdim=True)
+    return terms * tokens / segments.clamp(min=1)
+
+
+def outcome_cross_entropy(outputs: Outputs, batch: Batch, *, beta: Positive = 0.05) -> Float[Tensor, "N L"]:
+    """Trains a language model to be an implicit reward model: its log-ratio to the reference tells right from wrong.
+
+    loss = -s log σ(β Σ_t ρ_t) - (1 - s) log(1 - σ(β Σ_t ρ_t)), with ρ_t = log π(y_t) / π_ref(y_t), s the score
+
+    Yuan et al. 2024 (Free process rewards), eq. 5, arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
+
+    It stands at the completion's last chosen token; goes with the normaliser ``seq_mean_of_token_sum``.
+
+    Raises:
+        ValueError: for a score outside [0, 1].
+    """
+    scored = ~batch.score.isnan()
+    label = batch.score.where(scored, 0.0)
+    if bool(((label < 0) | (label > 1)).any()):
+        raise ValueError(f"outcome_cross_entropy: scores are probabilities, but they reach {label.abs().max():g}")
+    logit = beta * seq_sum(log_ratio(outputs.logp, needed(batch, "logp_ref"), batch.mask), batch.mask)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, label, reduction="none")
+    return broadcast(loss.where(scored, 0.0), last_chosen(batch.mask))
+
+
 def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, "N L"]:
     """Negative log-likelihood of the completions that the verifiers score above ``threshold``; unscored ones have none.
 
@@ -162,7 +244,7 @@ def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> F
 
     Yue et al. 2025 (VAPO), arXiv:2504.05118.
 
-    There the mean is over the tokens of such completions, here over what the recipe's normaliser counts.
+    There the mean is over the tokens of such completions: ``normaliser: {use: token_mean, of: positive}`` in the entry.
     """
     chosen = batch.mask & (batch.score > threshold)[:, None]
     return (-outputs.logp).where(chosen, 0.0)
@@ -171,6 +253,20 @@ def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> F
 def _advantage(batch: Batch) -> Float[Tensor, "N L"]:
     """Exactly 0 off the mask."""
     return needed(batch, "advantage").where(batch.mask, 0.0)
+
+
+def _segments(
+    ahead: Float[Tensor, "N L"], batch: Batch, level: str
+) -> tuple[Bool[Tensor, "N L"], Float[Tensor, "N L"]]:
+    """Where the terms stand, and what of ``ahead`` lies beyond the segment that begins there."""
+    if level == "token":
+        return batch.mask, at_following(ahead, batch.mask)
+    if level == "response":
+        return batch.mask & (batch.mask.cumsum(-1) == 1), torch.zeros_like(ahead)
+    if level != "step":
+        raise ValueError(f"soft_path: level must be token, step or response, not {level!r}")
+    starts = step_starts(batch)
+    return starts, at_following(ahead.where(starts, 0.0), starts)
 
 
 def _sequence_value(log: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, "N L"]:

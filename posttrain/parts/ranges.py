@@ -9,6 +9,8 @@ from pydantic import Field
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+BelowHalf = Annotated[float, Field(ge=0, lt=0.5)]
 AtLeastOne = Annotated[float, Field(ge=1)]
 AboveOne = Annotated[float, Field(gt=1)]
 Count = Annotated[int, Field(ge=0)]

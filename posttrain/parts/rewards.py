@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
-from posttrain.parts.ranges import PositiveCount
-from posttrain.parts.ratio import needed
+from posttrain.parts.credit import step_ends
+from posttrain.parts.ranges import Positive, PositiveCount
+from posttrain.parts.ratio import log_ratio, needed
 
 
 def overlong(batch: Batch, *, limit: PositiveCount, buffer: PositiveCount) -> Float[Tensor, " N"]:
@@ -69,3 +70,34 @@ def kl_penalty(batch: Batch, *, level: Literal["token", "sequence"] = "token") -
     """
     penalty = (needed(batch, "logp_ref") - needed(batch, "logp_old")).where(batch.mask, 0.0)
     return penalty if level == "token" else seq_sum(penalty, batch.mask)
+
+
+def at_step_ends(
+    scores: Float[Tensor, "N L"], batch: Batch, *, divide: Literal["none", "steps"] = "none"
+) -> Float[Tensor, "N L"]:
+    """A process model's scores as rewards: each at the last token of its step.
+
+    r_k = R_φ(x, steps up to k), divided by the number of steps with ``steps``
+
+    Dai et al. 2025 (PSGPO), section 3, arXiv:2410.17621: undivided, a policy earns by writing more lines.
+    """
+    ends = step_ends(batch)
+    rewards = scores.where(ends, 0.0)
+    return rewards / ends.sum(-1, keepdim=True).clamp(min=1) if divide == "steps" else rewards
+
+
+def implicit(
+    logp: Float[Tensor, "N L"], logp_base: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], *, beta: Positive = 0.05
+) -> Float[Tensor, "N L"]:
+    """The reward of each token that a language model trained on outcomes implies.
+
+    r_t = β log π_φ(y_t) / π_base(y_t)
+
+    Yuan et al. 2024 (Free process rewards), eq. 4, arXiv:2412.01981; online: Cui et al. 2025 (PRIME), eq. 3,
+    arXiv:2502.01456.
+
+    Args:
+        logp: of the reward model.
+        logp_base: of the model it started from.
+    """
+    return beta * log_ratio(logp, logp_base, mask)

@@ -10,7 +10,7 @@ Values come in kinds: ``mean`` is the expected reward under the policy that samp
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -30,13 +30,15 @@ from posttrain.parts.credit import (
     token_rewards,
     valid_rows,
 )
+from posttrain.parts.ranges import Fraction, NonNegative, Positive
+from posttrain.parts.ratio import needed
 
 Backup = Literal["mean", "soft", "max", "greedy"]
 Reduction = Literal["mean", "min", "max", "mean_minus_std"]
 
 
 def backup(
-    values: Float[Tensor, "*S C"], logp: Float[Tensor, "*S C"], *, kind: Backup, beta: float = 1.0
+    values: Float[Tensor, "*S C"], logp: Float[Tensor, "*S C"], *, kind: Backup, beta: Positive = 1.0
 ) -> Float[Tensor, "*S"]:
     """The value of states whose C next tokens lead to states of known values.
 
@@ -51,11 +53,7 @@ def backup(
         values: of each next token; those of probability 0 are ignored, NaN and infinities included.
         logp: log-probs of the next tokens, normalised; -inf for tokens that cannot follow.
         beta: temperature of ``soft``, in units of reward.
-
-    Raises:
-        ValueError: for an unknown kind, or a β that is not positive.
     """
-    _check_backup(kind, beta)
     possible = logp > -torch.inf
     match kind:
         case "mean":
@@ -71,11 +69,11 @@ def backup(
 def lambda_return(
     batch: Batch,
     *,
-    gamma: float = 1.0,
-    lambda_: float = 1.0,
-    alpha: float | None = None,
+    gamma: Fraction = 1.0,
+    lambda_: Fraction = 1.0,
+    alpha: Positive | None = None,
     backup: Backup = "mean",
-    beta: float = 1.0,
+    beta: Positive = 1.0,
     truncated: Truncated = "bootstrap",
 ) -> Float[Tensor, "N L"]:
     """Returns that mix what was seen with what the value model says, from its next state on.
@@ -102,7 +100,6 @@ def lambda_return(
     Raises:
         ValueError: for λ > 0 with a kind other than mean, γ < 1 with B, or values that the loop did not fill.
     """
-    _check_backup(backup, beta)
     lambdas = row_lambda(batch, lambda_, alpha)[:, None]
     sampled = lambda_ > 0 if alpha is None else True
     if backup != "mean" and sampled:
@@ -113,7 +110,7 @@ def lambda_return(
     if alpha is None and lambda_ == 1 and not bool(cut.any()):
         return _at_states(accumulate(rewards, batch.mask, gamma), batch, truncated)
     if batch.value_next is None:
-        value = _state_values(batch)
+        value = _state_values(batch, backup)
         following_value = torch.where(cut, value, (1 - lambdas) * at_following(at_state(value, batch.mask), batch.mask))
         terms, decay = rewards + gamma * following_value.where(batch.mask, 0.0), gamma * lambdas
     else:
@@ -125,15 +122,19 @@ def lambda_return(
     return _at_states(accumulate(terms.where(batch.mask, 0.0), batch.mask, decay.squeeze(-1)), batch, truncated)
 
 
-def outcome_label(batch: Batch) -> Float[Tensor, "N L"]:
+def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> Float[Tensor, "N L"]:
     """The completion's reward at each of its states, however it ended.
 
     target_t = R
 
     Yang and Klein 2021 (FUDGE), section 3, arXiv:2104.05218; as a squared error: Mudgal et al. 2024 (CD-FUDGE), eq. 4,
-    arXiv:2310.17022.
+    arXiv:2310.17022. At the end alone: Cobbe et al. 2021 (solution-level verifiers), arXiv:2110.14168.
+
+    Args:
+        at: ``end`` labels the last chosen token alone: an outcome reward model.
     """
-    return _labels(batch.reward.double()[:, None].expand(batch.mask.shape), batch.states, batch)
+    where = batch.states if at == "states" else last_chosen(batch.mask)
+    return _labels(batch.reward.double()[:, None].expand(batch.mask.shape), where, batch)
 
 
 def step_labels(batch: Batch) -> Float[Tensor, "N L"]:
@@ -144,8 +145,23 @@ def step_labels(batch: Batch) -> Float[Tensor, "N L"]:
     return _labels(batch.step_reward.double(), step_ends(batch), batch)
 
 
+def branch_estimate(rewards: Float[Tensor, "*S K"], *, how: Literal["mean", "any"] = "mean") -> Float[Tensor, "*S"]:
+    """The value of states from the rewards of K completions sampled from each; NaN where none could be scored.
+
+    mean: Σ_k r_k / K;  any: 1 if max_k r_k > 0, 0 else
+
+    mean: Kazemnejad et al. 2025 (VinePPO), eq. 4, arXiv:2410.01679.
+    Both, as soft and hard estimation: Wang et al. 2024 (Math-Shepherd), eq. 3 and 4, arXiv:2312.08935.
+    """
+    if how == "mean":
+        return rewards.nanmean(-1)
+    scored = ~rewards.isnan()
+    reached = (rewards.where(scored, -torch.inf).amax(-1) > 0).to(rewards.dtype)
+    return reached.where(scored.any(-1), torch.nan)
+
+
 def reduce_members(
-    values: Float[Tensor, " members *S"], *, how: Reduction, deviations: float = 1.0
+    values: Float[Tensor, " members *S"], *, how: Reduction, deviations: NonNegative = 1.0
 ) -> Float[Tensor, "*S"]:
     """One value of the members of an ensemble.
 
@@ -153,9 +169,6 @@ def reduce_members(
 
     min: Fujimoto et al. 2018 (clipped double Q-learning), arXiv:1802.09477.
     min and mean - deviations · variance of reward models: Coste et al. 2024, arXiv:2310.02743.
-
-    Raises:
-        ValueError: for an unknown reduction.
     """
     match how:
         case "mean":
@@ -166,7 +179,6 @@ def reduce_members(
             return values.amax(0)
         case "mean_minus_std":
             return values.mean(0) - deviations * values.std(0, correction=0)
-    raise ValueError(f"how must be one of {', '.join(get_args(Reduction))}, not {how!r}")
 
 
 def _at_states(returns: Float[Tensor, "N L"], batch: Batch, truncated: Truncated) -> Float[Tensor, "N L"]:
@@ -179,17 +191,12 @@ def _at_states(returns: Float[Tensor, "N L"], batch: Batch, truncated: Truncated
 
 
 def _labels(labels: Float[Tensor, "N L"], where: Tensor, batch: Batch) -> Float[Tensor, "N L"]:
-    return labels.where(where & valid_rows(batch)[:, None], torch.nan).float()
+    return labels.where(where & valid_rows(batch)[:, None], torch.nan).to(batch.reward.dtype)
 
 
-def _state_values(batch: Batch) -> Float[Tensor, "N L"]:
-    if batch.value is None:
-        raise ValueError("batch.value has not been filled, and lambda_return bootstraps from it")
-    return batch.value.double().where(batch.states, 0.0)
-
-
-def _check_backup(kind: str, beta: float) -> None:
-    if kind not in get_args(Backup):
-        raise ValueError(f"backup must be one of {', '.join(get_args(Backup))}, not {kind!r}")
-    if beta <= 0:
-        raise ValueError(f"beta is the temperature of the soft backup and must be positive, not {beta}")
+def _state_values(batch: Batch, backup: Backup) -> Float[Tensor, "N L"]:
+    if backup != "mean":
+        raise ValueError(
+            f"lambda_return: the {backup} over next tokens needs a value of each: set `value.head.type: per_token`"
+        )
+    return needed(batch, "value").double().where(batch.states, 0.0)

@@ -28,6 +28,7 @@ from posttrain.parts.credit import (
     token_rewards,
     valid_rows,
 )
+from posttrain.parts.ranges import BelowHalf, Fraction, NonNegative, OpenFraction, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 SOFT = frozenset({"soft_path", "contrastive_twist", "noise_contrastive"})
@@ -37,7 +38,7 @@ SOFT = frozenset({"soft_path", "contrastive_twist", "noise_contrastive"})
 # ---- of a number ----------------------------------------------------------------------------------------------------
 
 
-def mse(outputs: Outputs, batch: Batch, *, clip: float | None = None) -> Float[Tensor, "N L"]:
+def mse(outputs: Outputs, batch: Batch, *, clip: Positive | None = None) -> Float[Tensor, "N L"]:
     """Half the squared error.
 
     loss_t = ½ (V_t - T_t)²,  with ``clip`` ½ max((V_t - T_t)², (V_old + clamp(V_t - V_old, ±clip) - T_t)²)
@@ -46,12 +47,7 @@ def mse(outputs: Outputs, batch: Batch, *, clip: float | None = None) -> Float[T
 
     Args:
         clip: farthest that a value may move from the one before the update before it stops earning anything.
-
-    Raises:
-        ValueError: for a ``clip`` that is not positive.
     """
-    if clip is not None and clip <= 0:
-        raise ValueError(f"mse: clip is how far a value may move and must be positive, not {clip}")
     target, learned = _targets(batch)
     value = _value(outputs, learned)
     loss = (value - target).square()
@@ -61,7 +57,7 @@ def mse(outputs: Outputs, batch: Batch, *, clip: float | None = None) -> Float[T
     return 0.5 * loss
 
 
-def huber(outputs: Outputs, batch: Batch, *, delta: float = 1.0) -> Float[Tensor, "N L"]:
+def huber(outputs: Outputs, batch: Batch, *, delta: Positive = 1.0) -> Float[Tensor, "N L"]:
     """Squared near the target, linear further than ``delta`` from it.
 
     loss_t = ½ u² if |u| <= δ, δ (|u| - ½ δ) else, with u = V_t - T_t
@@ -72,25 +68,20 @@ def huber(outputs: Outputs, batch: Batch, *, delta: float = 1.0) -> Float[Tensor
     return F.huber_loss(_value(outputs, learned), target, reduction="none", delta=delta)
 
 
-def expectile(outputs: Outputs, batch: Batch, *, tau: float = 0.7) -> Float[Tensor, "N L"]:
+def expectile(outputs: Outputs, batch: Batch, *, tau: OpenFraction = 0.7) -> Float[Tensor, "N L"]:
     """Squared error in which targets above the value weigh more than those below.
 
     loss_t = |τ - 1[u < 0]| u², with u = T_t - V_t
 
     Kostrikov et al. 2022 (IQL), eq. 5, arXiv:2110.06169. With one-step targets and τ -> 1 the value of the best token
     that was seen; τ = ½ is ``mse``.
-
-    Raises:
-        ValueError: for τ outside (0, 1).
     """
-    if not 0 < tau < 1:
-        raise ValueError(f"expectile: tau lies between 0 and 1, not {tau}")
     target, learned = _targets(batch)
     error = target - _value(outputs, learned)
     return torch.where(error < 0, 1 - tau, tau) * error.square()
 
 
-def soft_path(outputs: Outputs, batch: Batch, *, beta: float = 0.03) -> Float[Tensor, "N L"]:
+def soft_path(outputs: Outputs, batch: Batch, *, beta: Positive = 0.03) -> Float[Tensor, "N L"]:
     """Squared error of soft path consistency: the value is what is still to come, less what the policy pays for it.
 
     loss_t = (V_t - T_t + β Σ_i>t sg[log π(y_i) - log π_ref(y_i)])², over the chosen tokens i after column t
@@ -110,7 +101,7 @@ def soft_path(outputs: Outputs, batch: Batch, *, beta: float = 0.03) -> Float[Te
 # ---- of a distribution ----------------------------------------------------------------------------------------------
 
 
-def hl_gauss(outputs: Outputs, batch: Batch, *, sigma: float = categorical.SIGMA) -> Float[Tensor, "N L"]:
+def hl_gauss(outputs: Outputs, batch: Batch, *, sigma: Positive = categorical.SIGMA) -> Float[Tensor, "N L"]:
     """Cross-entropy with a Gaussian around the target: regression as classification.
 
     loss_t = -Σ_i p_i(T_t) log softmax_i
@@ -136,7 +127,7 @@ def two_hot(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def c51(
-    outputs: Outputs, batch: Batch, *, gamma: float = 1.0, truncated: Truncated = "bootstrap"
+    outputs: Outputs, batch: Batch, *, gamma: Fraction = 1.0, truncated: Truncated = "bootstrap"
 ) -> Float[Tensor, "N L"]:
     """Cross-entropy with the reward plus the distribution at the next state: what is learned is the law of the return.
 
@@ -155,7 +146,7 @@ def c51(
     return _cross_entropy(torch.where(ends[..., None], outcome, _at(of_token, following_token)), logits, learned)
 
 
-def quantile(outputs: Outputs, batch: Batch, *, kappa: float = 1.0) -> Float[Tensor, "N L"]:
+def quantile(outputs: Outputs, batch: Batch, *, kappa: NonNegative = 1.0) -> Float[Tensor, "N L"]:
     """Quantile regression: output i learns the (i + ½) / K quantile of the targets.
 
     loss_t = Σ_i |τ_i - 1[u_i < 0]| H_κ(u_i), with u_i = T_t - q_i and H_κ Huber's loss over κ
@@ -171,11 +162,9 @@ def quantile(outputs: Outputs, batch: Batch, *, kappa: float = 1.0) -> Float[Ten
 
 
 def quantile_huber(
-    quantiles: Float[Tensor, "*S K"], targets: Float[Tensor, "*S M"], *, kappa: float = 1.0
+    quantiles: Float[Tensor, "*S K"], targets: Float[Tensor, "*S M"], *, kappa: NonNegative = 1.0
 ) -> Float[Tensor, "*S"]:
     """The loss of ``quantile`` for M equally likely targets: summed over quantiles, mean over targets."""
-    if kappa < 0:
-        raise ValueError(f"quantile: kappa is where the loss turns linear and is not negative, but it is {kappa}")
     levels = (torch.arange(quantiles.shape[-1], device=quantiles.device) + 0.5) / quantiles.shape[-1]
     error = targets[..., None, :] - quantiles[..., :, None]
     size = error.abs()
@@ -234,7 +223,7 @@ def q_ranking(outputs: Outputs, batch: Batch, *, margin: float = 4.0) -> Float[T
 
 
 def bradley_terry(
-    outputs: Outputs, batch: Batch, *, margin: str | None = None, label_smoothing: float = 0.0
+    outputs: Outputs, batch: Batch, *, margin: str | None = None, label_smoothing: BelowHalf = 0.0
 ) -> Float[Tensor, "N L"]:
     """Log-odds with which the value of the better completion of a pair lies above that of the worse.
 
@@ -250,12 +239,7 @@ def bradley_terry(
     Args:
         margin: column of the data with m_i; what the better completion's row says, 0 where it says nothing.
         label_smoothing: ε.
-
-    Raises:
-        ValueError: for a label smoothing outside [0, ½).
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"bradley_terry: label_smoothing is a share of wrong labels below 1/2, not {label_smoothing}")
     value, pairs, share = _pairs(outputs, batch)
     gap = value[:, None] - value[None, :] - _column(batch, margin, value)[:, None]
     losses = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
@@ -275,7 +259,7 @@ def centred(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def contrastive_twist(
-    outputs: Outputs, batch: Batch, *, beta: float = 1.0, importance: bool = False
+    outputs: Outputs, batch: Batch, *, beta: Positive = 1.0, importance: bool = False
 ) -> Float[Tensor, "N L"]:
     """Raises values at the prefixes of tilted samples and lowers them where the twisted prior puts its mass.
 
@@ -299,7 +283,7 @@ def contrastive_twist(
 
 
 def noise_contrastive(
-    outputs: Outputs, batch: Batch, *, beta: float = 1.0, importance: bool = False
+    outputs: Outputs, batch: Batch, *, beta: Positive = 1.0, importance: bool = False
 ) -> Float[Tensor, "N L"]:
     """Tells prefixes of tilted samples from prefixes of the reference policy's.
 
@@ -387,8 +371,6 @@ def _twist(
     outputs: Outputs, batch: Batch, beta: float, importance: bool
 ) -> tuple[Float[Tensor, "N L"], Bool[Tensor, "N L"], Bool[Tensor, "N L"], Float[Tensor, "N L"], Float[Tensor, "N L"]]:
     """Values, the states that learn, who is present at each column, w+, and log ratio_it."""
-    if beta <= 0:
-        raise ValueError(f"beta is the temperature of the tilted law and must be positive, not {beta}")
     _, learned = _targets(batch)
     learned = learned & valid_rows(batch)[:, None]
     ended = following(batch.mask) == batch.mask.shape[1]

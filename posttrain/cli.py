@@ -1,4 +1,4 @@
-"""The command line: ``posttrain train | show RECIPE [--key.path=value]...``."""
+"""The command line: ``posttrain train | eval | show RECIPE [--key.path=value]...``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a recipe", **common)
     train.add_argument("recipe", type=Path, help="YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+    evaluate = commands.add_parser("eval", help="run an evaluation suite, such as eval/value.yaml", **common)
+    evaluate.add_argument("suite", type=Path, help="YAML file")
     show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
     show.add_argument("recipe", type=Path, help="YAML file")
     return parser
@@ -83,4 +85,15 @@ def _show(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "show": _show}
+def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from posttrain.quiet import quiet
+
+    quiet()
+    from posttrain.evaluation_suite import run_suite
+
+    run_suite(options.suite, overrides)
+    return 0
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "show": _show}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +11,8 @@ from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from posttrain import options
-from posttrain.loading import load_as
+from posttrain.errors import UserError
+from posttrain.loading import load_as, placed
 from posttrain.recipe import Part, PositiveInt, RecipeConflict
 
 
@@ -108,7 +109,7 @@ def _conflicts(suite: ValueSuite) -> Iterator[tuple[tuple[str | int, ...], str]]
         )
 
 
-def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> ValueSuite:
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> ValueSuite:
     """The suite in a YAML file, with ``--key.path=value`` overrides.
 
     Raises:
@@ -117,7 +118,7 @@ def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> ValueSuite:
     return load_as(ValueSuite, path, overrides)
 
 
-def run_suite(path: str | Path, overrides: Iterable[str] = ()) -> Path:
+def run_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Runs the suite in a YAML file, prints its figures, and returns the folder of its report.
 
     Raises:
@@ -126,4 +127,7 @@ def run_suite(path: str | Path, overrides: Iterable[str] = ()) -> Path:
     suite = load_suite(path, overrides)
     from posttrain.report.value_evaluation import evaluate_value  # after loading: mistakes show at once
 
-    return evaluate_value(suite)
+    try:
+        return evaluate_value(suite)
+    except UserError as error:
+        raise placed(error, Path(path), overrides) from error

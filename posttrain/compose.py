@@ -17,7 +17,7 @@ def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
     Every part sees the batch as it was before any of them, so their order does not matter.
 
     Raises:
-        ValueError: if a part returns another shape.
+        ValueError: if a part returns another shape, or a number that is not finite for a scored completion.
     """
     reward, step_reward = batch.reward, batch.step_reward
     for part in recipe.reward:
@@ -29,6 +29,9 @@ def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
         else:
             expected = f"{list(reward.shape)} (one a completion) or {list(step_reward.shape)} (one a token)"
             raise ValueError(f"reward part {part.name!r} returned shape {list(value.shape)}, expected {expected}")
+        counted = batch.mask & batch.scored[:, None] if value.dim() == 2 else batch.scored
+        if rows := (counted & ~value.isfinite()).view(len(batch), -1).any(-1).nonzero().squeeze(-1).tolist():
+            raise ValueError(f"reward part {part.name!r} gave a reward that is not finite to completions {rows[:8]}")
     return batch.set(reward=reward, step_reward=step_reward)
 
 

@@ -44,6 +44,23 @@ def test_rewards_of_completions_and_of_tokens_are_added_with_their_weights(batch
     assert found.reward.isnan().tolist() == batch.reward.isnan().tolist()
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of", ["completion", "token"])
+def test_a_reward_that_is_not_finite_is_refused_where_it_counts(batch: Batch, number: float, of: str) -> None:
+    scored, unscored = int(batch.scored.nonzero()[0]), int((~batch.scored).nonzero()[0])
+    row, column = scored, int(batch.mask[scored].nonzero()[0])
+
+    def spoilt(row: int, column: int):
+        values = torch.zeros_like(batch.reward if of == "completion" else batch.step_reward)
+        values[row if of == "completion" else (row, column)] = number
+        return recipe(reward=(part(lambda b: values, name="spoilt"),))
+
+    with pytest.raises(ValueError, match=rf"reward part 'spoilt' gave .* not finite to completions \[{row}\]"):
+        reward_batch(spoilt(row, column), batch)
+    off = int((~batch.mask[row]).nonzero()[0])
+    reward_batch(spoilt(unscored, off) if of == "completion" else spoilt(row, off), batch)
+
+
 def test_every_reward_sees_the_batch_as_it_was(batch: Batch) -> None:
     doubled = part(lambda b: b.reward)
     found = reward_batch(recipe(reward=(doubled, doubled)), batch)

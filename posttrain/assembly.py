@@ -179,4 +179,12 @@ def build_engine(recipe: Recipe, material: Material) -> Engine:
     if limit is not None and length > limit:
         raise UserError(f"engine.max_model_len: {length} is more than the {limit} positions of {recipe.policy.model}")
     dtype = recipe.policy.dtype if recipe.engine.dtype == "auto" else recipe.engine.dtype
-    return make_engine(recipe.policy.model, recipe.engine, dtype=dtype, max_model_len=length, seed=recipe.seed)
+    return make_engine(
+        recipe.policy.model,
+        recipe.engine,
+        dtype=dtype,
+        max_model_len=length,
+        seed=recipe.seed,
+        revision=recipe.policy.revision,
+        trust_remote_code=recipe.policy.trust_remote_code,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from posttrain.batch import Finish
-from posttrain.engines import make_engine
+from posttrain.engines import make_engine, vllm_cpu
 from posttrain.engines.base import Completion, Engine, Sampling, WeightMismatch, sample_seed
 from posttrain.engines.requests import end_of_sequence_ids
 from posttrain.engines.sampling import draw, filters, inverse_cdf, uniforms
@@ -261,6 +262,39 @@ def test_log_probs_follow_twenty_weight_loads(engine: Engine, model):
     assert memory[-1] - memory[4] < 20  # MiB
 
 
+def test_a_load_reaches_the_copies_that_vllm_packs_for_its_kernels(engine: Engine, model, monkeypatch):
+    """The checksums are of the plain weights and would not see a copy that stayed behind: the log-probs do."""
+    layers = [layer for layer in engine._model.modules() if hasattr(layer, "cpu_linear")]
+    if not layers:
+        pytest.skip("nothing is packed: another engine, or a GPU")
+
+    def error() -> float:
+        outputs = engine.generate(PROMPTS, SAMPLING, seeds=range(4))
+        return largest_error(model, outputs, SAMPLING.temperature)
+
+    perturb(model, 0.1)
+    engine.load(model.state_dict().items(), 1)
+    assert error() < 1e-4
+    perturb(model, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_cpu, "pack_weights", lambda model: None)
+        engine.load(model.state_dict().items(), 2)
+    assert error() > 0.01
+
+
+def test_weights_under_other_names_are_told_with_what_the_engine_has():
+    held = {f"model.layers.0.mlp.experts.{name}": torch.zeros(2) for name in ("w13_weight", "w2_weight")}
+    sent = [("model.layers.0.mlp.experts.gate_up_proj", torch.zeros(2))]
+    with pytest.raises(WeightMismatch) as error:
+        load_verified(sent, held, list)
+    assert str(error.value) == (
+        "the engine's model has no tensor 'model.layers.0.mlp.experts.gate_up_proj'; in model.layers.0.mlp.experts it "
+        "has model.layers.0.mlp.experts.w13_weight, model.layers.0.mlp.experts.w2_weight. The engine arranges these "
+        "weights otherwise than Transformers does, as vLLM does those of a mixture of experts, and then a load cannot "
+        "be checked: set engine.use: transformers"
+    )
+
+
 def sabotage(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     tensors = dict(tensors)
     name = "model.layers.1.self_attn.k_proj.weight"
@@ -490,3 +524,66 @@ def test_each_of_two_ranks_has_its_own_vllm(tiny_model_folder: Path):
     assert first != second  # other prompts
     assert result["total"] == 3.0
     assert result["gradient"] == pytest.approx(3 * 1.5)  # mean over ranks of 1 and 2, over three steps
+
+
+REVISIONS = """
+import sys
+import torch
+from posttrain.engines import make_engine
+from posttrain.engines.base import Sampling
+from posttrain.options import EngineOptions
+
+def greedy(model, **source):
+    options = EngineOptions(use=sys.argv[1], cache_mb=16, max_concurrent=8)
+    engine = make_engine(model, options, dtype="float32", max_model_len=64, **source)
+    [[completion]] = engine.generate([[5, 6, 7, 8]], Sampling(max_tokens=16, temperature=0.0, ignore_eos=True))
+    engine.close()
+    return completion.logps
+
+main, other = greedy("someone/tiny"), greedy("someone/tiny", revision="other")
+assert main != other and other == greedy(sys.argv[2])
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("use", ["transformers", "vllm"])
+def test_the_revision_that_is_asked_for_is_sampled_from(use: str, tiny_model_folder: Path, tmp_path: Path):
+    """In a cache of the hub, filled by hand with two revisions of a model."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in (("main", "a" * 40), ("other", "b" * 40)):
+        snapshot = repository / "snapshots" / commit
+        shutil.copytree(tiny_model_folder, snapshot)
+        model.save_pretrained(snapshot)
+        (repository / "refs" / name).write_text(commit, encoding="utf-8")
+        perturb(model)
+    command = [sys.executable, "-c", REVISIONS, use, str(repository / "snapshots" / ("b" * 40))]
+    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+REMOTE = """
+from transformers import Qwen2ForCausalLM
+
+class Ours(Qwen2ForCausalLM):
+    ran = True
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tiny_model_folder: Path, tmp_path: Path):
+    shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (tmp_path / "model" / "ours.py").write_text(REMOTE, encoding="utf-8")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "ours.Ours"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for trusted in (False, True):
+        engine = make_engine(
+            tmp_path / "model",
+            EngineOptions(use="transformers"),
+            dtype="float32",
+            max_model_len=64,
+            trust_remote_code=trusted,
+        )
+        assert hasattr(engine._model, "ran") == trusted

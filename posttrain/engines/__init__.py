@@ -10,7 +10,16 @@ from posttrain.errors import RecipeError
 from posttrain.options import EngineOptions
 
 
-def make_engine(model: str | Path, options: EngineOptions, *, dtype: str, max_model_len: int, seed: int = 0) -> Engine:
+def make_engine(
+    model: str | Path,
+    options: EngineOptions,
+    *,
+    dtype: str,
+    max_model_len: int,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Engine:
     """The engine that ``options`` ask for, with the weights of ``model``.
 
     Args:
@@ -19,6 +28,8 @@ def make_engine(model: str | Path, options: EngineOptions, *, dtype: str, max_mo
         dtype: used where ``options.dtype`` is ``auto``: the policy's.
         max_model_len: used where ``options.max_model_len`` is not given.
         seed: of the seeds drawn where ``generate`` is given none.
+        revision: of a model on the hub: branch, tag or commit.
+        trust_remote_code: run modelling code that comes with the model.
 
     Raises:
         RecipeError: if vLLM is asked for but not installed, or for options that the engine does not have.
@@ -36,6 +47,8 @@ def make_engine(model: str | Path, options: EngineOptions, *, dtype: str, max_mo
             gpu_memory=options.gpu_memory,
             max_concurrent=options.max_concurrent,
             seed=seed,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             options=options.options,
         )
     if options.options:
@@ -46,7 +59,13 @@ def make_engine(model: str | Path, options: EngineOptions, *, dtype: str, max_mo
     from posttrain.engines.transformers import TransformersEngine
 
     return TransformersEngine(
-        model, dtype=dtype, max_model_len=max_model_len, max_concurrent=options.max_concurrent, seed=seed
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_concurrent=options.max_concurrent,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
 
 

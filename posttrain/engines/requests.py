@@ -29,16 +29,19 @@ def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
         )
 
 
-def end_of_sequence_ids(model: str | Path) -> tuple[int, ...]:
+def end_of_sequence_ids(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, ...]:
     """The model's own end-of-sequence tokens: its generation configuration's, or else its configuration's."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        ids = GenerationConfig.from_pretrained(model).eos_token_id
+        ids = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
     except OSError:  # the model has no generation_config.json
         ids = None
     if ids is None:
-        ids = AutoConfig.from_pretrained(model).get_text_config(decoder=True).eos_token_id
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        ids = config.get_text_config(decoder=True).eos_token_id
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,8 @@ class TransformersEngine:
         max_model_len: most tokens of a prompt and its completion together.
         max_concurrent: completions generated at the same time.
         seed: of the seeds drawn where ``generate`` is given none.
+        revision: of a model on the hub: branch, tag or commit.
+        trust_remote_code: run modelling code that comes with the model.
         device: default: the current CUDA device, or else the CPU.
     """
 
@@ -44,16 +47,19 @@ class TransformersEngine:
         max_model_len: int,
         max_concurrent: int = 256,
         seed: int = 0,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         self.version = 0
         self._max_model_len = max_model_len
         self._max_concurrent = max_concurrent
-        self._eos = end_of_sequence_ids(model)
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._eos = end_of_sequence_ids(model, **source)
         self._fresh_seeds = random.Random(seed)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **source)
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 
     def generate(

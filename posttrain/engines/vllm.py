@@ -36,6 +36,7 @@ FINISH = {"stop": Finish.STOPPED, "length": Finish.LENGTH}
 OWN_ARGUMENTS = frozenset(
     ["model", "dtype", "max_model_len", "max_num_seqs", "seed", "logprobs_mode", "distributed_executor_backend"]
     + ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "quantization"]
+    + ["revision", "trust_remote_code"]
 )
 
 
@@ -53,6 +54,8 @@ class VllmEngine:
         gpu_memory: share of a GPU's memory for weights and cache together.
         max_concurrent: completions generated at the same time.
         seed: of the seeds drawn where ``generate`` is given none.
+        revision: of a model on the hub: branch, tag or commit.
+        trust_remote_code: run modelling code that comes with the model.
         options: further arguments of ``vllm.LLM``.
 
     Raises:
@@ -69,14 +72,18 @@ class VllmEngine:
         gpu_memory: float = 0.4,
         max_concurrent: int = 256,
         seed: int = 0,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
         self.version = 0
         self._max_model_len = max_model_len
-        self._eos = end_of_sequence_ids(model)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._eos = end_of_sequence_ids(model, **source)
         self._fresh_seeds = random.Random(seed)
         self._serial = 0  # of requests: vLLM wants their names unique
         arguments: dict[str, Any] = {
+            **source,
             "dtype": dtype,
             "max_model_len": max_model_len,
             "max_num_seqs": max_concurrent,

@@ -34,7 +34,7 @@ def prepare() -> None:
 
     * Linear layers keep their weights. vLLM packs them for its own kernels and drops the originals, after which no
       weight could be loaded. See :func:`pack_weights`.
-    * The process may use the memory it could use before. vLLM would bind all of it, the trainer's too, to one NUMA node.
+    * The process may use the memory it could use before. vLLM would bind it, trainer and all, to one NUMA node.
     * Small functions of the sampler are not compiled, which would take 20 seconds at the first token. Only vLLM's own
       choice of a backend and one of its functions are changed: ``torch.compile`` is untouched for everyone else.
     """

@@ -96,14 +96,30 @@ def _announced(
     for name, tensor in tensors:
         place = places.get(name)
         if place is None:
-            close = difflib.get_close_matches(name, places, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise WeightMismatch(f"the engine's model has no tensor {name!r}{hint}")
+            raise WeightMismatch(_unknown(name, places))
         if tensor.shape != place.shape:
             raise WeightMismatch(f"{name!r} is {list(tensor.shape)}, the engine's is {list(place.shape)}")
         tensor = tensor.detach().to(place.device, place.dtype)
         sent[name] = checksum(tensor)
         yield name, tensor
+
+
+def _unknown(name: str, places: Mapping[str, Tensor]) -> str:
+    """What to say of a tensor that the engine does not have: which it has in the same module."""
+    module = name
+    beside: list[str] = []
+    while "." in module and not beside:
+        module = module.rpartition(".")[0]
+        beside = [other for other in places if other.startswith(f"{module}.")]
+    close = difflib.get_close_matches(name, beside, n=1, cutoff=0.9)
+    found = f"did you mean {close[0]!r}?" if close else f"in {module} it has {_names(beside)}"
+    reason = (
+        ""
+        if close
+        else ". The engine arranges these weights otherwise than Transformers does, as vLLM does those of a "
+        "mixture of experts, and then a load cannot be checked: set engine.use: transformers"
+    )
+    return f"the engine's model has no tensor {name!r}; {found if beside else 'nor its module'}{reason}"
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A world small enough to enumerate: every string, every value, and the law of any decoder that chooses through choosers.
+"""A world small enough to enumerate: every string, every value, and the law of any decoder.
 
 A decoder is run once for every sequence of choices that it, or the engine below it, can make; the probability of a
 sequence is the product of its choices' probabilities. The code that runs is the one that runs on vLLM.
@@ -6,6 +6,7 @@ sequence is the product of its choices' probabilities. The code that runs is the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -134,6 +135,26 @@ def total_variation(one: Mapping[Outcome, float], other: Mapping[Outcome, float]
     return sum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other}) / 2
 
 
+class Script:
+    """A chooser that follows a list of choices and from its end on takes the first possible one."""
+
+    def __init__(self, choices: Sequence[int]) -> None:
+        self.choices = list(choices)
+        self.made = 0
+        self.probability = 1.0
+        self.alternatives: list[list[int]] = []  # scripts that leave this one where it went beyond its list
+
+    def __call__(self, probabilities: Sequence[float]) -> int:
+        if self.made == len(self.choices):
+            first, *others = [index for index, p in enumerate(probabilities) if p > 0]
+            self.alternatives += [[*self.choices, index] for index in others]
+            self.choices.append(first)
+        index = self.choices[self.made]
+        self.made += 1
+        self.probability *= probabilities[index] / sum(probabilities)
+        return index
+
+
 def law_of(run: Callable[[MakeChooser], Outcome]) -> dict[Outcome, float]:
     """The law of what ``run`` returns, by running it once for every sequence of choices.
 
@@ -141,27 +162,19 @@ def law_of(run: Callable[[MakeChooser], Outcome]) -> dict[Outcome, float]:
         run: given the maker of all choosers, returns an outcome; whatever is random in it comes from them.
     """
     law: dict[Outcome, float] = {}
-    scripts: list[list[int]] = [[]]
-    while scripts:
-        script = scripts.pop()
-        taken: list[int] = []
-        probability = 1.0
-
-        def choose(probabilities: Sequence[float]) -> int:
-            nonlocal probability
-            if len(taken) == len(script):
-                possible = [index for index, p in enumerate(probabilities) if p > 0]
-                scripts.extend([*taken, index] for index in possible[1:])
-                script.append(possible[0])
-            index = script[len(taken)]
-            taken.append(index)
-            probability *= probabilities[index] / sum(probabilities)
-            return index
-
-        outcome = run(lambda seed: choose)  # noqa: B023  # used before the next turn of the loop
-        law[outcome] = law.get(outcome, 0.0) + probability
+    waiting: list[list[int]] = [[]]
+    while waiting:
+        script = Script(waiting.pop())
+        outcome = run(functools.partial(_same, script))
+        law[outcome] = law.get(outcome, 0.0) + script.probability
+        waiting += script.alternatives
     assert abs(sum(law.values()) - 1) < 1e-9
     return law
+
+
+def _same(script: Script, seed: int) -> Script:
+    """One chooser serves all seeds."""
+    return script
 
 
 def tokens_of(completions: list[list[Completion]]) -> String:

@@ -73,3 +73,22 @@ def beam(world: World, values: Mapping[String, float], width: int) -> String:
         pool = [after for s in kept for after in ([s] if world.ended(s) else blocks_from(world, s, 1))]
         kept = sorted(pool, key=lambda s: -values[s])[:width]
     return kept[0]
+
+
+def best_first(world: World, alpha: float, count: int) -> list[String]:
+    """The first ``count`` strings popped from a queue ordered by Σ log p / length^α, older ones first among equals."""
+    queue: list[tuple[float, int, String]] = [(0.0, 0, ())]
+    popped, number = [], 0
+    while queue and len(popped) < count:
+        queue.sort(key=lambda entry: (-entry[0], entry[1]))
+        _, _, string = queue.pop(0)
+        popped.append(string)
+        if world.ended(string):
+            continue
+        law = world.next_law(string)
+        for a in sorted(range(world.vocabulary), key=lambda a: -law[a]):
+            after = (*string, a)
+            logp = sum(math.log(world.next_law(after[:n])[after[n]]) for n in range(len(after)))
+            number += 1
+            queue.append((logp / len(after) ** alpha, number, after))
+    return popped

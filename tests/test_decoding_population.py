@@ -58,7 +58,7 @@ def law(world: World, values, **options) -> dict:
     )
 
 
-# ----------------------------------------------------------------------------------------- rows 5 and 6 of the test bed
+# ---------------------------------------------------------------------------------------- rows 5 and 6 of the test bed
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -148,7 +148,7 @@ def test_distinct_beams_differ():
     assert [one.prefix.tokens[1] for one in both] == [1, 1]  # nothing else is left
 
 
-# ------------------------------------------------------------------------------------------------ row 7 of the test bed
+# ----------------------------------------------------------------------------------------------- row 7 of the test bed
 
 
 def estimates(world: World, twists, *, shaped: bool, particles: int = 2, pinned=None, **options) -> dict:
@@ -284,7 +284,7 @@ def test_weights_of_zero():
     assert log_z([family[0] for family in dead]) == -math.inf
 
 
-# ----------------------------------------------------------------------------------------------------------- the answer
+# ---------------------------------------------------------------------------------------------------------- the answer
 
 
 def particles(*answers_and_scores: tuple[int, float]) -> list[Particle]:
@@ -338,7 +338,7 @@ def test_the_expected_best_of_n_from_n_samples():
     assert expected_best(torch.tensor([4.0, 1.0, 2.0])).tolist() == pytest.approx([7 / 3, 10 / 3, 4.0])
 
 
-# ------------------------------------------------------------------------------------------------------------ interface
+# ----------------------------------------------------------------------------------------------------------- interface
 
 
 def test_samples_depend_on_their_own_seed_alone():
@@ -362,7 +362,7 @@ def test_completions_are_reported_once_with_the_engines_log_probs():
 
 
 def test_blocks_end_at_their_own_tokens_too():
-    """Blocks of any length that end with token 1; the score is of their last token, so 1 is chosen where it was drawn."""
+    """Blocks of any length that end with token 1; the score is of their last token, so 1 wins where it was drawn."""
     world = make_world(7, vocabulary=3, length=4)
     lengths = []
 

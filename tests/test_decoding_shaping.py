@@ -50,7 +50,7 @@ def by_hand(world: World, values, strength: float) -> dict:
     return law
 
 
-# --------------------------------------------------------------------------------------- rows 1, 2, 4, 9 of the test bed
+# --------------------------------------------------------------------------------------- rows 1, 2, 4, 9 of the test b
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -133,7 +133,7 @@ def test_kl_to_the_tilted_law():
     assert abs(float(estimate) - kl(law, world.tilted())) < 1e-12
 
 
-# ----------------------------------------------------------------------------------------------- row 11: candidate rules
+# ----------------------------------------------------------------------------------------------- row 11: candidate rul
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -202,7 +202,7 @@ def test_shaping_every_second_token():
     assert distance(law, by_hand(world, constant, 2.0)) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------------------------------------------------ the rest
 
 
 def test_weighted_sums_have_one_knob_a_term():

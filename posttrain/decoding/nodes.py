@@ -1,0 +1,277 @@
+"""Search trees: nodes, and the rules that select, back up and decide.
+
+A select is ``tree -> nodes`` to expand or, where they have ended, to back up; none ends the search. A backup is
+``leaf -> None`` and changes the statistics on the leaf's path. An act and a decide are ``tree -> node``.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from posttrain.decoding.particles import Particle, vote
+from posttrain.decoding.prefixes import Prefix
+from posttrain.engines.choice import Chooser
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A prefix in a tree; its last step is what its parent lacks."""
+
+    prefix: Prefix
+    version: int
+    parent: Node | None = None
+    depth: int = 0  # steps
+    born: int = 0  # how many expansions had been made
+    value: float = 0.0  # the score of the prefix
+    reward: float = 0.0  # process reward of the last step
+    prior: float = 1.0  # among its siblings
+    visits: int = 0
+    q: float = 0.0  # what was backed up, in the view of whoever chose this node
+    children: list[Node] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return self.prefix.finish is not None
+
+    @property
+    def expanded(self) -> bool:
+        return bool(self.children)
+
+    @property
+    def step(self) -> Sequence[int]:
+        """The tokens of the last step."""
+        return self.prefix.tokens[0 if self.parent is None else len(self.parent.prefix.tokens) :]
+
+    def path(self) -> list[Node]:
+        """From the root to this node."""
+        nodes, node = [], self
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def below(self) -> Iterator[Node]:
+        """This node and all its descendants, parents first."""
+        yield self
+        for child in self.children:
+            yield from child.below()
+
+
+@dataclass(slots=True, eq=False)
+class Tree:
+    """One search."""
+
+    root: Node
+    seed: int
+    choose: Chooser
+    current: Node = field(init=False)  # where simulations start: moves bring it forward
+    frontier: dict[Node, None] = field(default_factory=dict)  # neither expanded nor given up nor reached, oldest first
+    paths: list[Node] = field(default_factory=list)  # ended nodes that the search has reached, in that order
+    expansions: int = 0
+    generated: int = 0  # tokens
+    scored: int = 0  # prefixes
+
+    def __post_init__(self) -> None:
+        self.current = self.root
+        self.frontier[self.root] = None
+
+    def reach(self, node: Node) -> None:
+        """Notes that the search has come to the end of a path."""
+        if node.ended and node not in self.paths:
+            self.paths.append(node)
+            self.frontier.pop(node, None)
+
+    def endings(self) -> list[Node]:
+        """Every ended node, reached or not."""
+        return [node for node in self.root.below() if node.ended]
+
+
+Select = Callable[[Tree], list[Node]]
+Backup = Callable[[Node], None]
+Decide = Callable[[Tree], Node]
+Key = Callable[[Node], float]
+
+
+# -------------------------------------------------------------------------------------------------------------- keys
+
+
+def value_key(node: Node) -> float:
+    """The score of the prefix."""
+    return node.value
+
+
+def path_key(node: Node, *, alpha: float = 0.5) -> float:
+    """Σ log p / L^α over the path's tokens, L its number of steps.
+
+    Xin et al. 2025 (BFS-Prover), section 3.2, arXiv:2502.03438. α = 0 explores what is short first; with α > 0 it is
+    not monotone along a path.
+    """
+    return sum(node.prefix.logps) / max(node.depth, 1) ** alpha
+
+
+def a_star_key(node: Node, *, weight: float = 1.0, aggregate: Literal["min", "max", "sum", "last"] = "min") -> float:
+    """f = g + weight · h: g aggregates the process rewards of the path's steps, h is the value.
+
+    Wang et al. 2024 (Q*), eq. 4, arXiv:2406.14283. With an h that is never below the true return the first path reached
+    is the best one; learned values promise nothing.
+    """
+    rewards = [step.reward for step in node.path()[1:]] or [0.0]
+    g = {"min": min, "max": max, "sum": sum, "last": lambda own: own[-1]}[aggregate](rewards)
+    return g + weight * node.value
+
+
+# ------------------------------------------------------------------------------------------------------------ select
+
+
+def best_first(tree: Tree, *, key: Key = value_key, count: int = 1) -> list[Node]:
+    """The nodes of highest key anywhere in the tree, the oldest of several."""
+    return heapq.nlargest(count, tree.frontier, key=key)
+
+
+def beam(tree: Tree, *, key: Key = value_key, width: int = 4) -> list[Node]:
+    """The ``width`` highest of all that is left, ended nodes among them; the others are given up.
+
+    BFS-V of TS-LLM (Feng et al. 2024, arXiv:2309.17179) with values; Tree of Thoughts (Yao et al. 2023,
+    arXiv:2305.10601).
+    """
+    kept = best_first(tree, key=key, count=width)
+    ended = [node for node in kept if node.ended]
+    tree.frontier = dict.fromkeys(kept)
+    if len(ended) == len(kept):
+        return ended
+    return [node for node in kept if not node.ended]
+
+
+def depth_first(tree: Tree, *, threshold: float = -math.inf, drop: float = 0.0) -> list[Node]:
+    """The child of highest value of what was expanded last; backs out where none is left.
+
+    DFS-V of TS-LLM (Feng et al. 2024, arXiv:2309.17179).
+
+    Args:
+        threshold: nodes of lower value are given up.
+        drop: share of siblings, those of lowest value, that is given up.
+    """
+    allowed = [node for node in tree.frontier if node.value >= threshold and not _dropped(node, drop)]
+    return sorted(allowed, key=lambda node: (-node.born, -node.value))[:1]
+
+
+def _dropped(node: Node, drop: float) -> bool:
+    if node.parent is None:
+        return False
+    siblings = sorted(node.parent.children, key=lambda one: -one.value)
+    return siblings.index(node) >= math.ceil((1 - drop) * len(siblings))
+
+
+def puct(tree: Tree, *, c_init: float = 3.0, c_base: float = 19652.0, uniform: float = 0.0) -> list[Node]:
+    """From where the search stands down to a leaf, by the highest
+
+        Q + P · (log((N + c_base + 1) / c_base) + c_init) · √N / (1 + n)
+
+    with N visits of the parent, n of the child; Q of a child without visits is its value. Silver et al. 2018
+    (AlphaZero), doi:10.1126/science.aar6404; with these constants Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
+
+    Args:
+        uniform: share of a uniform law in the priors where the search stands.
+    """
+
+    def bound(parent: Node, child: Node) -> float:
+        share = uniform if parent is tree.current else 0.0
+        prior = (1 - share) * child.prior + share / len(parent.children)
+        weight = math.log((parent.visits + c_base + 1) / c_base) + c_init
+        return _estimate(child) + prior * weight * math.sqrt(parent.visits) / (1 + child.visits)
+
+    return [_descend(tree.current, bound)]
+
+
+def uct(tree: Tree, *, c: float = 1.0) -> list[Node]:
+    """From where the search stands down to a leaf, by the highest Q + c √(2 log N / n), a child without visits first.
+
+    Kocsis and Szepesvári 2006. Of several such children the one of highest value is first.
+    """
+
+    def bound(parent: Node, child: Node) -> float:
+        if child.visits == 0:
+            return 1e12 + child.value
+        return child.q + c * math.sqrt(2 * math.log(parent.visits) / child.visits)
+
+    return [_descend(tree.current, bound)]
+
+
+def _descend(node: Node, bound: Callable[[Node, Node], float]) -> Node:
+    while node.expanded:
+        parent = node
+        node = max(parent.children, key=lambda child: bound(parent, child))
+    return node
+
+
+def _estimate(node: Node) -> float:
+    return node.q if node.visits else node.value
+
+
+# ------------------------------------------------------------------------------------------------------------ backup
+
+
+def average(leaf: Node, *, sign: int = 1) -> None:
+    """Q of each node of the path becomes the mean of the leaf values that went through it.
+
+    Args:
+        sign: -1 where two players take turns (negamax): what is good for one is bad for the other.
+    """
+    value, node = leaf.value, leaf
+    while node is not None:
+        node.visits += 1
+        node.q += (value - node.q) / node.visits
+        value, node = sign * value, node.parent
+
+
+def maximum(leaf: Node, *, sign: int = 1) -> None:
+    """Q of each node of the path becomes the best of its children's, a leaf's its value; biased up by noisy values."""
+    node = leaf
+    while node is not None:
+        node.visits += 1
+        node.q = sign * max(map(_estimate, node.children)) if node.expanded else node.value
+        node = node.parent
+
+
+# ------------------------------------------------------------------------------------------------------ act and decide
+
+
+def most_visited(tree: Tree, *, temperature: float = 0.0) -> Node:
+    """The move: the child with most visits, or one drawn with probability proportional to visits^(1 / temperature)."""
+    children = tree.current.children
+    if temperature == 0:
+        return max(children, key=lambda child: (child.visits, _estimate(child)))
+    largest = max(child.visits for child in children) or 1
+    powers = [(child.visits / largest) ** (1 / temperature) for child in children]
+    return children[tree.choose([power / sum(powers) for power in powers])]
+
+
+def best_ending(tree: Tree) -> Node:
+    """The ended node of highest value; where nothing has ended, the node of highest value that was not expanded."""
+    nodes = tree.endings() or [node for node in tree.root.below() if not node.expanded]
+    return max(nodes, key=value_key)
+
+
+def reached_first(tree: Tree) -> Node:
+    """The first ended node that the search reached, or else :func:`best_ending`."""
+    return tree.paths[0] if tree.paths else best_ending(tree)
+
+
+def where_moves_led(tree: Tree) -> Node:
+    """The node at which the moves of the search have arrived."""
+    return tree.current
+
+
+def voted(
+    tree: Tree, *, answer: Callable[[Sequence[int]], Hashable], by: Literal["count", "sum", "max"] = "sum"
+) -> Node:
+    """The ended node that wins a vote: see :func:`posttrain.decoding.particles.vote`."""
+    ended = tree.endings()
+    if not ended:
+        return best_ending(tree)
+    particles = [Particle(prefix=node.prefix, version=node.version, potential=node.value) for node in ended]
+    return ended[vote(particles, tree.choose, answer=answer, by=by)]

@@ -1,0 +1,294 @@
+"""Tree search: one loop and five plug points: propose, select, evaluate, back up, decide.
+
+* best-first: ``best_first``; Q*'s A*: with ``a_star_key`` and a process score; BFS-Prover: with ``path_key``
+* beam search over steps: ``beam``; depth-first search with pruning: ``depth_first``
+* MCTS: ``puct`` or ``uct`` with the backup ``average``. With ``act`` it moves after every ``simulations`` and keeps the
+  subtree (MCTS-α of TS-LLM); without, it goes on from the root until there are enough ``paths`` or tokens (rollout);
+  with ``to_end`` every simulation walks down to an ending before it is backed up
+
+All searches of all prompts run in lockstep: the nodes that they want expanded are expanded in one call of the engine
+and scored in one call of the score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from posttrain.decoding.nodes import Backup, Decide, Node, Select, Tree, average, best_ending
+from posttrain.decoding.population import CHOICES
+from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
+from posttrain.engines.base import Completion, Engine, OnCompletion, Row, Sampling, ShapingEngine, sample_seed
+from posttrain.engines.choice import MakeChooser, seeded_chooser
+
+Propose = Callable[[Engine, Sequence[Prefix], Sampling, Sequence[int]], list[list[tuple[Prefix, Completion]]]]
+"""Continuations of each prefix by one step, and the prefixes they make; the seeds are one a prefix."""
+
+
+def sampled_steps(
+    engine: Engine,
+    prefixes: Sequence[Prefix],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    *,
+    width: int = 4,
+    tokens: int | None = None,
+    ends: Sequence[int] = (),
+) -> list[list[tuple[Prefix, Completion]]]:
+    """``width`` sampled steps of each prefix.
+
+    Args:
+        tokens: most tokens of a step.
+        ends: tokens that end a step, such as that of a line break.
+    """
+    continued = continue_prefixes(engine, prefixes, sampling, width, seeds, block=tokens, ends=ends)
+    return [
+        [(grown(prefix, completion, sampling, ends), completion) for completion in own]
+        for prefix, own in zip(prefixes, continued, strict=True)
+    ]
+
+
+def top_tokens(
+    engine: ShapingEngine, prefixes: Sequence[Prefix], sampling: Sampling, seeds: Sequence[int], *, k: int = 4
+) -> list[list[tuple[Prefix, Completion]]]:
+    """The ``k`` most probable next tokens of each prefix, most probable first."""
+    laws: dict[tuple[int, int], tuple[int, float]] = {}
+
+    def force(logps: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Sample j of a prefix becomes its j-th best token: so the engine says itself which tokens end a completion."""
+        best = logps.topk(k, -1)
+        forced = logps.new_full(logps.shape, -math.inf)
+        for index, row in enumerate(rows):
+            token = int(best.indices[index, row.sample])
+            laws[row.prompt, row.sample] = token, float(best.values[index, row.sample])
+            forced[index, token] = 0.0
+        return forced
+
+    one = dataclasses.replace(sampling, max_tokens=1)
+    outputs = engine.generate([prefix.tokens for prefix in prefixes], one, k, seeds=seeds, shaper=force)
+    found = []
+    for i, (prefix, completions) in enumerate(zip(prefixes, outputs, strict=True)):
+        known = [dataclasses.replace(c, logps=[laws[i, j][1]]) for j, c in enumerate(completions)]
+        found.append([(grown(prefix, completion, sampling, ()), completion) for completion in known])
+    return found
+
+
+@dataclass(kw_only=True)
+class TreeSearch:
+    """A decoder that searches; it is an engine.
+
+    Log-probs of its completions are those of the engine's own law: a search samples from no law that has any.
+    ``measured`` holds ``generated`` and ``scored``. A completion is one search. Where the node decided for has not
+    ended the engine completes it.
+
+    Args:
+        engine: proposes steps.
+        score: of prefixes: the value of a node.
+        propose: the steps from a node.
+        select: which nodes come next.
+        backup: what a simulation changes on its path.
+        decide: which node is the answer.
+        act: the move after ``simulations``, from which the search goes on with the subtree; None: there are no moves.
+        simulations: rounds of select and backup, of each move if there are moves.
+        paths: the search is over when it has reached so many endings.
+        tokens: and when it has generated so many tokens.
+        delay: visits before a node is expanded, other than where the search stands: generation is dear.
+        to_end: a simulation goes on until it has reached an ending.
+        final_score: of completions that have ended; default: ``score``.
+        process: process reward of a step, of the prefix that ends with it; for ``a_star_key``.
+        key: steps of a node with equal keys are one child: equal tokens by default, equal actions, equal texts.
+        make_chooser: where random decisions come from.
+        seed: of the seeds drawn where ``generate`` is given none.
+    """
+
+    engine: Engine
+    score: PrefixScore
+    propose: Propose = sampled_steps
+    select: Select
+    backup: Backup = average
+    decide: Decide = best_ending
+    act: Decide | None = None
+    simulations: int = 100
+    paths: int | None = None
+    tokens: int | None = None
+    delay: int = 0
+    to_end: bool = False
+    final_score: PrefixScore | None = None
+    process: PrefixScore | None = None
+    key: Callable[[Sequence[int]], Hashable] = tuple
+    make_chooser: MakeChooser = seeded_chooser
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._fresh_seeds = random.Random(self.seed)
+
+    @property
+    def version(self) -> int:
+        """Of the engine's weights."""
+        return self.engine.version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`: one search for each completion."""
+        trees = self.search(prompts, sampling, n, seeds=seeds)
+        chosen = [(tree, self.decide(tree)) for group in trees for tree in group]
+        unfinished = [(tree, node) for tree, node in chosen if not node.ended]
+        rest = continue_prefixes(
+            self.engine,
+            [node.prefix for _, node in unfinished],
+            sampling,
+            1,
+            [derived_seed(tree.seed, tree.expansions + 1) for tree, _ in unfinished],
+        )
+        ends = {id(tree): completion for (tree, _), (completion,) in zip(unfinished, rest, strict=True)}
+        done = [_completion(tree, node, ends.get(id(tree)), sampling) for tree, node in chosen]
+        grouped = [done[i * n : (i + 1) * n] for i in range(len(prompts))]
+        if on_completion is not None:
+            for i, group in enumerate(grouped):
+                for j, completion in enumerate(group):
+                    on_completion(i, j, completion)
+        return grouped
+
+    def search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[Tree]]:
+        """The trees of ``n`` searches of each prompt."""
+        if seeds is None:
+            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
+        trees = [
+            [self._tree(prompt, sample_seed(seed, j)) for j in range(n)]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        flat = [tree for group in trees for tree in group]
+        self._evaluate([(tree, tree.root) for tree in flat])
+        running = [(tree, self._run(tree)) for tree in flat]
+        wanted = _advanced(running)
+        while wanted:
+            self._expand([(tree, node) for tree, _, nodes in wanted for node in nodes], sampling)
+            wanted = _advanced([(tree, run) for tree, run, _ in wanted])
+        return trees
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the score keeps its own."""
+        self.engine.load(tensors, version)
+
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+        self.engine.close()
+
+    def _tree(self, prompt: Sequence[int], seed: int) -> Tree:
+        root = Node(prefix=Prefix(tokens=list(prompt), start=len(prompt)), version=self.version)
+        return Tree(root=root, seed=seed, choose=self.make_chooser(sample_seed(seed, CHOICES)))
+
+    def _run(self, tree: Tree) -> Generator[list[Node], None, None]:
+        """The loop of one search; yields the nodes that it wants expanded before it goes on."""
+        while True:
+            for _ in range(self.simulations):
+                leaves = yield from self._simulation(tree)
+                for leaf in leaves:
+                    self.backup(leaf)
+                    tree.reach(leaf)
+                if not leaves or self._spent(tree):
+                    break
+            if self.act is None or not tree.current.expanded:
+                return
+            tree.current = self.act(tree)
+            if tree.current.ended:
+                return
+
+    def _simulation(self, tree: Tree) -> Generator[list[Node], None, list[Node]]:
+        while True:
+            leaves = self.select(tree)
+            wanted = [leaf for leaf in leaves if not leaf.ended and self._due(tree, leaf)]
+            if wanted:
+                yield wanted
+            if not self.to_end or all(leaf.ended for leaf in leaves):
+                return leaves
+
+    def _due(self, tree: Tree, leaf: Node) -> bool:
+        return self.to_end or leaf is tree.current or leaf.visits >= self.delay
+
+    def _spent(self, tree: Tree) -> bool:
+        enough = self.paths is not None and len(tree.paths) >= self.paths
+        return enough or (self.tokens is not None and tree.generated >= self.tokens)
+
+    def _expand(self, wanted: Sequence[tuple[Tree, Node]], sampling: Sampling) -> None:
+        """Gives each node its children, in one call of the engine and one of the score."""
+        seeds, born = [], []
+        for tree, node in wanted:
+            tree.expansions += 1
+            tree.frontier.pop(node, None)
+            born.append(tree.expansions)
+            seeds.append(derived_seed(tree.seed, tree.expansions))
+        proposed = self.propose(self.engine, [node.prefix for _, node in wanted], sampling, seeds)
+        children: list[tuple[Tree, Node]] = []
+        for (tree, node), steps, number in zip(wanted, proposed, born, strict=True):
+            distinct = {self.key(completion.tokens): (prefix, completion) for prefix, completion in reversed(steps)}
+            kept = list(distinct.values())[::-1]
+            priors = _priors([completion for _, completion in kept])
+            for (prefix, completion), prior in zip(kept, priors, strict=True):
+                child = Node(prefix, completion.version, node, node.depth + 1, number, prior=prior)
+                node.children.append(child)
+                tree.frontier[child] = None
+                children.append((tree, child))
+            tree.generated += sum(len(completion.tokens) for _, completion in steps)
+        self._evaluate(children)
+
+    def _evaluate(self, children: Sequence[tuple[Tree, Node]]) -> None:
+        """The values, and process rewards, of new nodes."""
+        final = self.final_score or self.score
+        for score, ended in ((self.score, False), (final, True)):
+            members = [node for _, node in children if node.ended is ended]
+            if members:
+                for node, value in zip(members, score.score([one.prefix for one in members]).tolist(), strict=True):
+                    node.value = value
+        if self.process is not None and children:
+            rewards = self.process.score([node.prefix for _, node in children]).tolist()
+            for (_, node), reward in zip(children, rewards, strict=True):
+                node.reward = reward
+        for tree, _ in children:
+            tree.scored += 1 if self.process is None else 2
+
+
+Run = Generator[list[Node], None, None]
+
+
+def _advanced(running: Sequence[tuple[Tree, Run]]) -> list[tuple[Tree, Run, list[Node]]]:
+    """Lets each search go on until it wants nodes expanded; those that are over drop out."""
+    wanted = []
+    for tree, run in running:
+        nodes = next(run, None)
+        if nodes is not None:
+            wanted.append((tree, run, nodes))
+    return wanted
+
+
+def _priors(steps: Sequence[Completion]) -> list[float]:
+    """Proportional to exp(mean log-prob of the step's tokens), summing to 1 (TS-LLM, its code)."""
+    means = [math.exp(sum(step.logps) / len(step.logps)) for step in steps]
+    return [mean / sum(means) for mean in means]
+
+
+def _completion(tree: Tree, node: Node, rest: Completion | None, sampling: Sampling) -> Completion:
+    prefix = node.prefix if rest is None else grown(node.prefix, rest, sampling, ())
+    generated = tree.generated + (0 if rest is None else len(rest.tokens))
+    measured = {"generated": float(generated), "scored": float(tree.scored)}
+    assert prefix.finish is not None
+    return Completion(list(prefix.generated), list(prefix.logps), prefix.finish, node.version, measured)

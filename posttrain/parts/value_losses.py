@@ -136,7 +136,7 @@ def c51(
     Bellemare et al. 2017 (C51), algorithm 1, arXiv:1707.06887. Of ``batch.target`` it only reads where there is one.
     """
     _, learned = _targets(batch)
-    logits, support = _bins(outputs, learned)
+    logits, support = _bins(outputs, batch.states)  # the next state counts, whether or not it learns itself
     now = logits.detach().softmax(-1)
     ends, cut, following_token = last_chosen(batch.mask), open_ended(batch, truncated), following(batch.mask)
     later = torch.where(cut[..., None], now, _at(now, following_token - 1))  # at the state of the next chosen token
@@ -325,10 +325,10 @@ def _logits(outputs: Outputs) -> Float[Tensor, "N L K"]:
     return outputs.value_logits
 
 
-def _bins(outputs: Outputs, learned: Bool[Tensor, "N L"]) -> tuple[Float[Tensor, "N L K"], Float[Tensor, " K"]]:
+def _bins(outputs: Outputs, places: Bool[Tensor, "N L"]) -> tuple[Float[Tensor, "N L K"], Float[Tensor, " K"]]:
     if outputs.support is None:
         raise ValueError("this value loss needs bins: set `value.head.type: categorical`")
-    return _logits(outputs).where(learned[..., None], 0.0), outputs.support
+    return _logits(outputs).where(places[..., None], 0.0), outputs.support
 
 
 def _cross_entropy(

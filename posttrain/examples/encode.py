@@ -155,7 +155,8 @@ def _of_text(
     written: Written,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
-    end, stopped = tokenizer.eos_token_id, written.finish == Finish.STOPPED
+    end: Any = tokenizer.eos_token_id
+    stopped = written.finish == Finish.STOPPED
     if isinstance(written.completion, list) and end in ids:  # templates put a line break behind the end
         ids = ids[: len(ids) - ids[::-1].index(end) - (not stopped)]
     elif isinstance(written.completion, str) and stopped and ids[-1:] != [end]:

@@ -1,0 +1,294 @@
+"""Does a process reward model find the first wrong step, and does an outcome model?
+
+    python benchmarks/first_wrong_step.py --json benchmarks/results/first_wrong_step.json
+
+A tiny model learns to solve chains of additions from demonstrations with slips. It samples solutions, and branches from
+their steps give labels: of every step (Math-Shepherd), and by binary search (OmegaPRM). Value models that start as the
+policy learn from the same solutions: the two kinds of step labels, or whether the answer was right, at the last token
+(an outcome reward model) or at all tokens (a value function). On held-out problems each model scores every step of the
+solutions that the policy samples. The first step whose score is below a threshold is said to be the first wrong one;
+the threshold is the best on other solutions. The true one is known from the arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from chain_problems import Chain, draw, first_wrong, parse, worked_out
+
+from posttrain import load_recipe, options, train
+from posttrain.batch import Batch
+from posttrain.examples import stepwise
+from posttrain.labelling import run_labels
+from posttrain.models import Policy
+from posttrain.offline import Example, fit
+from posttrain.options import Optimizer
+from posttrain.parts.credit import step_ends
+from posttrain.quickstart.model import END, make_model, make_tokenizer
+from posttrain.quickstart.start import prompt_ids
+from posttrain.value_checkpoints import load_value
+
+MODELS = {
+    "process model, labels of every step": ("each_step.jsonl", "{use: step_labels}"),
+    "process model, labels by binary search": ("binary_search.jsonl", "{use: step_labels}"),
+    "outcome model": ("each_step.jsonl", "{use: outcome_label, at: end}"),
+    "outcome at every token": ("each_step.jsonl", "{use: outcome_label}"),
+}
+LABELS = """\
+policy: {{model: {folder}/policy}}
+data: {{path: {folder}/{data}}}
+verify: [{{use: math}}]
+sampling: {{max_tokens: 72}}
+engine: {{use: {engine}, max_concurrent: 256}}
+completions: {completions}
+label: {{method: {method}, branches: {branches}}}
+output: {folder}/{output}
+seed: {seed}
+"""
+TRAIN = """\
+policy: {{model: {folder}/policy}}
+data: {{path: {folder}/{labels}}}
+examples: {{use: stepwise}}
+value: {{head: {{type: bernoulli}}, optimizer: {{learning_rate: 5.0e-4, schedule: cosine, warmup_steps: 10}}}}
+target: {target}
+value_loss: [{{use: bce}}]
+steps: {steps}
+prompts_per_step: 32
+run: {{folder: {folder}/runs/{name}, save_every: 100000, rollouts_every: 0, trackers: []}}
+seed: {seed}
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything."""
+
+    demonstrations: int = 25600
+    warm_up_steps: int = 800
+    slip: float = 0.1  # of a demonstration's line
+    problems: int = 400  # to train value models on
+    held_out: int = 300
+    completions: int = 4
+    branches: int = 8
+    steps: int = 400
+    engine: str = "transformers"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A held-out solution: the true first wrong step, None if there is none, and its number of steps."""
+
+    wrong: int | None
+    steps: int
+
+
+def make_policy(folder: Path, settings: Settings, seed: int) -> None:
+    """Problems as files, and a policy that learned from demonstrations of others."""
+    rng = random.Random(seed)
+    problems = draw(settings.demonstrations + settings.problems + 2 * settings.held_out, rng)
+    for name, count in (("train", settings.problems), ("tune", settings.held_out), ("held_out", settings.held_out)):
+        rows = [{"prompt": chain.prompt, "answer": chain.answer} for chain in problems[:count]]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        del problems[:count]
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed)
+    examples = [_example(tokenizer, chain, worked_out(chain, settings.slip, rng)) for chain in problems]
+    optimizer = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
+
+    def told(step: int, metrics: dict[str, float]) -> None:
+        if step % 100 == 0:
+            print(f"  step {step}: {metrics['loss']:.3f} nats a token", flush=True)
+
+    fit(
+        Policy(model),
+        examples,
+        steps=settings.warm_up_steps,
+        batch_size=32,
+        optimizer=optimizer,
+        seed=seed,
+        on_step=told,
+    )
+    model.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+
+
+def _example(tokenizer: Any, chain: Chain, solution: str) -> Example:
+    return Example(prompt_ids(tokenizer, chain.prompt), tokenizer.encode(solution + END))
+
+
+def make_labels(folder: Path, settings: Settings, seed: int) -> dict[str, float]:
+    """Label files of all splits, and the seconds that each method took for the training problems."""
+    seconds = {}
+    for data, method, output in (
+        ("train", "each_step", "each_step.jsonl"),
+        ("train", "binary_search", "binary_search.jsonl"),
+        ("tune", "binary_search", "tune_solutions.jsonl"),
+        ("held_out", "binary_search", "held_out_solutions.jsonl"),
+    ):
+        recipe = folder / f"label_{output}.yaml"
+        text = LABELS.format(
+            folder=folder,
+            data=f"{data}.jsonl",
+            method=method,
+            output=output,
+            seed=seed,
+            engine=settings.engine,
+            completions=settings.completions,
+            branches=settings.branches if data == "train" else 1,  # of the others only the solutions are used
+        )
+        recipe.write_text(text)
+        start = time.perf_counter()
+        run_labels(recipe)
+        if data == "train":
+            seconds[method] = round(time.perf_counter() - start, 1)
+    return seconds
+
+
+def train_model(folder: Path, name: str, settings: Settings, seed: int) -> Path:
+    """The folder of a value model trained on a file of labels."""
+    labels, target = MODELS[name]
+    run = name.replace(" ", "_").replace(",", "")
+    recipe = folder / f"train_{run}.yaml"
+    recipe.write_text(
+        TRAIN.format(folder=folder, labels=labels, target=target, steps=settings.steps, name=run, seed=seed)
+    )
+    train(load_recipe(recipe))
+    return folder / "runs" / run / "value"
+
+
+def read_solutions(path: Path) -> list[Solution]:
+    """The solutions of a label file with what is truly wrong in them."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        Solution(first_wrong(parse(row["prompt"][0]["content"]), row["completions"]), len(row["completions"]))
+        for row in rows
+    ]
+
+
+def score_steps(model: Path, solutions: Path, batch_size: int = 128) -> list[list[float]]:
+    """The value at the end of every step of every solution."""
+    examples = stepwise(options.Data(path=str(solutions)), make_tokenizer(), None)
+    value_model, scores = load_value(model), []
+    with torch.inference_mode():
+        for start in range(0, len(examples), batch_size):
+            batch = examples.batch(range(start, min(start + batch_size, len(examples))))
+            scores += _at_ends(value_model(batch.tokens, batch.states)[0], batch)
+    return scores
+
+
+def _at_ends(value: torch.Tensor, batch: Batch) -> list[list[float]]:
+    ends = step_ends(batch)
+    return [row[chosen].tolist() for row, chosen in zip(value, ends, strict=True)]
+
+
+def below(threshold: float) -> Callable[[Sequence[float]], int | None]:
+    """Finds the first step whose score is below the threshold."""
+    return lambda scores: next((i for i, score in enumerate(scores) if score < threshold), None)
+
+
+def measure(scores: Sequence[Sequence[float]], solutions: Sequence[Solution], threshold: float) -> dict[str, float]:
+    """Shares of wrong solutions whose first wrong step is found, and of faultless ones in which none is found.
+
+    ``f1`` is their harmonic mean, as in ProcessBench (Zheng et al. 2024, arXiv:2412.06559).
+    """
+    found = [below(threshold)(each) for each in scores]
+    hits = [f == s.wrong for f, s in zip(found, solutions, strict=True)]
+    wrong = [hit for hit, s in zip(hits, solutions, strict=True) if s.wrong is not None]
+    right = [hit for hit, s in zip(hits, solutions, strict=True) if s.wrong is None]
+    of_wrong, of_right = sum(wrong) / len(wrong), sum(right) / len(right)
+    f1 = 2 * of_wrong * of_right / (of_wrong + of_right) if of_wrong + of_right else 0.0
+    return {"first_wrong_step_found": of_wrong, "faultless_passed": of_right, "f1": f1}
+
+
+def best_threshold(scores: Sequence[Sequence[float]], solutions: Sequence[Solution]) -> float:
+    """That with the best F1 on these solutions."""
+    ranked = torch.tensor([score for each in scores for score in each]).quantile(torch.linspace(0.005, 0.995, 100))
+    return max(ranked.tolist(), key=lambda threshold: measure(scores, solutions, threshold)["f1"])
+
+
+def evaluate(folder: Path, model: Path) -> dict[str, float]:
+    """A model on held-out solutions, at the threshold that is best on others and at one half."""
+    tune, held_out = (folder / f"{name}_solutions.jsonl" for name in ("tune", "held_out"))
+    threshold = best_threshold(score_steps(model, tune), read_solutions(tune))
+    scores, solutions = score_steps(model, held_out), read_solutions(held_out)
+    at_half = measure(scores, solutions, 0.5)["first_wrong_step_found"]
+    wrong = [(s, truth.wrong) for s, truth in zip(scores, solutions, strict=True) if truth.wrong is not None]
+    drops = [_largest_drop(each) == truth for each, truth in wrong]
+    return {
+        "threshold": threshold,
+        **measure(scores, solutions, threshold),
+        "first_wrong_step_found_at_half": at_half,
+        "largest_drop_is_first_wrong_step": sum(drops) / len(drops),
+    }
+
+
+def _largest_drop(scores: Sequence[float]) -> int:
+    """The step at which the score falls most; before the first it is taken to be 1."""
+    return min(range(len(scores)), key=lambda i: scores[i] - (scores[i - 1] if i else 1.0))
+
+
+def label_quality(path: Path) -> dict[str, float]:
+    """Of the labels themselves: how often the first step that they call wrong is the first wrong one."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    truth = read_solutions(path)
+    found = [next((i for i, label in enumerate(row["labels"]) if label == 0), None) for row in rows]
+    wrong = [f == t.wrong for f, t in zip(found, truth, strict=True) if t.wrong is not None]
+    return {
+        "solutions": len(rows),
+        "first_wrong_step_found": sum(wrong) / len(wrong),
+        "branches": sum(sum(row["branches"][:-1]) for row in rows),
+    }
+
+
+def run(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
+    """One seed from demonstrations to figures."""
+    make_policy(folder, settings, seed)
+    seconds = make_labels(folder, settings, seed)
+    solutions = read_solutions(folder / "held_out_solutions.jsonl")
+    wrong = [s for s in solutions if s.wrong is not None]
+    result: dict[str, Any] = {
+        "held_out": {"solutions": len(solutions), "wrong": len(wrong)},
+        "labels": {m: {**label_quality(folder / f"{m}.jsonl"), "seconds": s} for m, s in seconds.items()},
+        "chance": {"first_wrong_step_found": sum(1 / s.steps for s in wrong) / len(wrong)},
+    }
+    for name in MODELS:
+        result[name] = evaluate(folder, train_model(folder, name, settings, seed))
+        print(f"{name}: {result[name]}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--seeds", type=int, default=3)
+    for name, default in vars(Settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    arguments = vars(parser.parse_args())
+    path, seeds = arguments.pop("json"), arguments.pop("seeds")
+    settings, results = Settings(**arguments), {}
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            results[seed] = run(Path(folder), settings, seed)
+    names = ("chance", *MODELS)
+    means = {n: sum(r[n]["first_wrong_step_found"] for r in results.values()) / len(results) for n in names}
+    for name, mean in means.items():
+        print(f"{name:40} {mean:.3f}")
+    if path is not None:
+        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        whole = {"settings": vars(settings), "machine": machine, "first_wrong_step_found": means, "seeds": results}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 STYLE: Any = {
     "figure.figsize": (5.2, 4.0),
@@ -77,7 +78,7 @@ def draw_calibration(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
     )
     axes.set_xlabel(f"predicted value ({unit})")
     axes.set_ylabel(f"mean outcome ({unit})")
-    axes.legend(loc="upper left", title=f"calibration error {report['metrics']['value/calibration_error']:.3f}")
+    _legend(axes, f"calibration error {report['metrics']['value/calibration_error']:.3f}")
     return True
 
 
@@ -97,7 +98,7 @@ def draw_position(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
     axes.set_xlim(0, 100)
     axes.set_xlabel("position in the completion (% of its tokens)")
     axes.set_ylabel(f"value ({unit})")
-    axes.legend(loc="best")
+    _legend(axes)
     return True
 
 
@@ -110,9 +111,10 @@ def draw_steps(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
     axes.plot(step, [_number(v) for v in curve["value"]], "-o", color=DARK, label="mean value")
     axes.plot(step, [_number(o) for o in curve["outcome"]], "--s", color=LIGHT, label="mean outcome")
     axes.plot(step, [_number(e) for e in curve["rmse"]], ":^", color="black", label="root mean square error")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("reasoning step (0: the prompt; the last point holds all later steps)")
     axes.set_ylabel(f"value, outcome, error ({unit})")
-    axes.legend(loc="best")
+    _legend(axes)
     return True
 
 
@@ -126,7 +128,7 @@ def draw_errors(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
     axes.axvline(bias, color=DARK, linestyle="--", label=f"mean {bias:+.3f}")
     axes.set_xlabel(f"predicted value - outcome ({unit})")
     axes.set_ylabel("states (%)")
-    axes.legend(loc="best")
+    _legend(axes)
     return True
 
 
@@ -152,8 +154,13 @@ def draw_branches(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
     ceiling = report["metrics"]["branches/correlation_ceiling"]
     axes.set_xlabel(f"predicted value ({unit})")
     axes.set_ylabel(f"mean of {branches['completions']} continuations ({unit})")
-    axes.legend(loc="upper left", title=f"correlation {correlation:.2f}, at most {ceiling:.2f} with this many")
+    _legend(axes, f"correlation {correlation:.2f}, at most {ceiling:.2f} with this many")
     return True
+
+
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.figure.legend(loc="outside lower center", ncols=2, title=title, title_fontsize=9, fontsize=8)
 
 
 def _diagonal(axes: Axes, points: Sequence[float | None]) -> None:

@@ -302,7 +302,7 @@ def bce(logit: float, target: float) -> float:
 
 
 def q_ranking(scores: Vector, correct: list[bool], margin: float) -> float:
-    """Of one completion, PQM's eq. 10."""
+    """Of one completion, PQM's loss."""
     wrong = sum(math.exp(q + margin) for q, right in zip(scores, correct, strict=True) if not right)
     terms = [math.log(1 / (1 + wrong))] if wrong else []
     before = 1.0

@@ -74,7 +74,7 @@ def chosen(result: Tensor, batch: Batch) -> list[float]:
 
 
 @given(seed=seeds, gamma=gammas, lambda_=lambdas, alpha=alphas, truncated=endings)
-@examples(40)
+@examples(12)
 def test_gae_equals_the_scalar_loops(seed: int, gamma: float, lambda_: float, alpha, truncated) -> None:
     batch = value_batch(seed)
     found = advantages.gae(batch, gamma=gamma, lambda_=lambda_, alpha=alpha, truncated=truncated)
@@ -83,7 +83,7 @@ def test_gae_equals_the_scalar_loops(seed: int, gamma: float, lambda_: float, al
 
 
 @given(seed=seeds, gamma=gammas, lambda_=lambdas, alpha=alphas, truncated=endings)
-@examples(40)
+@examples(12)
 def test_lambda_returns_equal_the_scalar_loops(seed: int, gamma: float, lambda_: float, alpha, truncated) -> None:
     batch = value_batch(seed).set(value_next=None)
     found = targets.lambda_return(batch, gamma=gamma, lambda_=lambda_, alpha=alpha, truncated=truncated)
@@ -91,7 +91,7 @@ def test_lambda_returns_equal_the_scalar_loops(seed: int, gamma: float, lambda_:
 
 
 @given(seed=seeds, lambda_=lambdas, truncated=endings)
-@examples(40)
+@examples(12)
 def test_lambda_returns_over_every_next_token_equal_the_scalar_loops(seed: int, lambda_: float, truncated) -> None:
     batch = value_batch(seed)
     found = targets.lambda_return(batch, lambda_=lambda_, truncated=truncated)
@@ -101,7 +101,7 @@ def test_lambda_returns_over_every_next_token_equal_the_scalar_loops(seed: int, 
 @pytest.mark.parametrize("level", ["token", "step"])
 @pytest.mark.parametrize("last", ["value", "reward"])
 @given(seed=seeds)
-@examples(20)
+@examples(6)
 def test_value_changes_equal_the_scalar_loops(level, last, seed: int) -> None:
     batch = value_batch(seed)
     found = advantages.value_change(batch, level=level, last=last)
@@ -109,7 +109,7 @@ def test_value_changes_equal_the_scalar_loops(level, last, seed: int) -> None:
 
 
 @given(seed=seeds, temperature=st.sampled_from([0.1, 1.0, 30.0]), baseline=st.booleans())
-@examples(30)
+@examples(10)
 def test_the_other_advantages_equal_the_scalar_loops(seed: int, temperature: float, baseline: bool) -> None:
     batch = value_batch(seed)
     rows = reference.read(batch)
@@ -218,7 +218,7 @@ def test_steps_begin_and_end_where_the_step_changes() -> None:
 
 
 @given(seed=seeds)
-@examples()
+@examples(8)
 def test_gae_with_lambda_1_is_the_return_minus_the_value(seed: int) -> None:
     batch = value_batch(seed)
     batch = batch.set(finish=torch.zeros_like(batch.finish))
@@ -228,7 +228,7 @@ def test_gae_with_lambda_1_is_the_return_minus_the_value(seed: int) -> None:
 
 
 @given(seed=seeds, lambda_=lambdas)
-@examples()
+@examples(8)
 def test_the_target_is_the_advantage_plus_the_value(seed: int, lambda_: float) -> None:
     """TD(λ) target - V = GAE(λ), at the state of each chosen token."""
     batch = value_batch(seed).set(value_next=None)
@@ -238,7 +238,7 @@ def test_the_target_is_the_advantage_plus_the_value(seed: int, lambda_: float) -
 
 
 @given(seed=seeds)
-@examples()
+@examples(8)
 def test_changes_of_value_telescope(seed: int) -> None:
     batch = value_batch(seed)
     for level in ("token", "step"):
@@ -254,7 +254,7 @@ def test_changes_of_value_telescope(seed: int) -> None:
 
 
 @given(seed=seeds)
-@examples()
+@examples(8)
 def test_a_critic_is_read_only_where_it_is_needed(seed: int) -> None:
     batch = value_batch(seed).set(value=None, value_next=None)
     ended = targets.lambda_return(batch, truncated="end")
@@ -280,7 +280,7 @@ def test_sampled_returns_are_refused_for_other_kinds_than_the_mean(kind) -> None
 
 @pytest.mark.parametrize("name", ALL)
 @given(seed=seeds)
-@examples(10)
+@examples(3)
 def test_padding_row_order_and_ranks_change_nothing(name: str, seed: int) -> None:
     batch, part = value_batch(seed), ALL[name]
     expected = part(batch)
@@ -301,7 +301,7 @@ def identical(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 @given(seed=seeds)
-@examples(10)
+@examples(3)
 def test_what_lies_off_the_states_and_unscored_rows_is_not_read(name: str, seed: int) -> None:
     batch, part = value_batch(seed), ALL[name]
     garbage = torch.full(batch.mask.shape, 7.5)

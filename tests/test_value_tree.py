@@ -117,7 +117,7 @@ def fixed_point(tree: Tree, part: Callable[[Batch], Tensor], kind: targets.Backu
     """The table that repeated backups lead to: each prefix's expected target under the tree's policy."""
     batch, where, weight = batch_of(tree), places(tree), chances(tree)[:, None]
     table = torch.randn(len(tree.prefixes), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for _ in range(DEPTH + 2 if kind or part is targets.outcome_label else 60):
+    for _ in range(DEPTH + 2):
         goal = part(filled(tree, batch, table, kind))
         learned = ~goal.isnan()
         mass = torch.zeros_like(table).index_add(0, where[learned], weight.expand_as(goal)[learned])

@@ -142,7 +142,7 @@ def value_change(
     A_t = V(s_t') - V(s_t), with t' the next chosen token; these add up to V of the whole completion minus V(s_0)
 
     Huang et al. 2025 (DVPO), arXiv:2502.16944, with a value model that stays as it is.
-    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), eq. 5, arXiv:2410.01679.
+    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), section 4, arXiv:2410.01679.
 
     Args:
         level: ``step`` gives each token what its whole reasoning step changed; only values at the states before steps
@@ -177,7 +177,7 @@ def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True
     G_t = Σ_k>=t r*_k + R,  r*_k = softmax_k(-r_k / T) r_k over the completion's steps
     A_it = G_it - b_i,  b_i = Σ_j≠i Σ_t G_jt / ((G - 1) max_j |o_j|) over the group
 
-    Cheng et al. 2025 (PURE), section 3, arXiv:2504.15275. Goes with the shaper ``whiten``.
+    Cheng et al. 2025 (PURE), arXiv:2504.15275. Goes with the shaper ``whiten``.
 
     r_k is ``step_reward`` at the last token of step k, and R ``reward``, at the last token. What ``step_reward`` holds
     at other tokens counts as it is.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 SIGMA = 0.75
-"""Standard deviation of HL-Gauss in bin widths: Farebrother et al. 2024, section 3.1, arXiv:2403.03950."""
+"""Standard deviation of HL-Gauss in bin widths: Farebrother et al. 2024, arXiv:2403.03950."""
 
 
 def widened(low: float, high: float, bins: int, *, sigma: float = SIGMA, margin: float = 3.0) -> tuple[float, float]:
@@ -45,7 +45,7 @@ def hl_gauss_target(
 
     p_i = (Φ((z_i + w/2 - y) / σ) - Φ((z_i - w/2 - y) / σ)) / (Φ((z_K + w/2 - y) / σ) - Φ((z_1 - w/2 - y) / σ))
 
-    Imani and White 2018, arXiv:1806.04613; Farebrother et al. 2024 (Stop Regressing), section 3.1, arXiv:2403.03950.
+    Imani and White 2018, arXiv:1806.04613; Farebrother et al. 2024 (Stop Regressing), arXiv:2403.03950.
 
     Args:
         values: those beyond the outer centres are taken as the outer centre.

@@ -194,7 +194,7 @@ def soft_path(
 
     loss_t = (V(s_t) - R_t + β ρ_t + sg[β Σ_i>t ρ_i])², with ρ_t = log π(y_t) / π_ref(y_t), R_t the rewards from t on
 
-    Wang et al. 2024 (OREO), eq. 9, arXiv:2412.16145; the value is trained by the value loss of the same name.
+    Wang et al. 2024 (OREO), arXiv:2412.16145; the value is trained by the value loss of the same name.
     ``response`` with V = mean reward of the prompt: Richemond et al. 2024 (DRO), arXiv:2405.19107.
 
     At the optimum of E[reward] - β KL(π ‖ π_ref) every term is 0. V is ``batch.value``, before the update. Goes with
@@ -221,7 +221,7 @@ def outcome_cross_entropy(outputs: Outputs, batch: Batch, *, beta: Positive = 0.
 
     loss = -s log σ(β Σ_t ρ_t) - (1 - s) log(1 - σ(β Σ_t ρ_t)), with ρ_t = log π(y_t) / π_ref(y_t), s the score
 
-    Yuan et al. 2024 (Free process rewards), eq. 5, arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
+    Yuan et al. 2024 (Free process rewards), arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
 
     It stands at the completion's last chosen token; goes with the normaliser ``seq_mean_of_token_sum``.
 

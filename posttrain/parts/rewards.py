@@ -79,7 +79,7 @@ def at_step_ends(
 
     r_k = R_φ(x, steps up to k), divided by the number of steps with ``steps``
 
-    Dai et al. 2025 (PSGPO), section 3, arXiv:2410.17621: undivided, a policy earns by writing more lines.
+    Dai et al. 2025 (PSGPO), arXiv:2410.17621: undivided, a policy earns by writing more lines.
     """
     ends = step_ends(batch)
     rewards = scores.where(ends, 0.0)
@@ -93,8 +93,7 @@ def implicit(
 
     r_t = β log π_φ(y_t) / π_base(y_t)
 
-    Yuan et al. 2024 (Free process rewards), eq. 4, arXiv:2412.01981; online: Cui et al. 2025 (PRIME), eq. 3,
-    arXiv:2502.01456.
+    Yuan et al. 2024 (Free process rewards), arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
 
     Args:
         logp: of the reward model.

@@ -44,7 +44,7 @@ def backup(
 
     mean: Σ_z p(z) v_z;  soft: β log Σ_z p(z) exp(v_z / β);  max: max_z v_z over p(z) > 0;  greedy: v at argmax_z p(z)
 
-    mean: Mudgal et al. 2024 (CD-Q), eq. 5, arXiv:2310.17022.
+    mean: Mudgal et al. 2024 (CD-Q), arXiv:2310.17022.
     soft: Zhao et al. 2024 (twisted SMC, soft Bellman equation), arXiv:2404.17546.
     max: Wang et al. 2024 (Q*), arXiv:2406.14283.
     greedy: Yu et al. 2024 (B-Coder), arXiv:2310.03173.
@@ -83,7 +83,7 @@ def lambda_return(
 
     Sutton and Barto 2018, section 12.1; λ = 1 is Monte Carlo, λ = 0 one-step temporal differences.
     λ = 1 for the critic alone: Yuan et al. 2025 (VC-PPO, decoupled GAE), arXiv:2503.01491.
-    λ = 0 with B: Mudgal et al. 2024 (CD-Q), eq. 5, arXiv:2310.17022.
+    λ = 0 with B: Mudgal et al. 2024 (CD-Q), arXiv:2310.17022.
 
     The target at a column is G of the chosen token that follows. r_t is ``step_reward``, and at the last chosen token
     ``reward`` too. The values are read only where λ < 1 or a completion is bootstrapped.
@@ -127,8 +127,8 @@ def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> F
 
     target_t = R
 
-    Yang and Klein 2021 (FUDGE), section 3, arXiv:2104.05218; as a squared error: Mudgal et al. 2024 (CD-FUDGE), eq. 4,
-    arXiv:2310.17022. At the end alone: Cobbe et al. 2021 (solution-level verifiers), arXiv:2110.14168.
+    Yang and Klein 2021 (FUDGE), arXiv:2104.05218; as a squared error: Mudgal et al. 2024 (CD-FUDGE), arXiv:2310.17022.
+    At the end alone: Cobbe et al. 2021 (solution-level verifiers), arXiv:2110.14168.
 
     Args:
         at: ``end`` labels the last chosen token alone: an outcome reward model.
@@ -150,8 +150,8 @@ def branch_estimate(rewards: Float[Tensor, "*S K"], *, how: Literal["mean", "any
 
     mean: Σ_k r_k / K;  any: 1 if max_k r_k > 0, 0 else
 
-    mean: Kazemnejad et al. 2025 (VinePPO), eq. 4, arXiv:2410.01679.
-    Both, as soft and hard estimation: Wang et al. 2024 (Math-Shepherd), eq. 3 and 4, arXiv:2312.08935.
+    mean: Kazemnejad et al. 2025 (VinePPO), section 4, arXiv:2410.01679.
+    Both, as soft and hard estimation: Wang et al. 2024 (Math-Shepherd), arXiv:2312.08935.
     """
     if how == "mean":
         return rewards.nanmean(-1)

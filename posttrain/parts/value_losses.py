@@ -86,7 +86,7 @@ def soft_path(outputs: Outputs, batch: Batch, *, beta: Positive = 0.03) -> Float
 
     loss_t = (V_t - T_t + β Σ_i>t sg[log π(y_i) - log π_ref(y_i)])², over the chosen tokens i after column t
 
-    Wang et al. 2024 (OREO), eq. 8, arXiv:2412.16145. T_t is ``lambda_return`` with λ = 1; the policy is trained by
+    Wang et al. 2024 (OREO), arXiv:2412.16145. T_t is ``lambda_return`` with λ = 1; the policy is trained by
     the loss of the same name with the same β.
 
     Args:
@@ -106,7 +106,7 @@ def hl_gauss(outputs: Outputs, batch: Batch, *, sigma: Positive = categorical.SI
 
     loss_t = -Σ_i p_i(T_t) log softmax_i
 
-    Farebrother et al. 2024 (Stop Regressing), eq. 5, arXiv:2403.03950. See ``categorical.widened`` for the support.
+    Farebrother et al. 2024 (Stop Regressing), arXiv:2403.03950. See ``categorical.widened`` for the support.
 
     Args:
         sigma: standard deviation in bin widths.
@@ -202,7 +202,7 @@ def q_ranking(outputs: Outputs, batch: Batch, *, margin: float = 4.0) -> Float[T
     loss = -1/(|C| + 1[W]) (1[W] log(1 / (1 + E_W)) + Σ_c∈C log(e^Q_c / (1 + Σ_c'<c e^Q_c' + e^Q_c + E_W)))
     E_W = Σ_w∈W e^(Q_w + ζ), with 1[W] = 1 if there is a wrong step
 
-    Li and Li 2025 (PQM), eq. 10, arXiv:2410.11287.
+    Li and Li 2025 (PQM), arXiv:2410.11287.
 
     Steps are the states with a target, in order; those above ½ are correct. Each term stands at its step, that of the
     wrong ones at the first of them, such that the mean over the steps is the loss.
@@ -251,7 +251,7 @@ def centred(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 
     loss_ij = (V_i + V_j)², for all i, j of a group with R_i > R_j
 
-    Eisenstein et al. 2023, section 2, arXiv:2312.09244; TRL takes it with a coefficient of 0.01.
+    Eisenstein et al. 2023, arXiv:2312.09244; TRL takes it with a coefficient of 0.01.
     """
     value, pairs, share = _pairs(outputs, batch)
     losses = (value[:, None] + value[None, :]).square()
@@ -266,7 +266,7 @@ def contrastive_twist(
     loss_t = Σ_i (sg[w-_it] - w+_it) V_it / β over the group at column t
     w+_it ∝ ratio_i exp(R_i / β),  w-_it ∝ ratio_it exp(V_it / β),  each summing to 1
 
-    Zhao et al. 2024 (contrastive twist learning), eq. 21, arXiv:2404.17546, with self-normalised weights.
+    Zhao et al. 2024 (contrastive twist learning), arXiv:2404.17546, with self-normalised weights.
 
     Its minimum at each column is the soft value, up to one constant for all prefixes of that length. A completion that
     has ended counts further on with its reward.

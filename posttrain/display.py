@@ -102,23 +102,6 @@ class Progress:
         if self.active:
             self._write(message)
 
-    def summary(self, rows: Sequence[tuple[str, str]] = ()) -> None:
-        """A last table: each metric at the first and the last steps of this process, then ``rows`` (name, text)."""
-        if not self.active:
-            return
-        table = Table(title=f"{self.step} of {self.total} steps, {duration(time.monotonic() - self._began)}")
-        for heading in ("", "first steps", "last steps"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        for column in self.columns:
-            numbers = [shown[column.metric] for _, shown in self.history if column.metric in shown]
-            if numbers:
-                window = max(1, min(10, len(numbers) // 2))
-                first, last = sum(numbers[:window]) / window, sum(numbers[-window:]) / window
-                table.add_row(column.heading, column.form.format(first), column.form.format(last))
-        self._write(table)
-        for name, text in rows:
-            self._write(f"{name}: {text}")
-
     @property
     def eta(self) -> float:
         """Seconds that the remaining steps will take at the mean pace so far; NaN before the first step."""
@@ -158,14 +141,10 @@ class Progress:
             table.add_row(str(step), *(cells.get(column.metric, "") for column in columns))
         return Group(bar, table)
 
-    def _write(self, what: str | Table) -> None:
+    def _write(self, text: str) -> None:
         """Prints text as it is (no markup, no wrapping), with a question mark for what the stream cannot encode."""
-        if isinstance(what, str):
-            encoding = self.console.encoding or "utf-8"
-            line = what.encode(encoding, errors="replace").decode(encoding)
-            self.console.print(line, markup=False, soft_wrap=True)
-        else:
-            self.console.print(what)
+        encoding = self.console.encoding or "utf-8"
+        self.console.print(text.encode(encoding, errors="replace").decode(encoding), markup=False, soft_wrap=True)
         self.console.file.flush()
 
 

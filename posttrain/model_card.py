@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 
 from posttrain.options import Value
 from posttrain.recipe import Part, Recipe
+from posttrain.tracking import TIMING
 
 ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
 PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "vllm")
@@ -125,13 +126,13 @@ def papers(recipe: Recipe) -> list[str]:
     found: dict[str, str] = {}
     for line in lines:
         for identifier in ARXIV.findall(line):
-            found.setdefault(identifier, line.strip())
+            found.setdefault(identifier, line.strip().removeprefix("- "))
     return list(dict.fromkeys(found.values()))
 
 
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """A Markdown table of the metrics, before and after training; empty without any."""
-    names = list(dict.fromkeys([*before, *after]))
+    names = [name for name in dict.fromkeys([*before, *after]) if not name.startswith(TIMING)]
     if not names:
         return ""
 
@@ -152,6 +153,12 @@ def versions() -> dict[str, str]:
             except importlib.metadata.PackageNotFoundError:
                 continue
     return found
+
+
+def engine_name(engine: object) -> str:
+    """The library that samples with its version, as ``vllm 0.32.0``; of an engine without one, the class."""
+    library = getattr(engine, "library", None)
+    return f"{library} {versions()[library]}" if library else type(engine).__name__
 
 
 def _section(title: str, text: str) -> list[str]:

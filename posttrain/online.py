@@ -23,7 +23,7 @@ from posttrain.evaluate import evaluate
 from posttrain.given import draw_examples
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
-from posttrain.model_card import write_model_card
+from posttrain.model_card import engine_name, write_model_card
 from posttrain.models import DTYPES, describe, load_tokenizer, save_model
 from posttrain.needs import find_needs
 from posttrain.recipe import Recipe
@@ -270,7 +270,7 @@ def introduction(run: Online) -> str:
         size = f"{len(material):,} prompts, {recipe.prompts_per_step} x {recipe.completions} completions a step"
     else:
         size = f"{len(material):,} examples, {recipe.prompts_per_step} a step"
-    engine = "no engine" if run.source.engine is None else f"engine {type(run.source.engine).__name__}"
+    engine = "no engine" if run.source.engine is None else f"engine {engine_name(run.source.engine)}"
     return (
         f"{recipe.name}: {models}, {processes} on {run.runtime.device.type}\n"
         f"  {size}, {recipe.steps} steps\n"
@@ -288,7 +288,7 @@ def finish(run: Online) -> None:
     """The trained models in the Hugging Face format, with their cards."""
     recipe, learner = run.recipe, run.learner
     if run.runtime.is_main:
-        engine = "none" if run.source.engine is None else type(run.source.engine).__name__
+        engine = "" if run.source.engine is None else engine_name(run.source.engine)
         if recipe.loss:
             save_model(learner.policy, run.tokenizer, run.folder.model, DTYPES[recipe.policy.dtype])
         if recipe.value_loss and learner.value is not None:

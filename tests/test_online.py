@@ -16,10 +16,11 @@ import datasets
 import psutil
 import pytest
 import torch
+import transformers
 from runs import VERIFIER, command, environment, write_run
 from transformers import AutoModelForCausalLM
 
-from posttrain.assembly import build_engine, load_all_rows
+from posttrain.assembly import build_engine, load_material
 from posttrain.batch import Batch, blank_row
 from posttrain.cli import main
 from posttrain.errors import UserError, VerifierError
@@ -82,6 +83,16 @@ def test_a_run_repeats(finished, tmp_path, tiny_model_folder):
     assert again == read_metrics(finished, timing=False)
     ours, theirs = (path / "model" / "model.safetensors" for path in (finished, tmp_path / "run"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_finished_run_may_be_resumed_and_its_card_stays(finished):
+    card = (finished / "model" / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"\| eval/score \| 0\.\d+ \| [\d.]+ \|", card) and "time/" not in card
+    assert f"- sampled with: transformers {transformers.__version__}\n" in card
+    (finished / "model" / "README.md").unlink()
+    train(load_recipe(finished.parent / "recipe.yaml"), resume=True)
+    again = (finished / "model" / "README.md").read_text(encoding="utf-8")
+    assert again == card
 
 
 def test_a_folder_in_use_is_refused(finished, tiny_model_folder):
@@ -283,9 +294,9 @@ def test_failures_are_counted_by_the_step(tmp_path, tiny_model_folder):
 )
 def test_what_does_not_fit_the_engine_is_refused_before_the_first_step(changes, message, tmp_path, tiny_model_folder):
     recipe = load_recipe(write_run(tmp_path, tiny_model_folder, **changes))
-    rows, evaluation_rows = load_all_rows(recipe, load_tokenizer(recipe.policy))
+    material = load_material(recipe, load_tokenizer(recipe.policy))
     with pytest.raises(UserError, match=re.escape(message)):
-        build_engine(recipe, rows, evaluation_rows)
+        build_engine(recipe, material)
 
 
 def damaged(model: Path, folder: Path, how: str) -> Path:

@@ -169,7 +169,7 @@ def run_progress(stream: io.TextIOBase, **arguments) -> None:
         for step in range(1, 5):
             progress.update(step, {"reward/mean": step / 4, "time/tokens_per_second": 1234.5, "unknown": 1.0})
         progress.note("[saved] checkpoints/step-000004")
-        progress.summary([("model", "runs/é/model")])
+        progress.note("model: runs/é/model")
 
 
 def test_in_a_log_file_there_is_one_plain_line_a_step():
@@ -180,7 +180,6 @@ def test_in_a_log_file_there_is_one_plain_line_a_step():
     assert [line.split()[1] for line in lines[:4]] == ["1/4", "2/4", "3/4", "4/4"]
     assert "[saved] checkpoints/step-000004" in lines
     assert "\x1b" not in stream.getvalue()
-    assert re.search(r"reward\W+0\.375\W+0\.875", stream.getvalue())  # means of the first and the last two steps
 
 
 def test_fast_steps_do_not_flood_a_log_file():

@@ -39,6 +39,8 @@ class TransformersEngine:
         device: default: the current CUDA device, or else the CPU.
     """
 
+    library = "transformers"  # for model cards
+
     def __init__(
         self,
         model: str | Path,

@@ -62,6 +62,8 @@ class VllmEngine:
         RecipeError: for an option that ``vllm.LLM`` does not have, or that the engine itself sets.
     """
 
+    library = "vllm"  # for model cards
+
     def __init__(
         self,
         model: str | Path,

@@ -1,0 +1,100 @@
+"""Editing hidden states at decoding time: RE-Control (Kong et al. 2024, arXiv:2406.05954).
+
+At the last layer an edit is a bias of the logits, W u(h), that never looks at next states; with a linear value
+V(h) = w·h it is the constant bias n α W w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from posttrain.engines.base import Completion, OnCompletion, Sampling
+from posttrain.engines.transformers import TransformersEngine
+
+HiddenValue = Callable[[Float[Tensor, "*S H"]], Float[Tensor, "*S"]]
+"""A value of last-layer hidden states (after the final norm), in float32."""
+
+
+def edit(hidden: Float[Tensor, "*S H"], value: HiddenValue, *, step_size: float, steps: int) -> Float[Tensor, "*S H"]:
+    """u after ``steps`` times u <- u + α ∇_h V(h + u), from u = 0. Kong et al. 2024, eq. 9, arXiv:2406.05954.
+
+    Args:
+        step_size: α. Large α · steps costs coherence: the paper's penalty on ‖u‖ is in these two alone.
+    """
+    moved = hidden.detach().clone()
+    with torch.enable_grad():
+        for _ in range(steps):
+            moved.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(value(moved).sum(), moved)
+            moved = (moved + step_size * gradient).detach()
+    return moved - hidden
+
+
+class Edited:
+    """A decoder that moves the last hidden state up a value's gradient before every token; it is an engine.
+
+    Log-probs of its completions are those of the edited law.
+
+    Args:
+        engine: a transformers engine; vLLM keeps hidden states to itself.
+        value: of the last layer's hidden states, such as :func:`head_value` of a value model whose backbone is the
+            engine's own model.
+        step_size: α; the paper takes 0.2 to 1.
+        steps: gradient steps a token; the paper takes 30 to 200.
+    """
+
+    def __init__(
+        self, engine: TransformersEngine, value: HiddenValue, *, step_size: float = 0.5, steps: int = 30
+    ) -> None:
+        self.engine, self.value, self.step_size, self.steps = engine, value, step_size, steps
+
+    @property
+    def version(self) -> int:
+        """Of the engine's weights."""
+        return self.engine.version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`."""
+        output_layer: Any = self.engine.model.get_output_embeddings()
+        hook = output_layer.register_forward_hook(self._edited)
+        try:
+            return self.engine.generate(prompts, sampling, n, seeds=seeds, on_completion=on_completion)
+        finally:
+            hook.remove()
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the value keeps its own."""
+        self.engine.load(tensors, version)
+
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+        self.engine.close()
+
+    def _edited(self, output_layer: nn.Linear, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # gradients need tensors that were made outside of it
+            hidden = inputs[0].clone().float()
+            moved = edit(hidden, self.value, step_size=self.step_size, steps=self.steps)
+        return logits + nn.functional.linear(moved.to(logits), output_layer.weight)
+
+
+def head_value(model: Any) -> HiddenValue:
+    """The head of a ``posttrain.values.ValueModel`` alone, in reward units."""
+
+    def value(hidden: Float[Tensor, "*S H"]) -> Float[Tensor, "*S"]:
+        decoded = model.head.decode(model.head(hidden))
+        return model.reduce((model.spec.shift + model.spec.scale * decoded).movedim(-1, 0))
+
+    return value

@@ -1,0 +1,482 @@
+"""Scores of prefixes: rollouts, log-probs of paths, model ratios, values; backups, edits and refinement."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from exact_world import PROMPT, String, World, distance, kl, law_of, make_world, table_score, tokens_of
+from torch import nn
+
+from posttrain.batch import Finish
+from posttrain.decoding.editing import edit
+from posttrain.decoding.model_scores import LogRatio
+from posttrain.decoding.prefix_scores import (
+    FunctionScore,
+    PathLogp,
+    Product,
+    RolloutScore,
+    TextScore,
+    next_scores,
+    weighted_sum,
+)
+from posttrain.decoding.prefixes import Prefix
+from posttrain.decoding.refine import jacobi
+from posttrain.decoding.shaping import Shaped
+from posttrain.engines.base import Sampling
+from posttrain.engines.tabular import TabularEngine
+from posttrain.parts.targets import backup
+
+WORLD = make_world(0)
+ENDING = make_world(1, eos=True)
+PAIRS = make_world(3, vocabulary=2, length=3)
+TOLERANCE = 1e-8
+
+
+def prefix_of(string: String, world: World = WORLD) -> Prefix:
+    finish = None
+    if world.ended(string):
+        finish = Finish.LENGTH if len(string) == world.length else Finish.STOPPED
+    return Prefix(tokens=[*PROMPT, *string], start=len(PROMPT), finish=finish, steps=len(string))
+
+
+def by_backup(world: World, kind: str, lambda_: float = 0.0) -> dict[String, float]:
+    """Fixed point of values under the package's backup, by sweeps over all prefixes from 0.
+
+    With λ the target of a state is (1 - λ) · backup of the values + λ · backup of the targets of the next states.
+    """
+    values = dict.fromkeys(world.prefixes, 0.0)
+    for _ in range(world.length * 12 if lambda_ else world.length + 1):
+        targets: dict[String, float] = {}
+        for string in sorted(world.prefixes, key=len, reverse=True):
+            if world.ended(string):
+                targets[string] = world.reward[string]
+                continue
+            law = torch.tensor(world.next_law(string), dtype=torch.float64).log()
+            nexts = [(*string, a) for a in range(world.vocabulary)]
+            one, many = (
+                float(
+                    backup(torch.tensor([of[s] for s in nexts], dtype=torch.float64), law, kind=kind, beta=world.beta)
+                )
+                for of in (values, targets)
+            )
+            targets[string] = (1 - lambda_) * one + lambda_ * many
+        values = targets
+    return values
+
+
+def greedy_return(world: World, string: String) -> float:
+    while not world.ended(string):
+        law = world.next_law(string)
+        string = (*string, law.index(max(law)))
+    return world.reward[string]
+
+
+# --------------------------------------------------------------------------------------- rows 3 and 13 of the test bed
+
+
+@pytest.mark.parametrize("world", [WORLD, ENDING])
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 0.95, 1.0])
+def test_fixed_points_of_mean_targets_are_mean_values(world: World, lambda_: float):
+    """CD-Q: λ = 0; VAS: λ = 0.95; FUDGE, CD-FUDGE and IVO: λ = 1."""
+    exact = world.mean_values()
+    assert by_backup(world, "mean", lambda_) == pytest.approx(exact, abs=TOLERANCE)
+    for prefix, probability in world.prefixes.items():
+        brute = sum(p * world.reward[y] for y, p in world.strings.items() if y[: len(prefix)] == prefix)
+        assert abs(exact[prefix] - brute / probability) < TOLERANCE
+
+
+@pytest.mark.parametrize("world", [WORLD, ENDING])
+def test_fixed_points_of_the_other_backups(world: World):
+    assert by_backup(world, "soft") == pytest.approx(world.soft_values(), abs=TOLERANCE)
+    assert by_backup(world, "max") == pytest.approx(world.max_values(), abs=TOLERANCE)
+    greedy = by_backup(world, "greedy")
+    assert greedy == pytest.approx({s: greedy_return(world, s) for s in world.prefixes}, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("world", [WORLD, ENDING])
+def test_rewards_come_back_from_greedy_values(world: World):
+    """B-Coder's inverse operator: r(s, a) = Q(s, a) - Q(sa, argmax p); 0 but at the end."""
+    greedy = by_backup(world, "greedy")
+    for string in world.prefixes:
+        if string and not world.ended(string):
+            law = torch.tensor(world.next_law(string)).log()
+            nexts = torch.tensor([greedy[*string, a] for a in range(world.vocabulary)], dtype=torch.float64)
+            assert abs(greedy[string] - float(backup(nexts, law, kind="greedy"))) < TOLERANCE
+        elif string:
+            assert abs(greedy[string] - world.reward[string]) < TOLERANCE
+
+
+def test_looking_ahead_as_far_as_the_end_makes_any_value_the_best_one():
+    """T^m Q^π = Q* for m >= T - 1; m = 0 is Q^π. PGTS, arXiv:2506.07054."""
+    world = make_world(4, vocabulary=3, length=4)
+    q, best = world.mean_values(), world.max_values()
+    gaps = []
+    for _ in range(world.length):
+        gaps.append(max(abs(q[s] - best[s]) for s in q if s))
+        q = {
+            s: q[s]
+            if world.ended(s)
+            else float(
+                backup(
+                    torch.tensor([q[*s, a] for a in range(3)], dtype=torch.float64),
+                    torch.tensor(world.next_law(s)).log(),
+                    kind="max",
+                )
+            )
+            for s in q
+        }
+    assert gaps[0] > 0.5 and gaps == sorted(gaps, reverse=True)
+    assert gaps[world.length - 1] < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------- row 10 of the test bed
+
+
+def guided_law(world: World, values, strength: float, anchor: World | None = None) -> dict:
+    """The shaped decoder's law of strings."""
+    base = anchor or world
+    score = table_score(values)
+    return law_of(
+        lambda choosers: tokens_of(
+            Shaped(base.engine(choosers), score, strength=strength).generate([PROMPT], world.sampling)
+        )
+    )
+
+
+def expected(world: World, law, label) -> dict[String, float]:
+    """E[label(y, prefix) | prefix] under a law of strings: what a value fitted to it says."""
+    values = {}
+    for prefix in world.prefixes:
+        through = {y: p for y, p in law.items() if y[: len(prefix)] == prefix}
+        values[prefix] = sum(p * label(y, prefix) for y, p in through.items()) / sum(through.values())
+    return values
+
+
+def as_world(world: World, law) -> World:
+    """The same world with another base law."""
+    mass = {prefix: sum(p for y, p in law.items() if y[: len(prefix)] == prefix) for prefix in world.prefixes}
+    logits = {
+        PROMPT + s: [math.log(mass[*s, a] / mass[s]) for a in range(world.vocabulary)]
+        for s in world.prefixes
+        if not world.ended(s)
+    }
+    return dataclasses.replace(world, logits=logits)
+
+
+def later_kl(world: World, law):
+    """r - β Σ log(π / π_ref) over the tokens after the prefix."""
+    now = as_world(world, law)
+
+    def label(y: String, prefix: String) -> float:
+        ratios = [math.log(now.next_law(y[:t])[y[t]] / world.next_law(y[:t])[y[t]]) for t in range(len(prefix), len(y))]
+        return world.reward[y] - world.beta * sum(ratios)
+
+    return label
+
+
+def test_iterated_guidance_with_a_fixed_anchor_and_soft_targets_is_the_tilted_law():
+    """After as many rounds as there are tokens. IVO with targets R - β Σ_later log(π / π_ref)."""
+    world, law = PAIRS, PAIRS.strings
+    for _ in range(world.length):
+        law = guided_law(world, expected(world, law, later_kl(world, law)), 1 / world.beta)
+    assert distance(law, world.tilted()) < 1e-6
+
+
+def test_iterated_guidance_with_a_fixed_anchor_and_plain_targets_has_its_own_fixed_point():
+    world, law = PAIRS, PAIRS.strings
+    objectives = [world.objective(law)]
+    for _ in range(30):
+        after = guided_law(world, expected(world, law, lambda y, prefix: world.reward[y]), 1 / world.beta)
+        step, law = distance(after, law), after
+        objectives.append(world.objective(law))
+    assert step < 1e-6
+    assert distance(law, world.tilted()) > 1e-3
+    assert objectives[0] < objectives[-1] < world.objective(world.tilted()) - 1e-4
+
+
+def test_iterated_guidance_with_a_moving_anchor_goes_to_the_best_string():
+    world, law = PAIRS, PAIRS.strings
+    for _ in range(35):
+        values = expected(world, law, lambda y, prefix: world.reward[y])
+        law = guided_law(world, values, 5.0, anchor=as_world(world, law))
+    best = max(world.reward, key=lambda y: world.reward[y])
+    assert law[best] > 1 - 1e-6
+    assert kl(law, world.strings) == pytest.approx(-math.log(world.strings[best]), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- row 15 of the test bed
+
+
+class Strata:
+    """Makes choosers so that the j-th of ``count`` samples draws the j-th of as many equal slices of all strings."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.made = count, 0
+
+    def __call__(self, seed: int):
+        place = (self.made % self.count + 0.5) / self.count
+        self.made += 1
+
+        def choose(probabilities):
+            nonlocal place
+            for index, probability in enumerate(probabilities):
+                if place < probability:
+                    place /= probability
+                    return index
+                place -= probability
+            raise AssertionError(probabilities)
+
+        return choose
+
+
+def quarters() -> World:
+    """Next-token probabilities 1/4 and 3/4: 64 slices hold every string of three tokens as often as p0 says."""
+    world = make_world(5, vocabulary=2, length=3)
+    flip = {prefix: index % 2 for index, prefix in enumerate(world.logits)}
+    laws = {p: [math.log(3), 0.0] if flip[p] else [0.0, math.log(3)] for p in world.logits}
+    return dataclasses.replace(world, logits=laws)
+
+
+def rollouts(world: World, **options) -> RolloutScore:
+    reward = FunctionScore(function=lambda prefixes: [world.reward[tuple(p.generated)] for p in prefixes])
+    return RolloutScore(engine=world.engine(Strata(64)), reward=reward, sampling=world.sampling, n=64, **options)
+
+
+def test_rollouts_with_importance_weights_have_the_tilted_policys_value():
+    """TQ*, indirect: rollouts of a policy aligned to r_BL, weighted, give Q under the policy aligned to r.
+
+    The aligned law is ρ_BL ∝ p exp(r_BL / β); Σ w r / Σ w with w = exp((r - r_BL) / β) is E[r] under p exp(r / β) / Z.
+    """
+    aligned = quarters()
+    beta, other = aligned.beta, {y: 0.3 * len(set(y)) - 0.2 * y[0] for y in aligned.reward}
+    unnormalised = {y: p * math.exp(-other[y] / beta) for y, p in aligned.strings.items()}
+    plain = as_world(aligned, {y: w / sum(unnormalised.values()) for y, w in unnormalised.items()})
+    assert distance(dataclasses.replace(plain, reward=other).tilted(), aligned.strings) < 1e-12
+    exact = expected(plain, plain.tilted(), lambda y, prefix: plain.reward[y])
+    score = rollouts(aligned, tilt=table_score({y: (r - other[y]) / beta for y, r in aligned.reward.items()}))
+    strings = list(aligned.prefixes)
+    found = score.score([prefix_of(string, aligned) for string in strings]).tolist()
+    assert dict(zip(strings, found, strict=True)) == pytest.approx(exact, abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["mean", "soft", "max"])
+def test_rollouts_without_weights_have_the_engines_own_value(kind: str):
+    world = quarters()
+    exact = {"mean": world.mean_values, "soft": world.soft_values, "max": world.max_values}[kind]()
+    score = rollouts(world, kind=kind, beta=world.beta)
+    strings = list(world.prefixes)
+    found = score.score([prefix_of(string, world) for string in strings]).tolist()
+    assert dict(zip(strings, found, strict=True)) == pytest.approx(exact, abs=1e-10)
+    assert score.kind == kind
+
+
+def test_the_same_prefix_is_rolled_out_in_the_same_way():
+    reward = table_score(WORLD.reward)
+    score = RolloutScore(engine=WORLD.engine(), reward=reward, sampling=WORLD.sampling, n=2)
+    first, second, third = score.score([prefix_of((1,)), prefix_of((2,)), prefix_of((1,))]).tolist()
+    assert first == third == float(score.score([prefix_of((1,))])[0]) != second
+    with pytest.raises(ValueError, match="needs beta"):
+        dataclasses.replace(score, kind="soft")
+    with pytest.raises(ValueError, match="not 'greedy'"):
+        dataclasses.replace(score, kind="greedy")
+
+
+def test_rollouts_stop_at_their_horizon():
+    lengths = []
+    reward = FunctionScore(function=lambda prefixes: [lengths.append(len(p.generated)) or 0.0 for p in prefixes])
+    score = RolloutScore(engine=WORLD.engine(), reward=reward, sampling=WORLD.sampling, horizon=1)
+    score.score([prefix_of(()), prefix_of((1, 1))])
+    assert sorted(lengths) == [1, 3]
+
+
+# ---------------------------------------------------------------------------------------------- row 14 of the test bed
+
+
+def table_law(world: World):
+    """The law of a world's table, as :class:`LogRatio` wants it."""
+    engine = world.engine()
+
+    def law(prefixes):
+        following = engine.next_logps([prefix.tokens for prefix in prefixes])
+        paths = [
+            sum(math.log(world.next_law(tuple(p.generated[:t]))[p.generated[t]]) for t in range(len(p.generated)))
+            for p in prefixes
+        ]
+        return torch.tensor(paths, dtype=torch.float64), following
+
+    return law
+
+
+def test_proxy_tuning_is_guidance_by_an_autoregressive_reward_model():
+    """p0 (p⁺ / p⁻)^α normalised, and p0 p_r^α with p_r ∝ p⁺ / p⁻ of each state."""
+    tuned, plain = make_world(21), make_world(22)
+    strength = 0.8
+    ratio = {
+        prefix: [math.log(a / b) for a, b in zip(tuned.next_law(prefix[1:]), plain.next_law(prefix[1:]), strict=True)]
+        for prefix in WORLD.logits
+    }
+    reward_model = dataclasses.replace(WORLD, logits=ratio)
+    proxy = LogRatio(plus=table_law(tuned), minus=table_law(plain))
+    autoregressive = LogRatio(plus=table_law(reward_model))
+    laws = [
+        law_of(
+            lambda choosers, score=score: tokens_of(
+                Shaped(WORLD.engine(choosers), score, strength=strength).generate([PROMPT], WORLD.sampling)
+            )
+        )
+        for score in (proxy, autoregressive)
+    ]
+    assert distance(*laws) < 1e-12
+    powers = [p * math.exp(strength * r) for p, r in zip(WORLD.next_law(()), ratio[PROMPT], strict=True)]
+    first = {a: sum(p for y, p in laws[0].items() if y[0] == a) for a in range(3)}
+    assert first == pytest.approx({a: power / sum(powers) for a, power in enumerate(powers)}, abs=1e-12)
+
+
+def test_contrastive_decoding_is_a_ratio_on_the_head_of_the_law():
+    """Scores log p_expert - log p_amateur over tokens with p >= 0.1 max p: strength 1 with minus the amateur alone."""
+    amateur = make_world(23)
+    decoder = Shaped(WORLD.engine(), LogRatio(minus=table_law(amateur)), head=0.1)
+    logp0 = WORLD.engine().next_logps([PROMPT])
+    law, _ = decoder.law(logp0, [prefix_of(())])
+    scores = [
+        math.log(p / q) if p >= 0.1 * max(WORLD.next_law(())) else -math.inf
+        for p, q in zip(WORLD.next_law(()), amateur.next_law(()), strict=True)
+    ]
+    expected_law = torch.tensor(scores, dtype=torch.float64).log_softmax(-1)
+    assert torch.allclose(law[0], expected_law, atol=1e-12)
+
+
+def test_ratios_of_paths_and_of_next_tokens_agree():
+    ratio = LogRatio(plus=table_law(make_world(21)), minus=table_law(make_world(22)), scale=2.0)
+    state = prefix_of((1,))
+    one_by_one = [float(ratio.score([prefix_of((1, a))])[0]) for a in range(3)]
+    assert ratio.score_next([state])[0].tolist() == pytest.approx(one_by_one, abs=1e-12)
+    with pytest.raises(ValueError, match="`plus`, `minus` or both"):
+        LogRatio()
+
+
+def test_a_linear_values_edit_is_a_constant_bias_of_the_logits():
+    torch.manual_seed(0)
+    hidden, direction = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    output = torch.randn(7, 5, dtype=torch.float64)
+    moved = edit(hidden, lambda h: h @ direction, step_size=0.3, steps=4)
+    bias = (hidden + moved) @ output.T - hidden @ output.T
+    assert torch.allclose(bias, (4 * 0.3 * output @ direction).expand(3, 7), atol=1e-12, rtol=0)
+
+
+def test_edits_follow_the_gradient_where_it_is_now():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    hidden = torch.randn(4, 5, dtype=torch.float64)
+
+    def value(h):
+        return network(h)[..., 0]
+
+    expected_move = torch.zeros_like(hidden)
+    for _ in range(3):
+        at = (hidden + expected_move).requires_grad_()
+        value(at).sum().backward()
+        expected_move = expected_move + 0.1 * at.grad
+    moved = edit(hidden, value, step_size=0.1, steps=3)
+    assert torch.allclose(moved, expected_move, atol=1e-12, rtol=0)
+    assert bool((value(hidden + moved) > value(hidden)).all())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_jacobi_sweeps_arrive_at_the_greedy_completion(seed: int):
+    world = make_world(seed, vocabulary=3, length=4)
+    engine = world.engine()
+    (greedy,) = engine.generate([PROMPT], Sampling(max_tokens=4, temperature=0.0))[0]
+
+    def greedy_next(tokens: torch.Tensor) -> torch.Tensor:
+        (row,) = tokens.tolist()
+        best = [engine.next_logps([row[:t]]).argmax(-1).item() for t in range(1, len(row))]
+        return torch.tensor([[*best, 0]])  # nothing is read of what follows the last token
+
+    for draft in world.strings:
+        refined, changed = jacobi(greedy_next, PROMPT, draft)
+        assert refined == greedy.tokens
+        assert changed <= 4 and (changed == 0) == (list(draft) == greedy.tokens)
+        once, _ = jacobi(greedy_next, PROMPT, draft, sweeps=1)
+        assert once[0] == greedy.tokens[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_path_log_probs_by_length():
+    prefix = Prefix(tokens=[9, 1, 2, 3], start=1, logps=[-1.0, -2.0, -3.0], steps=2)
+    start = Prefix(tokens=[9], start=1)
+    for alpha, expected_value in ((0.0, -6.0), (0.5, -6 / math.sqrt(2)), (1.0, -3.0)):
+        assert PathLogp(alpha=alpha).score([prefix, start]).tolist() == pytest.approx([expected_value, 0.0])
+    assert PathLogp(alpha=1.0, unit="tokens").score([prefix]).tolist() == pytest.approx([-2.0])
+
+
+def test_products_and_sums():
+    two = FunctionScore(function=lambda prefixes: [4.0] * len(prefixes))
+    three = FunctionScore(function=lambda prefixes: [3.0] * len(prefixes), scale=2.0, kind="max")
+    prefixes = [prefix_of(()), prefix_of((1,))]
+    assert Product([(0.5, two), (1.0, three)]).score(prefixes).tolist() == [12.0, 12.0]
+    total = weighted_sum((0.5, two), (-1.0, three))
+    assert total.score(prefixes).tolist() == [-4.0, -4.0]
+    assert total.kind == "other" and weighted_sum((2.0, two)).kind == "mean"
+    with pytest.raises(ValueError, match="not negative"):
+        Product([(1.0, FunctionScore(function=lambda prefixes: [-1.0] * len(prefixes)))]).score(prefixes)
+    with pytest.raises(ValueError, match=r"2 prefixes has shape \[1\]"):
+        FunctionScore(function=lambda prefixes: [1.0]).score(prefixes)
+
+
+def test_sums_of_ratios_emit_vectors():
+    law = table_law(make_world(21))
+    both = weighted_sum((0.5, LogRatio(plus=law)), (2.0, LogRatio(minus=law)))
+    assert torch.allclose(both.score_next([prefix_of((1,))]), -1.5 * LogRatio(plus=law).score_next([prefix_of((1,))]))
+
+
+def test_texts_are_those_of_prompt_and_completion():
+    asked = []
+
+    def judge(prompts, texts):
+        asked.extend(zip(prompts, texts, strict=True))
+        return [float(len(text)) for text in texts]
+
+    score = TextScore(function=judge, decode=lambda tokens: "".join("abc"[token] for token in tokens), scale=0.5)
+    assert score.score([prefix_of((1, 2)), prefix_of(())]).tolist() == [1.0, 0.0]
+    assert asked == [("a", "bc"), ("a", "")]
+
+
+def test_candidates_are_scored_in_one_batch():
+    sizes = []
+    values = WORLD.mean_values()
+    score = FunctionScore(
+        function=lambda prefixes: sizes.append(len(prefixes)) or [values[tuple(p.generated)] for p in prefixes]
+    )
+    found = next_scores(score, [prefix_of(()), prefix_of((1,))], torch.tensor([[2, 0], [1, 2]]))
+    assert found.tolist() == [[values[2,], values[0,]], [values[1, 1], values[1, 2]]]
+    assert sizes == [4]
+
+
+# ------------------------------------------------------------------------------------------------ the engine of tables
+
+
+def test_the_tables_weights_are_replaced_and_checked():
+    engine = WORLD.engine()
+    other = make_world(31)
+    tensor = torch.tensor([other.logits[prefix] for prefix in WORLD.logits], dtype=torch.float64)
+    engine.load([("logits", tensor)], version=4)
+    assert engine.version == 4
+    assert engine.next_logps([PROMPT])[0].exp().tolist() == pytest.approx(other.next_law(()))
+    with pytest.raises(ValueError, match=r"no prefix \[0, 9\]"):
+        engine.next_logps([[0, 9]])
+    with pytest.raises(ValueError, match="more than max_model_len 4"):
+        engine.generate([PROMPT], Sampling(max_tokens=4))
+
+
+def test_a_tables_samples_depend_on_their_own_seed_alone():
+    engine = TabularEngine(WORLD.logits)
+    together = engine.generate([PROMPT] * 3, WORLD.sampling, 2, seeds=[1, 2, 3])
+    assert engine.generate([PROMPT], WORLD.sampling, 2, seeds=[3])[0] == together[2]
+    assert functools.reduce(max, (len(set(map(str, group))) for group in together)) == 2

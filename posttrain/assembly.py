@@ -103,6 +103,7 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
 
 def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
     """The models of a run: those with a loss prepared for training, the others beside them as far as they are needed."""
+    torch.manual_seed(recipe.seed)  # adapters and heads of several members start from random weights
     policy = build_policy(recipe.policy)
     reference = build_reference(recipe, needs, runtime, policy)
     value = slow = None
@@ -141,8 +142,13 @@ def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Poli
 
 
 def value_kind(target: Part | None) -> dict[str, Any]:
-    """What a value that learns this target means: the backup and inverse temperature that its checkpoint records."""
-    chosen = {} if target is None else target.every_option
+    """What a value that learns this target means: the backup and temperature that its checkpoint records.
+
+    Without a target nothing is learned, and a saved value model keeps its own.
+    """
+    if target is None:
+        return {"kind": None, "beta": None}
+    chosen = target.every_option
     return {"kind": chosen.get("backup", "mean"), "beta": chosen.get("beta")}
 
 

@@ -33,7 +33,7 @@ _log = _Log()
 
 def _read(self: Any, name: str) -> Any:
     if name in _FIELDS and not _log.paused:
-        _log.seen.add(name)
+        _log.seen.add(f"outputs.{name}" if isinstance(self, Outputs) else name)
     return object.__getattribute__(self, name)
 
 
@@ -74,7 +74,7 @@ class Needs:
     logp_ref: bool
     entropy: bool  # of the policy before the update
     entropy_gradient: bool  # Outputs.entropy, which a loss term reads
-    value: bool = False  # of the value model, before the update
+    value: bool = False  # of the value model, before the update; each step tells how good they are
     value_next: bool = False  # its Q head backed up over every next token
     value_model: bool = False  # some part reads or trains values
     groups: bool = False  # a loss compares the completions of a group: micro-batches must not cut groups
@@ -102,11 +102,11 @@ def find_needs(recipe: Recipe) -> Needs:
     needs = Needs(
         logp_old="logp_old" in before
         or bool(recipe.loss and recipe.epochs * recipe.minibatches > 1)
-        or ("logp" in in_value_loss and not recipe.loss),
+        or ("outputs.logp" in in_value_loss and not recipe.loss),
         logp_ref="logp_ref" in before | during,
-        entropy="entropy" in before,
-        entropy_gradient="entropy" in in_policy_loss,
-        value=("value" in before or "value" in in_value_loss) and not _branches(recipe),
+        entropy="entropy" in before | during,
+        entropy_gradient="outputs.entropy" in in_policy_loss,
+        value=("value" in before | during or bool(recipe.value_loss)) and not _branches(recipe),
         value_next=_has_q_head(recipe) and "value_next" in before | during,
         value_model=bool(recipe.value_loss) or ("value" in before | during and not _branches(recipe)),
         groups="group" in during,
@@ -159,6 +159,8 @@ def _observe_losses(slot: str, terms: Sequence[Part], batch: Batch, recipe: Reci
 
 
 def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, ...]]) -> set[str]:
+    if (declared := getattr(part.call, "needs", None)) is not None:
+        return set(declared())  # a model or a service stands behind it, which is not asked about made-up tokens
     _log.seen = set()
     call = copy.deepcopy(part.call)  # a part with memory must not remember the made-up batch
     try:

@@ -44,7 +44,7 @@ MEANING = {
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A completion to show: the value before the first token, and after each."""
+    """A completion to show: the value before the first token (NaN: unknown), and after each."""
 
     prompt: str
     pieces: Sequence[str]
@@ -96,9 +96,9 @@ def _picture(path: Path, what: str) -> str:
 
 
 def _completions(examples: Sequence[Example], unit: str) -> list[str]:
-    if not examples:
+    values = [value for example in examples for value in example.values if math.isfinite(value)]
+    if not values:
         return []
-    values = [value for example in examples for value in (example.start, *example.values)]
     low, high = min(values), max(values)
     marks = [low + (high - low) * i / 4 for i in range(5)]
     scale = "".join(f'<span style="{_colour(v, low, high)}">{v:.2f}</span>' for v in marks)
@@ -112,13 +112,13 @@ def _completions(examples: Sequence[Example], unit: str) -> list[str]:
 
 def _completion(example: Example, low: float, high: float) -> str:
     tokens = "".join(
-        f'<span style="{_colour(value, low, high)}" title="{value:.4f}">{_visible(piece)}</span>'
+        f'<span style="{_colour(value, low, high)}" title="{figure(value)}">{_visible(piece)}</span>'
         for piece, value in zip(example.pieces, example.values, strict=True)
     )
     end = example.values[-1] if example.values else example.start
     return (
-        f"<p>outcome {example.outcome:.3g}, {example.finish}; value of the prompt {example.start:.3f}, "
-        f"at the end {end:.3f}</p><pre><span class=prompt>{html.escape(example.prompt)}</span>{tokens}</pre>"
+        f"<p>outcome {example.outcome:.3g}, {example.finish}; value of the prompt {figure(example.start)}, "
+        f"at the end {figure(end)}</p><pre><span class=prompt>{html.escape(example.prompt)}</span>{tokens}</pre>"
     )
 
 
@@ -128,7 +128,9 @@ def _visible(piece: str) -> str:
 
 
 def _colour(value: float, low: float, high: float) -> str:
-    """Background from white to a mid blue of the same lightness as a mid grey, on which black text can be read."""
+    """Background from white to a mid blue, on which black text can be read; none where there is no value."""
+    if not math.isfinite(value):
+        return ""
     share = (value - low) / (high - low) if high > low else 0.5
     red, green, blue = (round(255 - share * (255 - end)) for end in (120, 160, 210))
     return f"background:rgb({red},{green},{blue})"

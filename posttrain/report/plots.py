@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,7 @@ def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """
     made: dict[str, str] = {}
     unit = report["unit"]
-    pictures = {
-        "calibration.png": ("Outcome against predicted value, in bins of equally many states", draw_calibration),
-        "position.png": ("Value along the completion, by how it ended", draw_position),
-        "steps.png": ("Value and outcome by reasoning step", draw_steps),
-        "errors.png": ("Errors of all states", draw_errors),
-        "branches.png": ("Value against Monte-Carlo continuations of the same prefixes", draw_branches),
-    }
-    for name, (title, draw) in pictures.items():
+    for name, (title, draw) in PICTURES.items():
         with plt.rc_context(STYLE):
             figure, axes = plt.subplots()
             if draw(axes, report, unit):
@@ -175,3 +168,13 @@ def _number(value: float | None) -> float:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
+
+
+PICTURES: dict[str, tuple[str, Callable[[Axes, Mapping[str, Any], str], bool]]] = {
+    "calibration.png": ("Outcome against predicted value, in bins of equally many states", draw_calibration),
+    "position.png": ("Value along the completion, by how it ended", draw_position),
+    "steps.png": ("Value and outcome by reasoning step", draw_steps),
+    "errors.png": ("Errors of all states", draw_errors),
+    "branches.png": ("Value against Monte-Carlo continuations of the same prefixes", draw_branches),
+}
+"""File name: title, and what draws it; False: the report has no numbers for it."""

@@ -34,7 +34,7 @@ from posttrain.recipe import Part
 from posttrain.report import values
 from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.report.page import Example, figure, write_page
-from posttrain.report.plots import draw_all
+from posttrain.report.plots import PICTURES, draw_all
 from posttrain.report.tokens import Decode, pieces, steps_by_text
 from posttrain.rollout import prompt_seeds, single_turn
 from posttrain.runtime import Runtime, length_groups
@@ -172,7 +172,9 @@ def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:
 
 @torch.no_grad()
 def predict(model: ValueModel, batch: Batch, runtime: Runtime, micro_batch_tokens: int) -> Float[Tensor, "N L"]:
-    """The model's value at every state, 0 elsewhere, in micro-batches of completions of like length.
+    """The model's value at every state, NaN elsewhere, in micro-batches of completions of like length.
+
+    A per-token head knows the states that end with a chosen token, not the prompt.
 
     Raises:
         UserError: where a token is not in the model's vocabulary.
@@ -190,7 +192,8 @@ def predict(model: ValueModel, batch: Batch, runtime: Runtime, micro_batch_token
         with runtime.autocast():
             its, _ = model(part.tokens, part.states)
         value[rows, : its.shape[1]] = its.float().cpu()
-    return value
+    known_at = batch.mask if model.spec.head.type == "per_token" else batch.states
+    return value.masked_fill(~known_at, math.nan)
 
 
 def make_report(
@@ -209,9 +212,7 @@ def make_report(
         raise UserError("no completion has a score: none of the verifiers applied to any of them")
     scaled = partial(values.on_mean_scale, kind=spec.kind, beta=spec.beta or 1.0, top=top)
     predicted, bins = scaled(value.double()), suite.report.bins
-    # A per-token head knows the prefixes that end with a token that was chosen, not the prompt
-    at = batch.mask if spec.head.type == "per_token" else batch.states
-    states = values.states_of(batch, predicted, scaled(batch.score.double()), at)
+    states = values.states_of(batch, predicted, scaled(batch.score.double()), torch.isfinite(value))
     calibration = values.calibration(states, bins)
     report: dict[str, Any] = {
         "metrics": values.summary(states, calibration),
@@ -234,7 +235,7 @@ def make_report(
 
 def _points(value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"]) -> dict[str, Any]:
     count = torch.isfinite(outcomes).sum(-1)
-    kept = count >= 2
+    kept = (count >= 2) & torch.isfinite(value)
     mean = outcomes[kept].nanmean(-1)
     noise = ((outcomes[kept] - mean[:, None]).square().nansum(-1) / (count[kept] - 1) / count[kept]).sqrt()
     plain = {"value": value[kept].tolist(), "mean": mean.tolist(), "standard_error": noise.tolist()}
@@ -257,6 +258,8 @@ def write_report(
     folder = suite.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name in PICTURES:  # of the report that was there
+        (folder / name).unlink(missing_ok=True)
     pictures = draw_all(report, folder)
     examples = [_example(batch, value, row, tokenizer) for row in choose_examples(batch, suite.report.shown)]
     page = write_page(folder, f"Value report: {suite.value.model}", report, pictures, examples)

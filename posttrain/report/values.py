@@ -294,10 +294,11 @@ def agreement(
     correlation that even the true values can be expected to reach, ``sqrt(1 - mean(s^2) / Var(mean))`` (Spearman 1904).
 
     Args:
+        value: NaN where there is none; those prefixes are left out.
         outcomes: NaN where a continuation has none; prefixes with fewer than two are left out.
     """
     known = torch.isfinite(outcomes)
-    kept = known.sum(-1) >= 2
+    kept = (known.sum(-1) >= 2) & torch.isfinite(value)
     samples, known, value = outcomes[kept].double(), known[kept], value[kept].double()
     count = known.sum(-1)
     means = samples.where(known, 0.0).sum(-1) / count

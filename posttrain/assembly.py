@@ -102,7 +102,7 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
 
 
 def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
-    """The models of a run: those with a loss prepared for training, the others beside them as far as they are needed."""
+    """The models of a run: those with a loss prepared for training, the others beside them where they are needed."""
     torch.manual_seed(recipe.seed)  # adapters and heads of several members start from random weights
     policy = build_policy(recipe.policy)
     reference = build_reference(recipe, needs, runtime, policy)
@@ -112,8 +112,8 @@ def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
     if value is not None and recipe.value is not None and recipe.value.target_rate is not None:
         slow = target_copy(value)
     groups: list[Group] = []
-    trains_value = value is not None and bool(recipe.value_loss)
-    of_value = [p for p in value.own_parameters().values() if p.requires_grad] if trains_value else []
+    learns = value.own_parameters() if value is not None and recipe.value_loss else {}
+    of_value = [parameter for parameter in learns.values() if parameter.requires_grad]
     if recipe.loss:
         others = {id(parameter) for parameter in of_value}
         mine = [p for p in policy.parameters() if p.requires_grad and id(p) not in others]

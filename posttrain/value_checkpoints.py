@@ -52,7 +52,7 @@ def build_value(
         policy_settings: the policy section.
         policy: to share its weights; not yet wrapped by Accelerate.
         kind: how targets are backed up; None: as a saved value model says, or else the mean.
-        beta: temperature of a soft value.
+        beta: temperature of a soft value, in reward units.
 
     Raises:
         RecipeError: for settings that contradict each other or the model they name.
@@ -66,10 +66,10 @@ def build_value(
         value.adapter = VALUE_ADAPTER
     else:
         value = _of_its_own(settings, policy_settings)
-    if not settings.frozen:
-        value.spec = dataclasses.replace(value.spec, kind=kind or value.spec.kind, beta=beta or value.spec.beta)
-        if value.spec.kind == "soft" and not value.spec.beta:
-            raise RecipeError("target.beta: a soft value needs its temperature, in reward units")
+    if kind is not None and not settings.frozen:
+        value.spec = dataclasses.replace(value.spec, kind=kind, beta=beta if kind == "soft" else None)
+    if value.spec.kind == "soft" and not value.spec.beta:
+        raise RecipeError("target.beta: a soft value needs its temperature, in reward units")
     return value
 
 
@@ -161,7 +161,9 @@ def _refuse_other_tokens(model: str, policy_settings: options.Policy) -> None:
     of_policy = AutoTokenizer.from_pretrained(
         policy_settings.model, revision=policy_settings.revision, trust_remote_code=trust
     ).get_vocab()
-    differ = [token for token, i in of_policy.items() if own.get(token) != i]
+    token_of = {i: token for token, i in own.items()}
+    # a token that it does not know, at a place that it does not use, is none that it takes for another
+    differ = [token for token, i in of_policy.items() if own.get(token, i) != i or token_of.get(i, token) != token]
     if differ:
         raise RecipeError(
             f"{PLACE}: {model!r} reads other tokens than the policy writes: {len(differ)} of {len(of_policy)} differ, "

@@ -220,6 +220,19 @@ def test_one_copy_of_the_weights_three_models(tiny_model_folder, random_batch):
     assert all("lora_" in name for name in trained)
 
 
+def test_adapters_and_head_are_float32_on_bfloat16_weights(tiny_model_folder, random_batch):
+    own = PolicyOptions(model=str(tiny_model_folder), lora=Lora(rank=4), dtype="bfloat16", gradient_checkpointing=True)
+    policy, batch = build_policy(own), random_batch(7)
+    value = stirred(build_value(Value(share=True, lora=Lora(rank=2)), own, policy), std=0.1)
+    assert {p.dtype for p in value.own_parameters().values()} == {torch.float32}
+    assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        values, _ = value.train()(batch.tokens, batch.states)
+    assert values.dtype == torch.float32
+    values.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in value.own_parameters().values())
+
+
 def joint_and_separate(policy, value, batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Gradients of one backward pass through both models' losses, and of one pass for each."""
     found = []

@@ -72,7 +72,7 @@ class Part:
         return self.call(*args, **kwargs)
 
     @classmethod
-    def of(cls, target: Callable[..., Any], *, settings: Mapping[str, Any] | None = None, **options: Any) -> Part:
+    def of(cls, target: Callable[..., Any], /, *, settings: Mapping[str, Any] | None = None, **options: Any) -> Part:
         """The part that a function or class makes with these options: ``Part.of(clip, low=0.2, high=0.28)``.
 
         A class is instantiated, unless its constructor asks for more than options; a function has them bound.

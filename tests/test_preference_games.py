@@ -15,6 +15,9 @@ from preference_cases import answers, every_pair, forward, whole_loss
 from test_preference_optima import CYCLE, ROCK_PAPER_SCISSORS
 from torch import Tensor
 
+from posttrain.batch import Outputs
+from posttrain.parts.advantages import returns
+from posttrain.parts.losses import reinforce
 from posttrain.parts.preference import pair_links, pair_targets, pair_weights
 from posttrain.parts.preference.games import antisymmetric, win_rates
 from posttrain.parts.preference.terms import pairwise
@@ -214,3 +217,24 @@ def test_inpo_regresses_to_a_mixture_of_reference_and_last_iterate() -> None:
     optimizer.step(closure)  # type: ignore[arg-type]
     close(logits.softmax(-1), (0.3897, 0.46308, 0.14722), 1e-4)
     close(logits.softmax(-1), (centre + GAME @ old / b).softmax(-1), 1e-6)
+
+
+def test_the_kl_term_of_nash_md_needs_what_follows() -> None:
+    """Two tokens, given by logits of 1 against 0: rewards to go give ∇KL(π ‖ ref), those of each token alone do not."""
+    theta = torch.tensor([0.0, 0.0, 2.0]).double().requires_grad_()
+    sequences = [(a, b) for a in (0, 1) for b in (0, 1)]
+
+    def logps(logits: Tensor) -> Tensor:
+        """[4, 2]: of both tokens, the second given the first."""
+        chosen = torch.tensor(sequences)
+        logit = torch.stack([logits[0].expand(4), logits[1 + chosen[:, 0]]], 1)
+        return torch.where(chosen == 1, logit, -logit).sigmoid().log()
+
+    logp, reference = logps(theta), logps(torch.tensor([0.0, 0.0, -1.0]).double())
+    batch = answers([[(0, 0.0)]] * 4, [1.0])
+    batch = batch.set(mask=torch.ones(4, 2).bool(), step_reward=(reference - logp).detach())
+    probability = logp.detach().sum(-1).exp()
+    for advantage, expected in ((returns(batch), (0.20718, 0, 0.15749)), (batch.step_reward, (0, 0, 0.15749))):
+        loss = (reinforce(Outputs(logp=logp), batch.set(advantage=advantage)) * probability[:, None]).sum()
+        (slope_,) = torch.autograd.grad(loss, theta, retain_graph=True)
+        close(slope_, expected, 1e-5)

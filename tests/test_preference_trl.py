@@ -472,6 +472,23 @@ def test_orpo_is_that_of_trl_but_for_the_prompt(seed: int) -> None:
 # ---- TPO and online DPO
 
 
+def test_tpo_is_that_of_trl_where_completions_are_equally_long() -> None:
+    """A gold completion stands in each group without a label; TRL's likelihood of it is a mean over all tokens."""
+    from trl.experimental.tpo import TPOTrainer
+
+    batch, policy, _ = case(5, same_length=True)
+    gold = case(6, same_length=True)[0][list(range(PAIRS))]
+    three = Batch.concatenate([batch, gold.set(reward=torch.full((PAIRS,), math.nan).double())])
+    trainer = dpo_trainer(policy, policy, {"loss_type": "sigmoid", "beta": 0.01, "tpo_alpha": 1.0})
+    inputs = {"input_ids": three.tokens, "attention_mask": three.mask.long(), "completion_mask": three.mask.long()}
+    theirs = TPOTrainer._compute_loss(trainer, policy, inputs, False)  # type: ignore[arg-type]
+    tpo: Weighted = [
+        (1.0, partial(pairwise, beta=0.01, score=scores.log_prob)),
+        (1.0, partial(regularisers.nll, rows="unlabelled", level="mean")),
+    ]
+    same(with_gradient(whole_loss(tpo, ours(policy, three), three), policy), with_gradient(theirs, policy))
+
+
 @given(seed=seeds)
 @examples(4)
 def test_online_dpo_and_ipo_are_those_of_trl(seed: int) -> None:

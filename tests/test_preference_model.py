@@ -1,0 +1,115 @@
+"""Preference terms as parts of a recipe, on a real (tiny) language model, full and with adapters."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import typing
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import make_random_batch
+
+from posttrain.batch import Batch, Outputs
+from posttrain.compose import total_loss
+from posttrain.models import Policy, build_policy
+from posttrain.options import Lora
+from posttrain.options import Policy as PolicyOptions
+from posttrain.parts.normalisers import group_mean_of_token_sum
+from posttrain.parts.preference import list_targets, pair_links, pair_targets, point_links, scores
+from posttrain.parts.preference.inner import Inner
+from posttrain.parts.preference.regularisers import nll
+from posttrain.parts.preference.terms import listwise, pairwise, pointwise
+from posttrain.recipe import Part
+
+RECIPES = {
+    "DPO": [Part.of(pairwise, beta=0.1)],
+    "IPO": [
+        Part.of(
+            pairwise,
+            beta=1.0,
+            score=Part.of(scores.log_ratio, level="mean"),
+            link=Part.of(pair_links.square, tau=0.1),
+            target=Part.of(pair_targets.hard),
+        )
+    ],
+    "KTO": [Part.of(pointwise, beta=0.1, link=Part.of(point_links.sigmoid))],
+    "InfoNCA": [Part.of(listwise, target=Part.of(list_targets.best))],
+    "ORPO": [
+        Part.of(pairwise, beta=1.0, score=Part.of(scores.log_odds), settings={"coef": 0.1}),
+        Part.of(nll, level="mean"),
+    ],
+}
+
+
+def pairs() -> Batch:
+    batch = make_random_batch(0, groups=4, size=2)
+    batch = batch.set(reward=(torch.arange(8) % 2).float(), advantage=None, value=None)
+    return batch.set(weight=group_mean_of_token_sum(batch))
+
+
+def forward(policy: Policy, batch: Batch, *, reference: bool = False) -> Outputs:
+    return Outputs(logp=policy(batch.tokens, batch.mask, reference=reference)[0])
+
+
+@pytest.fixture(params=["full", "adapters"])
+def policy(request: pytest.FixtureRequest, tiny_model_folder) -> Policy:
+    lora = Lora(rank=4) if request.param == "adapters" else None
+    return build_policy(PolicyOptions(model=str(tiny_model_folder), lora=lora)).train()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_few_steps_prefer_the_chosen_completions(name: str, policy: Policy) -> None:
+    """From scores that are exactly 0 at the reference; micro-batches of whole groups give the same gradient."""
+    batch = pairs()
+    with torch.no_grad():
+        batch = batch.set(logp_ref=forward(policy, batch, reference=policy.has_adapters).logp)
+        start = forward(policy, batch)
+        assert not scores.log_ratio(start, batch).any()
+        if name == "DPO":
+            assert total_loss(RECIPES[name], start, batch)[0].item() == pytest.approx(math.log(2))
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    for step in range(8):
+        for micro in (batch[batch.group < 2], batch[batch.group >= 2]):
+            total_loss(RECIPES[name], forward(policy, micro), micro)[0].backward()
+        if step == 0:
+            split = [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
+            optimizer.zero_grad()
+            total_loss(RECIPES[name], forward(policy, batch), batch)[0].backward()
+            whole = [parameter.grad for parameter in trained if parameter.grad is not None]
+            torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        ratio = scores.log_ratio(forward(policy, batch), batch)
+    chosen = batch.reward > 0
+    assert (ratio[chosen] > ratio[~chosen]).all()
+
+
+def inner_options() -> Iterator[tuple[str, Inner, object]]:
+    for term in (pairwise, pointwise, listwise):
+        hints = typing.get_type_hints(term, include_extras=True)
+        for name, default in (term.__kwdefaults__ or {}).items():
+            hint = typing.get_args(hints[name])[0] if typing.get_origin(hints[name]) is tuple else hints[name]
+            marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Inner)]
+            if marks:
+                yield f"{term.__name__}.{name}", marks[0], default
+
+
+def test_options_that_are_parts_name_where_they_are_looked_up_and_what_they_take() -> None:
+    found = {name: (mark, default) for name, mark, default in inner_options()}
+    assert sorted(found) == sorted(
+        ["listwise.link", "listwise.score", "listwise.target", "pointwise.link", "pointwise.score"]
+        + [f"pairwise.{name}" for name in ("score", "link", "target", "margin", "pair_weight")]
+    )
+    for mark, default in found.values():
+        module = importlib.import_module(mark.module)
+        functions = [value for value in vars(module).values() if getattr(value, "__module__", "") == mark.module]
+        public = [f for f in functions if callable(f) and not f.__name__.startswith("_")]
+        assert len(public) > 1
+        for function in public:
+            code = function.__code__ if hasattr(function, "__code__") else function.__wrapped__.__code__
+            assert code.co_varnames[: code.co_argcount] == mark.takes, function
+        assert default == () or default in public

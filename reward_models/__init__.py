@@ -1,0 +1,18 @@
+"""Reward models as parts: ``reward: [{use: reward_models.outcome, model: path}]``.
+
+Each is built once a process from its options and called with a batch: ``batch -> [N]`` (a completion's reward) or
+``batch -> [N, L]`` (rewards at the ends of steps, or of tokens). Models are loaded at the first call. Scorers of whole
+completions also take texts, ``of_texts(prompts, completions) -> [M]``, and prefixes of the policy's tokens,
+``of_prefixes(prefixes) -> [M]``, for evaluation and decoding.
+"""
+
+from __future__ import annotations
+
+from reward_models.ensemble import EnsembleModel as ensemble
+from reward_models.implicit import ImplicitModel as implicit
+from reward_models.judge import Judge as judge
+from reward_models.judge import PairwiseJudge as pairwise_judge
+from reward_models.outcome import OutcomeModel as outcome
+from reward_models.process import ProcessModel as process
+
+__all__ = ["ensemble", "implicit", "judge", "outcome", "pairwise_judge", "process"]

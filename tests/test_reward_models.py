@@ -1,0 +1,356 @@
+"""Reward models as parts of a recipe: against Hugging Face's own forward pass, and a judge behind a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+import reward_models
+from posttrain import options
+from posttrain.batch import Finish
+from posttrain.engines.base import Completion
+from posttrain.errors import RecipeError, UserError
+from posttrain.heads import Head
+from posttrain.loading import load_recipe
+from posttrain.needs import find_needs
+from posttrain.parts.credit import step_ends
+from posttrain.rollout import Prompts, to_batch
+from posttrain.value_checkpoints import save_value
+from posttrain.values import ValueModel, ValueSpec
+from reward_models.ensemble import reduce
+from reward_models.judge import JudgeError, as_text, filled
+from reward_models.process import step_columns
+
+TEXTS = ("4 it is", "well\nit is\n5", "six")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_folder: Path):
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer):
+    """Three completions of two prompts."""
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("2+2?", "2+3?")]
+    prompts = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True)["input_ids"] for r in rows]
+    groups = [[TEXTS[0]], [TEXTS[1], TEXTS[2]]]
+    completions = [
+        [Completion([*tokenizer.encode(text), tokenizer.eos_token_id], [], Finish.STOPPED, 0) for text in group]
+        for group in groups
+    ]
+    completions = [[Completion(c.tokens, [-1.0] * len(c.tokens), c.finish, 0) for c in group] for group in completions]
+    its = Prompts(tokens=prompts, rows=rows, places=["", ""], group=[0, 1], seeds=[0, 0])
+    texts = {(0, 0): TEXTS[0], (1, 0): TEXTS[1], (1, 1): TEXTS[2]}
+    return to_batch(its, completions, texts).set(score=torch.zeros(3), reward=torch.zeros(3))
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_folder: Path, tmp_path_factory, tokenizer):
+    """Saved models: two sequence classifiers, a process model of two labels, a value model of this package."""
+    home = tmp_path_factory.mktemp("reward-models")
+    for name, kind, labels, seed in (
+        ("outcome", AutoModelForSequenceClassification, 1, 1),
+        ("other", AutoModelForSequenceClassification, 1, 2),
+        ("process", AutoModelForTokenClassification, 2, 3),
+    ):
+        torch.manual_seed(seed)
+        model = kind.from_pretrained(tiny_model_folder, num_labels=labels)
+        torch.nn.init.normal_(model.score.weight, std=0.3)
+        model.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    language_model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    spec = ValueSpec(head=options.Head(type="bernoulli"))
+    head = Head(spec.head, 64, len(tokenizer))
+    torch.nn.init.normal_(head.linear.weight, std=0.3)
+    save_value(ValueModel(language_model.get_decoder(), head, spec), tokenizer, home / "value")
+    return {path.name: str(path) for path in home.iterdir()}
+
+
+def own_scores(folder: str, batch, tokenizer) -> torch.Tensor:
+    """What Hugging Face's class says, a completion at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    texts = [
+        tokenizer.apply_chat_template([*row["prompt"], {"role": "assistant", "content": text}], tokenize=False)
+        for row, text in zip(batch.rows, batch.texts, strict=True)
+    ]
+    with torch.no_grad():
+        return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 16384])
+def test_outcome_model_is_hugging_faces(folders, batch, tokenizer, micro_batch_tokens):
+    wanted = own_scores(folders["outcome"], batch, tokenizer)
+    assert wanted.std() > 0.05
+    by_text = reward_models.outcome(model=folders["outcome"], micro_batch_tokens=micro_batch_tokens)(batch)
+    by_tokens = reward_models.outcome(model=folders["outcome"], input="tokens")(batch)
+    torch.testing.assert_close(by_text, wanted, atol=2e-5, rtol=0)
+    torch.testing.assert_close(by_tokens, wanted, atol=2e-5, rtol=0)  # the tests' template ends where the policy does
+
+
+def test_shift_and_scale(folders, batch, tokenizer):
+    plain = reward_models.outcome(model=folders["outcome"])(batch)
+    moved = reward_models.outcome(model=folders["outcome"], shift=0.5, scale=4.0)(batch)
+    torch.testing.assert_close(moved, (plain - 0.5) / 4)
+    with pytest.raises(ValueError, match="scale"):
+        reward_models.outcome(model=folders["outcome"], scale=0.0)
+
+
+def test_value_models_of_this_package_read_tokens(folders, batch):
+    scorer = reward_models.outcome(model=folders["value"])
+    prefixes = [SimpleNamespace(tokens=batch.tokens[i, : batch.length[i]].tolist()) for i in range(3)]
+    torch.testing.assert_close(scorer(batch), scorer.of_prefixes(prefixes))
+    assert ((scorer(batch) > 0) & (scorer(batch) < 1)).all()
+    strange = batch.set(texts=("another", *batch.texts[1:]), mask=batch.mask & (torch.arange(3) == 0)[:, None])
+    with pytest.raises(UserError, match=r"has another tokenizer. Set `input: text`"):
+        scorer(strange)
+
+
+def test_missing_models_are_found_before_the_run(batch):
+    for scorer in (
+        reward_models.outcome(model="./nowhere"),
+        reward_models.ensemble(models=["./nowhere", "./neither"]),
+        reward_models.implicit(model="./nowhere", reference="./nowhere"),
+        reward_models.process(model="./nowhere"),
+    ):
+        with pytest.raises(RecipeError, match="nowhere"):
+            scorer.needs()
+
+
+def test_ensemble_reductions():
+    rewards = torch.tensor([[1.0], [2.0], [4.0]])
+    assert reduce(rewards, "mean").item() == pytest.approx(7 / 3)
+    assert reduce(rewards, "min").item() == 1.0
+    assert reduce(rewards, "mean_minus_variance", 0.5).item() == pytest.approx(7 / 3 - 0.5 * 14 / 9)
+    assert reduce(rewards, "mean_minus_std", 2.0).item() == pytest.approx(7 / 3 - 2 * (14 / 9) ** 0.5)
+
+
+def test_ensemble_of_models(folders, batch, tokenizer):
+    each = torch.stack([own_scores(folders[name], batch, tokenizer) for name in ("outcome", "other")])
+    models = [folders["outcome"], folders["other"]]
+    torch.testing.assert_close(
+        reward_models.ensemble(models=models, reduce="min")(batch), each.amin(0), atol=2e-5, rtol=0
+    )
+    scaled = reward_models.ensemble(models=models, shifts=[0.0, 1.0], scales=[1.0, 2.0])(batch)
+    torch.testing.assert_close(scaled, (each[0] + (each[1] - 1) / 2) / 2, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="1 model is none"):
+        reward_models.ensemble(models=models[:1])
+    with pytest.raises(ValueError, match="2 models but 1 scales"):
+        reward_models.ensemble(models=models, scales=[1.0])
+
+
+def own_probabilities(folder: str, ids: list[int]) -> torch.Tensor:
+    """The probability of `right` after each token, by Hugging Face's own class."""
+    model = AutoModelForTokenClassification.from_pretrained(folder)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].softmax(-1)[:, 1]
+
+
+def test_process_model_scores_each_step_where_it_ends(folders, batch, tokenizer):
+    scorer = reward_models.process(model=folders["process"], separator="\n", input="tokens")
+    found = scorer(batch)
+    start = int(batch.mask[1].int().argmax())
+    ends = [start + 4, start + 10, start + 12]  # "well\n", "it is\n", "5" with the end of the sequence
+    assert found[1].nonzero().squeeze(-1).tolist() == ends
+    wanted = own_probabilities(folders["process"], batch.tokens[1, : batch.length[1]].tolist())
+    torch.testing.assert_close(found[1, ends], wanted[ends], atol=2e-5, rtol=0)
+    assert (found[0] != 0).sum() == (found[2] != 0).sum() == 1
+    signed = reward_models.process(model=folders["process"], separator="\n", input="tokens", signed=True, shared=True)
+    torch.testing.assert_close(signed(batch)[1, ends], (2 * wanted[ends] - 1) / 3, atol=2e-5, rtol=0)
+
+
+def test_process_model_of_the_rollouts_own_steps(folders, batch):
+    whole = reward_models.process(model=folders["process"], input="tokens")(batch)
+    assert ((whole != 0) == step_ends(batch)).all() and ((whole != 0).sum(-1) == 1).all()
+
+
+def test_process_model_that_reads_text_judges_at_its_markers(folders, batch, tokenizer):
+    arguments = {"model": folders["process"], "separator": "\n", "tokenizer": folders["outcome"], "marker": "#"}
+    found = reward_models.process(**arguments)(batch)
+    text = tokenizer.apply_chat_template(batch.rows[1]["prompt"], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.encode(text + "well#it is#5#<|end|>")
+    at = [i for i, token in enumerate(ids) if token == tokenizer.encode("#")[0]]
+    wanted = own_probabilities(folders["process"], ids)[at]
+    torch.testing.assert_close(found[1][found[1] != 0], wanted, atol=2e-5, rtol=0)
+    with pytest.raises(UserError, match="needs `separator`"):
+        reward_models.process(model=folders["process"]).needs()
+
+
+def test_steps_of_a_text_model_without_marker_end_with_the_separator(tokenizer):
+    ids, columns = step_columns("Q", ["ab", "c"], "\n", "", tokenizer)
+    assert tokenizer.decode(ids) == "Qab\nc<|end|>"
+    assert columns == [3, 4]
+
+
+def test_implicit_reward_is_the_log_ratio(tiny_model_folder, tmp_path, batch, tokenizer):
+    tuned = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.05)
+    tuned.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = {"model": str(tmp_path), "reference": str(tiny_model_folder), "beta": 0.1}
+    found = reward_models.implicit(**arguments)(batch)
+    for row in range(3):
+        ids = batch.tokens[row, : batch.length[row]]
+        logps = []
+        for path in (tmp_path, tiny_model_folder):
+            with torch.no_grad():
+                logits = AutoModelForCausalLM.from_pretrained(path)(ids[None]).logits[0]
+            logps.append([float(logits[t - 1].log_softmax(-1)[ids[t]]) for t in range(1, len(ids))])
+        wanted = [0.0] + [0.1 * (a - b) for a, b in zip(*logps, strict=True)]
+        wanted = torch.tensor(wanted).where(batch.mask[row, : len(ids)], 0.0)
+        torch.testing.assert_close(found[row, : len(ids)], wanted, atol=1e-5, rtol=0)
+    whole = reward_models.implicit(**arguments, level="sequence")(batch)
+    torch.testing.assert_close(whole, found.sum(-1))
+
+
+def test_reward_models_in_a_recipe(tmp_path, tiny_model_folder, folders, batch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"policy: {{model: {tiny_model_folder}}}\ndata: {{path: rows.jsonl}}\n"
+        f"reward: [{{use: reward_models.outcome, model: {folders['outcome']}, weight: 2.0}}]\n"
+        "advantage: {use: outcome}\nloss: [{use: clip}]\n"
+    )
+    loaded = load_recipe(recipe)
+    find_needs(loaded)
+    assert loaded.reward[0].weight == 2.0
+    plain = reward_models.outcome(model=folders["outcome"])(batch)
+    torch.testing.assert_close(loaded.reward[0](batch), plain)
+    recipe.write_text(recipe.read_text().replace(folders["outcome"], "./nowhere"))
+    with pytest.raises(RecipeError, match="nowhere"):
+        find_needs(load_recipe(recipe))
+
+
+# ---- judges ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible endpoint on this machine whose answers the test decides: question -> (status, text)."""
+    state = SimpleNamespace(answer=lambda question: (200, "[[5]]"), asked=[], headers=[], at_once=0, most=0)
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                state.asked.append(body)
+                state.headers.append(dict(self.headers))
+                state.at_once += 1
+                state.most = max(state.most, state.at_once)
+            status, text = state.answer(body["messages"][0]["content"])
+            with lock:
+                state.at_once -= 1
+            answer = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing on standard error."""
+
+    its = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    its.daemon_threads = True
+    threading.Thread(target=its.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{its.server_port}/v1"
+    yield state
+    its.shutdown()
+    its.server_close()
+
+
+def test_judge_rates_completions(server, batch, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    ratings = {TEXTS[0]: "Fine. [[10]]", TEXTS[1]: "not [[9]] but [[5.5]]", TEXTS[2]: "[[1]]"}
+    server.answer = lambda question: (200, next(ratings[text] for text in TEXTS if question.endswith(text)))
+    found = reward_models.judge(url=server.url, model="judge", key_variable="JUDGE_KEY")(batch)
+    assert found.tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert {(body["model"], body["temperature"]) for body in server.asked} == {("judge", 0.0)}
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+    assert sorted("2+2?" in body["messages"][0]["content"] for body in server.asked) == [False, False, True]
+
+
+def test_judge_tries_again_and_gives_up(server, batch):
+    times: Counter[str] = Counter()
+
+    def busy_twice(question: str) -> tuple[int, str]:
+        times[question] += 1
+        return [(503, "busy"), (200, "I cannot say"), (200, "[[10]]")][times[question] - 1]
+
+    server.answer = busy_twice
+    arguments = {"url": server.url, "model": "judge", "backoff": 0.001}
+    assert reward_models.judge(**arguments, retries=2)(batch).tolist() == [1.0] * 3
+    times.clear()
+    with pytest.raises(JudgeError, match=r"no verdict in its answer 'I cannot say' \(2 attempts\)"):
+        reward_models.judge(**arguments, retries=1)(batch)
+    server.answer = lambda question: (401, "no key")
+    server.asked.clear()
+    with pytest.raises(JudgeError, match="status 401"):
+        reward_models.judge(**arguments, concurrent=1)(batch)
+    questions = [body["messages"][0]["content"] for body in server.asked]
+    assert len(set(questions)) == len(questions)  # what another attempt would not change is not tried again
+
+
+def test_judge_waits_so_long_and_no_longer(server, batch):
+    server.answer = lambda question: (time.sleep(0.6), (200, "[[5]]"))[1]
+    with pytest.raises(JudgeError, match=r"no answer in 0.1 s \(1 attempts\)"):
+        reward_models.judge(url=server.url, model="j", timeout=0.1, retries=0)(batch)
+
+
+def test_judge_is_asked_by_so_many_at_once(server, batch):
+    server.answer = lambda question: (time.sleep(0.03), (200, "[[5]]"))[1]
+    many = batch[[0, 1, 2] * 4]
+    reward_models.judge(url=server.url, model="j", concurrent=3)(many)
+    assert server.most == 3 and len(server.asked) == 12
+
+
+def test_nobody_answers(batch):
+    with pytest.raises(JudgeError, match="ConnectError"):
+        reward_models.judge(url="http://127.0.0.1:9/v1", model="j", retries=0)(batch)
+
+
+def test_pairwise_judge_of_both_orders(server, batch):
+    server.answer = lambda question: (200, "[[A]]")  # likes the first place, whatever stands there
+    judge = reward_models.pairwise_judge(url=server.url, model="j")
+    assert judge(batch).tolist() == [0.5, 0.5, 0.5]
+    assert len(server.asked) == 2  # one pair in two orders; the completion that is alone is not asked about
+    better = TEXTS[2]
+
+    def honest(question: str) -> tuple[int, str]:
+        first = question.split("[Answer A]\n")[1].split("\n\n[Answer B]")[0]
+        return 200, "[[A]]" if first == better else "[[B]]"
+
+    server.answer = honest
+    assert judge(batch).tolist() == [0.5, 0.0, 1.0]
+    server.answer = lambda question: (200, "[[C]]" if "[Answer A]\nsix" in question else "[[A]]")
+    assert judge(batch).tolist() == pytest.approx([0.5, 0.75, 0.25])
+
+
+def test_questions_keep_braces_and_roles():
+    assert filled("{a} {b} {c}", a="{b}", b="1") == "{b} 1 {c}"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert as_text(turns) == "user: x\n\nassistant: y" and as_text(turns[:1]) == "x" and as_text("z") == "z"
+
+
+def test_judges_options_are_checked():
+    with pytest.raises(RecipeError, match="no place {completion}"):
+        reward_models.judge(url="http://x", model="j", template="{prompt}")
+    with pytest.raises(RecipeError, match="unexpected keyword argument 'tiemout'"):
+        reward_models.judge(url="http://x", model="j", tiemout=3)
+    with pytest.raises(RecipeError, match="neither with http://"):
+        reward_models.judge(url="localhost:8000", model="j")

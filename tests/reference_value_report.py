@@ -77,11 +77,11 @@ def calibration_error(curve: list[dict]) -> float:
 
 
 def agreement(values: list[float], outcomes: list[list[float]]) -> dict[str, float]:
-    """Of prefixes with at least two outcomes that are not NaN."""
+    """Of prefixes with a value and at least two outcomes that are not NaN."""
     pairs = []
     for value, row in zip(values, outcomes, strict=True):
         known = [x for x in row if not math.isnan(x)]
-        if len(known) >= 2:
+        if len(known) >= 2 and not math.isnan(value):
             pairs.append((value, statistics.mean(known), statistics.variance(known) / len(known)))
     predicted, means, noise = map(list, zip(*pairs, strict=True))
     square = statistics.mean((v - m) ** 2 for v, m in zip(predicted, means, strict=True))

@@ -176,6 +176,7 @@ def test_agreement_equals_scalar_loops(seed: int):
     value, outcomes = torch.rand(9, generator=generator), (torch.rand(9, 6, generator=generator) > 0.4).float()
     outcomes[torch.rand(9, 6, generator=generator) > 0.8] = math.nan
     outcomes[0, 1:] = math.nan  # one is not enough
+    value[1] = math.nan
     found = values.agreement(value, outcomes)
     assert found == pytest.approx(reference.agreement(value.tolist(), outcomes.tolist()), abs=1e-6)
 

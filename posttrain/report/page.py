@@ -23,7 +23,7 @@ pre .prompt { color: #777 } .scale span { padding: .1rem .6rem }
 
 MEANING = {
     "value/states": "states (prefixes of completions) with a known outcome",
-    "value/mean": "mean predicted value",
+    "value/mean": "mean predicted value, each state counting once",
     "value/outcome": "mean outcome",
     "value/bias": "mean of value - outcome",
     "value/rmse": "root mean square of value - outcome",

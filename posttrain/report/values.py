@@ -260,6 +260,8 @@ def error_histogram(states: States, bins: int = 40) -> dict[str, list[float]]:
 def summary(states: States, curve: Curve) -> dict[str, float]:
     """The figures of a value report that are single numbers, by the name they have in metrics.
 
+    Every state counts once, so that long completions count more than short ones.
+
     Args:
         curve: the states' :func:`calibration`.
 

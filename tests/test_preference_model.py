@@ -53,16 +53,10 @@ def forward(policy: Policy, batch: Batch, *, reference: bool = False) -> Outputs
     return Outputs(logp=policy(batch.tokens, batch.mask, reference=reference)[0])
 
 
-@pytest.fixture(params=["full", "adapters"])
-def policy(request: pytest.FixtureRequest, tiny_model_folder) -> Policy:
-    lora = Lora(rank=4) if request.param == "adapters" else None
-    return build_policy(PolicyOptions(model=str(tiny_model_folder), lora=lora)).train()
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_few_steps_prefer_the_chosen_completions(name: str, policy: Policy) -> None:
+@pytest.mark.parametrize(("name", "lora"), [*((name, None) for name in RECIPES), ("DPO", Lora(rank=4))])
+def test_a_few_steps_prefer_the_chosen_completions(name: str, lora: Lora | None, tiny_model_folder) -> None:
     """From scores that are exactly 0 at the reference; micro-batches of whole groups give the same gradient."""
-    batch = pairs()
+    batch, policy = pairs(), build_policy(PolicyOptions(model=str(tiny_model_folder), lora=lora)).train()
     with torch.no_grad():
         batch = batch.set(logp_ref=forward(policy, batch, reference=policy.has_adapters).logp)
         start = forward(policy, batch)

@@ -248,7 +248,7 @@ def test_kto_starts_at_a_half_and_ends_in_a_corner() -> None:
     logits = torch.tensor(KTO_REFERENCE).double().log().requires_grad_()
     start = whole_loss([(1.0, kto)], forward(logits, batch, KTO_REFERENCE), batch)
     assert start.item() == pytest.approx(0.5)
-    found = trained([(1.0, kto)], batch, KTO_REFERENCE, limit=15.0, start=KTO_REFERENCE)
+    found = trained([(1.0, kto)], batch, KTO_REFERENCE, limit=15.0, start=KTO_REFERENCE, steps=40)
     close(found, (0.8, 0.2, 0.0), 2e-3)
 
 
@@ -339,6 +339,7 @@ def descended(terms: Weighted, batch: Batch) -> Tensor:
     return logits.detach().softmax(-1)
 
 
+@pytest.mark.engine  # 800 steps
 def test_vpo_spreads_or_withdraws_from_the_reference() -> None:
     close(descended(*vpo(0.05, [0, 1, 2])), (0.613, 0.142, 0.245), 1e-3)
     close(descended(*vpo(0.05, [0, 1])), (0.341, 0.082, 0.577), 1e-3)
@@ -356,7 +357,7 @@ def test_vpo_in_a_bounded_class_of_policies(coef: float, calibration: list[int],
     """Logits in [-2, 2]: the best of the minima from several starts."""
     terms, batch = vpo(coef, calibration)
     starts = [(0.0, 0.0, 0.0), (0.5, 0.0, -1.0), (-0.5, -1.0, 1.0)]
-    found = [trained(terms, batch, UNIFORM, start=start, limit=2.0, steps=60) for start in starts]
+    found = [trained(terms, batch, UNIFORM, start=start, limit=2.0, steps=25) for start in starts]
     losses = [whole_loss(terms, forward(policy.double().log(), batch, UNIFORM), batch).item() for policy in found]
     close(found[losses.index(min(losses))], expected, 2e-3)
 

@@ -10,7 +10,7 @@ import pytest
 import reference_preference as r
 import torch
 from hypothesis import given
-from parts_cases import close, examples, halves, on_ranks, seeds
+from parts_cases import close, examples, halves, on_ranks, pad, seeds
 from preference_cases import Term, moved, preferences, whole_loss
 from torch import Tensor
 
@@ -279,11 +279,11 @@ def gradient(term: Term, outputs: Outputs, batch: Batch) -> Outputs:
 def test_values_and_gradients_equal_the_scalar_loops(name: str, size: int) -> None:
     """Gradients along one random direction at a time, by central differences of the scalar loop."""
     term, scalar = CASES[name]
-    for seed in range(2):
-        batch = preferences(seed, size=size)
+    for seed in (size, 10 + size):
+        batch = preferences(seed, size=size, groups=3)
         outputs = moved(batch, seed)
         rows = r.read(batch, outputs)
-        close(whole_loss([(1.0, term)], outputs, batch), scalar(rows), 1e-9)
+        close(whole_loss([(1.0, term)], outputs, batch), scalar(rows), 2e-7)
         found = gradient(term, outputs, batch)
         g = torch.Generator().manual_seed(seed)
         noise = [torch.randn(batch.mask.shape, generator=g).double().where(batch.mask, 0.0) for _ in range(2)]
@@ -301,7 +301,7 @@ def test_values_and_gradients_equal_the_scalar_loops(name: str, size: int) -> No
 @pytest.mark.parametrize("name", TERMS)
 def test_no_gradient_off_the_mask_and_none_to_what_is_not_compared(name: str) -> None:
     for seed, size in ((1, 2), (2, 4)):
-        batch = preferences(seed, size=size)
+        batch = preferences(seed, size=size, groups=2)
         outputs = moved(batch, seed)
         found = gradient(TERMS[name], outputs, batch)
         for each in (found.logp, found.kl_ref):
@@ -317,15 +317,20 @@ def permuted(batch: Batch, outputs: Outputs, index: Tensor) -> tuple[Batch, Outp
     return batch[index], some
 
 
+def wider(outputs: Outputs, columns: int) -> Outputs:
+    """With further columns that hold NaN."""
+    assert outputs.kl_ref is not None and outputs.collision is not None
+    padded = partial(torch.nn.functional.pad, pad=(0, columns), value=torch.nan)
+    return Outputs(logp=padded(outputs.logp), kl_ref=padded(outputs.kl_ref), collision=padded(outputs.collision))
+
+
 TIE_ORDER = {"lists: ranking", "pairs: soft", "pairs: given weight", "pairs: given margin and length"}
 """What asks which of two equal completions comes first, or reads a number of that row."""
 
 
 @pytest.mark.parametrize("name", TERMS)
-@given(seed=seeds)
-@examples(4)
-def test_row_order_padding_and_the_split_along_groups_change_nothing(name: str, seed: int) -> None:
-    size = 2 if name in TIE_ORDER else 3
+def test_row_order_padding_and_the_split_along_groups_change_nothing(name: str) -> None:
+    size, seed = (2 if name in TIE_ORDER else 3), 5
     batch = preferences(seed, size=size)
     outputs = moved(batch, seed)
     batch = batch.set(weight=group_mean_of_token_sum(batch))
@@ -333,9 +338,10 @@ def test_row_order_padding_and_the_split_along_groups_change_nothing(name: str, 
 
     def total(some: Batch, there: Outputs) -> Tensor:
         assert some.weight is not None
-        return (term(there, some).where(some.mask, 0.0) * some.weight).sum()
+        return (term(there, some) * some.weight).where(some.mask, 0.0).sum()
 
     whole = total(batch, outputs)
+    close(total(pad(batch, 2, torch.nan), wider(outputs, 2)), whole, 1e-9)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
     close(total(*permuted(batch, outputs, order)), whole, 1e-9)
     parts = [(batch.group == g).nonzero().squeeze(-1) for g in batch.group.unique()]
@@ -343,7 +349,7 @@ def test_row_order_padding_and_the_split_along_groups_change_nothing(name: str, 
 
 
 @given(seed=seeds)
-@examples(10)
+@examples(4)
 def test_the_normaliser_counts_groups_on_all_ranks(seed: int) -> None:
     batch = preferences(seed)
     weight = group_mean_of_token_sum(batch)
@@ -366,7 +372,7 @@ def test_the_normaliser_counts_groups_on_all_ranks(seed: int) -> None:
     ],
 )
 @given(seed=seeds)
-@examples(5)
+@examples(2)
 def test_every_score_is_exactly_0_at_the_reference(score: Callable[[Outputs, Batch], Tensor], seed: int) -> None:
     for batch in (preferences(seed), preferences(seed, size=5)):
         for dtype in (torch.float64, torch.float32):
@@ -412,7 +418,7 @@ def value(term: Term, batch: Batch, outputs: Outputs) -> Tensor:
     ],
 )
 @given(seed=seeds)
-@examples(4)
+@examples(2)
 def test_limits_fall_back_to_the_general_form(special: Term, general: Term, seed: int) -> None:
     batch = preferences(seed)
     outputs = moved(batch, seed)
@@ -424,7 +430,7 @@ SYMMETRIC = ("logistic", "hinge", "square", "exponential", "sigmoid", "logistic_
 
 @pytest.mark.parametrize("name", SYMMETRIC)
 @given(seed=seeds)
-@examples(5)
+@examples(3)
 def test_swapping_both_completions_and_their_probability_changes_nothing(name: str, seed: int) -> None:
     link = getattr(pair_links, name)
     g = torch.Generator().manual_seed(seed)

@@ -39,12 +39,12 @@ def mismatched(batch: Batch) -> Float[Tensor, " N"]:
 
 
 @dataclass
-class running_mean:  # noqa: N801 - named like the functions beside it, which it stands among in recipes
+class running_mean:
     """Mean log-ratio of all labelled completions so far: the threshold of a classifier of log-ratios.
 
     b = Σ s_i / n, over all batches up to this one
 
-    Jung et al. 2024 (BCO, reward shift), arXiv:2404.04656. TRL keeps the mean in the same way.
+    Jung et al. 2024 (BCO, reward shift), arXiv:2404.04656.
     """
 
     state: dict[str, Any] = field(default_factory=lambda: {"sum": 0.0, "count": 0})

@@ -66,7 +66,8 @@ class World:
     @property
     def prefixes(self) -> dict[String, float]:
         """p0 of every prefix, the empty one and whole strings included."""
-        found, level = {(): 1.0}, [()]
+        found: dict[String, float] = {(): 1.0}
+        level: list[String] = [()]
         while level:
             following = {
                 (*s, a): found[s] * p for s in level if not self.ended(s) for a, p in enumerate(self.next_law(s))

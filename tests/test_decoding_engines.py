@@ -33,9 +33,10 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 60)), [5, 6, 7, 8, 200]]
 SAMPLING = Sampling(max_tokens=8, temperature=0.8)
 
 
-@pytest.fixture(
-    scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.engine)], ids=lambda name: name
-)
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
 def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
     if request.param == "vllm":
         pytest.importorskip("vllm")

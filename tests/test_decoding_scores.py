@@ -11,11 +11,12 @@ import torch
 from exact_world import PROMPT, String, World, distance, kl, law_of, make_world, table_score, tokens_of
 from torch import nn
 
-from posttrain.batch import Finish
+from posttrain.batch import Batch, Finish, Outputs
 from posttrain.decoding.editing import edit
 from posttrain.decoding.model_scores import LogRatio
 from posttrain.decoding.prefix_scores import (
     FunctionScore,
+    Logarithm,
     PathLogp,
     Product,
     RolloutScore,
@@ -28,7 +29,9 @@ from posttrain.decoding.refine import jacobi
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Sampling
 from posttrain.engines.tabular import TabularEngine
+from posttrain.parts import value_losses
 from posttrain.parts.targets import backup
+from posttrain.rollout import Prompts, to_batch
 
 WORLD = make_world(0)
 ENDING = make_world(1, eos=True)
@@ -291,6 +294,87 @@ def test_rollouts_stop_at_their_horizon():
     score = RolloutScore(engine=WORLD.engine(), reward=reward, sampling=WORLD.sampling, horizon=1)
     score.score([prefix_of(()), prefix_of((1, 1))])
     assert sorted(lengths) == [1, 3]
+
+
+# ------------------------------------------------------------------------------------------------ row 8 of the test bed
+
+
+def sampled_batch(world: World, reward) -> Batch:
+    """64 completions that hold every string as often as its probability says, by the engine and the rollout's code."""
+    completions = world.engine(Strata(64)).generate([PROMPT], world.sampling, 64, seeds=[0])
+    prompts = Prompts(tokens=[list(PROMPT)], rows=[{}], places=["here"], group=[0], seeds=[0])
+    batch = to_batch(prompts, completions, {(0, j): "" for j in range(64)})
+    rewards = torch.tensor([reward[tuple(c.tokens)] for c in completions[0]], dtype=torch.float64)
+    return batch.set(reward=rewards, target=torch.zeros(batch.mask.shape, dtype=torch.float64))
+
+
+def gradient(world: World, batch: Batch, table, loss) -> torch.Tensor:
+    """Of the sum of a value loss over the batch, by the value of each prefix: ``loss(outputs, batch)``."""
+    strings = list(world.prefixes)
+    values = torch.tensor([table[s] for s in strings], dtype=torch.float64, requires_grad=True)
+    places = [[strings.index(tuple(row[1 : t + 1])) for t in range(len(row))] for row in batch.tokens.tolist()]
+    at_columns = values[torch.tensor(places)]
+    outputs = Outputs(logp=torch.zeros(batch.mask.shape), value=at_columns, value_logits=at_columns[..., None])
+    loss(outputs, batch)[:, 1:].sum().backward()  # without the empty response, which twists leave out
+    assert values.grad is not None
+    return values.grad
+
+
+def test_twist_losses_have_no_gradient_at_the_optimal_twists():
+    """CTL, SIXO, and the squared error to the soft backup (RL), at V* and not beside it."""
+    world = quarters()
+    soft = world.soft_values()
+    batch = sampled_batch(world, world.reward)
+    targets = [[soft[tuple(row[1 : t + 1])] for t in range(len(row))] for row in batch.tokens.tolist()]
+    backed = batch.set(target=torch.tensor(targets, dtype=torch.float64))
+    centred = {s: v - soft[()] for s, v in soft.items()}  # SIXO's classifier is relative to Z
+    beside = {s: v + 0.1 * s[0] if s else v for s, v in soft.items()}
+    contrastive = functools.partial(value_losses.contrastive_twist, beta=world.beta)
+    noise = functools.partial(value_losses.noise_contrastive, beta=world.beta)
+    for loss, data, optimum in ((contrastive, batch, soft), (noise, batch, centred), (value_losses.mse, backed, soft)):
+        # the last column is the reward itself, no free value: exclude whole strings
+        at_optimum = gradient(world, data, optimum, loss)[: len(world.prefixes) - len(world.strings)]
+        assert at_optimum.abs().max() < 1e-8
+        assert gradient(world, data, beside, loss)[: len(world.prefixes) - len(world.strings)].abs().max() > 1e-4
+
+
+def test_fudges_cross_entropy_has_no_gradient_at_the_expected_label():
+    world = quarters()
+    chance = dataclasses.replace(world, reward={y: 1 / (1 + math.exp(-r)) for y, r in world.reward.items()})
+    batch = sampled_batch(chance, chance.reward)
+    batch = batch.set(target=batch.reward[:, None].expand(batch.mask.shape))
+    logits = {s: math.log(v / (1 - v)) for s, v in chance.mean_values().items()}
+    assert gradient(chance, batch, logits, value_losses.bce).abs().max() < 1e-8
+    assert gradient(chance, batch, dict.fromkeys(logits, 0.0), value_losses.bce).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("world", [WORLD, ENDING])
+def test_twisted_prefix_laws_are_the_marginals_of_the_tilted_law(world: World):
+    """π_t(s) ∝ p0(s) exp(V*(s) / β) over prefixes of t tokens, and strings that ended before, is σ's marginal."""
+    soft, tilted = world.soft_values(), world.tilted()
+    for t in range(1, world.length + 1):
+        cut = {s: p for s, p in world.prefixes.items() if len(s) == t or (len(s) < t and world.ended(s) and s)}
+        weights = {s: p * math.exp(soft[s] / world.beta) for s, p in cut.items()}
+        for s, weight in weights.items():
+            marginal = sum(p for y, p in tilted.items() if y[:t] == s)
+            assert abs(weight / sum(weights.values()) - marginal) < 1e-8
+
+
+def test_the_logarithm_of_a_probability_is_a_soft_value():
+    """FUDGE: shaping by log E[φ | s] samples p0 φ / Z."""
+    phi = {y: 1 / (1 + math.exp(-r)) for y, r in WORLD.reward.items()}
+    chance = dataclasses.replace(WORLD, reward=phi)
+    score = Logarithm(table_score(chance.mean_values()))
+    assert (score.kind, score.beta) == ("soft", 1.0)
+    law = law_of(
+        lambda choosers: tokens_of(
+            Shaped(WORLD.engine(choosers), score, tilted=True).generate([PROMPT], WORLD.sampling)
+        )
+    )
+    total = sum(p * phi[y] for y, p in WORLD.strings.items())
+    assert distance(law, {y: p * phi[y] / total for y, p in WORLD.strings.items()}) < 1e-12
+    with pytest.raises(ValueError, match="not negative"):
+        Logarithm(table_score(WORLD.mean_values())).score([prefix_of(s) for s in WORLD.strings])
 
 
 # ---------------------------------------------------------------------------------------------- row 14 of the test bed

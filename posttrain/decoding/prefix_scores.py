@@ -147,6 +147,37 @@ class Product:
         return torch.stack(powers).prod(0)
 
 
+@dataclass(frozen=True)
+class Logarithm:
+    """log φ of a score φ > 0 such as the probability that a completion will have an attribute.
+
+    Where φ(s) = E[φ(y) | s] it is the soft value of the reward log φ(y) at β = 1, so that shaping with strength 1
+    samples p0(y) φ(y) / Z. Yang and Klein 2021 (FUDGE), eq. 2, arXiv:2104.05218.
+    """
+
+    of: PrefixScore
+    scale: float = 1.0
+
+    @property
+    def kind(self) -> Kind:
+        return "soft" if self.of.kind == "mean" else "other"
+
+    @property
+    def beta(self) -> float | None:
+        return 1.0 if self.of.kind == "mean" else None
+
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`; -inf for a score of 0.
+
+        Raises:
+            ValueError: for a negative score.
+        """
+        values = self.of.score(prefixes)
+        if bool((values < 0).any()):
+            raise ValueError("the logarithm of a score needs one that is not negative, such as a probability")
+        return values.log()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PathLogp:
     """Σ_t log p(token_t) / L^α of what was generated, by the log-probs of the engine that generated it.

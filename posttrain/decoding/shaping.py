@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -312,15 +312,3 @@ def _residual(
     left = state + torch.log1p(-(inside - state).clamp(max=0.0).exp())
     others = logp0.where(~is_candidate, -torch.inf).logsumexp(-1)
     return (left - others).where((inside < state) & others.isfinite(), -torch.inf)[:, None]
-
-
-MEASURED: Mapping[str, str] = {
-    "generated": "tokens sampled for this completion, discarded ones included",
-    "scored": "prefixes scored for it",
-    "kl": "nats: exact KL of each step's shaped law against the base law, summed along the completion",
-    "kl_bound": "nats: upper bound of the KL of the decoder's law against the base law",
-    "base_logp": "log-prob of the completion under the base law",
-    "log_weight": "log importance weight of a particle",
-    "log_z": "log of the unbiased estimate of the normaliser Z of its population",
-}
-"""What decoders write into ``Completion.measured``."""

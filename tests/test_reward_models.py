@@ -21,7 +21,7 @@ from transformers import (
 
 import reward_models
 from posttrain import options
-from posttrain.batch import Finish
+from posttrain.batch import Batch, Finish
 from posttrain.engines.base import Completion
 from posttrain.errors import RecipeError, UserError
 from posttrain.heads import Head
@@ -29,11 +29,13 @@ from posttrain.loading import load_recipe
 from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
 from posttrain.rollout import Prompts, to_batch
+from posttrain.stored_rollouts import write_rollouts
 from posttrain.value_checkpoints import save_value
 from posttrain.values import ValueModel, ValueSpec
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled
 from reward_models.process import step_columns
+from reward_models.suite import run_reward_suite
 
 TEXTS = ("4 it is", "well\nit is\n5", "six")
 
@@ -234,6 +236,35 @@ def test_reward_models_in_a_recipe(tmp_path, tiny_model_folder, folders, batch):
     recipe.write_text(recipe.read_text().replace(folders["outcome"], "./nowhere"))
     with pytest.raises(RecipeError, match="nowhere"):
         find_needs(load_recipe(recipe))
+
+
+def test_suite_measures_pairs_and_best_of_n(tmp_path, folders, batch, tokenizer, capsys):
+    four = Batch.concatenate([batch[[0, 1]], batch[[2, 0]]]).set(
+        group=torch.tensor([0, 0, 1, 1]), score=torch.tensor([1.0, 0.0, 0.0, 1.0])
+    )
+    write_rollouts(tmp_path / "rollouts" / "step-000001.parquet", four, [""] * 4)
+    pairs = [{"prompt": "2+2?", "chosen": a, "rejected": b, "subset": "hep-go"} for a, b in ((TEXTS[0], TEXTS[2]),) * 2]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    suite = tmp_path / "own.yaml"
+    suite.write_text(
+        f"suite: reward\nreward: [{{use: reward_models.outcome, model: {folders['outcome']}, weight: 3.0}}]\n"
+        f"data: {{path: pairs.jsonl}}\nrollouts: rollouts\nfolder: {tmp_path}/report\n"
+    )
+    folder = run_reward_suite(suite)
+    report = json.loads((folder / "metrics.json").read_text())
+    scores = own_scores(folders["outcome"], batch, tokenizer).tolist()
+    curve = report["best_of_n"]["curve"]
+    best = [(0.0, 1.0)[scores[0] > scores[1]], (0.0, 1.0)[scores[0] > scores[2]]]
+    assert curve["n"] == [1, 2] and curve["oracle"] == [0.5, 1.0]
+    assert curve["gold"] == pytest.approx([0.5, sum(best) / 2])
+    assert curve["proxy"][0] == pytest.approx(3 * (2 * scores[0] + scores[1] + scores[2]) / 4, abs=1e-4)
+    assert report["pairs"]["sections"] == {"Reasoning": float(scores[0] > scores[2])}
+    assert (folder / "best_of_n.png").stat().st_size > 5000
+    assert "best of n by the reward, 2 prompts of 2 completions" in capsys.readouterr().out
+    suite.write_text("suite: reward\nreward: []\nsizes: [2]\n")
+    with pytest.raises(RecipeError, match="nothing to measure on") as error:
+        run_reward_suite(suite)
+    assert "there is no reward model" in str(error.value) and "must hold 1" in str(error.value)
 
 
 # ---- judges ---------------------------------------------------------------------------------------------------------

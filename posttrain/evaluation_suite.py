@@ -11,9 +11,11 @@ from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from posttrain import options
-from posttrain.errors import UserError
-from posttrain.loading import load_as, placed
+from posttrain.errors import RecipeError, UserError
+from posttrain.loading import load_as, placed, read_document
 from posttrain.recipe import Part, PositiveInt, RecipeConflict
+from posttrain.resolve import resolve
+from posttrain.strictyaml import suggestion
 
 
 @dataclass(config=options.CONFIG, kw_only=True, frozen=True)
@@ -109,25 +111,35 @@ def _conflicts(suite: ValueSuite) -> Iterator[tuple[tuple[str | int, ...], str]]
         )
 
 
-def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> ValueSuite:
-    """The suite in a YAML file, with ``--key.path=value`` overrides.
-
-    Raises:
-        RecipeError: one line for each problem, with its place and a suggestion.
-    """
-    return load_as(ValueSuite, path, overrides)
-
-
-def run_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Runs the suite in a YAML file, prints its figures, and returns the folder of its report.
+def run_value_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Runs the value suite in a YAML file, prints its figures, and returns the folder of its report.
 
     Raises:
         UserError: for what a person can mend.
     """
-    suite = load_suite(path, overrides)
+    suite = load_as(ValueSuite, path, overrides)
     from posttrain.report.value_evaluation import evaluate_value  # after loading: mistakes show at once
 
     try:
         return evaluate_value(suite)
     except UserError as error:
         raise placed(error, Path(path), overrides) from error
+
+
+SUITES = {"value": "posttrain.evaluation_suite.run_value_suite", "reward": "reward_models.suite.run_reward_suite"}
+"""What runs the suite that a file's ``suite:`` names: ``(path, overrides) -> Path`` of the report's folder."""
+
+
+def run_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Runs the suite in a YAML file, with ``--key.path=value`` overrides; returns the folder of its report.
+
+    Raises:
+        UserError: for what a person can mend, one line for each problem, with its place and a suggestion.
+    """
+    path = Path(path)
+    document = read_document(path, overrides)
+    name = document.data.get("suite")
+    if name not in SUITES:
+        what = "says what to measure and is missing" if name is None else f"{name!r} is no suite"
+        raise RecipeError(document.problem(("suite",), f"{what}; {suggestion(name, SUITES)}"))
+    return resolve(SUITES[name])(path, overrides)

@@ -37,7 +37,8 @@ def test_mismatched_is_the_mean_of_the_baseline_completions_or_0() -> None:
 def test_running_mean_remembers_all_batches_and_its_state_brings_it_back() -> None:
     part = running_mean()
     close(part(with_log_ratios([1.0, 3.0, 100.0], [1.0, 0.0, math.nan])), [2.0] * 3)
-    again = running_mean(state=dict(part.state))
+    again = running_mean()
+    again.state = dict(part.state)
     for each in (part, again):
         close(each(with_log_ratios([8.0], [1.0])), [4.0])
 

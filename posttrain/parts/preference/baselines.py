@@ -47,7 +47,7 @@ class running_mean:
     Jung et al. 2024 (BCO, reward shift), arXiv:2404.04656.
     """
 
-    state: dict[str, Any] = field(default_factory=lambda: {"sum": 0.0, "count": 0})
+    state: dict[str, Any] = field(default_factory=lambda: {"sum": 0.0, "count": 0}, init=False)
 
     def __call__(self, batch: Batch) -> Float[Tensor, " N"]:
         valid = labelled(batch)

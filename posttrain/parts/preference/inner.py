@@ -1,18 +1,11 @@
-"""Parts inside parts: the options of a preference term that are themselves functions with options."""
+"""The options of a preference term that are parts themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from torch import Tensor
-
-
-class Inner(NamedTuple):
-    """Marks, in an option's annotation, that its value is a part: ``{use: name, <options>}`` in a recipe."""
-
-    module: str  # where bare names are looked up
-    takes: tuple[str, ...]  # what the term passes by position
 
 
 Score = Annotated[Callable[..., Tensor], Inner("posttrain.parts.preference.scores", ("outputs", "batch"))]

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from posttrain.parts.ranges import BelowHalf, Positive
+
 
 def softmax(
-    label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, temperature: float = 1.0
+    label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, temperature: Positive = 1.0
 ) -> Float[Tensor, "G K"]:
     """Probabilities that grow with the labels.
 
@@ -21,18 +23,13 @@ def softmax(
     return (label / temperature).masked_fill(~valid, -math.inf).log_softmax(-1)
 
 
-def best(label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, eps: float = 0.0) -> Float[Tensor, "G K"]:
+def best(label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, eps: BelowHalf = 0.0) -> Float[Tensor, "G K"]:
     """Everything on the best completions, but for a share that the others divide.
 
     q_k = 1 - eps for the best, eps / (K - 1) for the others
 
     Ji et al. 2024 (EXO), arXiv:2402.00856, with ``eps`` 0.001.
-
-    Raises:
-        ValueError: unless ``eps`` lies in [0, 1).
     """
-    if not 0 <= eps < 1:
-        raise ValueError(f"best: eps is a share and must lie in [0, 1), not {eps}")
     top = valid & (label == label.masked_fill(~valid, -math.inf).amax(-1, keepdim=True))
     others = valid & ~top
     spared = eps * others.any(-1, keepdim=True).to(label.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from posttrain.batch import seq_sum
 from posttrain.parts.preference.groups import Pairs, column
+from posttrain.parts.ranges import Fraction, NonNegative
 
 
 def constant(pairs: Pairs, *, gamma: float = 1.6) -> Float[Tensor, " P"]:
@@ -57,7 +58,7 @@ def length_gap(pairs: Pairs, *, alpha: float = 0.01) -> Float[Tensor, " P"]:
     return alpha * (longer - shorter).to(pairs.score.dtype)
 
 
-def chosen_loss(pairs: Pairs, *, lam: float = 50.0) -> Float[Tensor, " P"]:
+def chosen_loss(pairs: Pairs, *, lam: NonNegative = 50.0) -> Float[Tensor, " P"]:
     """What the chosen completion has lost against the reference: a pair is not won by making both less likely.
 
     m = λ beta max(0, -s_w)
@@ -68,7 +69,7 @@ def chosen_loss(pairs: Pairs, *, lam: float = 50.0) -> Float[Tensor, " P"]:
     return lam * (-chosen).clamp(min=0)
 
 
-def rejected_share(pairs: Pairs, *, bias: float = 0.5) -> Float[Tensor, " P"]:
+def rejected_share(pairs: Pairs, *, bias: Fraction = 0.5) -> Float[Tensor, " P"]:
     """Counts the rejected completion's score in part, so that the policy stays close to what the data shows.
 
     m = -(1 - bias) beta s_l
@@ -79,7 +80,7 @@ def rejected_share(pairs: Pairs, *, bias: float = 0.5) -> Float[Tensor, " P"]:
     return (bias - 1) * rejected
 
 
-def token_kl(pairs: Pairs, *, alpha: float = 0.5, chosen_gradient: bool = False) -> Float[Tensor, " P"]:
+def token_kl(pairs: Pairs, *, alpha: NonNegative = 0.5, chosen_gradient: bool = False) -> Float[Tensor, " P"]:
     """The difference of the divergences from the reference along both completions, exact over the vocabulary.
 
     m = beta α (K_l - sg[K_w]), with K = Σ_t KL(π_ref(· | y_<t) ‖ π(· | y_<t))

@@ -12,11 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from posttrain.parts.ranges import NonNegative, Positive
+
 MAX_EXPONENT = 80.0  # e^80 is still a float32
 
 
 def logistic(
-    margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, bound: float | None = None
+    margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, bound: Positive | None = None
 ) -> Float[Tensor, " P"]:
     """Negative log-likelihood of a Bradley-Terry model.
 
@@ -33,7 +35,7 @@ def logistic(
     return _mixed(lambda h: -logsigmoid(h), margin, target)
 
 
-def hinge(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, slack: float = 1.0) -> Float[Tensor, " P"]:
+def hinge(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, slack: NonNegative = 1.0) -> Float[Tensor, " P"]:
     """Nothing beyond a margin of ``slack``.
 
     f(h) = max(0, slack - h)
@@ -43,7 +45,7 @@ def hinge(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, slack: fl
     return _mixed(lambda h: (slack - h).clamp(min=0), margin, target)
 
 
-def square(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, tau: float = 0.1) -> Float[Tensor, " P"]:
+def square(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, tau: Positive = 0.1) -> Float[Tensor, " P"]:
     """Squared distance of the margin from one that is finite even for certain labels.
 
     loss = (h - (p - ½) / τ)²
@@ -85,7 +87,7 @@ def sigmoid(margin: Float[Tensor, " P"], target: Float[Tensor, " P"]) -> Float[T
 
 
 def logistic_exponential(
-    margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, tau: float = 0.05
+    margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, tau: Positive = 0.05
 ) -> Float[Tensor, " P"]:
     """Blend of the logistic and the exponential loss, which is not convex.
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.parts.preference.groups import Pairs, column
+from posttrain.parts.ranges import BelowHalf, Positive
 
 
 def hard(pairs: Pairs) -> Float[Tensor, " P"]:
@@ -17,33 +18,23 @@ def hard(pairs: Pairs) -> Float[Tensor, " P"]:
     return 0.5 + 0.5 * (better - worse).sign()
 
 
-def smoothed(pairs: Pairs, *, eps: float = 0.1) -> Float[Tensor, " P"]:
+def smoothed(pairs: Pairs, *, eps: BelowHalf = 0.1) -> Float[Tensor, " P"]:
     """The label, if a share of the labels is wrong and the policy should say so.
 
     p = 1 - eps
 
     Mitchell 2023 (cDPO), "A note on DPO with noisy preferences", ericmitchell.ai/cdpo.pdf.
-
-    Raises:
-        ValueError: unless ``eps`` lies in [0, ½].
     """
-    if not 0 <= eps <= 0.5:
-        raise ValueError(f"smoothed: eps is the share of wrong labels and must lie in [0, 0.5], not {eps}")
     return (1 - 2 * eps) * (hard(pairs) - 0.5) + 0.5
 
 
-def debiased(pairs: Pairs, *, eps: float = 0.1) -> Float[Tensor, " P"]:
+def debiased(pairs: Pairs, *, eps: BelowHalf = 0.1) -> Float[Tensor, " P"]:
     """What makes the expected loss that of clean labels where a share of the labels is flipped.
 
     p = (1 - eps) / (1 - 2 eps), and 1 - p = -eps / (1 - 2 eps) is negative
 
     Chowdhury et al. 2024 (robust DPO), arXiv:2403.00409.
-
-    Raises:
-        ValueError: unless ``eps`` lies in [0, ½).
     """
-    if not 0 <= eps < 0.5:
-        raise ValueError(f"debiased: eps is the share of flipped labels and must lie in [0, 0.5), not {eps}")
     return (hard(pairs) - 0.5) / (1 - 2 * eps) + 0.5
 
 
@@ -61,7 +52,7 @@ def soft(pairs: Pairs, *, name: str = "probability") -> Float[Tensor, " P"]:
     return p
 
 
-def bradley_terry(pairs: Pairs, *, temperature: float = 1.0) -> Float[Tensor, " P"]:
+def bradley_terry(pairs: Pairs, *, temperature: Positive = 1.0) -> Float[Tensor, " P"]:
     """The probability that a reward model gives to the chosen completion.
 
     p = σ((r_w - r_l) / temperature)
@@ -72,7 +63,7 @@ def bradley_terry(pairs: Pairs, *, temperature: float = 1.0) -> Float[Tensor, " 
     return ((better - worse) / temperature).sigmoid()
 
 
-def reward_gap(pairs: Pairs, *, eta: float = 1.0) -> Float[Tensor, " P"]:
+def reward_gap(pairs: Pairs, *, eta: Positive = 1.0) -> Float[Tensor, " P"]:
     """The difference of the rewards, to be regressed to; no probability.
 
     target = η (r_w - r_l)

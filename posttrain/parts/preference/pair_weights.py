@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posttrain.batch import seq_mean
 from posttrain.parts.preference.groups import Pairs, column
+from posttrain.parts.ranges import Positive
 
 
 def given(pairs: Pairs, *, name: str = "weight") -> Float[Tensor, " P"]:
@@ -21,7 +22,7 @@ def given(pairs: Pairs, *, name: str = "weight") -> Float[Tensor, " P"]:
     return weight
 
 
-def on_policy(pairs: Pairs, *, cap: float = 1.0) -> Float[Tensor, " P"]:
+def on_policy(pairs: Pairs, *, cap: Positive = 1.0) -> Float[Tensor, " P"]:
     """How likely the policy is to write such a pair, relative to what it would sample: simulates on-policy data.
 
     w = min(cap, w_w w_l), with w_i = exp(mean_t (log π(y_t) - log Σ_v π(v | y_<t)²))

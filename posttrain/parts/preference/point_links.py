@@ -11,9 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from posttrain.parts.ranges import Fraction, NonNegative
+
 
 def sigmoid(
-    score: Float[Tensor, " N"], label: Float[Tensor, " N"], *, desirable: float = 1.0, undesirable: float = 1.0
+    score: Float[Tensor, " N"],
+    label: Float[Tensor, " N"],
+    *,
+    desirable: NonNegative = 1.0,
+    undesirable: NonNegative = 1.0,
 ) -> Float[Tensor, " N"]:
     """Saturating loss: neither the hopeless nor the learned completions count.
 
@@ -38,7 +44,11 @@ def sigmoid_down(score: Float[Tensor, " N"], label: Float[Tensor, " N"]) -> Floa
 
 
 def logistic(
-    score: Float[Tensor, " N"], label: Float[Tensor, " N"], *, desirable: float = 1.0, undesirable: float = 1.0
+    score: Float[Tensor, " N"],
+    label: Float[Tensor, " N"],
+    *,
+    desirable: NonNegative = 1.0,
+    undesirable: NonNegative = 1.0,
 ) -> Float[Tensor, " N"]:
     """Negative log-likelihood of a classifier of desirable completions.
 
@@ -65,16 +75,11 @@ def square(
     return (score - scale * (label - center)).square()
 
 
-def linear(score: Float[Tensor, " N"], label: Float[Tensor, " N"], *, alpha: float = 0.5) -> Float[Tensor, " N"]:
+def linear(score: Float[Tensor, " N"], label: Float[Tensor, " N"], *, alpha: Fraction = 0.5) -> Float[Tensor, " N"]:
     """Likelihood of the desirable completions against that of the others; bounded only beside a KL term.
 
     loss = -α z if desirable, (1 - α) z else
 
     Abdolmaleki et al. 2024 (PMPO), arXiv:2410.04166, with ``beta: 1`` and the score ``log_prob``.
-
-    Raises:
-        ValueError: unless ``alpha`` lies in [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"linear: alpha divides the weight between both labels and must lie in [0, 1], not {alpha}")
     return torch.where(label > 0, -alpha * score, (1 - alpha) * score)

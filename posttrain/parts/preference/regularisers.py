@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.parts.preference.groups import Rows, at_first_token, column, labelled, present, rows_of, share
+from posttrain.parts.ranges import Positive
 from posttrain.parts.ratio import needed
 
 
@@ -42,7 +43,7 @@ def optimism(
     *,
     rows: Rows = "unlabelled",
     name: str | None = None,
-    bound: float = 10.0,
+    bound: Positive = 10.0,
 ) -> Float[Tensor, "N L"]:
     """Log-ratio of calibration samples: pushing it down moves the policy to what it has not tried yet.
 
@@ -58,12 +59,7 @@ def optimism(
         rows: which completions are calibration samples.
         name: a column that is true at calibration samples, in place of ``rows``: for samples that are compared too.
         bound: nats.
-
-    Raises:
-        ValueError: unless ``bound`` is positive.
     """
-    if bound <= 0:
-        raise ValueError(f"optimism: bound is a distance in nats and must be positive, not {bound}")
     chosen = rows_of(batch, rows)
     if name is not None:
         chosen = present(batch) & (column(batch, range(len(batch)), name) > 0)

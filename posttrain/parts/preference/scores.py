@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from posttrain.batch import Batch, Outputs, seq_mean
 from posttrain.parts.preference.groups import labelled
+from posttrain.parts.ranges import Fraction
 from posttrain.parts.ratio import needed
 
 Level = Literal["sum", "mean"]
@@ -24,7 +25,7 @@ MAX_EXPONENT = 80.0  # e^80 is still a float32; whole completions have log-ratio
 
 
 def log_ratio(
-    outputs: Outputs, batch: Batch, *, level: Level = "sum", tail: float = 1.0, discount: float = 1.0
+    outputs: Outputs, batch: Batch, *, level: Level = "sum", tail: Fraction = 1.0, discount: Fraction = 1.0
 ) -> Float[Tensor, " N"]:
     """Log-ratio of policy and reference.
 
@@ -45,7 +46,7 @@ def log_ratio(
 
 
 def log_prob(
-    outputs: Outputs, batch: Batch, *, level: Level = "sum", tail: float = 1.0, discount: float = 1.0
+    outputs: Outputs, batch: Batch, *, level: Level = "sum", tail: Fraction = 1.0, discount: Fraction = 1.0
 ) -> Float[Tensor, " N"]:
     """Log-probability of the policy, without a reference; options as in ``log_ratio``.
 

@@ -34,13 +34,14 @@ from posttrain.parts.preference.inner import (
     PointLink,
     Score,
 )
+from posttrain.parts.ranges import Positive
 
 
 def pairwise(
     outputs: Outputs,
     batch: Batch,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     score: Score = scores.log_ratio,
     link: PairLink = pair_links.logistic,
     target: PairTarget = pair_targets.hard,
@@ -81,7 +82,7 @@ def pointwise(
     outputs: Outputs,
     batch: Batch,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     score: Score = scores.log_ratio,
     link: PointLink = point_links.sigmoid,
     within: Literal["sum", "mean", "mean_of_each_label"] = "mean",
@@ -116,7 +117,7 @@ def listwise(
     outputs: Outputs,
     batch: Batch,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     score: Score = scores.log_ratio,
     link: ListLink = list_links.cross_entropy,
     target: ListTarget = list_targets.softmax,

@@ -1,7 +1,8 @@
 """Generated problems of several steps, a line each, of which the first wrong line is known exactly.
 
-``27+8-3+9-6=?`` is worked out as ``27+8=35``, ``35-3=32``, ``32+9=41``, ``41-6=35``, ``\\boxed{35}``. Demonstrations
-slip now and then, and go on from the wrong number as if nothing had happened: so does a model that learned from them.
+``27+8-3+9=?`` is worked out by rewriting it: ``35-3+9``, ``32+9``, ``41``, ``\\boxed{41}``. Demonstrations slip now
+and then, and go on from the wrong number as if nothing had happened: so does a model that learned from them. A slip
+leads to any other number, so that two slips hardly ever make a right answer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from typing import NamedTuple
 
 LOWEST, HIGHEST = 10, 89
-SHORTEST, LONGEST = 3, 6
+SHORTEST, LONGEST = 3, 5
 
 
 class Chain(NamedTuple):
@@ -42,14 +43,13 @@ def draw(count: int, rng: random.Random) -> list[Chain]:
 
 
 def worked_out(chain: Chain, slip: float, rng: random.Random) -> str:
-    """A line a change and the boxed answer; each result is wrong with probability ``slip``."""
+    """A line a change and the boxed answer; each number is wrong with probability ``slip``."""
     lines, now = [], chain.start
-    for change in chain.changes:
-        result = now + change
+    for done, change in enumerate(chain.changes, 1):
+        right, now = now + change, now + change
         if rng.random() < slip:
-            result = rng.choice([n for n in range(max(0, result - 9), min(99, result + 9) + 1) if n != result])
-        lines.append(f"{now}{change:+d}={result}")
-        now = result
+            now = rng.choice([n for n in range(100) if n != right])
+        lines.append(f"{now}{''.join(f'{later:+d}' for later in chain.changes[done:])}")
     return "\n".join([*lines, boxed(now)])
 
 

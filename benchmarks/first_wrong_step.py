@@ -48,7 +48,7 @@ LABELS = """\
 policy: {{model: {folder}/policy}}
 data: {{path: {folder}/{data}}}
 verify: [{{use: math}}]
-sampling: {{max_tokens: 72}}
+sampling: {{max_tokens: 64}}
 engine: {{use: {engine}, max_concurrent: 256}}
 completions: {completions}
 label: {{method: {method}, branches: {branches}}}
@@ -59,7 +59,7 @@ TRAIN = """\
 policy: {{model: {folder}/policy}}
 data: {{path: {folder}/{labels}}}
 examples: {{use: stepwise}}
-value: {{head: {{type: bernoulli}}, optimizer: {{learning_rate: 5.0e-4, schedule: cosine, warmup_steps: 10}}}}
+value: {{head: {{type: bernoulli}}, optimizer: {{learning_rate: 1.0e-3, schedule: cosine, warmup_steps: 10}}}}
 target: {target}
 value_loss: [{{use: bce}}]
 steps: {steps}
@@ -75,7 +75,7 @@ class Settings:
 
     demonstrations: int = 25600
     warm_up_steps: int = 800
-    slip: float = 0.1  # of a demonstration's line
+    slip: float = 0.12  # of a demonstration's line
     problems: int = 400  # to train value models on
     held_out: int = 300
     completions: int = 4

@@ -158,7 +158,7 @@ def binary_search(solutions: Sequence[Solution], branch: Branch, options: StepLa
 
     low = 0, high = number of steps;  m = (low + high) / 2:  low = m if MC(s_m) > 0 else high = m;  until high = low + 1
 
-    Luo et al. 2024 (OmegaPRM), section 3.2, arXiv:2406.06592: about log2 of the number of steps a solution instead of
+    Luo et al. 2024 (OmegaPRM), arXiv:2406.06592: about log2 of the number of steps a solution instead of
     all of them. That a problem cannot be solved after its first wrong step, and can before, is taken for granted.
 
     hard: 1 before the first wrong step, 0 from it on; all steps of a right solution are 1. soft: MC(s) of the states

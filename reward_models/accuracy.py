@@ -111,7 +111,7 @@ def accuracy(
 
     section = Σ weight · accuracy of its subsets / Σ weight;  score = mean of the sections;  all = mean over pairs
 
-    Lambert et al. 2024 (RewardBench), section 4.2, arXiv:2403.13787. Subsets and sections without pairs are left out.
+    Lambert et al. 2024 (RewardBench), arXiv:2403.13787. Subsets and sections without pairs are left out.
 
     Args:
         rows: with ``subset``.

@@ -65,7 +65,8 @@ def write_model_card(
     base = (recipe.value.model if of_value and recipe.value else None) or recipe.policy.model
     body = [
         f"# {recipe.name}",
-        f"{'A value model on ' if of_value else ''}{_model_link(base)}, trained with posttrain, recipe `{recipe.name}`.",
+        f"{'A value model on ' if of_value else ''}{_model_link(base)}, "
+        f"trained with posttrain, recipe `{recipe.name}`.",
         *_section("Evaluation", "" if of_value else evaluation_table(before or {}, after or {})),
         *_section("Training", "\n".join(f"- {name}: {fact}" for name, fact in facts if fact)),
         *_section("Papers", "\n".join(f"- {line}" for line in cited)),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import typing
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,10 +16,10 @@ from posttrain.options import Lora
 from posttrain.options import Policy as PolicyOptions
 from posttrain.parts.normalisers import group_mean_of_token_sum
 from posttrain.parts.preference import list_targets, pair_links, pair_targets, point_links, scores
-from posttrain.parts.preference.inner import Inner, inner_of
 from posttrain.parts.preference.regularisers import nll
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.recipe import Part
+from posttrain.resolve import inner_slots, positional
 
 RECIPES = {
     "DPO": [Part.of(pairwise, beta=0.1)],
@@ -82,27 +80,17 @@ def test_a_few_steps_prefer_the_chosen_completions(name: str, lora: Lora | None,
     assert (ratio[chosen] > ratio[~chosen]).all()
 
 
-def inner_options() -> Iterator[tuple[str, Inner, bool, object]]:
-    for term in (pairwise, pointwise, listwise):
-        hints = typing.get_type_hints(term, include_extras=True)
-        for name, default in (term.__kwdefaults__ or {}).items():
-            if (found := inner_of(hints[name])) is not None:
-                yield f"{term.__name__}.{name}", *found, default
-
-
 def test_options_that_are_parts_name_where_they_are_looked_up_and_what_they_take() -> None:
-    found = {name: (mark, several, default) for name, mark, several, default in inner_options()}
-    assert sorted(found) == sorted(
-        ["listwise.link", "listwise.score", "listwise.target", "pointwise.link", "pointwise.score"]
-        + [f"pairwise.{name}" for name in ("score", "link", "target", "margin", "pair_weight")]
-    )
-    assert [name for name, (_, several, _) in found.items() if several] == ["pairwise.margin", "pairwise.pair_weight"]
-    for mark, several, default in found.values():
-        module = importlib.import_module(mark.module)
-        functions = [value for value in vars(module).values() if getattr(value, "__module__", "") == mark.module]
-        public = [f for f in functions if callable(f) and not f.__name__.startswith("_")]
-        assert len(public) > 1
-        for function in public:
-            code = function.__code__ if hasattr(function, "__code__") else function.__wrapped__.__code__
-            assert code.co_varnames[: code.co_argcount] == mark.takes, function
-        assert default == () if several else default in public
+    several = []
+    for term in (pairwise, pointwise, listwise):
+        for name, mark in inner_slots(term).items():
+            module = importlib.import_module(mark.module)
+            functions = [value for value in vars(module).values() if getattr(value, "__module__", "") == mark.module]
+            public = [f for f in functions if callable(f) and not f.__name__.startswith("_")]
+            assert len(public) > 1
+            for function in public:
+                assert tuple(positional(function)) == mark.takes, function
+            default = term.__kwdefaults__[name]
+            assert default == () if mark.several else default in public
+            several += [name] if mark.several else []
+    assert several == ["margin", "pair_weight"]

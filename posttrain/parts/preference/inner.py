@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Annotated
 
 from torch import Tensor
 
+from posttrain.inner import Inner
 
 Score = Annotated[Callable[..., Tensor], Inner("posttrain.parts.preference.scores", ("outputs", "batch"))]
 """``(Outputs, Batch) -> [N]``: how much more (or less) the policy likes a completion; 0 where it is the reference."""

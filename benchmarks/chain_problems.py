@@ -43,13 +43,16 @@ def draw(count: int, rng: random.Random) -> list[Chain]:
 
 
 def worked_out(chain: Chain, slip: float, rng: random.Random) -> str:
-    """A line a change and the boxed answer; each number is wrong with probability ``slip``."""
+    """A line a change and the boxed answer; each number is wrong with probability ``slip``.
+
+    Both digits are written always: what a line copies then has its fixed place, which a tiny model learns soon.
+    """
     lines, now = [], chain.start
     for done, change in enumerate(chain.changes, 1):
         right, now = now + change, now + change
         if rng.random() < slip:
             now = rng.choice([n for n in range(100) if n != right])
-        lines.append(f"{now}{''.join(f'{later:+d}' for later in chain.changes[done:])}")
+        lines.append(f"{now:02d}{''.join(f'{later:+d}' for later in chain.changes[done:])}")
     return "\n".join([*lines, boxed(now)])
 
 

@@ -33,6 +33,7 @@ from posttrain.step_labels import (
     to_row,
     write_rows,
 )
+from posttrain.stored_rollouts import write_rollouts
 from posttrain.verification import VerifierPool
 from posttrain.verifiers import exact
 
@@ -40,6 +41,7 @@ ZERO, ONE, LINE, END, PROMPT = range(5)
 RIGHT = 0.7  # chance that a step is right, whatever came before
 STEPS = 4
 SAMPLING = Sampling(max_tokens=2 * STEPS)
+STORED = ("data: {path: problems.jsonl}", "rollouts: stored")
 
 
 def decode(ids) -> str:
@@ -175,6 +177,12 @@ def test_labels_from_a_file_to_examples(tmp_path: Path, tiny_model_folder: Path,
         assert row["level"] in range(4) and row["reward"] in (0.0, 1.0)
         assert batch.texts[i] == " ".join(row["completions"])
         assert batch.reward[i] == row["reward"] == row["labels"][-1]
+    scored = batch.set(score=batch.reward, logp_sampler=torch.zeros(batch.mask.shape))
+    write_rollouts(tmp_path / "stored" / "step-000001.parquet", scored, [""] * len(batch))
+    (tmp_path / "again.yaml").write_text((tmp_path / "labels.yaml").read_text().replace(*STORED))
+    again = run_labels("again.yaml", ["--output=again.jsonl"])
+    rows = [json.loads(line) for line in again.read_text().splitlines()]
+    assert [row["completions"] for row in rows] == [row["completions"] for row in written]
 
 
 def has_an_e(completion: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from posttrain.errors import RecipeError, UserError
 from posttrain.recipe import SLOTS, Part, Recipe, RecipeConflict, Slot
-from posttrain.resolve import check_options, find_file, parameters, positional, resolve, specify
+from posttrain.resolve import check_options, find_file, inner_slots, parameters, positional, resolve, specify
 from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
 from posttrain.validation import Problems, dataclass_in, validate
 
@@ -196,20 +196,24 @@ class _Reader:
         order = [self.path.parent, Path.cwd()]
         return order[::-1] if self.document.place(location).startswith(COMMAND_LINE) else order
 
-    def parts(self, location: Location, entries: Any) -> tuple[Part, ...]:
+    def parts(self, location: Location, entries: Any, slot: Slot | None = None) -> tuple[Part, ...]:
         if entries is None:
             return ()
         if not isinstance(entries, list):
             message = f"should be a list of parts, such as [{{use: name}}] (got {entries!r})"
             self.problems.append((location, message))
             return ()
-        found = [self.part((*location, i), entry) for i, entry in enumerate(entries)]
+        found = [self.part((*location, i), entry, slot) for i, entry in enumerate(entries)]
         return tuple(part for part in found if part is not None)
 
-    def part(self, location: Location, entry: Any) -> Part | None:
-        """The part of one entry ``{use: name, <options>, <settings of the slot>}``."""
-        slot_name = next(str(step) for step in reversed(location) if step in SLOTS)
-        slot = SLOTS[slot_name]
+    def part(self, location: Location, entry: Any, slot: Slot | None = None) -> Part | None:
+        """The part of one entry ``{use: name, <options>, <settings of the slot>}``.
+
+        Args:
+            slot: where the entry stands; default: in the slot that the location names.
+        """
+        slot_name = next(str(step) for step in reversed(location) if isinstance(step, str))
+        slot = slot or SLOTS[slot_name]
         if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
             got = "`use` is missing" if isinstance(entry, dict) and "use" not in entry else f"got {entry!r}"
             self.problems.append((location, f"a part is written as {{use: name, option: value}} ({got})"))
@@ -218,16 +222,28 @@ class _Reader:
         spec = self._attempt((*location, "use"), lambda: specify(entry["use"], slot.module, folders))
         target = self._attempt((*location, "use"), lambda: resolve(spec)) if spec else None
         settings = self._part_settings(location, slot, entry)
-        if target is None or not self._fits(location, slot_name, target):
+        if target is None or not self._fits(location, slot_name, slot, target):
             return None
         given = {name: value for name, value in entry.items() if name != "use" and name not in slot.settings}
+        inner = self._inner_parts(location, target, given)
+        plain = {name: value for name, value in given.items() if name not in inner}
         checked, problems = check_options(
-            target, given, _passed(slot, target), beside=slot.settings, complete=slot_name != "verify"
+            target, plain, _passed(slot, target), beside=slot.settings, complete=slot_name != "verify"
         )
         self.problems.extend(((*location, *at), message) for at, message in problems)
         if problems:
             return None
-        return Part.of(target, settings={"name": entry["use"], "spec": spec, **settings}, **checked)
+        return Part.of(target, settings={"name": entry["use"], "spec": spec, **settings}, **checked, **inner)
+
+    def _inner_parts(self, location: Location, target: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those options that are parts themselves, such as the score of a preference loss."""
+        found: dict[str, Any] = {}
+        for name, mark in inner_slots(target).items():
+            if name in given:
+                place, value, slot = (*location, name), given[name], Slot(mark.module, mark.takes)
+                value = [value] if mark.several and isinstance(value, dict) else value
+                found[name] = self.parts(place, value, slot) if mark.several else self.part(place, value, slot)
+        return found
 
     def _part_settings(self, location: Location, slot: Slot, entry: Mapping[str, Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(Part, include_extras=True)
@@ -243,9 +259,9 @@ class _Reader:
                 self.problems.extend(((*location, name, *at), message) for at, message in problems)
         return settings
 
-    def _fits(self, location: Location, slot_name: str, target: Any) -> bool:
+    def _fits(self, location: Location, slot_name: str, slot: Slot, target: Any) -> bool:
         """Whether the part can be called with what its slot passes."""
-        takes = SLOTS[slot_name].takes
+        takes = slot.takes
         if not takes:  # a verifier takes columns by name, a prompt sampler is built by name
             return True
         call = functools.partial(target.__call__, None) if isinstance(target, type) else target

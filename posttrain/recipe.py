@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from posttrain import options
 from posttrain.errors import RecipeError
-from posttrain.resolve import default_options, required, resolve
+from posttrain.resolve import default_options, inner_slots, required, resolve
 from posttrain.strictyaml import dotted
 from posttrain.validation import Problems
 
@@ -89,6 +89,10 @@ class Part:
         spec = f"{target.__module__}.{name}" if importable and target.__module__ != "__main__" else ""
         return cls(**{"call": call, "name": name, "options": options, "spec": spec, **(settings or {})})
 
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={_short(value)}" for name, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
     @property
     def target(self) -> Callable[..., Any]:
         """The function or class itself."""
@@ -100,6 +104,10 @@ class Part:
     def every_option(self) -> dict[str, Any]:
         """The options, defaults included."""
         return default_options(self.target) | dict(self.options)
+
+
+def _short(value: Any) -> str:
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
 
 
 def _default(spec: str) -> Any:
@@ -183,14 +191,19 @@ SETTINGS_AND_SLOTS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name 
 """What a YAML recipe may hold at the top."""
 
 
-def _plain_part(part: Part, slot: str) -> dict[str, Any]:
-    place = SLOTS[slot]
+def _plain_part(part: Part, slot: str, place: Slot | None = None) -> dict[str, Any]:
+    place = place or SLOTS[slot]
     name = getattr(part.target, "__name__", part.name)
     bare = getattr(sys.modules.get(place.module), name, None) is part.target
     # A verifier's parameters without a given option are columns of the data set, whatever their defaults.
     chosen = part.options if slot == "verify" else part.every_option
     plain: dict[str, Any] = {"use": name if bare else part.spec or part.name}
-    plain |= TypeAdapter(Any).dump_python(dict(chosen), mode="json", fallback=repr)
+    inner = inner_slots(part.target)
+    plain |= TypeAdapter(Any).dump_python(
+        {name: value for name, value in chosen.items() if name not in inner}, mode="json", fallback=repr
+    )
+    for name, mark in inner.items():
+        plain[name] = _plain_inner(chosen[name], name, Slot(mark.module, mark.takes))
     for setting in place.settings:
         value = getattr(part, setting)
         if setting == "weights":
@@ -200,6 +213,13 @@ def _plain_part(part: Part, slot: str) -> dict[str, Any]:
         if value is not None:
             plain[setting] = value
     return plain
+
+
+def _plain_inner(value: Any, name: str, place: Slot) -> Any:
+    """An option that is a part, or several, or a function as the signature has it by default."""
+    if isinstance(value, list | tuple):
+        return [_plain_inner(each, name, place) for each in value]
+    return _plain_part(value if isinstance(value, Part) else Part.of(value), name, place)
 
 
 def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -235,6 +255,11 @@ def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         yield ("value", "model"), "with `share` the backbone is the policy's; leave one of them out"
     if value.head is not None and value.head.low >= value.head.high:
         yield ("value", "head", "low"), f"{value.head.low} is not below `high: {value.head.high}`"
+    if value.head is not None and value.head.type == "implicit":
+        if value.members > 1:
+            yield ("value", "members"), "an implicit value is that of one language model, which has no members"
+        if value.normalise:
+            yield ("value", "normalise"), "an implicit value is a log-ratio, which has no other scale"
     if value.ready_at is not None and not (recipe.value_loss and recipe.loss):
         yield ("value", "ready_at"), "makes the policy wait for the value model: both must be trained"
 

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from posttrain.errors import RecipeError
+from posttrain.inner import Inner
 from posttrain.strictyaml import suggestion
 from posttrain.validation import Problems, validate
 
@@ -195,6 +196,18 @@ def check_options(
     missing = [name for name in required(target) if name in known and name not in options] if complete else []
     problems.extend(((), f"option {name!r} is missing and has no default") for name in missing)
     return checked, problems
+
+
+def inner_slots(target: Callable[..., Any]) -> dict[str, Inner]:
+    """Options whose values are parts themselves, one or several, by name."""
+    found: dict[str, Inner] = {}
+    for name, annotation in _annotations(target).items():
+        several = typing.get_origin(annotation) is tuple
+        marked = typing.get_args(annotation)[0] if several else annotation
+        for mark in getattr(marked, "__metadata__", ()):
+            if isinstance(mark, Inner):
+                found[name] = mark._replace(several=several)
+    return found
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:

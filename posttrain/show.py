@@ -60,12 +60,19 @@ def signature(part: Part) -> str:
             starred = True
         if name in part.options:
             mark = "" if part.options[name] == p.default else "*"
-            shown.append(f"{name}={part.options[name]!r}{mark}")
+            shown.append(f"{name}={written(part.options[name])}{mark}")
         elif p.default is not p.empty:
-            shown.append(f"{name}={p.default!r}")
+            shown.append(f"{name}={written(p.default)}")
         else:
             shown.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + name)
     return f"{part.target.__name__}({', '.join(shown)})"
+
+
+def written(value: Any) -> str:
+    """An option's value; of one that is a part, its name and options."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(written, value))})"
+    return str(value) if isinstance(value, Part) else getattr(value, "__name__", repr(value))
 
 
 def settings(recipe: Recipe) -> Table:

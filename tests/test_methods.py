@@ -13,7 +13,10 @@ from posttrain.recipe import Part, Recipe
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"
 ROW = re.compile(rf"\| (?P<name>[^|]+) \| {LINK} \| (?P<parts>[^|]+) \| (?P<paper>[^|]+) \|")
-RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes" / "rl").glob("*.yaml"))
+FAMILIES = ("rl", "value")
+RECIPES = sorted(
+    path.relative_to(ROOT).as_posix() for family in FAMILIES for path in (ROOT / "recipes" / family).glob("*.yaml")
+)
 
 
 def rows() -> dict[str, re.Match[str]]:
@@ -22,11 +25,15 @@ def rows() -> dict[str, re.Match[str]]:
 
 def described(recipe: Recipe) -> str:
     """The parts of a recipe in the order of a step, those that every recipe has by default left out."""
-    parts: list[Part] = [] if recipe.rollout.name == "single_turn" and not recipe.rollout.options else [recipe.rollout]
+    parts = [recipe.examples] if recipe.examples is not None else []
+    parts += [] if recipe.rollout.name == "single_turn" and not recipe.rollout.options else [recipe.rollout]
     parts += [*recipe.select, *recipe.reward, recipe.advantage, *recipe.shape, *recipe.keep]
     for term in recipe.loss:
         parts += [term, *term.weights]
-    return " → ".join(f"`{_call(part)}`" for part in [*parts, recipe.normaliser])
+    parts += [recipe.target, *recipe.value_loss]
+    if recipe.normaliser.name != "token_mean" or recipe.loss:
+        parts.append(recipe.normaliser)
+    return " → ".join(f"`{_call(part)}`" for part in parts if part is not None)
 
 
 def _call(part: Part) -> str:

@@ -25,8 +25,29 @@ from posttrain.parts.credit import (
     token_rewards,
     valid_rows,
 )
+from posttrain.parts.preference.regularisers import nll, optimism, reference_kl
+from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.ranges import AboveOne, AtLeastOne, Fraction, NonNegative, Positive
 from posttrain.parts.ratio import log_ratio, needed
+
+__all__ = [
+    "banded",
+    "cispo",
+    "clip",
+    "entropy",
+    "geometric",
+    "kl",
+    "listwise",
+    "nll",
+    "nll_positive",
+    "optimism",
+    "outcome_cross_entropy",
+    "pairwise",
+    "pointwise",
+    "reference_kl",
+    "reinforce",
+    "soft_path",
+]
 
 Estimator = Literal["k1", "k2", "k3", "k3_k2"]
 

@@ -13,12 +13,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from posttrain import options
 from posttrain.batch import Finish
-from posttrain.decoding.editing import Edited, head_value
-from posttrain.decoding.model_scores import LogRatio, ValueScore, model_law, value_score
+from posttrain.decoding.cached_values import CachedValueScore, value_score
+from posttrain.decoding.editing import Edited
+from posttrain.decoding.model_scores import LogRatio, ValueScore, head_value, model_law
 from posttrain.decoding.nodes import a_star_key, beam, best_first, most_visited, path_key, puct, where_moves_led
 from posttrain.decoding.particles import keep, resample, tilted, vote, weighted
 from posttrain.decoding.population import Population
-from posttrain.decoding.prefix_scores import FunctionScore, RolloutScore
+from posttrain.decoding.prefix_scores import FunctionScore, RolloutScore, next_scores
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.refine import jacobi, model_greedy
 from posttrain.decoding.shaping import Shaped
@@ -272,6 +273,30 @@ def test_laws_of_models_in_batches(model):
         expected = laws[:-1].gather(-1, torch.tensor(prefix.generated, dtype=torch.long)[:, None]).sum()
         assert float(path) == pytest.approx(float(expected), abs=1e-4)
         assert torch.allclose(row, laws[-1], atol=1e-4)
+
+
+def test_cached_values_are_those_of_whole_forward_passes(tiny_model_folder: Path):
+    """Prefixes that go on with a candidate, with another token, that are new, that left, in another order."""
+    value = make_value_model(tiny_model_folder)
+    cached, plain = CachedValueScore(value), ValueScore(value)
+    prefixes = prefixes_of(3, 9, 5)
+    for turn in range(4):
+        candidates = torch.tensor([[10 + turn, 20, 30 + row] for row in range(len(prefixes))])
+        expected = next_scores(plain, prefixes, candidates)
+        assert torch.allclose(next_scores(cached, prefixes, candidates), expected, atol=1e-5)
+        assert torch.allclose(cached.score(prefixes), plain.score(prefixes), atol=1e-5)
+        prefixes = [
+            Prefix(tokens=[*p.tokens, int(c[turn % 3])], start=2) for p, c in zip(prefixes, candidates, strict=True)
+        ]
+        if turn == 1:
+            prefixes = [prefixes[2], *prefixes_of(4, 70), prefixes[0]]
+        if turn == 2:
+            prefixes[0] = Prefix(tokens=[*prefixes[0].tokens[:-1], 99], start=2)
+    assert cached.computed == {"prefixes": 3 + 2 + 1, "candidates": 3 * (3 + 3 + 4 + 4)}
+    with torch.no_grad():
+        value.head.linear.weight.mul_(2.0)
+    expected = next_scores(plain, prefixes, candidates)
+    assert torch.allclose(next_scores(cached, prefixes, candidates), expected, atol=1e-5)  # old values are forgotten
 
 
 def test_any_module_of_that_signature_is_a_value_model(tiny_model_folder: Path):

@@ -28,12 +28,14 @@ from posttrain.decoding.nodes import (
     voted,
     where_moves_led,
 )
+from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.tree import TreeSearch, sampled_steps, top_tokens
 from posttrain.decoding.tree_exports import best_paths, dot, preference_pairs, value_targets
 
 WORLD = make_world(11, vocabulary=3, length=4)
 ENDING = make_world(12, vocabulary=3, length=3, eos=True)
 WORLDS = [WORLD, ENDING]
+EMPTY = Prefix(tokens=[0], start=1)
 
 
 def searched(world: World, values, *, k: int | None = None, **options) -> Tree:
@@ -153,9 +155,9 @@ def test_negamax_over_a_whole_tree_is_minimax():
 
 
 def test_negamax_means_change_sign_at_every_step():
-    nodes = [Node(prefix=None, version=0)]  # type: ignore[arg-type]
+    nodes = [Node(prefix=EMPTY, version=0)]
     for _ in range(3):
-        nodes.append(Node(prefix=None, version=0, parent=nodes[-1]))  # type: ignore[arg-type]
+        nodes.append(Node(prefix=EMPTY, version=0, parent=nodes[-1]))
     nodes[-1].value = 2.0
     average(nodes[-1], sign=-1)
     assert [node.q for node in nodes] == [-2.0, 2.0, -2.0, 2.0]
@@ -212,8 +214,8 @@ def test_moves_keep_the_subtree():
 
 
 def test_moves_drawn_by_visits():
-    root = Node(prefix=None, version=0)  # type: ignore[arg-type]
-    root.children = [Node(prefix=None, version=0, parent=root, visits=visits) for visits in (1, 0, 3)]  # type: ignore
+    root = Node(prefix=EMPTY, version=0)
+    root.children = [Node(prefix=EMPTY, version=0, parent=root, visits=visits) for visits in (1, 0, 3)]
     asked = []
     tree = Tree(root=root, seed=0, choose=lambda law: asked.append(law) or 2)
     assert most_visited(tree, temperature=0.5) is root.children[2]
@@ -271,9 +273,9 @@ def test_equal_steps_become_one_child():
 
 
 def test_process_rewards_are_aggregated_along_the_path():
-    chain = [Node(prefix=None, version=0)]  # type: ignore[arg-type]
+    chain = [Node(prefix=EMPTY, version=0)]
     for reward in (0.5, 0.2, 0.9):
-        chain.append(Node(prefix=None, version=0, parent=chain[-1], reward=reward, value=10.0))  # type: ignore[arg-type]
+        chain.append(Node(prefix=EMPTY, version=0, parent=chain[-1], reward=reward, value=10.0))
     f = {how: a_star_key(chain[-1], weight=0.1, aggregate=how) for how in ("min", "max", "sum", "last")}
     assert f == pytest.approx({"min": 1.2, "max": 1.9, "sum": 2.6, "last": 1.9})
 

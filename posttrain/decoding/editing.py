@@ -6,18 +6,16 @@ V(h) = w·h it is the constant bias n α W w.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from posttrain.decoding.model_scores import HiddenValue
 from posttrain.engines.base import Completion, OnCompletion, Sampling
 from posttrain.engines.transformers import TransformersEngine
-
-HiddenValue = Callable[[Float[Tensor, "*S H"]], Float[Tensor, "*S"]]
-"""A value of last-layer hidden states (after the final norm), in float32."""
 
 
 def edit(hidden: Float[Tensor, "*S H"], value: HiddenValue, *, step_size: float, steps: int) -> Float[Tensor, "*S H"]:
@@ -42,8 +40,8 @@ class Edited:
 
     Args:
         engine: a transformers engine; vLLM keeps hidden states to itself.
-        value: of the last layer's hidden states, such as :func:`head_value` of a value model whose backbone is the
-            engine's own model.
+        value: of the last layer's hidden states, such as :func:`~posttrain.decoding.model_scores.head_value` of a value
+            model whose backbone is the engine's own model.
         step_size: α; the paper takes 0.2 to 1.
         steps: gradient steps a token; the paper takes 30 to 200.
     """
@@ -88,13 +86,3 @@ class Edited:
             hidden = inputs[0].clone().float()
             moved = edit(hidden, self.value, step_size=self.step_size, steps=self.steps)
         return logits + nn.functional.linear(moved.to(logits), output_layer.weight)
-
-
-def head_value(model: Any) -> HiddenValue:
-    """The head of a ``posttrain.values.ValueModel`` alone, in reward units."""
-
-    def value(hidden: Float[Tensor, "*S H"]) -> Float[Tensor, "*S"]:
-        decoded = model.head.decode(model.head(hidden))
-        return model.reduce((model.spec.shift + model.spec.scale * decoded).movedim(-1, 0))
-
-    return value

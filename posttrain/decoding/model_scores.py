@@ -22,6 +22,10 @@ Law = Callable[[Sequence[Prefix]], tuple[Float[Tensor, " M"], Float[Tensor, "M V
 """Of a language model: the log-prob of what each prefix has generated, and the log-probs of its next token."""
 
 
+HiddenValue = Callable[[Float[Tensor, "*S H"]], Float[Tensor, "*S"]]
+"""A value of last-layer hidden states (after the final norm), in float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogRatio:
     """Σ_t log p⁺(token_t) - log p⁻(token_t) over what was generated, under two language models or one of them.
@@ -116,11 +120,14 @@ class NextTokenValueScore(ValueScore):
         return torch.cat(values)
 
 
-def value_score(model: Any) -> ValueScore:
-    """The score of a ``posttrain.values.ValueModel``, with the kind, temperature and scale it was trained for."""
-    spec = model.spec
-    score = NextTokenValueScore if spec.head.type == "per_token" else ValueScore
-    return score(model, kind=spec.kind, beta=spec.beta, scale=spec.scale)
+def head_value(model: Any) -> HiddenValue:
+    """The head of a ``posttrain.values.ValueModel`` alone, in reward units."""
+
+    def value(hidden: Float[Tensor, "*S H"]) -> Float[Tensor, "*S"]:
+        decoded = model.head.decode(model.head(hidden))
+        return model.reduce((model.spec.shift + model.spec.scale * decoded).movedim(-1, 0))
+
+    return value
 
 
 def padded(prefixes: Sequence[Prefix], device: torch.device) -> tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]:

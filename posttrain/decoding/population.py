@@ -283,7 +283,7 @@ class Population:
             "log_z": log_z(group.particles),
         }
         if self.particles == 1 and self.pick is top:
-            measured["kl_bound"] = blockwise_kl_bound(self.branch, group.rounds)
+            measured["kl_bound"] = blockwise_kl_bound(self.branch, float(group.rounds))
         finish = chosen.prefix.finish
         assert finish is not None
         return Completion(list(chosen.prefix.generated), list(chosen.prefix.logps), finish, chosen.version, measured)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.decoding.prefixes import (
+    CandidateScore,
     Kind,
     NextTokenScore,
     Prefix,
@@ -29,8 +30,11 @@ from posttrain.engines.base import Engine, Sampling
 def next_scores(score: PrefixScore, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
     """The score of each prefix followed by each of its candidates.
 
-    A score that emits a vocabulary vector is asked once a prefix, any other once a candidate, all in one batch.
+    A score that emits a vocabulary vector is asked once a prefix, any other once a candidate, all in one batch; one
+    that keeps what it has computed of the prefixes is asked for the candidates alone.
     """
+    if isinstance(score, CandidateScore):
+        return score.score_candidates(prefixes, candidates)
     if isinstance(score, NextTokenScore):
         vectors = score.score_next(prefixes)
         return vectors.gather(-1, candidates.to(vectors.device))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.batch import Finish
@@ -67,6 +67,15 @@ class NextTokenScore(PrefixScore, Protocol):
 
     def score_next(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M V"]:
         """The score of each prefix followed by each token."""
+        ...
+
+
+@runtime_checkable
+class CandidateScore(PrefixScore, Protocol):
+    """A score that gives some one-token extensions of a prefix for less than as many prefixes."""
+
+    def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """The score of each prefix followed by each of its candidates."""
         ...
 
 

@@ -298,7 +298,7 @@ def server():
 
     its = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     its.daemon_threads = True
-    threading.Thread(target=its.serve_forever, daemon=True).start()
+    threading.Thread(target=its.serve_forever, args=(0.01,), daemon=True).start()
     state.url = f"http://127.0.0.1:{its.server_port}/v1"
     yield state
     its.shutdown()

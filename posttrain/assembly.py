@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from posttrain.collect import Source
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
@@ -20,7 +21,8 @@ from posttrain.learner import Learner
 from posttrain.models import DTYPES, Policy, build_policy, context_length, load_model
 from posttrain.needs import Needs
 from posttrain.options import Value
-from posttrain.recipe import Part, Recipe
+from posttrain.parts.value_losses import SOFT
+from posttrain.recipe import Recipe
 from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
 from posttrain.trained import Trained
@@ -108,12 +110,14 @@ def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
     reference = build_reference(recipe, needs, runtime, policy)
     value = slow = None
     if needs.value_model:
-        value = build_value(recipe.value or Value(), recipe.policy, policy, **value_kind(recipe.target))
+        value = build_value(recipe.value or Value(), recipe.policy, policy, **value_kind(recipe))
     if value is not None and recipe.value is not None and recipe.value.target_rate is not None:
         slow = target_copy(value)
     groups: list[Group] = []
     learns = value.own_parameters() if value is not None and recipe.value_loss else {}
     of_value = [parameter for parameter in learns.values() if parameter.requires_grad]
+    if not recipe.loss:
+        freeze_policy(policy, learns)
     if recipe.loss:
         others = {id(parameter) for parameter in of_value}
         mine = [p for p in policy.parameters() if p.requires_grad and id(p) not in others]
@@ -125,6 +129,17 @@ def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
         if model is not None:
             model.to(runtime.device)
     return Learner(recipe, runtime, policy, reference, value, slow, needs)
+
+
+def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
+    """A policy without a loss requires no gradients; a value model's own adapters on its weights, ``learns``, still do.
+
+    Data-parallel wrappers would wait for the gradients of adapters that the loss does not reach.
+    """
+    others = {id(parameter) for parameter in learns.values()}
+    for parameter in policy.parameters():
+        if id(parameter) not in others:
+            parameter.requires_grad_(False)
 
 
 def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Policy | None:
@@ -141,15 +156,19 @@ def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Poli
     return Policy(model).requires_grad_(False).eval().to(runtime.device)
 
 
-def value_kind(target: Part | None) -> dict[str, Any]:
-    """What a value that learns this target means: the backup and temperature that its checkpoint records.
+def value_kind(recipe: Recipe) -> dict[str, Any]:
+    """What the values that a recipe trains mean: the backup and temperature that their checkpoint records.
 
     Without a target nothing is learned, and a saved value model keeps its own.
     """
-    if target is None:
+    if recipe.target is None:
         return {"kind": None, "beta": None}
-    chosen = target.every_option
-    return {"kind": chosen.get("backup", "mean"), "beta": chosen.get("beta")}
+    chosen = recipe.target.every_option
+    soft = next((part for part in recipe.value_loss if part.target.__name__ in SOFT), None)
+    if soft is not None:
+        return {"kind": "soft", "beta": soft.every_option["beta"]}
+    kind = chosen.get("backup", "mean")
+    return {"kind": kind, "beta": chosen.get("beta") if kind == "soft" else None}
 
 
 @contextmanager

@@ -159,6 +159,20 @@ def test_greedy_decoding_under_a_shaper(engine: Engine, model):
         assert completion.tokens == law[:, :100].argmax(-1).tolist()
 
 
+def test_a_score_that_raises_is_raised_and_leaves_the_engine_as_it_was(engine: Engine):
+    calls = []
+
+    def broken(prefixes):
+        calls.append(len(prefixes))
+        return [1 / (3 - len(calls))] * len(prefixes)
+
+    before = engine.generate(PROMPTS, SAMPLING, seeds=range(4))
+    with pytest.raises(ZeroDivisionError):
+        Shaped(engine, FunctionScore(function=broken), k=2).generate(PROMPTS, SAMPLING, seeds=range(4))
+    assert len(calls) == 3
+    assert [c[0].tokens for c in engine.generate(PROMPTS, SAMPLING, seeds=range(4))] == [c[0].tokens for c in before]
+
+
 POPULATIONS = {
     "best-of-n": {"branch": 4},
     "soft best-of-n": {"branch": 4, "pick": tilted, "strength": 5.0},

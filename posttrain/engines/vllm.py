@@ -130,6 +130,8 @@ class VllmEngine:
             while pending:
                 with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws from the global generator, to no effect
                     outputs = engine.step()
+                if shaping is not None:
+                    vllm_shaping().raise_failure(shaping)
                 for output in outputs:
                     i, j = pending.pop(output.request_id)
                     done[i][j] = completion = _completion(output, self.version)

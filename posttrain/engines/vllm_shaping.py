@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ KEY = "posttrain_shaped"
 """The request's argument that names its shaper and its row: ``[number, prompt, sample]``."""
 
 _active: dict[int, Shaper] = {}  # of the calls of `generate` in progress; engines live in this process
+_failures: dict[int, Exception] = {}  # what a shaper raised: vLLM would dump its whole state on an error
 
 
 def register(shaper: Shaper) -> int:
@@ -25,9 +26,16 @@ def register(shaper: Shaper) -> int:
     return number
 
 
+def raise_failure(number: int) -> None:
+    """Raises what the shaper has raised since the last call, if it has."""
+    if number in _failures:
+        raise _failures.pop(number)
+
+
 def forget(number: int) -> None:
     """The shaper's requests have ended."""
     del _active[number]
+    _failures.pop(number, None)
 
 
 class _Request(NamedTuple):
@@ -71,12 +79,15 @@ class ShapingProcessor(LogitsProcessor):
                 self._requests[source] = replaced
 
     def apply(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        for number in {request.shaper for request in self._requests.values()}:
+        for number in {request.shaper for request in self._requests.values()} & _active.keys() - _failures.keys():
             rows = [row for row, request in self._requests.items() if request.shaper == number]
-            self._shape(logits, rows, _active[number])
+            try:
+                self._shape(logits, rows, _active[number])
+            except Exception as error:
+                _failures[number] = error
         return logits
 
-    def _shape(self, logits: Float[Tensor, "B V"], rows: Sequence[int], shaper: Callable) -> None:
+    def _shape(self, logits: Float[Tensor, "B V"], rows: Sequence[int], shaper: Shaper) -> None:
         requests = [self._requests[row] for row in rows]
         index = torch.tensor(rows, device=logits.device)
         temperature = torch.tensor([request.temperature for request in requests], device=logits.device)[:, None]

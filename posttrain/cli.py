@@ -1,4 +1,4 @@
-"""The command line: ``posttrain train | eval | show RECIPE [--key.path=value]...``."""
+"""The command line: ``posttrain train | eval | label | show FILE [--key.path=value]...``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
     evaluate = commands.add_parser("eval", help="run an evaluation suite, such as eval/value.yaml", **common)
     evaluate.add_argument("suite", type=Path, help="YAML file")
+    label = commands.add_parser("label", help="label reasoning steps by sampling, as in recipes/label", **common)
+    label.add_argument("recipe", type=Path, help="YAML file")
     show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
     show.add_argument("recipe", type=Path, help="YAML file")
     return parser
@@ -96,4 +98,15 @@ def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "show": _show}
+def _label(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from posttrain.quiet import quiet
+
+    quiet()
+    from posttrain.labelling import run_labels
+
+    run_labels(options.recipe, overrides)
+    return 0
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "label": _label, "show": _show}

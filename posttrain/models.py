@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -208,6 +208,24 @@ def merged(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".base_layer.", "."), weight.detach().to(parameter.dtype)
 
 
+class TokenStatistics(NamedTuple):
+    """What a forward pass says of each chosen token; float32, 0 off the mask, None where nothing asked for it."""
+
+    logp: Float[Tensor, "N L"]
+    entropy: Float[Tensor, "N L"] | None
+    kl_ref: Float[Tensor, "N L"] | None  # KL(π_ref ‖ π) of the next token, over the vocabulary, in nats
+    collision: Float[Tensor, "N L"] | None  # log Σ_v π(v)²
+
+
+class _Head(NamedTuple):
+    """How hidden states become statistics."""
+
+    temperature: float
+    entropy: bool
+    collision: bool
+    reference: Policy | None  # whose output layer reads the reference's hidden states
+
+
 class Policy(nn.Module):
     """A causal language model whose forward pass gives the log-probs of a batch's chosen tokens.
 
@@ -243,10 +261,35 @@ class Policy(nn.Module):
         Padding stands on the right of every row, where causal attention cannot see it: no attention mask is needed,
         and the fastest kernels apply. ``reference``: without the adapters.
         """
-        hidden = self.hidden_states(tokens, reference=reference)
+        found = self.statistics(tokens, mask, temperature=temperature, entropy=entropy, without_adapters=reference)
+        return found.logp, found.entropy
+
+    def statistics(
+        self,
+        tokens: Int[Tensor, "N L"],
+        mask: Bool[Tensor, "N L"],
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        collision: bool = False,
+        kl_from: Policy | None = None,
+        without_adapters: bool = False,
+    ) -> TokenStatistics:
+        """The same with more of each next token's distribution, from one pass.
+
+        Args:
+            kl_from: the reference policy of the divergences, without its adapters; may be this policy itself. It has no
+                gradient.
+        """
+        hidden = self.hidden_states(tokens, reference=without_adapters)
         chosen = mask[:, 1:]
-        logp, entropies = self._chunked(hidden[:, :-1][chosen], tokens[:, 1:][chosen], temperature, entropy)
-        return _scatter(logp, mask), _scatter(entropies, mask) if entropies is not None else None
+        states = [hidden[:, :-1][chosen]]
+        if kl_from is not None:
+            with torch.no_grad():
+                states.append(kl_from.hidden_states(tokens, reference=True)[:, :-1][chosen])
+        asked = _Head(temperature, entropy, collision, kl_from)
+        found = self._chunked(states, tokens[:, 1:][chosen], asked)
+        return TokenStatistics(*(None if values is None else _scatter(values, mask) for values in found))
 
     def hidden_states(self, tokens: Int[Tensor, "N L"], *, reference: bool = False) -> Float[Tensor, "N L H"]:
         """What the output layer reads; ``reference``: without the adapters."""
@@ -266,29 +309,36 @@ class Policy(nn.Module):
         return logits if temperature == 1.0 else logits / temperature
 
     def _chunked(
-        self, hidden: Float[Tensor, "M H"], target: Int[Tensor, " M"], temperature: float, entropy: bool
-    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]:
-        rows = chunk_rows(hidden.device, self.base.config.get_text_config().vocab_size)
-        if len(hidden) <= rows:
-            return self._head(hidden, target, temperature, entropy)
+        self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head
+    ) -> list[Float[Tensor, " M"] | None]:
+        rows = chunk_rows(target.device, self.base.config.get_text_config().vocab_size)
+        if len(target) <= rows:
+            return self._head(asked, target, *states)
         parts = []
-        for start in range(0, len(hidden), rows):
-            arguments = (hidden[start : start + rows], target[start : start + rows], temperature, entropy)
+        for start in range(0, len(target), rows):
+            arguments = (asked, *(each[start : start + rows] for each in (target, *states)))
             if torch.is_grad_enabled():
                 parts.append(checkpoint(self._head, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._head(*arguments))
-        logp = torch.cat([part[0] for part in parts])
-        return logp, torch.cat([part[1] for part in parts]) if entropy else None
+        return [None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)]
 
     def _head(
-        self, hidden: Float[Tensor, "m H"], target: Int[Tensor, " m"], temperature: float, entropy: bool
-    ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"] | None]:
-        logits = self.next_logits(hidden, temperature)
+        self, asked: _Head, target: Int[Tensor, " m"], hidden: Float[Tensor, "m H"], *of_reference: Tensor
+    ) -> list[Float[Tensor, " m"] | None]:
+        """Log-probs, entropies, divergences and collisions of some positions."""
+        logits = self.next_logits(hidden, asked.temperature)
         logp = -nn.functional.cross_entropy(logits, target, reduction="none")
-        if not entropy:
-            return logp, None
-        return logp, torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+        entropy = collision = divergence = None
+        if asked.entropy:
+            entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+        if asked.collision:
+            collision = (2 * logits.log_softmax(-1)).logsumexp(-1)
+        if asked.reference is not None:
+            with torch.no_grad():
+                wanted = asked.reference.next_logits(of_reference[0], asked.temperature).log_softmax(-1)
+            divergence = (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1)
+        return [logp, entropy, divergence, collision]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, adapters merged in, one at a time: what an engine loads."""

@@ -1,8 +1,8 @@
 """Generated problems of several steps, a line each, of which the first wrong line is known exactly.
 
-``27+8-3+9=?`` is worked out by rewriting it: ``35-3+9``, ``32+9``, ``41``, ``\\boxed{41}``. Demonstrations slip now
-and then, and go on from the wrong number as if nothing had happened: so does a model that learned from them. A slip
-leads to any other number, so that two slips hardly ever make a right answer.
+``27+8-3+9=?`` is worked out as ``27+8=35``, ``35-3=32``, ``32+9=41``, ``\\boxed{41}``. Demonstrations slip now and
+then, and go on from the wrong number as if nothing had happened: so does a model that learned from them. A slip leads
+to any other number, so that two slips hardly ever make a right answer.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def worked_out(chain: Chain, slip: float, rng: random.Random) -> str:
     Both digits are written always: what a line copies then has its fixed place, which a tiny model learns soon.
     """
     lines, now = [], chain.start
-    for done, change in enumerate(chain.changes, 1):
-        right, now = now + change, now + change
-        if rng.random() < slip:
-            now = rng.choice([n for n in range(100) if n != right])
-        lines.append(f"{now:02d}{''.join(f'{later:+d}' for later in chain.changes[done:])}")
+    for change in chain.changes:
+        right = now + change
+        result = rng.choice([n for n in range(100) if n != right]) if rng.random() < slip else right
+        lines.append(f"{now:02d}{change:+d}={result:02d}")
+        now = result
     return "\n".join([*lines, boxed(now)])
 
 

@@ -73,9 +73,9 @@ seed: {seed}
 class Settings:
     """How much of everything."""
 
-    demonstrations: int = 25600
-    warm_up_steps: int = 800
-    slip: float = 0.12  # of a demonstration's line
+    demonstrations: int = 32000
+    warm_up_steps: int = 1000
+    slip: float = 0.1  # of a demonstration's line
     problems: int = 400  # to train value models on
     held_out: int = 300
     completions: int = 4

@@ -15,7 +15,7 @@ from posttrain import options
 from posttrain.batch import Finish
 from posttrain.decoding.cached_values import CachedValueScore, value_score
 from posttrain.decoding.editing import Edited
-from posttrain.decoding.model_scores import LogRatio, ValueScore, head_value, model_law
+from posttrain.decoding.model_scores import LogRatio, NextTokenValueScore, ValueScore, head_value, model_law
 from posttrain.decoding.nodes import a_star_key, beam, best_first, most_visited, path_key, puct, where_moves_led
 from posttrain.decoding.particles import keep, resample, tilted, vote, weighted
 from posttrain.decoding.population import Population
@@ -278,6 +278,21 @@ def test_values_of_every_next_token_are_those_of_the_extended_prefixes(tiny_mode
         assert torch.allclose(score.score(extended), vectors[:, token], atol=1e-5)
 
 
+def test_per_token_heads_read_only_the_last_token(tiny_model_folder: Path):
+    value = make_value_model(tiny_model_folder, "per_token")
+    cached = value_score(value)
+    plain = NextTokenValueScore(value)
+    prefixes = prefixes_of(3, 9, 5)
+    for _ in range(4):
+        vectors = cached.score_next(prefixes)
+        assert torch.allclose(vectors, plain.score_next(prefixes), atol=1e-5)
+        prefixes = [
+            Prefix(tokens=[*prefix.tokens, int(best)], start=2)
+            for prefix, best in zip(prefixes, vectors.argmax(-1), strict=True)
+        ]
+    assert cached.reader.computed == {"prefixes": 3, "candidates": 3 * 4}
+
+
 def test_laws_of_models_in_batches(model):
     law = model_law(model, temperature=0.8)
     prefixes = prefixes_of(3, 9, 5, 2)
@@ -306,7 +321,7 @@ def test_cached_values_are_those_of_whole_forward_passes(tiny_model_folder: Path
             prefixes = [prefixes[2], *prefixes_of(4, 70), prefixes[0]]
         if turn == 2:
             prefixes[0] = Prefix(tokens=[*prefixes[0].tokens[:-1], 99], start=2)
-    assert cached.computed == {"prefixes": 3 + 2 + 1, "candidates": 3 * (3 + 3 + 4 + 4)}
+    assert cached.reader.computed == {"prefixes": 3 + 2 + 1, "candidates": 3 * (3 + 3 + 4 + 4)}
     with torch.no_grad():
         value.head.linear.weight.mul_(2.0)
     expected = next_scores(plain, prefixes, candidates)

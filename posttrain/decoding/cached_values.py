@@ -27,44 +27,93 @@ Memory = tuple[Float[Tensor, "M heads columns size"], Float[Tensor, "M heads col
 """Keys and values of one layer."""
 
 
-def value_score(model: Any) -> ValueScore | CachedValueScore:
+def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenValueScore:
     """The score of a ``posttrain.values.ValueModel``, with the kind, temperature and scale it was trained for."""
-    if model.spec.head.type == "per_token":
-        return NextTokenValueScore(model, kind=model.spec.kind, beta=model.spec.beta, scale=model.spec.scale)
-    full = {"full_attention"}
-    kinds = set(getattr(model.decoder.config.get_text_config(), "layer_types", None) or full)
-    if kinds == full:
-        return CachedValueScore(model)
-    return ValueScore(model, kind=model.spec.kind, beta=model.spec.beta, scale=model.spec.scale)
+    full, per_token = {"full_attention"}, model.spec.head.type == "per_token"
+    if set(getattr(model.decoder.config.get_text_config(), "layer_types", None) or full) == full:
+        return CachedNextTokenValueScore(model) if per_token else CachedValueScore(model)
+    score = NextTokenValueScore if per_token else ValueScore
+    return score(model, kind=model.spec.kind, beta=model.spec.beta, scale=model.spec.scale)
 
 
 class CachedValueScore:
     """The value of a ``posttrain.values.ValueModel``, which remembers the last call's prefixes and their candidates.
-
-    It forgets them when the model's weights are changed in place, as optimisers and ``load_state_dict`` do.
 
     Args:
         model: all of its layers attend to all that came before.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
         self.kind: Kind = model.spec.kind
         self.beta: float | None = model.spec.beta
         self.scale: float = model.spec.scale
-        self.computed = {"prefixes": 0, "candidates": 0}  # read in whole, and scored as candidates
-        self._uncached = ValueScore(model, kind=self.kind, beta=self.beta, scale=self.scale)
+        self.reader = Reader(model)
         self._value = head_value(model)
+        self._uncached = ValueScore(model, kind=self.kind, beta=self.beta, scale=self.scale)
+
+    @torch.inference_mode()
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
+        hidden = self.reader.known([tuple(prefix.tokens) for prefix in prefixes])
+        return self._uncached.score(prefixes) if hidden is None else self._value(hidden)
+
+    @torch.inference_mode()
+    def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """See :class:`posttrain.decoding.prefixes.CandidateScore`."""
+        return self._value(self.reader.read([tuple(prefix.tokens) for prefix in prefixes], candidates))
+
+
+class CachedNextTokenValueScore:
+    """The values that a per-token (Q or twist) head gives to every next token; only the last token is read.
+
+    Args:
+        model: all of its layers attend to all that came before.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.kind: Kind = model.spec.kind
+        self.beta: float | None = model.spec.beta
+        self.scale: float = model.spec.scale
+        self.reader = Reader(model)
+        self._uncached = NextTokenValueScore(model, kind=self.kind, beta=self.beta, scale=self.scale)
+
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
+        return self._uncached.score(prefixes)
+
+    @torch.inference_mode()
+    def score_next(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M V"]:
+        """See :class:`posttrain.decoding.prefixes.NextTokenScore`."""
+        if any(len(prefix.tokens) < 2 for prefix in prefixes):
+            return self._uncached.score_next(prefixes)
+        last = torch.tensor([[prefix.tokens[-1]] for prefix in prefixes])
+        hidden = self.reader.read([tuple(prefix.tokens[:-1]) for prefix in prefixes], last)
+        return self.reader.model.next_values(hidden[:, 0])
+
+
+class Reader:
+    """Hidden states of a value model at the candidates of prefixes, by one forward pass over the candidates.
+
+    It holds keys and values of the last call's prefixes and candidates, and forgets them when the model's weights are
+    changed in place, as optimisers and ``load_state_dict`` do.
+
+    Args:
+        model: a ``posttrain.values.ValueModel``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.computed = {"prefixes": 0, "candidates": 0}  # read in whole, and read as candidates
         self._weights_version = 0
         self._forget()
 
     def _forget(self) -> None:
         self._rows: dict[tuple[int, ...], int] = {}  # what each row has read
         self._memory: list[Memory] = []
-        self._state: Tensor = torch.empty(0)  # [M], the values of the rows themselves
+        self._state: Tensor = torch.empty(0)  # [M, H], at the last token of each row
         self._candidates: list[dict[int, int]] = []  # token -> column, for each row
         self._candidate_memory: list[Memory] = []
-        self._candidate_values: Tensor = torch.empty(0)  # [M, K]
+        self._candidate_states: Tensor = torch.empty(0)  # [M, K, H]
 
     def _check_weights(self) -> None:
         version = sum(parameter._version for parameter in self.model.parameters())
@@ -72,29 +121,25 @@ class CachedValueScore:
             self._forget()
             self._weights_version = version
 
-    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
-        """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
+    def known(self, prefixes: Sequence[tuple[int, ...]]) -> Float[Tensor, "M H"] | None:
+        """The hidden states at the last tokens of prefixes that were all read in the last call, or else None."""
         self._check_weights()
-        rows = [self._rows.get(tuple(prefix.tokens)) for prefix in prefixes]
-        known = [row for row in rows if row is not None]
-        return self._state[known] if len(known) == len(rows) else self._uncached.score(prefixes)
+        rows = [self._rows.get(prefix) for prefix in prefixes]
+        return None if None in rows else self._state[rows]
 
-    @torch.inference_mode()
-    def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
-        """See :class:`posttrain.decoding.prefixes.CandidateScore`."""
+    def read(self, prefixes: Sequence[tuple[int, ...]], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K H"]:
+        """The hidden states at each candidate, as the token after its prefix."""
+        self._check_weights()
         device = next(self.model.parameters()).device
-        self._check_weights()
         self._advance(prefixes, device)
-        lengths = torch.tensor([len(prefix.tokens) for prefix in prefixes], device=device)
-        values = self._read_candidates(candidates.to(device), lengths)
+        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+        self._candidate_states = self._read_candidates(candidates.to(device), lengths)
         self._candidates = [{token: column for column, token in enumerate(row)} for row in candidates.tolist()]
-        self._candidate_values = values
         self.computed["candidates"] += candidates.numel()
-        return values
+        return self._candidate_states
 
-    def _advance(self, prefixes: Sequence[Prefix], device: torch.device) -> None:
-        """Makes the rows those of ``prefixes``: from last time's where they go on with a candidate, or else anew."""
-        keys = [tuple(prefix.tokens) for prefix in prefixes]
+    def _advance(self, keys: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        """Makes the rows those of these prefixes: from last time's where they go on with a candidate, or else anew."""
         known: list[tuple[int, int, int]] = []  # row now, row then, column of the candidate
         for now, key in enumerate(keys):
             then = self._rows.get(key[:-1])
@@ -102,20 +147,23 @@ class CachedValueScore:
             if then is not None and column is not None:
                 known.append((now, then, column))
         new = sorted(set(range(len(keys))) - {now for now, _, _ in known})
-        state = torch.zeros(len(keys), device=device)
+        state: list[Tensor] = [torch.empty(0)] * len(keys)
         width = max(map(len, keys))
         memory = self._moved(len(keys), width, known)
         if known:
             now, then, column = torch.tensor(known, device=device).T
             last = torch.tensor([len(keys[row]) - 1 for row, _, _ in known], device=device)
-            state[now] = self._candidate_values[then, column]
+            for (row, _, _), hidden in zip(known, self._candidate_states[then, column], strict=True):
+                state[row] = hidden
             for layer, added in zip(memory, self._candidate_memory, strict=True):
                 for held, extra in zip(layer, added, strict=True):
                     held[now, :, last] = extra[then, :, column]
         if new:
-            state[new], memory = self._read([prefixes[row] for row in new], new, memory, len(keys), width)
+            states, memory = self._read([keys[row] for row in new], new, memory, len(keys), width)
+            for row, hidden in zip(new, states, strict=True):
+                state[row] = hidden
         self._rows = {key: row for row, key in enumerate(keys)}
-        self._memory, self._state = memory, state
+        self._memory, self._state = memory, torch.stack(state)
 
     def _moved(self, rows: int, width: int, known: Sequence[tuple[int, int, int]]) -> list[Memory]:
         """The memory of last time with its rows in their new places, and room for ``width`` columns."""
@@ -135,11 +183,11 @@ class CachedValueScore:
         return moved
 
     def _read(
-        self, prefixes: Sequence[Prefix], at: list[int], memory: list[Memory], rows: int, width: int
-    ) -> tuple[Float[Tensor, " new"], list[Memory]]:
-        """Reads prefixes in whole into their rows; their values."""
+        self, prefixes: Sequence[tuple[int, ...]], at: list[int], memory: list[Memory], rows: int, width: int
+    ) -> tuple[Float[Tensor, "new H"], list[Memory]]:
+        """Reads prefixes in whole into their rows; the hidden states at their last tokens."""
         device = next(self.model.parameters()).device
-        tokens, lengths = padded(prefixes, device)
+        tokens, lengths = padded([Prefix(tokens=prefix, start=0) for prefix in prefixes], device)
         cache = DynamicCache(config=self.model.decoder.config)
         hidden = self._forward(input_ids=tokens, past_key_values=cache, use_cache=True)
         read: list[Memory] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
@@ -148,9 +196,9 @@ class CachedValueScore:
             for held, extra in zip(layer, added, strict=True):
                 held[at, :, : tokens.shape[1]] = extra
         self.computed["prefixes"] += len(prefixes)
-        return self._value(hidden[torch.arange(len(prefixes), device=device), lengths - 1]), memory
+        return hidden[torch.arange(len(prefixes), device=device), lengths - 1], memory
 
-    def _read_candidates(self, candidates: Int[Tensor, "M K"], lengths: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
+    def _read_candidates(self, candidates: Int[Tensor, "M K"], lengths: Int[Tensor, " M"]) -> Float[Tensor, "M K H"]:
         """Each candidate sees its prefix and itself, and stands right after the prefix."""
         width = int(lengths.max())
         layers = [_CandidateLayer(keys[:, :, :width], values[:, :, :width]) for keys, values in self._memory]
@@ -164,7 +212,7 @@ class CachedValueScore:
             use_cache=True,
         )
         self._candidate_memory = [layer.added for layer in layers]
-        return self._value(hidden)
+        return hidden
 
     def _forward(self, **inputs: Any) -> Float[Tensor, "M columns H"]:
         adapter: AbstractContextManager[None] = nullcontext()

@@ -145,7 +145,7 @@ def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
 def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Policy | None:
     """The reference policy where one is needed beside the policy, which may be its own without its adapters."""
     other = recipe.reference.model
-    needed = needs.logp_ref or (needs.value_next and bool(recipe.loss))
+    needed = needs.logp_ref or needs.kl_ref or (needs.value_next and bool(recipe.loss))
     if not needed or (other is None and policy.has_adapters):
         return None
     # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters

@@ -21,7 +21,7 @@ SLOW_FILE = "target_network.pt"
 def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
     """Parts that keep a ``state``, by their path in the recipe."""
     slots: dict[str, Part] = {"rollout": recipe.rollout, "normaliser": recipe.normaliser}
-    for slot in ("advantage", "target"):
+    for slot in ("advantage", "baseline", "regroup", "target"):
         if (part := getattr(recipe, slot)) is not None:
             slots[slot] = part
     for slot in ("reward", "select", "shape", "keep", "loss", "value_loss"):

@@ -30,7 +30,8 @@ def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
             expected = f"{list(reward.shape)} (one a completion) or {list(step_reward.shape)} (one a token)"
             raise ValueError(f"reward part {part.name!r} returned shape {list(value.shape)}, expected {expected}")
         counted = batch.mask & batch.scored[:, None] if value.dim() == 2 else batch.scored
-        if rows := (counted & ~value.isfinite()).view(len(batch), -1).any(-1).nonzero().squeeze(-1).tolist():
+        wrong = counted & ~value.isfinite()
+        if rows := (wrong.any(-1) if wrong.dim() == 2 else wrong).nonzero().squeeze(-1).tolist():
             raise ValueError(f"reward part {part.name!r} gave a reward that is not finite to completions {rows[:8]}")
     return batch.set(reward=reward, step_reward=step_reward)
 
@@ -59,6 +60,21 @@ def _checked(part: Part, advantage: Tensor, trained: Tensor) -> Float[Tensor, "N
     if rows:
         raise ValueError(f"part {part.name!r} gave an advantage that is not finite in completions {rows[:8]}")
     return advantage
+
+
+def with_baseline(recipe: Recipe, batch: Batch) -> Batch:
+    """The batch with what its scores are measured against, and with the groups that a recipe makes anew.
+
+    Raises:
+        ValueError: if a part returns another shape, or a number that is not finite.
+    """
+    for field, part in (("baseline", recipe.baseline), ("group", recipe.regroup)):
+        if part is not None:
+            found = part(batch)
+            if found.shape != batch.reward.shape or not bool(found.isfinite().all()):
+                raise ValueError(f"part {part.name!r} returned {list(found.shape)}; wanted {len(batch)} finite numbers")
+            batch = batch.set(**{field: found})
+    return batch
 
 
 def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:

@@ -168,6 +168,8 @@ def losses_of(
         micro,
         temperature=recipe.sampling.temperature,
         entropy=needs.entropy_gradient,
+        collision=needs.collision,
+        kl_from=(learner.reference or learner.policy) if needs.kl_ref else None,
         support=support,
     )
     outputs = members[0]

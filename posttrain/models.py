@@ -288,8 +288,8 @@ class Policy(nn.Module):
             with torch.no_grad():
                 states.append(kl_from.hidden_states(tokens, reference=True)[:, :-1][chosen])
         asked = _Head(temperature, entropy, collision, kl_from)
-        found = self._chunked(states, tokens[:, 1:][chosen], asked)
-        return TokenStatistics(*(None if values is None else _scatter(values, mask) for values in found))
+        logp, *others = self._chunked(states, tokens[:, 1:][chosen], asked)
+        return TokenStatistics(_scatter(logp, mask), *(v if v is None else _scatter(v, mask) for v in others))
 
     def hidden_states(self, tokens: Int[Tensor, "N L"], *, reference: bool = False) -> Float[Tensor, "N L H"]:
         """What the output layer reads; ``reference``: without the adapters."""
@@ -308,9 +308,7 @@ class Policy(nn.Module):
             logits = softcap * torch.tanh(logits / softcap)
         return logits if temperature == 1.0 else logits / temperature
 
-    def _chunked(
-        self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head
-    ) -> list[Float[Tensor, " M"] | None]:
+    def _chunked(self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head) -> list[Any]:
         rows = chunk_rows(target.device, self.base.config.get_text_config().vocab_size)
         if len(target) <= rows:
             return self._head(asked, target, *states)
@@ -325,8 +323,8 @@ class Policy(nn.Module):
 
     def _head(
         self, asked: _Head, target: Int[Tensor, " m"], hidden: Float[Tensor, "m H"], *of_reference: Tensor
-    ) -> list[Float[Tensor, " m"] | None]:
-        """Log-probs, entropies, divergences and collisions of some positions."""
+    ) -> list[Any]:
+        """Log-probs, entropies, divergences and collisions of some positions: each ``[m]``, or None."""
         logits = self.next_logits(hidden, asked.temperature)
         logp = -nn.functional.cross_entropy(logits, target, reduction="none")
         entropy = collision = divergence = None

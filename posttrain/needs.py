@@ -77,6 +77,8 @@ class Needs:
     value: bool = False  # of the value model, before the update; each step tells how good they are
     value_next: bool = False  # its Q head backed up over every next token
     value_model: bool = False  # some part reads or trains values
+    kl_ref: bool = False  # Outputs.kl_ref: KL from the reference over the vocabulary
+    collision: bool = False  # Outputs.collision
     groups: bool = False  # a loss compares the completions of a group: micro-batches must not cut groups
 
     @property
@@ -91,7 +93,7 @@ def find_needs(recipe: Recipe) -> Needs:
         RecipeError: if a part fails on the made-up batch or returns something of the wrong shape, or reads what nothing
             in the recipe fills.
     """
-    batch = _probe_batch(every_next=_has_q_head(recipe))
+    batch = _probe_batch(every_next=_has_q_head(recipe), baseline=recipe.baseline is not None)
     before: set[str] = set()
     for slot, part in _before_update(recipe):
         arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
@@ -109,6 +111,8 @@ def find_needs(recipe: Recipe) -> Needs:
         value=("value" in before | during or bool(recipe.value_loss)) and not _branches(recipe),
         value_next=_has_q_head(recipe) and "value_next" in before | during,
         value_model=bool(recipe.value_loss) or ("value" in before | during and not _branches(recipe)),
+        kl_ref="outputs.kl_ref" in in_policy_loss,
+        collision="outputs.collision" in in_policy_loss,
         groups="group" in during,
     )
     _refuse_unfilled(recipe, needs, before | during)
@@ -136,6 +140,7 @@ def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
         yield "advantage", recipe.advantage
     yield from (("shape", part) for part in recipe.shape)
     yield from (("keep", part) for part in recipe.keep)
+    yield from ((name, part) for name in ("baseline", "regroup") if (part := getattr(recipe, name)) is not None)
     yield "normaliser", recipe.normaliser
     yield from (("normaliser", term.normaliser) for term in recipe.loss if term.normaliser is not None)
     if recipe.target is not None:
@@ -145,7 +150,8 @@ def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
 def _shapes(slot: str, batch: Batch) -> list[tuple[int, ...]]:
     """What a part of a slot may return."""
     n, columns = batch.mask.shape
-    return {"reward": [(n,), (n, columns)], "select": [(n,)], "keep": [(n,)]}.get(slot, [(n, columns)])
+    one_each = dict.fromkeys(("select", "keep", "baseline", "regroup"), [(n,)])
+    return {"reward": [(n,), (n, columns)], **one_each}.get(slot, [(n, columns)])
 
 
 def _observe_losses(slot: str, terms: Sequence[Part], batch: Batch, recipe: Recipe) -> set[str]:
@@ -185,7 +191,17 @@ def _has_q_head(recipe: Recipe) -> bool:
     return head is not None and head.type == "per_token"
 
 
-def _probe_batch(*, every_next: bool = False) -> Batch:
+class _AnyRow(dict[str, float]):
+    """A row of the data set that has every column."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> float:
+        return 0.5
+
+
+def _probe_batch(*, every_next: bool = False, baseline: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(0)
     n, columns, prompt = 8, 6, 2
     length = torch.tensor([6, 4, 5, 6, 3, 6, 5, 4])
@@ -204,7 +220,7 @@ def _probe_batch(*, every_next: bool = False) -> Batch:
         version=torch.zeros(n, dtype=torch.long),
         step_id=torch.where(mask, 0, -1),
         greedy=torch.tensor([False, False, False, True] * 2),
-        rows=tuple({} for _ in range(n)),
+        rows=tuple(_AnyRow() for _ in range(n)),
         texts=tuple("" for _ in range(n)),
         score=score,
         reward=score.clone(),
@@ -216,6 +232,7 @@ def _probe_batch(*, every_next: bool = False) -> Batch:
         value_next=torch.rand(n, columns, generator=generator) if every_next else None,
         advantage=noise,
         weight=mask / mask.sum(),
+        baseline=torch.zeros(n) if baseline else None,
         target=torch.rand(n, columns, generator=generator),
         value_weight=mask / mask.sum(),
     )
@@ -227,7 +244,10 @@ def _probe_outputs(batch: Batch, recipe: Recipe) -> Outputs:
         assert batch.logp_old is not None and batch.entropy is not None and batch.value is not None
         logp = (batch.logp_old + 0.05).where(batch.mask, 0.0).requires_grad_()
         entropy, value = batch.entropy.clone().requires_grad_(), batch.value.clone().requires_grad_()
-        made = _ProbeOutputs(logp=logp, entropy=entropy, value=value)
+        noise = 0.1 * batch.entropy
+        made = _ProbeOutputs(
+            logp=logp, entropy=entropy, value=value, kl_ref=noise.clone().requires_grad_(), collision=-noise
+        )
         head = recipe.value.head if recipe.value else None
         unknown = head is None and recipe.value is not None and recipe.value.model is not None
         if not unknown and (head is None or head.type in ("scalar", "per_token")):

@@ -15,7 +15,7 @@ from posttrain.batch import Batch
 from posttrain.branching import branch_values
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, sampling_of, verifier_means
-from posttrain.compose import credit, reward_batch
+from posttrain.compose import credit, reward_batch, with_baseline
 from posttrain.display import Progress
 from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
@@ -148,7 +148,7 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
     collected = take(run)
     with timed(seconds, "score"):
         batch = reward_batch(recipe, score(run.learner, with_branches(run, collected.batch)))
-        batch = set_targets(run.learner, with_credit(recipe, batch))
+        batch = set_targets(run.learner, with_baseline(recipe, with_credit(recipe, batch)))
         support = run.learner.value.support if run.learner.value is not None else None
         judged = value_metrics(batch, runtime, support=support)
         run.policy_waits = run.policy_waits and not good_enough(recipe, judged)

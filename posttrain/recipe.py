@@ -40,6 +40,8 @@ SLOTS: Mapping[str, Slot] = {
     "keep": Slot("posttrain.parts.selection", ("batch",)),
     "loss": Slot("posttrain.parts.losses", ("outputs", "batch"), ("coef", "weights", "normaliser")),
     "weights": Slot("posttrain.parts.weighting", ("outputs", "batch")),  # of an entry of `loss`
+    "baseline": Slot("posttrain.parts.preference.baselines", ("batch",)),
+    "regroup": Slot("posttrain.parts.preference.baselines", ("batch",)),
     "normaliser": Slot("posttrain.parts.normalisers", ("batch",)),
     "target": Slot("posttrain.parts.targets", ("batch",)),
     "value_loss": Slot("posttrain.parts.value_losses", ("outputs", "batch"), ("coef", "weights")),
@@ -107,7 +109,8 @@ class Part:
 
 
 def _short(value: Any) -> str:
-    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
+    text = "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
+    return text.replace("\n", "\\n")
 
 
 def _default(spec: str) -> Any:
@@ -145,6 +148,8 @@ class Recipe:
     advantage: InstanceOf[Part] | None = None
     shape: tuple[InstanceOf[Part], ...] = ()
     keep: tuple[InstanceOf[Part], ...] = ()
+    baseline: InstanceOf[Part] | None = None
+    regroup: InstanceOf[Part] | None = None
     normaliser: InstanceOf[Part] = _default("posttrain.parts.normalisers.token_mean")
     loss: tuple[InstanceOf[Part], ...] = ()  # none: the policy stays as it is
     target: InstanceOf[Part] | None = None
@@ -230,11 +235,17 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield ("minibatches",), f"{recipe.minibatches} optimiser steps a pass, but a step has {rows} completions"
     if not recipe.loss and not recipe.value_loss:
         yield ("loss",), "is empty, and so is `value_loss`: there is nothing to minimise"
-    if recipe.loss and recipe.advantage is None and recipe.examples is None:
+    of_labels = any(term.target.__module__.startswith("posttrain.parts.preference.") for term in recipe.loss)
+    if recipe.loss and recipe.advantage is None and recipe.examples is None and not of_labels:
         yield (), "the section 'advantage' is missing"
     if not recipe.verify and not recipe.reward and recipe.examples is None:
         yield ("verify",), "is empty and so is `reward`: nothing says which completions are good"
     yield from _value_conflicts(recipe)
+    mismatched = (
+        recipe.baseline is not None and recipe.baseline.spec == "posttrain.parts.preference.baselines.mismatched"
+    )
+    if mismatched and not (recipe.examples is not None and recipe.examples.every_option.get("mismatched")):
+        yield ("baseline",), "needs completions of other prompts: `examples: {use: rated, mismatched: true}`"
 
 
 def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,8 @@ class Passes(NamedTuple):
 
     logp: Float[Tensor, "N L"] | None
     entropy: Float[Tensor, "N L"] | None
+    kl_ref: Float[Tensor, "N L"] | None
+    collision: Float[Tensor, "N L"] | None
     value: Float[Tensor, "M N L"] | None  # of each member
     value_logits: Float[Tensor, "M N L K"] | None
 
@@ -35,29 +37,41 @@ class Trained(nn.Module):
         tokens: Int[Tensor, "N L"],
         mask: Bool[Tensor, "N L"],
         states: Bool[Tensor, "N L"],
-        *,
-        temperature: float,
-        entropy: bool,
+        **asked: Any,
     ) -> Passes:
-        """One pass of each model."""
-        logp = entropies = value = logits = None
+        """One pass of each model; ``asked``: what :meth:`posttrain.models.Policy.statistics` takes by name."""
+        logp = entropies = kl_ref = collision = value = logits = None
         if self.policy is not None:
-            logp, entropies = self.policy(tokens, mask, temperature=temperature, entropy=entropy)
+            logp, entropies, kl_ref, collision = self.policy.statistics(tokens, mask, **asked)
         if self.value is not None:
             value, logits = self.value(tokens, states, members=True)
-        return Passes(logp, entropies, value, logits)
+        return Passes(logp, entropies, kl_ref, collision, value, logits)
 
 
 def forward(
-    trained: nn.Module, batch: Batch, *, temperature: float, entropy: bool = False, support: Tensor | None = None
+    trained: nn.Module,
+    batch: Batch,
+    *,
+    temperature: float,
+    entropy: bool = False,
+    collision: bool = False,
+    kl_from: Policy | None = None,
+    support: Tensor | None = None,
 ) -> list[Outputs]:
     """One pass of a (wrapped) :class:`Trained` over a batch: outputs for each member of the value model, or one.
 
     The log-probs of a policy that is not trained are those of before the update, or 0 where nothing asked for them.
     """
-    passes = Passes(*trained(batch.tokens, batch.mask, batch.states, temperature=temperature, entropy=entropy))
+    asked = {"temperature": temperature, "entropy": entropy, "collision": collision, "kl_from": kl_from}
+    passes = Passes(*trained(batch.tokens, batch.mask, batch.states, **asked))
     before = batch.logp_old if batch.logp_old is not None else torch.zeros_like(batch.logp_sampler)
-    outputs = Outputs(logp=before if passes.logp is None else passes.logp, entropy=passes.entropy, support=support)
+    outputs = Outputs(
+        logp=before if passes.logp is None else passes.logp,
+        entropy=passes.entropy,
+        kl_ref=passes.kl_ref,
+        collision=passes.collision,
+        support=support,
+    )
     if passes.value is None:
         return [outputs]
     logits = [None] * len(passes.value) if passes.value_logits is None else list(passes.value_logits)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
+from posttrain.errors import DataError
 
 
 class Examples(Protocol):
@@ -54,6 +55,7 @@ class Given:
     reward: float = float("nan")
     step_id: np.ndarray | None = None  # int32 [length], -1 off the mask; None: all one step
     step_reward: np.ndarray | None = None  # float32 [length], NaN at the end of a step without a label
+    greedy: bool = False  # serves as a baseline alone, and is never trained on
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -94,13 +96,52 @@ class GivenExamples:
             logp_sampler=torch.where(mask, float("nan"), 0.0),
             version=torch.full((len(chosen),), -1),
             step_id=_padded([_step_id(given) for _, given in chosen], -1).long(),
-            greedy=torch.zeros(len(chosen), dtype=torch.bool),
+            greedy=torch.tensor([given.greedy for _, given in chosen], dtype=torch.bool),
             rows=tuple(rows[given.row] for _, given in chosen),
             texts=tuple(self.decode(given.tokens[given.mask].tolist()) for _, given in chosen),
             score=reward,
             reward=reward.clone(),
             step_reward=_padded([_step_reward(given) for _, given in chosen], 0.0),
         )
+
+
+def with_mismatched(groups: Sequence[Sequence[Given]], longest: int | None, name: str) -> list[list[Given]]:
+    """Groups with one more completion behind the same prompt: that of the next group with another prompt.
+
+    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. A completion that would make more than ``longest``
+    tokens is left out.
+
+    Args:
+        name: of the data, for the message.
+
+    Raises:
+        DataError: where all prompts are equal.
+    """
+    firsts = [group[0] for group in groups]
+    prompts = [given.tokens[: _prompt_tokens(given)].tobytes() for given in firsts]
+    other = len(groups)  # the nearest group behind i, cyclically, with another prompt than i's
+    found = [0] * len(groups)
+    for i in reversed(range(2 * len(groups))):
+        here, behind = i % len(groups), (i + 1) % len(groups)
+        other = i + 1 if prompts[here] != prompts[behind] else other
+        found[here] = other % len(groups)
+    if len(set(prompts)) < 2:
+        raise DataError(f"{name}: all rows have the same prompt, so there is no completion of another one to compare")
+    added = [_behind(prompt, firsts[j]) for prompt, j in zip(firsts, found, strict=True)]
+    pairs = zip(groups, added, strict=True)
+    return [[*group, *([new] if not longest or len(new) <= longest else [])] for group, new in pairs]
+
+
+def _prompt_tokens(given: Given) -> int:
+    return int(given.mask.argmax())
+
+
+def _behind(prompt: Given, other: Given) -> Given:
+    """The completion of the one behind the prompt of the other, without a rating."""
+    own, its = _prompt_tokens(prompt), _prompt_tokens(other)
+    tokens = np.concatenate([prompt.tokens[:own], other.tokens[its:]])
+    mask = np.concatenate([prompt.mask[:own], other.mask[its:]])
+    return Given(tokens, mask, prompt.row, other.finish, greedy=True)
 
 
 def _step_id(given: Given) -> np.ndarray:

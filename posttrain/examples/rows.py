@@ -36,7 +36,7 @@ from posttrain.examples.columns import (
     split_messages,
 )
 from posttrain.examples.encode import Encoded, Written, encode, ends_of, last_columns, step_ids, turn_ids
-from posttrain.examples.given import Examples, Given, GivenExamples
+from posttrain.examples.given import Examples, Given, GivenExamples, with_mismatched
 
 
 def demonstrations(
@@ -73,6 +73,7 @@ def rated(
     *,
     reward: str | None = None,
     group: str | None = None,
+    mismatched: bool = False,
     max_tokens: int | None = None,
 ) -> Examples:
     """Completions with a number or a verdict each: columns ``prompt``, ``completion`` and a rating.
@@ -82,6 +83,8 @@ def rated(
     Args:
         reward: column of the rating. Default: ``reward``, ``score`` or ``label``, whichever is there.
         group: column whose equal values make a group, such as ``prompt``. Default: every row is one.
+        mismatched: adds a completion of another prompt to each group, which is never trained on: for the baseline of
+            that name.
         max_tokens: prompt plus completion; longer rows are left out and counted.
 
     Raises:
@@ -94,7 +97,10 @@ def rated(
     if group is not None:
         need(rows, (group,))
     keys = [each.row if group is None else _key(rows[each.row][group]) for each in given]
-    return _examples(rows, _grouped(given, keys), tokenizer, max_tokens, whole=False)
+    examples = _examples(rows, _grouped(given, keys), tokenizer, max_tokens, whole=False)
+    if mismatched:
+        examples = replace(examples, groups=with_mismatched(examples.groups, max_tokens, rows.source.name))
+    return examples
 
 
 def stepwise(
@@ -190,7 +196,7 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase,
     longest: int | None,
     whole: bool = True,
-) -> Examples:
+) -> GivenExamples:
     """The groups without completions that are too long: with ``whole``, without each group that has one."""
     kept = groups
     if longest is not None:

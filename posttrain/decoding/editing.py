@@ -19,7 +19,7 @@ from posttrain.engines.transformers import TransformersEngine
 
 
 def edit(hidden: Float[Tensor, "*S H"], value: HiddenValue, *, step_size: float, steps: int) -> Float[Tensor, "*S H"]:
-    """u after ``steps`` times u <- u + α ∇_h V(h + u), from u = 0. Kong et al. 2024, eq. 9, arXiv:2406.05954.
+    """u after ``steps`` times u <- u + α ∇_h V(h + u), from u = 0. Kong et al. 2024, arXiv:2406.05954.
 
     Args:
         step_size: α. Large α · steps costs coherence: the paper's penalty on ‖u‖ is in these two alone.

@@ -22,7 +22,7 @@ def token_kl(logp: Float[Tensor, "*S V"], logp0: Float[Tensor, "*S V"]) -> Float
 def best_of_n_kl_bound(n: int) -> float:
     """KL(best of n ‖ base) <= log n - (n - 1) / n, whatever ranks the samples; equality for rewards without ties.
 
-    Beirami et al. 2024, theorem 1, arXiv:2401.01879.
+    Beirami et al. 2024, arXiv:2401.01879.
     """
     return math.log(n) - (n - 1) / n
 
@@ -30,7 +30,7 @@ def best_of_n_kl_bound(n: int) -> float:
 def blockwise_kl_bound(n: int, blocks: float) -> float:
     """KL of best-of-n blocks <= (log n - (n - 1) / n) · E[number of blocks]: true, and loose for short blocks.
 
-    Mudgal et al. 2024, section 4, arXiv:2310.17022.
+    Mudgal et al. 2024, arXiv:2310.17022.
     """
     return best_of_n_kl_bound(n) * blocks
 
@@ -40,7 +40,7 @@ def tilted_kl(
 ) -> Float[Tensor, ""]:
     """KL(q ‖ σ) = E_q[log q - log p0 - r / β] + log Z, from samples of q, with σ(y) = p0(y) exp(r(y) / β) / Z.
 
-    With an upper bound of log Z it is an upper bound. Zhao et al. 2024, section 5, arXiv:2404.17546.
+    With an upper bound of log Z it is an upper bound. Zhao et al. 2024, arXiv:2404.17546.
 
     Args:
         logp: log q of each sample.

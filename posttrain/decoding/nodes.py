@@ -107,7 +107,7 @@ def value_key(node: Node) -> float:
 def path_key(node: Node, *, alpha: float = 0.5) -> float:
     """Σ log p / L^α over the path's tokens, L its number of steps.
 
-    Xin et al. 2025 (BFS-Prover), section 3.2, arXiv:2502.03438. α = 0 explores what is short first; with α > 0 it is
+    Xin et al. 2025 (BFS-Prover), arXiv:2502.03438. α = 0 explores what is short first; with α > 0 it is
     not monotone along a path.
     """
     return sum(node.prefix.logps) / max(node.depth, 1) ** alpha
@@ -116,7 +116,7 @@ def path_key(node: Node, *, alpha: float = 0.5) -> float:
 def a_star_key(node: Node, *, weight: float = 1.0, aggregate: Literal["min", "max", "sum", "last"] = "min") -> float:
     """f = g + weight · h: g aggregates the process rewards of the path's steps, h is the value.
 
-    Wang et al. 2024 (Q*), eq. 4, arXiv:2406.14283. With an h that is never below the true return the first path reached
+    Wang et al. 2024 (Q*), arXiv:2406.14283. With an h that is never below the true return the first path reached
     is the best one; learned values promise nothing.
     """
     rewards = [step.reward for step in node.path()[1:]] or [0.0]

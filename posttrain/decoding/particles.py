@@ -90,7 +90,7 @@ def resample(
     Nothing is drawn while the effective sample size (Σ w)² / Σ w² is above ``threshold`` · particles; 0 never draws
     (sequential importance sampling), 1 always does. The sum of the weights stays an unbiased estimate.
 
-    Zhao et al. 2024, section 2.2, arXiv:2404.17546; threshold: Liu and Chen 1998; systematic: Kitagawa 1996.
+    Zhao et al. 2024, arXiv:2404.17546; threshold: Liu and Chen 1998; systematic: Kitagawa 1996.
 
     Args:
         scheme: systematic draws take one random number and have less variance than independent ones.
@@ -155,7 +155,7 @@ def vote(
     """The best-scored completion with the answer that gets most: majority (``count``), or votes weighted by scores.
 
     Majority: Wang et al. 2023, arXiv:2203.11171. ``sum`` of scores scaled to [0, 1] by their smallest and largest, and
-    ``max``: Feng et al. 2024 (TS-LLM), section 4.3, arXiv:2309.17179.
+    ``max``: Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
 
     Args:
         answer: the answer in what was generated; ``None`` where there is none, which gets no votes.

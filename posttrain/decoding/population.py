@@ -143,7 +143,7 @@ class Population:
         Args:
             pinned: one whole completion a prompt, drawn from the tilted law, that takes the place of the first particle
                 and survives: with ``resample(pinned=True)`` the same estimate is an upper bound of log Z on average
-                (Zhao et al. 2024, section 5, arXiv:2404.17546; Grosse et al. 2015).
+                (Zhao et al. 2024, arXiv:2404.17546; Grosse et al. 2015).
 
         Raises:
             ValueError: for ``pinned`` with more than one branch.

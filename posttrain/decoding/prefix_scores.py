@@ -97,7 +97,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Sum:
-    """Σ_i weight_i · score_i: several rewards at once (Mudgal et al. 2024, section 3, arXiv:2310.17022).
+    """Σ_i weight_i · score_i: several rewards at once (Mudgal et al. 2024, arXiv:2310.17022).
 
     A sum of means is the mean of the sum. A sum of soft values is no soft value, so its kind is ``other``.
     """
@@ -156,7 +156,7 @@ class Logarithm:
     """log φ of a score φ > 0 such as the probability that a completion will have an attribute.
 
     Where φ(s) = E[φ(y) | s] it is the soft value of the reward log φ(y) at β = 1, so that shaping with strength 1
-    samples p0(y) φ(y) / Z. Yang and Klein 2021 (FUDGE), eq. 2, arXiv:2104.05218.
+    samples p0(y) φ(y) / Z. Yang and Klein 2021 (FUDGE), arXiv:2104.05218.
     """
 
     of: PrefixScore
@@ -187,7 +187,7 @@ class PathLogp:
     """Σ_t log p(token_t) / L^α of what was generated, by the log-probs of the engine that generated it.
 
     α = 0: the log-prob itself (beam search); α = 1: its mean. L counts steps, as proofs count tactics, or tokens.
-    Xin et al. 2025 (BFS-Prover), section 3.2, arXiv:2502.03438.
+    Xin et al. 2025 (BFS-Prover), arXiv:2502.03438.
     """
 
     alpha: float = 0.0

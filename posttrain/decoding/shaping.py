@@ -2,7 +2,7 @@
 
     log π(a | s) = log p0(a | s) / T + strength · score(s a) - log Z(s)
 
-Mudgal et al. 2024 (CD), eq. 5, arXiv:2310.17022; Yang and Klein 2021 (FUDGE), arXiv:2104.05218. With a soft value of
+Mudgal et al. 2024 (CD), arXiv:2310.17022; Yang and Klein 2021 (FUDGE), arXiv:2104.05218. With a soft value of
 temperature β and strength 1/β the product of the π's is the tilted law p0(y) exp(r(y)/β) / Z (Zhao et al. 2024,
 proposition 3.3, arXiv:2404.17546); with a mean value it is not.
 """

@@ -38,6 +38,8 @@ class Head(nn.Module):
     def __init__(self, head: options.Head, hidden: int, vocabulary: int, members: int = 1) -> None:
         super().__init__()
         self.options, self.members = head, members
+        if head.type == "implicit":  # made of log-probs: the output layer of the language model is its head
+            return
         self.outputs = output_count(head, vocabulary)
         # without a bias in the per-token case, as in the output layer of a language model
         self.linear = nn.Linear(hidden, members * self.outputs, bias=head.type != "per_token")

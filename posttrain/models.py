@@ -231,11 +231,15 @@ class Policy(nn.Module):
 
     It is a module of its own so that Accelerate and DeepSpeed wrap all of the pass: hidden states, then the output
     layer and log-softmax in chunks over the chosen positions only. ``[N, L, V]`` logits never exist.
+
+    Args:
+        model: a Hugging Face causal language model, or PEFT's wrapper of one.
+        adapter: the one that is the policy's, where there are adapters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapter: str = POLICY_ADAPTER) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.adapter = model, adapter
 
     @property
     def base(self) -> PreTrainedModel:
@@ -295,7 +299,7 @@ class Policy(nn.Module):
         """What the output layer reads; ``reference``: without the adapters."""
         adapter: AbstractContextManager[None] = nullcontext()
         if self.has_adapters:
-            adapter = active_adapter(self.model, None if reference else POLICY_ADAPTER)
+            adapter = active_adapter(self.model, None if reference else self.adapter)
         with adapter:
             return self.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
 
@@ -344,7 +348,7 @@ class Policy(nn.Module):
             tied = set(getattr(self.base, "all_tied_weights_keys", None) or ())
             yield from ((name, p.detach()) for name, p in self.base.named_parameters() if name not in tied)
             return
-        yield from merged(self.base, POLICY_ADAPTER)
+        yield from merged(self.base, self.adapter)
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
@@ -374,7 +378,7 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path,
     tokenizer.save_pretrained(folder)
     if policy.has_adapters:
         adapted: Any = policy.model
-        adapted.save_pretrained(folder / "adapter", selected_adapters=[POLICY_ADAPTER])
+        adapted.save_pretrained(folder / "adapter", selected_adapters=[policy.adapter])
 
 
 def describe(model: nn.Module) -> str:

@@ -252,7 +252,7 @@ def _probe_outputs(batch: Batch, recipe: Recipe) -> Outputs:
         unknown = head is None and recipe.value is not None and recipe.value.model is not None
         if not unknown and (head is None or head.type in ("scalar", "per_token")):
             return made
-        outputs = {"bernoulli": 1}.get(head.type, head.bins) if head else 11
+        outputs = {"bernoulli": 1, "implicit": 1}.get(head.type, head.bins) if head else 11
         logits = torch.zeros(*batch.mask.shape, outputs, requires_grad=True)
         low, high = (head.low, head.high) if head else (-1.0, 2.0)
         support = torch.linspace(low, high, outputs) if head is None or head.type == "categorical" else None

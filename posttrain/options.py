@@ -51,13 +51,18 @@ class Optimizer:
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Head:
-    type: Literal["scalar", "categorical", "quantile", "bernoulli", "per_token"] = "scalar"
-    """What the value model puts out: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles; the
-    logit of a probability; or a number for each possible next token (a Q or twist head)."""
+    type: Literal["scalar", "categorical", "quantile", "bernoulli", "per_token", "implicit"] = "scalar"
+    """What the value model puts out: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles;
+    the logit of a probability; a number for each possible next token (a Q or twist head); or, implicit, log-probs: the
+    value is ``beta`` times the log-ratio of a language model to its frozen beginning, the log-odds of being right."""
     bins: int = Field(default=101, ge=2)
     low: float = -0.5
-    """Centre of the lowest bin: the support should reach a few bin widths beyond the rewards on both sides."""
+    """Centre of the lowest bin: the support should reach a few bin widths beyond the rewards on both sides. In rewards,
+    or with ``value.normalise`` in standard deviations of the targets from their mean, such as -5."""
     high: float = 1.5
+    """Centre of the highest bin, in the same unit."""
+    beta: float = Field(default=0.05, gt=0)
+    """Of an implicit value. Yuan et al. 2024, arXiv:2412.01981."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -90,7 +95,8 @@ class Value:
     deviations: float = Field(default=1.0, ge=0)
     """Standard deviations that ``mean_minus_std`` subtracts."""
     normalise: bool = False
-    """The head learns targets standardised by their running mean and deviation (Yu et al. 2021, arXiv:2103.01955)."""
+    """The head learns targets standardised by their running mean and deviation (Yu et al. 2021, arXiv:2103.01955), so
+    ``head.low`` and ``head.high`` of a categorical head are in standard deviations."""
     target_rate: float | None = Field(default=None, gt=0, le=1)
     """Targets come from a slow copy that moves by this share of the difference each step (Polyak averaging)."""
     ready_at: float | None = Field(default=None, lt=1)

@@ -1,8 +1,9 @@
 """Value models: building them for a run, and on disk.
 
 On disk a value model is a Hugging Face ``...ForTokenClassification`` checkpoint whose labels are the outputs of the
-head, or, with a per-token head, a ``...ForCausalLM`` whose output layer is Q: plain transformers loads both. The entry
-``posttrain`` of its ``config.json`` holds the :class:`~posttrain.values.ValueSpec`.
+head, or, with a per-token head, a ``...ForCausalLM`` whose output layer is Q: plain transformers loads both. An
+implicit value is a ``...ForCausalLM`` as it is. The entry ``posttrain`` of its ``config.json`` holds the
+:class:`~posttrain.values.ValueSpec`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from transformers import (
 from posttrain import options
 from posttrain.errors import RecipeError, UserError
 from posttrain.heads import Head
+from posttrain.implicit_values import ImplicitValue
 from posttrain.models import DTYPES, Policy, enable_checkpointing, load_model, merged, not_found, with_adapter
-from posttrain.values import VALUE_ADAPTER, Kind, ValueModel, ValueSpec
+from posttrain.parts.targets import Backup
+from posttrain.values import VALUE_ADAPTER, ValueModel, ValueSpec
 
 PLACE = "value.model"
 
@@ -38,7 +41,7 @@ def build_value(
     settings: options.Value,
     policy_settings: options.Policy,
     policy: Policy | None = None,
-    kind: Kind | None = None,
+    kind: Backup | None = None,
     beta: float | None = None,
 ) -> ValueModel:
     """The value model of a run, on the CPU: a model of its own, or adapters on the policy's weights.
@@ -62,7 +65,7 @@ def build_value(
         if policy is None or policy_settings.lora is None:
             raise RecipeError("value.share: needs policy.lora, for the adapters stand on frozen weights")
         backbone = with_adapter(policy.model, settings.lora or policy_settings.lora, VALUE_ADAPTER)
-        value = _new(backbone, settings, policy.base.config, policy_settings.model)
+        value = _new(backbone, settings, policy.base.config, policy_settings)
         value.adapter = VALUE_ADAPTER
     else:
         value = _of_its_own(settings, policy_settings)
@@ -80,7 +83,7 @@ def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> Val
         _refuse_other_tokens(settings.model, policy_settings)
     compact = settings.frozen or settings.lora is not None
     dtype = DTYPES[policy_settings.dtype] if compact else torch.float32
-    value = _with_its_head(source, dtype, settings.head)
+    value = _with_its_head(source, dtype, settings.head, PLACE)
     if value is not None:
         _fit(value, settings, source.model)
     elif settings.frozen:
@@ -89,7 +92,9 @@ def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> Val
         )
     else:
         model = load_model(source, dtype=dtype, place=PLACE)
-        value = _new(model.get_decoder(), settings, model.config, source.model)
+        value = _new(model, settings, model.config, source)
+        if isinstance(value, ImplicitValue) and settings.lora is None:
+            value.base = Policy(load_model(source, dtype=dtype, place=PLACE)).requires_grad_(False).eval()
     if settings.frozen:
         return value.requires_grad_(False).eval()
     if settings.lora is not None:
@@ -100,11 +105,17 @@ def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> Val
     return value
 
 
-def _new(backbone: nn.Module, settings: options.Value, config: Any, base: str) -> ValueModel:
+def _new(model: Any, settings: options.Value, config: Any, source: options.Policy) -> ValueModel:
+    """On a language model, or PEFT's wrapper of one, which most heads need without its output layer."""
     text, head = config.get_text_config(), settings.head or options.Head()
     spec = ValueSpec(
-        head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=base
+        head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=source.model
     )
+    if head.type == "implicit":
+        local = Path(source.model).expanduser()
+        base = str(local.resolve()) if local.is_dir() else source.model
+        return ImplicitValue(model, dataclasses.replace(spec, base=base, base_revision=source.revision))
+    backbone = model if hasattr(model, "peft_config") else model.get_decoder()
     return ValueModel(backbone, Head(head, text.hidden_size, text.vocab_size, settings.members), spec)
 
 
@@ -123,7 +134,11 @@ def _fit(value: ValueModel, settings: options.Value, name: str) -> None:
         for key in ("reduce", "deviations")
         if getattr(settings, key) != getattr(standard, key)
     }
-    value.spec = dataclasses.replace(saved, **changes, base=name, step=None)
+    if settings.normalise and saved.head.type in ("bernoulli", "implicit"):
+        raise RecipeError(f"value.normalise: the head of {name!r} is {saved.head.type}, which has no other scale")
+    if saved.head.type != "implicit":  # whose base says what it means
+        changes["base"] = name
+    value.spec = dataclasses.replace(saved, **changes, step=None)
 
 
 def _refuse_contradictions(settings: options.Value, policy_settings: options.Policy) -> None:
@@ -141,7 +156,12 @@ def _refuse_contradictions(settings: options.Value, policy_settings: options.Pol
         "value.normalise: a bernoulli head's value is a probability, which has no other scale": (
             settings.normalise and head.type == "bernoulli"
         ),
-        "value.members: a per_token head has one member": settings.members > 1 and head.type == "per_token",
+        "value.normalise: an implicit value is a log-ratio, which has no other scale": (
+            settings.normalise and head.type == "implicit"
+        ),
+        f"value.members: the {head.type} head has one member": (
+            settings.members > 1 and head.type in ("per_token", "implicit")
+        ),
         f"value.head: low ({head.low}) must be below high ({head.high})": (
             head.type == "categorical" and head.low >= head.high
         ),
@@ -187,7 +207,7 @@ def load_value(
 
     A reward model (``...ForSequenceClassification`` of one label) becomes a scalar head; a process model
     (``...ForTokenClassification``) of two labels, wrong and right, a bernoulli head on the difference of their logits,
-    and of one label a scalar head.
+    and of one label a scalar head. Beside an implicit value the model that it is compared with is loaded.
 
     Raises:
         UserError: where there is no such model, or it has no value head.
@@ -198,7 +218,7 @@ def load_value(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    value = _with_its_head(source, dtype, None)
+    value = _with_its_head(source, dtype, None, "value model")
     if value is None:
         raise UserError(
             f"{str(path)!r} is a language model without a value head. A value model is what `posttrain train` saves "
@@ -207,38 +227,51 @@ def load_value(
     return value.eval()
 
 
-def _with_its_head(source: options.Policy, dtype: torch.dtype, wanted: options.Head | None) -> ValueModel | None:
-    """A model with the head it brings; None for a language model, which brings none."""
+def _with_its_head(
+    source: options.Policy, dtype: torch.dtype, wanted: options.Head | None, place: str
+) -> ValueModel | None:
+    """A model with the head it brings; None for a language model, which brings none. ``place``: where it was named."""
     try:
         config = AutoConfig.from_pretrained(
             source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise RecipeError(not_found(PLACE, source.model, error)) from error
+        raise RecipeError(not_found(place, source.model, error)) from error
     name = (getattr(config, "architectures", None) or [""])[0]
-    spec = _read_spec(config, source.model)
+    spec = _read_spec(config, source.model, place)
     if name.endswith("ForTokenClassification"):
-        model = _load(AutoModelForTokenClassification, source, dtype)
+        model = _load(AutoModelForTokenClassification, source, dtype, place)
         layer = _classifier(model)
     elif name.endswith("ForSequenceClassification"):
-        model = _load(AutoModelForSequenceClassification, source, dtype)
+        model = _load(AutoModelForSequenceClassification, source, dtype, place)
         layer = _classifier(model)
         if layer.out_features != 1:
-            raise RecipeError(f"{PLACE}: {source.model!r} classifies into {layer.out_features}; a reward model has 1")
+            raise RecipeError(f"{place}: {source.model!r} classifies into {layer.out_features}; a reward model has 1")
     elif spec is not None:
-        model = load_model(source, dtype=dtype, place=PLACE)
+        model = load_model(source, dtype=dtype, place=place)
+        if spec.head.type == "implicit":
+            return ImplicitValue(model, spec, _base_of(spec, source, dtype, place))
         layer = model.get_output_embeddings()
     else:
         if not name.endswith(("ForCausalLM", "LMHeadModel", "Model")):
-            raise RecipeError(f"{PLACE}: {source.model!r} is a {name}: neither a language, reward nor process model")
+            raise RecipeError(f"{place}: {source.model!r} is a {name}: neither a language, reward nor process model")
         return None
     weight, bias = _rows(layer)
     if spec is None:
-        spec, weight, bias = _foreign_spec(weight, bias, source.model, wanted)
-    return _assembled(model, spec, weight, bias, source.model)
+        spec, weight, bias = _foreign_spec(weight, bias, wanted, f"{place}: {source.model!r}")
+    return _assembled(model, spec, weight, bias, f"{place}: {source.model!r}")
 
 
-def _load(kind: Any, source: options.Policy, dtype: torch.dtype) -> PreTrainedModel:
+def _base_of(spec: ValueSpec, source: options.Policy, dtype: torch.dtype, place: str) -> Policy:
+    """The model that an implicit value is compared with."""
+    where = f"{place}: what the implicit value {source.model!r} is compared with"
+    if spec.base is None:
+        raise RecipeError(f"{where} is not named: the entry `posttrain` in its config.json has no `base`")
+    of_base = dataclasses.replace(source, model=spec.base, revision=spec.base_revision)
+    return Policy(load_model(of_base, dtype=dtype, place=where))
+
+
+def _load(kind: Any, source: options.Policy, dtype: torch.dtype, place: str) -> PreTrainedModel:
     try:
         return kind.from_pretrained(
             source.model,
@@ -248,10 +281,10 @@ def _load(kind: Any, source: options.Policy, dtype: torch.dtype) -> PreTrainedMo
             trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(not_found(PLACE, source.model, error)) from error
+        raise RecipeError(not_found(place, source.model, error)) from error
 
 
-def _read_spec(config: Any, model: str) -> ValueSpec | None:
+def _read_spec(config: Any, model: str, place: str) -> ValueSpec | None:
     entry = getattr(config, "posttrain", None)
     if entry is None:
         return None
@@ -259,7 +292,7 @@ def _read_spec(config: Any, model: str) -> ValueSpec | None:
         return TypeAdapter(ValueSpec).validate_python(entry)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise RecipeError(f"{PLACE}: the entry `posttrain` in config.json of {model!r}: {'; '.join(lines)}") from error
+        raise RecipeError(f"{place}: the entry `posttrain` in config.json of {model!r}: {'; '.join(lines)}") from error
 
 
 def _classifier(model: Any) -> nn.Linear:
@@ -274,23 +307,23 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _foreign_spec(
-    weight: Tensor, bias: Tensor, model: str, wanted: options.Head | None
+    weight: Tensor, bias: Tensor, wanted: options.Head | None, whose: str
 ) -> tuple[ValueSpec, Tensor, Tensor]:
     if len(weight) == 2:  # wrong, right: the probability of right is the sigmoid of the logits' difference
         return ValueSpec(head=options.Head(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
     if len(weight) != 1:
-        raise RecipeError(f"{PLACE}: {model!r} puts out {len(weight)} numbers a token; a process model has 1 or 2")
+        raise RecipeError(f"{whose} puts out {len(weight)} numbers a token; a process model has 1 or 2")
     one_output = wanted is not None and wanted.type in ("scalar", "bernoulli")
     return ValueSpec(head=wanted if one_output and wanted is not None else options.Head()), weight, bias
 
 
-def _assembled(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, name: str) -> ValueModel:
+def _assembled(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, whose: str) -> ValueModel:
     text = model.config.get_text_config()
     head = Head(spec.head, text.hidden_size, text.vocab_size, spec.members)
     if head.linear.weight.shape != weight.shape:
         raise RecipeError(
-            f"{PLACE}: the head of {name!r} has {len(weight)} outputs, and its entry `posttrain` in config.json speaks "
-            f"of {len(head.linear.weight)}"
+            f"{whose} has a head of {len(weight)} outputs, and its entry `posttrain` in config.json speaks of "
+            f"{len(head.linear.weight)}"
         )
     with torch.no_grad():
         head.linear.weight.copy_(weight)
@@ -317,26 +350,34 @@ def save_value(
         step: optimiser steps it was trained for.
     """
     spec = dataclasses.replace(model.spec, step=step)
-    config = copy.deepcopy(model.decoder.config)
+    config = copy.deepcopy(
+        model.language_model.base.config if isinstance(model, ImplicitValue) else model.decoder.config
+    )
     config.update({"posttrain": TypeAdapter(ValueSpec).dump_python(spec, mode="json"), "use_cache": True})
     if spec.head.type == "per_token":
         config.tie_word_embeddings = False
         if hasattr(config, "final_logit_softcapping"):
             config.final_logit_softcapping = None  # Q has no cap
-        kind: Any = AutoModelForCausalLM
-    else:
+    if spec.head.type not in ("per_token", "implicit"):
         config.update({"num_labels": len(model.head.linear.weight), "classifier_dropout": 0.0})
         config.update({"token_classification_bias": True})
-        kind = AutoModelForTokenClassification
+    kind: Any = AutoModelForCausalLM if spec.head.type in ("per_token", "implicit") else AutoModelForTokenClassification
     with torch.device("meta"):  # names and configuration alone: the weights are those at hand
         shell = kind.from_config(config, dtype=dtype)
-    layer = shell.get_output_embeddings() if spec.head.type == "per_token" else _classifier(shell)
-    layer_name = next(name for name, module in shell.named_modules() if module is layer)
-    decoder = merged(model.decoder, model.adapter) if model.adapter else model.decoder.named_parameters()
-    state = {f"{shell.base_model_prefix}.{name}": tensor for name, tensor in decoder}
-    state |= {f"{layer_name}.{name}": tensor for name, tensor in model.head.linear.named_parameters()}
+    state = _saved_weights(model, shell)
     if state.keys() != dict(shell.named_parameters()).keys():
         raise RuntimeError(f"the saved model would differ in {sorted(state.keys() ^ dict(shell.named_parameters()))}")
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     shell.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+
+
+def _saved_weights(model: ValueModel, shell: Any) -> dict[str, Tensor]:
+    """The weights under their names in the Hugging Face model that is saved, adapters merged."""
+    if isinstance(model, ImplicitValue):
+        return dict(model.language_model.weights())
+    layer = shell.get_output_embeddings() if model.spec.head.type == "per_token" else _classifier(shell)
+    layer_name = next(name for name, module in shell.named_modules() if module is layer)
+    decoder = merged(model.decoder, model.adapter) if model.adapter else model.decoder.named_parameters()
+    state: dict[str, Tensor] = {f"{shell.base_model_prefix}.{name}": tensor for name, tensor in decoder}
+    return state | {f"{layer_name}.{name}": tensor for name, tensor in model.head.linear.named_parameters()}

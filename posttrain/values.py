@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,12 +27,10 @@ from posttrain import options
 from posttrain.batch import identity
 from posttrain.heads import Head, bin_centres
 from posttrain.models import Policy, active_adapter, adapter_parameters, add_adapter, chunk_rows
+from posttrain.parts.targets import Backup, Reduction, backup, reduce_members
 
 VALUE_ADAPTER = "value"
 """Name of a value model's adapter, on weights of its own or the policy's."""
-
-Kind = Literal["mean", "soft", "max", "greedy"]
-Reduce = Literal["mean", "min", "max", "mean_minus_std"]
 
 
 @dataclass(config=options.CONFIG, kw_only=True, frozen=True)
@@ -40,7 +38,7 @@ class ValueSpec:
     """What a value model's numbers mean; saved with it."""
 
     head: options.Head = field(default_factory=options.Head)
-    kind: Kind = "mean"
+    kind: Backup = "mean"
     """How the value of a state follows from those of the next states: their mean, beta log E exp(./beta), ..."""
     beta: float | None = None
     """Temperature of a soft value, in reward units."""
@@ -48,22 +46,14 @@ class ValueSpec:
     scale: float = 1.0
     """value = shift + scale * what the head decodes to."""
     members: int = 1
-    reduce: Reduce = "mean"
+    reduce: Reduction = "mean"
     deviations: float = 1.0
     base: str | None = None
-    """The model that the training of this one started from."""
+    """The model that the training of this one started from; of an implicit value, the one that it is compared with."""
+    base_revision: str | None = None
+    """Of an implicit value's base."""
     step: int | None = None
     """Optimiser steps it was trained for."""
-
-
-def reduce_members(values: Float[Tensor, "M ..."], how: Reduce, deviations: float = 1.0) -> Float[Tensor, " ..."]:
-    """One value from those of the members; ``mean_minus_std``: mean - deviations * standard deviation (over M)."""
-    if how == "min":
-        return values.amin(0)
-    if how == "max":
-        return values.amax(0)
-    mean = values.mean(0)
-    return mean if how == "mean" else mean - deviations * values.std(0, correction=0)
 
 
 @dataclasses.dataclass
@@ -173,7 +163,7 @@ class ValueModel(nn.Module):
 
     def reduce(self, values: Float[Tensor, "M ..."]) -> Float[Tensor, " ..."]:
         """One value from the members'."""
-        return reduce_members(values, self.spec.reduce, self.spec.deviations)
+        return reduce_members(values, how=self.spec.reduce, deviations=self.spec.deviations)
 
     def next_values(self, hidden: Float[Tensor, "m H"]) -> Float[Tensor, "m V"]:
         """A per-token head's value of every next token, in reward units, members reduced."""
@@ -204,6 +194,10 @@ class ValueModel(nn.Module):
         self.spec = dataclasses.replace(self.spec, shift=state.pop("shift"), scale=state.pop("scale"))
         self.moments = Moments(**state)
 
+    def on(self, backbone: nn.Module, adapter: str | None = None) -> ValueModel:
+        """The same value model, its head copied, on another backbone or adapter."""
+        return ValueModel(backbone, copy.deepcopy(self.head), self.spec, adapter)
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that make this value model: its head, and its adapter or else all of its backbone."""
         named = dict(self.backbone.named_parameters())
@@ -219,36 +213,13 @@ def _scatter(values: Float[Tensor, "M S ..."], states: Bool[Tensor, "N L"]) -> F
     return padded
 
 
-def back_up(
-    logp: Float[Tensor, "m V"], next_values: Float[Tensor, "m V"], kind: Kind, beta: float | None = None
-) -> Float[Tensor, " m"]:
-    """The value of a state from the values Q of all that can come next, with probabilities p.
-
-        mean: sum_z p_z Q_z    soft: beta log sum_z p_z exp(Q_z / beta)    max: max_z Q_z    greedy: Q at argmax_z p_z
-
-    mean: Mudgal et al. 2024, arXiv:2310.17022 (CD-Q); soft: Zhao et al. 2024, arXiv:2404.17546, where Q = beta log psi.
-
-    Raises:
-        ValueError: for a soft value without a positive ``beta``.
-    """
-    if kind == "mean":
-        return (logp.exp() * next_values).sum(-1)
-    if kind == "max":
-        return next_values.amax(-1)
-    if kind == "greedy":
-        return next_values.gather(-1, logp.argmax(-1, keepdim=True)).squeeze(-1)
-    if beta is None or beta <= 0:
-        raise ValueError(f"a soft value needs a positive beta, not {beta}")
-    return beta * (logp + next_values / beta).logsumexp(-1)
-
-
 @torch.no_grad()
 def backed_up(
     value: ValueModel,
     policy: Policy,
     tokens: Int[Tensor, "N L"],
     states: Bool[Tensor, "N L"],
-    kind: Kind,
+    kind: Backup,
     beta: float | None = None,
     *,
     temperature: float = 1.0,
@@ -260,12 +231,22 @@ def backed_up(
     Args:
         policy: whose next tokens count: of a policy with adapters, the reference, which is the model without them.
         temperature: at which the policy samples.
+
+    Raises:
+        ValueError: for a soft value without a positive ``beta``.
     """
+    if kind == "soft" and (beta is None or beta <= 0):
+        raise ValueError(f"a soft value needs a positive beta, not {beta}")
     own = value.hidden_states(tokens)[states]
     of_policy = policy.hidden_states(tokens, reference=policy.has_adapters)[states]
     rows = chunk_rows(tokens.device, value.head.outputs)
     parts = [
-        back_up(policy.next_logits(other, temperature).log_softmax(-1), value.next_values(mine), kind, beta)
+        backup(
+            value.next_values(mine),
+            policy.next_logits(other, temperature).log_softmax(-1),
+            kind=kind,
+            beta=1.0 if beta is None else beta,
+        )
         for mine, other in zip(own.split(rows), of_policy.split(rows), strict=True)
     ]
     return _scatter(torch.cat(parts)[None], states)[0]
@@ -273,15 +254,14 @@ def backed_up(
 
 def target_copy(value: ValueModel) -> ValueModel:
     """A copy of a value model to be a target network, frozen; of adapters and head alone where it has adapters."""
-    head = copy.deepcopy(value.head)
     if value.adapter is None:
-        twin = ValueModel(copy.deepcopy(value.backbone), head, value.spec)
+        twin = value.on(copy.deepcopy(value.backbone))
         return twin.requires_grad_(False).eval()
     name = f"{value.adapter}_target"
     backbone: Any = value.backbone
     if name not in backbone.peft_config:
         add_adapter(backbone, copy.deepcopy(backbone.peft_config[value.adapter]), name)
-    twin = ValueModel(backbone, head, value.spec, name)  # not in evaluation mode, which would be the shared weights'
+    twin = value.on(backbone, name)  # not in evaluation mode, which would be the shared weights'
     for parameter in twin.own_parameters().values():
         parameter.requires_grad_(False)
     polyak(twin, value, rate=1.0)

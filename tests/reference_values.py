@@ -411,9 +411,3 @@ def soft_path_policy(rows: Rows, logp: Matrix, fixed: Matrix, i: int, beta: floa
         ahead = sum(log_ratio(fixed, rows.logp_ref, i, t) for t in tokens if t > segment[-1])
         losses.append((rows.value[i][segment[0] - 1] - to_come + beta * (here + ahead)) ** 2)
     return fmean(losses)
-
-
-def outcome_cross_entropy(rows: Rows, logp: Matrix, i: int, beta: float) -> float:
-    if not rows.tokens(i) or math.isnan(rows.score[i]):
-        return 0.0
-    return bce(beta * sum(log_ratio(logp, rows.logp_ref, i, t) for t in rows.tokens(i)), rows.score[i])

@@ -79,7 +79,6 @@ POLICY_LOSSES: dict[str, Loss] = {
     "soft_path-token": losses.soft_path,
     "soft_path-step": functools.partial(losses.soft_path, level="step"),
     "soft_path-response": functools.partial(losses.soft_path, level="response"),
-    "outcome_cross_entropy": losses.outcome_cross_entropy,
 }
 EVERY = VALUE_LOSSES | {f"policy {name}": loss for name, loss in POLICY_LOSSES.items()}
 
@@ -184,8 +183,6 @@ def test_losses_of_the_policy_equal_the_scalar_loops(seed: int) -> None:
         for level in ("token", "step", "response"):
             found = losses.soft_path(outputs, batch, beta=0.5, level=level)[i].sum()
             close(found, tokens * reference_values.soft_path_policy(rows, logp, logp, i, 0.5, level), 1e-4)
-        cross = losses.outcome_cross_entropy(outputs, batch, beta=0.5)[i].sum()
-        close(cross, reference_values.outcome_cross_entropy(rows, logp, i, 0.5), 1e-4)
 
 
 @pytest.mark.parametrize("level", ["token", "step", "response"])
@@ -435,8 +432,6 @@ def test_losses_say_which_head_they_need() -> None:
     wild = batch.set(target=torch.full(batch.mask.shape, 1.5))
     with pytest.raises(ValueError, match="reach from 0 to 1.5"):
         value_losses.bce(outputs, wild)
-    with pytest.raises(ValueError, match="scores are probabilities"):
-        losses.outcome_cross_entropy(outputs, batch.set(score=torch.full((len(batch),), 2.0)))
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -454,15 +449,3 @@ def test_process_scores_stand_at_the_ends_of_steps(seed: int) -> None:
         assert plain[i].nonzero().squeeze(-1).tolist() == ends
         close(divided[i, ends] * len(ends), scores[i, ends].double(), 1e-5)
         assert abs(divided[i].sum().item()) <= 1.0 + 1e-6  # however many steps
-
-
-@given(seed=seeds)
-@examples(6)
-def test_implicit_rewards_add_up_to_the_log_odds_of_the_outcome_loss(seed: int) -> None:
-    batch, outputs = case(seed)
-    each = rewards.implicit(outputs.logp.detach(), batch.logp_ref, batch.mask, beta=0.05)
-    logit = each.sum(-1)
-    label = batch.score.nan_to_num()
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, label, reduction="none")
-    kept = ~batch.score.isnan() & batch.mask.any(-1)
-    close(losses.outcome_cross_entropy(outputs, batch).sum(-1), expected.where(kept, 0.0).double(), 1e-5)

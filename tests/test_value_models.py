@@ -20,14 +20,13 @@ from posttrain.models import Policy, active_adapter, build_policy, save_model, s
 from posttrain.options import Head as HeadOptions
 from posttrain.options import Lora, Value
 from posttrain.options import Policy as PolicyOptions
+from posttrain.parts.targets import backup, reduce_members
 from posttrain.value_checkpoints import build_value
 from posttrain.values import (
     Moments,
     ValueSpec,
-    back_up,
     backed_up,
     polyak,
-    reduce_members,
     target_copy,
 )
 
@@ -95,7 +94,7 @@ def test_the_first_column_has_no_state_before_it(policy_options, random_batch):
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.sampled_from(["mean", "min", "max", "mean_minus_std"]))
 @settings(max_examples=40, deadline=None)
 def test_members_are_reduced_as_the_scalar_formula_says(values, how):
-    reduced = reduce_members(torch.tensor(values)[:, None], how, 0.7)
+    reduced = reduce_members(torch.tensor(values)[:, None], how=how, deviations=0.7)
     assert reduced.item() == pytest.approx(reference.reduce(values, how, 0.7), abs=1e-5)
 
 
@@ -167,16 +166,14 @@ def test_backing_up_is_the_scalar_formula(seed, kind, beta):
     logp = torch.randn(3, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
     values = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     expected = [reference.back_up(p, q, kind, beta) for p, q in zip(logp.exp().tolist(), values.tolist(), strict=True)]
-    torch.testing.assert_close(back_up(logp, values, kind, beta), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(backup(values, logp, kind=kind, beta=beta), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_a_soft_value_lies_between_the_mean_and_the_maximum():
     logp, values = torch.randn(4, 6).double().log_softmax(-1), torch.randn(4, 6).double()
-    mean, largest = back_up(logp, values, "mean"), back_up(logp, values, "max")
-    torch.testing.assert_close(back_up(logp, values, "soft", 1e5), mean, atol=1e-4, rtol=0)
-    torch.testing.assert_close(back_up(logp, values, "soft", 1e-4), largest, atol=2e-3, rtol=0)
-    with pytest.raises(ValueError, match="positive beta"):
-        back_up(logp, values, "soft", None)
+    mean, largest = backup(values, logp, kind="mean"), backup(values, logp, kind="max")
+    torch.testing.assert_close(backup(values, logp, kind="soft", beta=1e5), mean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(backup(values, logp, kind="soft", beta=1e-4), largest, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["mean", "soft", "max", "greedy"])
@@ -196,6 +193,8 @@ def test_values_are_backed_up_over_every_next_token(tiny_model_folder, random_ba
         expected = reference.back_up(logp[row, column].exp().tolist(), values[row, column].tolist(), kind, 0.5)
         assert found[row, column].item() == pytest.approx(expected, abs=1e-4)
     assert (found[~batch.states] == 0).all() and not found.requires_grad
+    with pytest.raises(ValueError, match="positive beta"):
+        backed_up(value, policy, batch.tokens, batch.states, "soft")
 
 
 # ------------------------------------------------------------------------------------------ on the policy's own weights

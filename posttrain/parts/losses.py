@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, Outputs, broadcast, seq_mean, seq_sum
+from posttrain.batch import Batch, Outputs, broadcast, seq_mean
 from posttrain.parts.credit import (
     accumulate,
     at_following,
     at_state,
-    last_chosen,
     step_starts,
     token_rewards,
     valid_rows,
@@ -41,7 +40,6 @@ __all__ = [
     "nll",
     "nll_positive",
     "optimism",
-    "outcome_cross_entropy",
     "pairwise",
     "pointwise",
     "reference_kl",
@@ -235,27 +233,6 @@ def soft_path(
     terms = (gain - wanted.to(gain.dtype)).where(counted, 0.0).square()
     tokens, segments = batch.tokens_chosen[:, None], starts.sum(-1, keepdim=True)
     return terms * tokens / segments.clamp(min=1)
-
-
-def outcome_cross_entropy(outputs: Outputs, batch: Batch, *, beta: Positive = 0.05) -> Float[Tensor, "N L"]:
-    """Trains a language model to be an implicit reward model: its log-ratio to the reference tells right from wrong.
-
-    loss = -s log σ(β Σ_t ρ_t) - (1 - s) log(1 - σ(β Σ_t ρ_t)), with ρ_t = log π(y_t) / π_ref(y_t), s the score
-
-    Yuan et al. 2024 (Free process rewards), arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
-
-    It stands at the completion's last chosen token; goes with the normaliser ``seq_mean_of_token_sum``.
-
-    Raises:
-        ValueError: for a score outside [0, 1].
-    """
-    scored = ~batch.score.isnan()
-    label = batch.score.where(scored, 0.0)
-    if bool(((label < 0) | (label > 1)).any()):
-        raise ValueError(f"outcome_cross_entropy: scores are probabilities, but they reach {label.abs().max():g}")
-    logit = beta * seq_sum(log_ratio(outputs.logp, needed(batch, "logp_ref"), batch.mask), batch.mask)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, label, reduction="none")
-    return broadcast(loss.where(scored, 0.0), last_chosen(batch.mask))
 
 
 def nll_positive(outputs: Outputs, batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, "N L"]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
-from posttrain.parts.credit import step_ends
-from posttrain.parts.ranges import Positive, PositiveCount
-from posttrain.parts.ratio import log_ratio, needed
+from posttrain.parts.credit import at_state, step_ends
+from posttrain.parts.ranges import PositiveCount
+from posttrain.parts.ratio import needed
 
 
 def overlong(batch: Batch, *, limit: PositiveCount, buffer: PositiveCount) -> Float[Tensor, " N"]:
@@ -86,17 +86,13 @@ def at_step_ends(
     return rewards / ends.sum(-1, keepdim=True).clamp(min=1) if divide == "steps" else rewards
 
 
-def implicit(
-    logp: Float[Tensor, "N L"], logp_base: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], *, beta: Positive = 0.05
-) -> Float[Tensor, "N L"]:
-    """The reward of each token that a language model trained on outcomes implies.
+def value_gain(batch: Batch) -> Float[Tensor, "N L"]:
+    """What each token adds to the value, before the update: rewards that sum to the value of the whole completion.
 
-    r_t = β log π_φ(y_t) / π_base(y_t)
+    r_t = V_t - V(s_t), with s_t the prefix in which token t was chosen
 
-    Yuan et al. 2024 (Free process rewards), arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
-
-    Args:
-        logp: of the reward model.
-        logp_base: of the model it started from.
+    Of an implicit value r_t = β log π_φ(y_t) / π_base(y_t): Yuan et al. 2024 (Free process rewards), arXiv:2412.01981;
+    online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
     """
-    return beta * log_ratio(logp, logp_base, mask)
+    value = needed(batch, "value").where(batch.states, 0.0)
+    return (value - at_state(value, batch.mask)).where(batch.mask, 0.0)

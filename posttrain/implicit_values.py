@@ -1,0 +1,87 @@
+"""Implicit values: a language model trained on outcomes says token by token how good a prefix is.
+
+Sizes in the shape annotations: ``N`` completions, ``L`` columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from posttrain.heads import Head
+from posttrain.models import POLICY_ADAPTER, Policy
+from posttrain.values import ValueModel, ValueSpec
+
+
+class ImplicitValue(ValueModel):
+    """A causal language model φ whose log-ratio to its frozen beginning is the value of a prefix, in log-odds.
+
+        V_t = β Σ_s≤t log π_φ(y_s | y_<s) / π_base(y_s | y_<s), over the tokens s that the policy chose
+
+    Trained such that σ(V) at the end is the probability of being right: Yuan et al. 2024, arXiv:2412.01981; while the
+    policy learns from V_t - V_t-1: Cui et al. 2025 (PRIME), arXiv:2502.01456.
+
+    Which tokens were chosen is read off the states: those whose column and the one before are both states. So a single
+    token of tool output between two chosen ones counts as chosen.
+
+    Args:
+        backbone: the language model, or PEFT's wrapper of one, which may be the policy's.
+        spec: with β in its head.
+        base: what it started from, frozen here; None: the backbone without its adapters.
+        adapter: of the language model on the backbone; None: there is none.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, spec: ValueSpec, base: Policy | None = None, adapter: str | None = None
+    ) -> None:
+        super().__init__(backbone, Head(spec.head, hidden=0, vocabulary=0), spec, adapter)
+        self.base = None if base is None else base.requires_grad_(False).eval()
+
+    @property
+    def language_model(self) -> Policy:
+        """The language model, by its log-probs."""
+        return Policy(self.backbone, self.adapter or POLICY_ADAPTER)
+
+    def train(self, mode: bool = True) -> ImplicitValue:
+        """The base stays in evaluation mode: it has no dropout."""
+        super().train(mode)
+        if self.base is not None:
+            self.base.eval()
+        return self
+
+    def on(self, backbone: nn.Module, adapter: str | None = None) -> ImplicitValue:
+        """See :meth:`ValueModel.on`; the base is the same."""
+        return ImplicitValue(backbone, self.spec, self.base, adapter)
+
+    def forward(
+        self, tokens: Int[Tensor, "N L"], states: Bool[Tensor, "N L"], *, members: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-odds of the prefixes that end at ``states``, float32, 0 elsewhere and before the first chosen token.
+
+        Gradients flow through φ alone.
+
+        Args:
+            states: all of each completion: the value is a sum over them.
+            members: with a first dimension of 1, as other heads have one a member.
+
+        Returns:
+            ``value [N, L]`` and the same as ``logits [N, L, 1]``, the logit of the outcome that ``bce`` reads.
+
+        Raises:
+            ValueError: for a completion with one state, from which nothing can be told.
+        """
+        if bool((states.sum(-1) == 1).any()):
+            raise ValueError("an implicit value is a sum over the completion: `states` must mark all of its tokens")
+        ratios = self.log_ratios(tokens, states & nn.functional.pad(states[:, :-1], (1, 0)))
+        value = (self.spec.head.beta * ratios.cumsum(-1)).where(states, 0.0)
+        value = value[None] if members else value
+        return value, value[..., None]
+
+    def log_ratios(self, tokens: Int[Tensor, "N L"], chosen: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+        """log π_φ / π_base at the chosen tokens, 0 elsewhere, float32."""
+        model = self.language_model
+        with torch.no_grad():
+            base, _ = (self.base or model)(tokens, chosen, reference=self.base is None)
+        logp, _ = model(tokens, chosen)
+        return logp - base

@@ -1,0 +1,215 @@
+"""Every recipe with values again, as plain loops over plain numbers, by the paper's formula and with its numbers.
+
+Loops over one part stand in ``reference.py`` and ``reference_values.py``; nothing here calls the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import reference
+import reference_values
+from reference import Loss, Matrix, clip, kl, plus, token_mean, whiten
+from reference_values import bce, gae, lambda_return, mse, value_change
+
+ValueLoss = Callable[[Matrix, Matrix], float]
+"""Of (values, log-probs of the policy)."""
+
+
+@dataclass
+class Case:
+    """A batch as lists, as both kinds of loops read it; they share what rewards are added to.
+
+    ``judged`` is what a process model says at each token.
+    """
+
+    core: reference.Rows
+    rows: reference_values.Rows
+    judged: Matrix
+
+
+class Losses(NamedTuple):
+    """Of one optimiser step; ``value`` is None where no value model learns."""
+
+    policy: Loss
+    value: ValueLoss | None = None
+
+
+def read(batch, judged) -> Case:
+    core, rows = reference.read(batch), reference_values.read(batch)
+    rows.reward, rows.step_reward = core.reward, core.step_reward
+    return Case(core, rows, judged.tolist())
+
+
+# ---- what several recipes share --------------------------------------------------------------------------------------
+
+
+def clipped(case: Case, a: Matrix, low: float = 0.2, high: float = 0.2, penalty: float = 0.0) -> Loss:
+    """PPO's surrogate, with a penalty on k3, as the mean over all tokens."""
+    core = case.core
+
+    def loss(logp: Matrix, fixed: Matrix) -> float:
+        return token_mean(core, plus(clip(core, a, logp, low, high), penalty, kl(core, logp, fixed, "k3")))
+
+    return loss
+
+
+def taught(case: Case, target: Matrix) -> dict[int, list[int]]:
+    """The states of each completion that the value model learns at; completions without any are left out."""
+    places = {i: [c for c in case.rows.states(i) if not math.isnan(target[i][c])] for i in case.core.trained()}
+    return {i: columns for i, columns in places.items() if columns}
+
+
+def squared(case: Case, target: Matrix, allowed: float | None = None) -> ValueLoss:
+    """Half the squared error, as the mean over all states that learn."""
+    places = [(i, c) for i, columns in taught(case, target).items() for c in columns]
+    old = case.rows.value
+
+    def loss(v: Matrix, logp: Matrix) -> float:
+        return sum(mse(v[i][c], target[i][c], old[i][c], allowed) for i, c in places) / max(len(places), 1)
+
+    return loss
+
+
+def add_judgements(case: Case) -> None:
+    for i, row in enumerate(case.core.step_reward):
+        for t in case.core.tokens(i):
+            row[t] += case.judged[i][t]
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def ppo(case: Case) -> Losses:
+    reference.add_kl_to_step_reward(case.core, 0.05)
+    a = whiten(case.core, gae(case.rows, 1.0, 0.95))
+    value = squared(case, lambda_return(case.rows, lambda_=0.95), 0.2)
+    return Losses(clipped(case, a), lambda v, logp: 0.1 * value(v, logp))
+
+
+def vc_ppo(case: Case) -> Losses:
+    a = gae(case.rows, 1.0, 0.95)
+    return Losses(clipped(case, a), squared(case, lambda_return(case.rows)))
+
+
+def vapo(case: Case, alpha: float = 0.05) -> Losses:
+    core = case.core
+    surrogate = clipped(case, gae(case.rows, 1.0, 1.0, alpha=alpha), 0.2, 0.28)
+    right = [(i, t) for i in core.trained() if core.score[i] > 0 for t in core.tokens(i)]
+
+    def policy(logp: Matrix, fixed: Matrix) -> float:
+        likelihood = sum(logp[i][t] for i, t in right) / max(len(right), 1)
+        return surrogate(logp, fixed) - 0.1 * likelihood
+
+    return Losses(policy, squared(case, lambda_return(case.rows)))
+
+
+def vineppo(case: Case) -> Losses:
+    return Losses(clipped(case, value_change(case.rows, "step", "reward"), penalty=1e-4))
+
+
+def dvpo(case: Case) -> Losses:
+    a = whiten(case.core, value_change(case.rows, "token", "value"))
+    return Losses(clipped(case, a, penalty=0.2))
+
+
+def dvpo_static_q(case: Case) -> Losses:
+    a = whiten(case.core, reference_values.static_q(case.rows))
+    return Losses(clipped(case, a, penalty=0.2))
+
+
+def sao(case: Case) -> Losses:
+    rows = case.rows
+    rows.advantage = gae(rows, 1.0, 1.0, alpha=1.5)
+
+    def policy(logp: Matrix, fixed: Matrix) -> float:
+        return token_mean(case.core, lambda i, t: reference_values.banded(rows, logp, fixed, i, t, 0.3, 5.0))
+
+    return Losses(policy, squared(case, lambda_return(rows)))
+
+
+def oreo(case: Case, level: str) -> Losses:
+    """Means over completions, in each of which every term weighs the same."""
+    rows, beta = case.rows, 0.03
+    rows.target = lambda_return(rows)
+    states = taught(case, rows.target)
+
+    def policy(logp: Matrix, fixed: Matrix) -> float:
+        each = [reference_values.soft_path_policy(rows, logp, fixed, i, beta, level) for i in case.core.counted()]
+        return fmean(each) if each else 0.0
+
+    def value(v: Matrix, logp: Matrix) -> float:
+        each = [
+            fmean(reference_values.soft_path_value(rows, v, logp, i, c, beta) for c in columns)
+            for i, columns in states.items()
+        ]
+        return fmean(each) if each else 0.0
+
+    return Losses(policy, value)
+
+
+def oreo_token(case: Case) -> Losses:
+    return oreo(case, "token")
+
+
+def oreo_step(case: Case) -> Losses:
+    return oreo(case, "step")
+
+
+def oreo_response(case: Case) -> Losses:
+    return oreo(case, "response")
+
+
+def pure(case: Case) -> Losses:
+    add_judgements(case)
+    a = whiten(case.core, reference_values.min_form(case.rows, 0.1, baseline=True))
+    return Losses(clipped(case, a, penalty=1e-3))
+
+
+def psgpo(case: Case) -> Losses:
+    add_judgements(case)
+    a = whiten(case.core, gae(case.rows, 1.0, 0.95))
+    return Losses(clipped(case, a), squared(case, lambda_return(case.rows, lambda_=0.95), 0.2))
+
+
+def prime(case: Case) -> Losses:
+    """The value of a prefix is β times its log-ratio, so a token's reward is what it adds; the outcome is its label."""
+    core, rows = case.core, case.rows
+    core.kept = reference.mixed_groups(core)
+    for i in range(len(core.mask)):
+        for t in core.tokens(i):
+            before = 0.0 if t - 1 not in rows.states(i) else rows.value[i][t - 1]
+            core.step_reward[i][t] += rows.value[i][t] - before
+    a = whiten(core, reference_values.implicit_returns(rows))
+    ends = [(i, rows.tokens(i)[-1]) for i in core.counted() if core.scored(i)]
+
+    def value(v: Matrix, logp: Matrix) -> float:
+        return sum(bce(v[i][t], core.reward[i]) for i, t in ends) / max(len(ends), 1)
+
+    return Losses(clipped(case, a), value)
+
+
+def without_values(formula: Callable[[reference.Rows], Loss]) -> Callable[[Case], Losses]:
+    return lambda case: Losses(formula(case.core))
+
+
+RECIPES: dict[str, Callable[[Case], Losses]] = {
+    **{name: without_values(formula) for name, formula in reference.RECIPES.items()},
+    "ppo": ppo,
+    "vc_ppo": vc_ppo,
+    "vapo": vapo,
+    "vineppo": vineppo,
+    "dvpo": dvpo,
+    "dvpo_static_q": dvpo_static_q,
+    "sao": sao,
+    "oreo_token": oreo_token,
+    "oreo_step": oreo_step,
+    "oreo_response": oreo_response,
+    "pure": pure,
+    "psgpo": psgpo,
+    "prime": prime,
+}

@@ -13,7 +13,7 @@ from posttrain.recipe import Part, Recipe
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"
 ROW = re.compile(rf"\| (?P<name>[^|]+) \| {LINK} \| (?P<parts>[^|]+) \| (?P<paper>[^|]+) \|")
-FAMILIES = ("rl", "value")
+FAMILIES = ("rl", "value", "preference")
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix() for family in FAMILIES for path in (ROOT / "recipes" / family).glob("*.yaml")
 )
@@ -33,12 +33,7 @@ def described(recipe: Recipe) -> str:
     parts += [recipe.target, *recipe.value_loss]
     if recipe.normaliser.name != "token_mean" or recipe.loss:
         parts.append(recipe.normaliser)
-    return " → ".join(f"`{_call(part)}`" for part in parts if part is not None)
-
-
-def _call(part: Part) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in part.options.items())
-    return f"{part.name}({options})" if options else part.name
+    return " → ".join(f"`{part}`" for part in parts if part is not None)
 
 
 def test_every_recipe_has_a_row_and_every_row_a_recipe():

@@ -66,8 +66,11 @@ class Curve(NamedTuple):
         return y0 + (y1 - y0) * min(1.0, (tokens - x0) / (x1 - x0))
 
 
-def run(recipe: Path, overrides: Sequence[str], log: Path) -> None:
-    """Trains in a process of its own, whose output goes to a file."""
+def run(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
+    """Trains in a process of its own, whose output goes to a file; a finished run in ``folder`` is taken as it is."""
+    if (folder / "model").exists() or (folder / "value").exists():
+        return
+    overrides, log = [*overrides, f"--run.folder={folder}"], folder.with_suffix(".log")
     command = [sys.executable, "-m", "posttrain", str(recipe), *overrides]
     with log.open("w") as output:
         result = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -96,8 +99,11 @@ def generated(folder: Path) -> float:
 def train_all(names: Sequence[str], seed: int, steps: int, engine: str, work: Path) -> dict[str, Any]:
     """Every variant from the start of one seed."""
     from posttrain.quickstart import story
+    from posttrain.quickstart.start import Start
 
-    start = story.prepare(work / f"start-{seed}", seed)
+    start = Start(work / f"start-{seed}")
+    if not start.model.exists():
+        story.prepare(start.path, seed)
     common = [
         f"--policy.model={start.model}",
         f"--data.path={start.train}",
@@ -109,13 +115,13 @@ def train_all(names: Sequence[str], seed: int, steps: int, engine: str, work: Pa
     critic = work / f"{PRETRAINING}-{seed}"
     results: dict[str, Any] = {}
     if any(VARIANTS[name].pretrained for name in names):
-        run(RECIPES / f"{PRETRAINING}.yaml", [*common, f"--run.folder={critic}"], work / f"{critic.name}.log")
+        run(RECIPES / f"{PRETRAINING}.yaml", common, critic)
         results[PRETRAINING] = {"tokens": generated(critic), "metrics": last_row(critic)}
     for name in names:
         variant, folder = VARIANTS[name], work / f"{name.replace(' ', '-')}-{seed}"
-        overrides = [*common, f"--run.folder={folder}", f"--evaluate.data.path={start.held_out}", f"--steps={steps}"]
+        overrides = [*common, f"--evaluate.data.path={start.held_out}", f"--steps={steps}"]
         overrides += [f"--value.model={critic / 'value'}"] if variant.pretrained else []
-        run(RECIPES / f"{variant.recipe}.yaml", [*overrides, *variant.overrides], work / f"{folder.name}.log")
+        run(RECIPES / f"{variant.recipe}.yaml", [*overrides, *variant.overrides], folder)
         results[name] = read_curve(folder)
         print(f"seed {seed}  {name:40} {results[name].accuracy[0]:.3f} -> {results[name].accuracy[-1]:.3f}", flush=True)
     return results
@@ -153,7 +159,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
-    parser.add_argument("--folder", type=Path, help="where the runs are kept; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="where runs are kept and found again; default: a temporary one")
     options = parser.parse_args()
     names: list[str] = list(options.variants)
     with tempfile.TemporaryDirectory() as temporary:

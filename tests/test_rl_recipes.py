@@ -25,7 +25,7 @@ from posttrain.compose import credit, reward_batch, total_loss, total_value_loss
 from posttrain.learner import with_shares
 from posttrain.loading import load_recipe
 from posttrain.parts.credit import step_ends
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "rl"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -53,6 +53,17 @@ def with_judge(recipe: Recipe, judge: Callable[[Batch], Tensor]) -> Recipe:
     return dataclasses.replace(recipe, reward=tuple(parts))
 
 
+class Inputs(NamedTuple):
+    """A batch, and the log-probs and values of it that the models put out in the update."""
+
+    batch: Batch
+    logp: Tensor
+    value: Tensor
+
+    def rows(self, index: Tensor) -> Inputs:
+        return Inputs(self.batch[index], self.logp[index], self.value[index])
+
+
 class Step(NamedTuple):
     """The losses of one optimiser step, and the gradient of their sum."""
 
@@ -66,7 +77,7 @@ def learns_probabilities(recipe: Recipe) -> bool:
     return any(part.name == "bce" for part in recipe.value_loss)
 
 
-def case(seed: int, *, labels: bool = False) -> tuple[Batch, Tensor, Tensor]:
+def case(seed: int, *, labels: bool = False) -> Inputs:
     """A batch that needs every recipe's care, and log-probs and values that have moved.
 
     Each rank's half has a greedy completion. Values are NaN off the states. Like the log-ratios, the changes of values
@@ -86,16 +97,21 @@ def case(seed: int, *, labels: bool = False) -> tuple[Batch, Tensor, Tensor]:
         step_id=torch.where(batch.mask, torch.arange(batch.mask.shape[1]) // 3, -1),
         reward=batch.score if labels else batch.reward,
     )
-    return batch, moved_outputs(batch, seed, scale=0.5).logp.detach(), value + change
+    return Inputs(batch, moved_outputs(batch, seed, scale=0.5).logp.detach(), value + change)
 
 
-def case_of(name: str, seed: int) -> tuple[Batch, Tensor, Tensor]:
+def case_of(name: str, seed: int) -> Inputs:
     return case(seed, labels=learns_probabilities(load(name)))
 
 
-def taken(recipe: Recipe, batch: Batch, logp: Tensor, value: Tensor, micro: int | None = None) -> Step:
+def taken(recipe: Recipe, inputs: Inputs, micro: int | None = None) -> Step:
     """One optimiser step in micro-batches of ``micro`` rows."""
-    leaves = logp.clone().requires_grad_(), value.clone().requires_grad_()
+    batch, rows = prepared(recipe, inputs.batch)
+    return updated(recipe, batch, rows, inputs.logp, inputs.value, micro)
+
+
+def prepared(recipe: Recipe, batch: Batch) -> tuple[Batch, Tensor]:
+    """The batch as the update sees it, and which rows it is of."""
     rows = torch.arange(len(batch))
     for part in recipe.select:
         kept = part(batch)
@@ -104,15 +120,19 @@ def taken(recipe: Recipe, batch: Batch, logp: Tensor, value: Tensor, micro: int 
     trained = ~batch.greedy
     for part in recipe.keep:
         trained &= part(batch)
-    batch, rows = with_shares(recipe, batch[trained]), rows[trained]
+    return with_shares(recipe, batch[trained]), rows[trained]
+
+
+def updated(recipe: Recipe, batch: Batch, rows: Tensor, logp: Tensor, value: Tensor, micro: int | None = None) -> Step:
+    """Losses of a prepared batch, and gradients of both kinds of outputs for all rows there were."""
+    leaves = logp.clone().requires_grad_(), value.clone().requires_grad_()
     sums = [0.0, 0.0]
     for index in torch.arange(len(batch)).split(micro or max(len(batch), 1)):
         now = [leaf[rows[index]] for leaf in leaves]
         outputs = Outputs(logp=now[0], value=now[1], value_logits=now[1][..., None])
-        for i, loss in enumerate(losses_of(recipe, outputs, batch[index])):
-            if loss.requires_grad:
-                loss.backward(retain_graph=True)
-            sums[i] += loss.item()
+        losses = losses_of(recipe, outputs, batch[index])
+        torch.stack(losses).sum().backward()
+        sums = [total + loss.item() for total, loss in zip(sums, losses, strict=True)]
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     return Step(sums[0], sums[1], gradients[0], gradients[1])
 
@@ -137,11 +157,11 @@ def formula_of(name: str) -> Callable[[Case], Losses]:
     return RECIPES[name]
 
 
-def by_formula(formula: Callable[[Case], Losses], batch: Batch, logp: Tensor, value: Tensor) -> Step:
-    plain, values = logp.tolist(), value.tolist()
-    lists = read(batch, judged(batch))
+def by_formula(formula: Callable[[Case], Losses], inputs: Inputs) -> Step:
+    plain, values = inputs.logp.tolist(), inputs.value.tolist()
+    lists = read(inputs.batch, judged(inputs.batch))
     losses = formula(lists)
-    rows = range(len(batch))
+    rows = range(len(plain))
     tokens = [(i, t) for i in rows for t in lists.core.tokens(i)]
     by_logp = reference.gradient(losses.policy, plain, tokens)
     by_value, value_loss, learned = lists.core.zeros(), 0.0, losses.value
@@ -168,95 +188,95 @@ def agree(found: Step, expected: Step) -> None:
 
 @every_recipe
 @given(seed=seeds)
-@examples(10)
+@examples(6)
 def test_losses_and_gradients_equal_the_formula(name: str, seed: int) -> None:
     inputs = case_of(name, seed)
-    agree(taken(load(name), *inputs), by_formula(formula_of(name), *inputs))
+    agree(taken(load(name), inputs), by_formula(formula_of(name), inputs))
 
 
 @given(seed=seeds)
-@examples(10)
+@examples(6)
 def test_dapo_where_completions_are_overlong(seed: int) -> None:
     """The same with a limit that completions of this test reach, as the recipe's own is far above them."""
     inputs = case(seed)
     short = load_recipe(FOLDER / "dapo.yaml", ["--reward.0.limit=5", "--reward.0.buffer=4"])
     formula = without_values(partial(reference.dapo, limit=5, buffer=4))
-    agree(taken(short, *inputs), by_formula(formula, *inputs))
+    agree(taken(short, inputs), by_formula(formula, inputs))
     assert load("dapo").reward[0].options == {"limit": 1024, "buffer": 204} and load("dapo").sampling.max_tokens == 1024
 
 
 @given(seed=seeds)
-@examples(10)
+@examples(6)
 def test_vapo_where_the_length_decides(seed: int) -> None:
     """The same with a λ between 0 and 1 at the lengths of this test; with the recipe's own it is 0 up to 20 tokens."""
     inputs = case(seed)
     short = load_recipe(FOLDER / "vapo.yaml", ["--advantage.alpha=0.5"])
-    agree(taken(short, *inputs), by_formula(partial(vapo, alpha=0.5), *inputs))
+    agree(taken(short, inputs), by_formula(partial(vapo, alpha=0.5), inputs))
 
 
 @every_recipe
 @given(seed=seeds)
-@examples(5)
+@examples(3)
 def test_invariance_to_padding(name: str, seed: int) -> None:
-    batch, *moved = case_of(name, seed)
-    wide = [torch.nn.functional.pad(each, (0, 3), value=torch.nan) for each in moved]
-    found = taken(load(name), pad(batch, 3, torch.nan), *wide)
-    gradients = (found.by_logp, found.by_value)
-    assert all(bool((each[:, -3:] == 0).all()) for each in gradients)
-    narrow = found._replace(by_logp=gradients[0][:, :-3], by_value=gradients[1][:, :-3])
-    agree(narrow, taken(load(name), batch, *moved))
+    inputs = case_of(name, seed)
+    logp, value = (torch.nn.functional.pad(each, (0, 3), value=torch.nan) for each in (inputs.logp, inputs.value))
+    found = taken(load(name), Inputs(pad(inputs.batch, 3, torch.nan), logp, value))
+    assert bool((found.by_logp[:, -3:] == 0).all()) and bool((found.by_value[:, -3:] == 0).all())
+    narrow = found._replace(by_logp=found.by_logp[:, :-3], by_value=found.by_value[:, :-3])
+    agree(narrow, taken(load(name), inputs))
 
 
 @every_recipe
 @given(seed=seeds)
-@examples(5)
+@examples(3)
 def test_invariance_to_the_order_of_rows(name: str, seed: int) -> None:
     inputs = case_of(name, seed)
-    order = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))
-    found, back = taken(load(name), *(each[order] for each in inputs)), order.argsort()
+    order = torch.randperm(len(inputs.batch), generator=torch.Generator().manual_seed(seed))
+    found, back = taken(load(name), inputs.rows(order)), order.argsort()
     in_order = found._replace(by_logp=found.by_logp[back], by_value=found.by_value[back])
-    agree(in_order, taken(load(name), *inputs))
+    agree(in_order, taken(load(name), inputs))
 
 
 @every_recipe
-@pytest.mark.parametrize("micro", [1, 2, 5])
+@pytest.mark.parametrize("micro", [1, 4])
 @given(seed=seeds)
 @examples(3)
 def test_invariance_to_micro_batches(name: str, micro: int, seed: int) -> None:
     inputs = case_of(name, seed)
-    agree(taken(load(name), *inputs, micro=micro), taken(load(name), *inputs))
+    agree(taken(load(name), inputs, micro), taken(load(name), inputs))
 
 
 @every_recipe
 @given(seed=seeds)
-@examples(5)
+@examples(3)
 def test_invariance_to_ranks(name: str, seed: int) -> None:
     """Two ranks in lockstep, one with one group, the other with two: losses add up, gradients are those of one rank."""
-    batch, logp, value = case_of(name, seed)
-    recipe, split = load(name), halves(batch)
-    by_rank = dict(zip([len(rows) for rows in split], split, strict=True))
+    inputs = case_of(name, seed)
+    recipe, split = load(name), halves(inputs.batch)
+    by_rank = {len(rows): inputs.rows(rows) for rows in split}
+    assert len(by_rank) == 2
 
     def on_rank(part: Batch) -> Step:
-        rows = by_rank[len(part)]
-        return taken(recipe, part, logp[rows], value[rows])
+        return taken(recipe, by_rank[len(part)]._replace(batch=part))
 
-    results = on_ranks([batch[rows] for rows in split], on_rank)
-    gradients = torch.zeros_like(logp), torch.zeros_like(value)
+    results = on_ranks([inputs.batch[rows] for rows in split], on_rank)
+    by_logp, by_value = torch.zeros_like(inputs.logp), torch.zeros_like(inputs.value)
     for rows, mine in zip(split, results, strict=True):
-        gradients[0][rows], gradients[1][rows] = mine.by_logp, mine.by_value
-    together = Step(sum(each.loss for each in results), sum(each.value_loss for each in results), *gradients)
-    agree(together, taken(recipe, batch, logp, value))
+        by_logp[rows], by_value[rows] = mine.by_logp, mine.by_value
+    loss, value_loss = sum(mine.loss for mine in results), sum(mine.value_loss for mine in results)
+    agree(Step(loss, value_loss, by_logp, by_value), taken(recipe, inputs))
 
 
 @every_recipe
 @given(seed=seeds)
-@examples(5)
+@examples(3)
 def test_no_gradient_off_the_mask_and_the_states(name: str, seed: int) -> None:
     """Exactly 0, for padding, for tokens that the policy did not choose, for greedy baselines; rubbish or not."""
     batch, logp, value = case_of(name, seed)
-    clean = batch.set(value=batch.value.nan_to_num(0.0)) if batch.value is not None else batch
-    found = taken(load(name), batch, logp.where(batch.mask, torch.nan), value)
-    expected = taken(load(name), clean, logp, value.nan_to_num(0.0))
+    assert batch.value is not None
+    clean = Inputs(batch.set(value=batch.value.nan_to_num(0.0)), logp, value.nan_to_num(0.0))
+    found = taken(load(name), Inputs(batch, logp.where(batch.mask, torch.nan), value))
+    expected = taken(load(name), clean)
     for step in (found, expected):
         assert step[:2] == expected[:2]
         assert bool((step.by_logp[~batch.mask] == 0).all()) and bool((step.by_value[~batch.states] == 0).all())
@@ -266,7 +286,7 @@ def test_no_gradient_off_the_mask_and_the_states(name: str, seed: int) -> None:
 
 @cache
 def gradients_by_formula(name: str, labels: bool) -> tuple[Tensor, Tensor]:
-    step = by_formula(formula_of(name), *case(3, labels=labels))
+    step = by_formula(formula_of(name), case(3, labels=labels))
     return step.by_logp, step.by_value
 
 
@@ -274,7 +294,7 @@ def gradients_by_formula(name: str, labels: bool) -> tuple[Tensor, Tensor]:
 def test_the_formula_can_tell_recipes_apart(name: str) -> None:
     """The comparison above has teeth: no other recipe's formula gives this recipe's gradients."""
     recipe = load(name)
-    found = taken(recipe, *case_of(name, 3))
+    found = taken(recipe, case_of(name, 3))
 
     def distance(other: str) -> float:
         theirs = gradients_by_formula(other, learns_probabilities(recipe))
@@ -293,7 +313,7 @@ def test_a_batch_without_one_token_costs_nothing() -> None:
     for name in NAMES:
         batch, logp, value = case_of(name, 0)
         blank = with_greedy(batch).set(mask=torch.zeros_like(batch.mask), step_id=torch.full_like(batch.step_id, -1))
-        step = taken(load(name), blank, logp, value)
+        step = taken(load(name), Inputs(blank, logp, value))
         assert step[:2] == (0, 0)
         assert bool((step.by_logp == 0).all()) and bool((step.by_value == 0).all())
 
@@ -364,7 +384,7 @@ def world_logp(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @every_recipe
 def test_every_recipe_learns(name: str) -> None:
-    """From 16 % (chance) to above 90 % in 60 steps of two updates, the second of which is off policy.
+    """From 16 % (chance) to above 90 % in 45 steps of two updates, the second of which is off policy.
 
     Critics are tables that start at 0, or hold the true values: of the first policy where they are frozen, of the
     policy as it is where they come from branches.
@@ -375,14 +395,15 @@ def test_every_recipe_learns(name: str) -> None:
     table = (torch.zeros(85) if recipe.value_loss else true_values(logits.detach())).requires_grad_()
     optimizer = torch.optim.Adam([logits, table], lr=0.1)
     success: list[float] = []
-    for _ in range(60):
+    for _ in range(45):
         branches = recipe.value is not None and recipe.value.branches is not None
         values = true_values(logits.detach()) if branches else table.detach().clone()
         batch = sample_world(logits.detach(), values, recipe, generator)
         success.append(float(batch.score[~batch.greedy].mean()))
+        ready, rows = prepared(recipe, batch)
         for _ in range(2):
             now = world_logp(logits, batch.tokens[:, 1:]), table[prefixes(batch.tokens[:, 1:])]
-            step = taken(recipe, batch, *(each.detach() for each in now))
+            step = updated(recipe, ready, rows, now[0].detach(), now[1].detach())
             optimizer.zero_grad()
             torch.autograd.backward(now, [step.by_logp, step.by_value])
             optimizer.step()

@@ -147,7 +147,12 @@ def stepwise(
 
 
 def pairs(
-    data: options.Data, tokenizer: PreTrainedTokenizerBase, base: Path | None, *, max_tokens: int | None = None
+    data: options.Data,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path | None,
+    *,
+    scores: tuple[str, str] | None = None,
+    max_tokens: int | None = None,
 ) -> Examples:
     """Preferences: columns ``chosen`` and ``rejected``, and ``prompt`` unless both begin with it, as in TRL's format.
 
@@ -155,6 +160,8 @@ def pairs(
     such as a margin, stay in ``batch.rows``.
 
     Args:
+        scores: columns with the ratings of the chosen and of the rejected one, to be their rewards in place of 1 and 0.
+            Where they are equal, or the other way round, a loss goes by them.
         max_tokens: prompt plus completion; pairs with a longer one are left out and counted.
 
     Raises:
@@ -163,12 +170,12 @@ def pairs(
     source = with_columns(read(data, base), data.columns)
     need(source, ("chosen", "rejected"))
     rows = tokenise_rows(converted(source, explicit_prompt), data, tokenizer)
-    sides = {}
-    for side, reward in (("chosen", 1.0), ("rejected", 0.0)):
+    sides = []
+    for i, side in enumerate(("chosen", "rejected")):
+        rewards = [1.0 - i] * len(rows) if scores is None else read_numbers(rows, scores[i])
         encoded = _completions(rows, data, tokenizer, column=side)
-        sides[side] = [replace(given, reward=reward) for given in encoded]
-    groups = list(zip(sides["chosen"], sides["rejected"], strict=True))
-    return _examples(rows, groups, tokenizer, max_tokens)
+        sides.append([replace(given, reward=reward) for given, reward in zip(encoded, rewards, strict=True)])
+    return _examples(rows, list(zip(*sides, strict=True)), tokenizer, max_tokens)
 
 
 def _completions(

@@ -25,7 +25,13 @@ MAX_EXPONENT = 80.0  # e^80 is still a float32; whole completions have log-ratio
 
 
 def log_ratio(
-    outputs: Outputs, batch: Batch, *, level: Level = "sum", tail: Fraction = 1.0, discount: Fraction = 1.0
+    outputs: Outputs,
+    batch: Batch,
+    *,
+    level: Level = "sum",
+    tail: Fraction = 1.0,
+    discount: Fraction = 1.0,
+    previous: Fraction = 0.0,
 ) -> Float[Tensor, " N"]:
     """Log-ratio of policy and reference.
 
@@ -40,8 +46,10 @@ def log_ratio(
             arXiv:2409.06411.
         discount: m_t = discount^t, t counted from 0 over the chosen tokens. Shao et al. 2025 (D²PO),
             arXiv:2502.14340; Hejna et al. 2023 (CPL), arXiv:2310.13639.
+        previous: share of the policy before the update in log π_ref, which is else the reference's: a geometric
+            mixture of the two. Gao et al. 2024 (REBEL), arXiv:2404.16767: 1.
     """
-    ratio = (outputs.logp - needed(batch, "logp_ref")).where(batch.mask, 0.0)
+    ratio = (outputs.logp - _reference(batch, previous)).where(batch.mask, 0.0)
     return _reduce(ratio, batch, level, tail, discount)
 
 
@@ -107,6 +115,13 @@ def power(outputs: Outputs, batch: Batch, *, alpha: float = 0.25) -> Float[Tenso
         raise ValueError("power: the limit of alpha = 0 is the score log_prob with `level: mean`; use that one")
     mean = seq_mean(outputs.logp, batch.mask)
     return -torch.expm1((-alpha * mean).clamp(max=MAX_EXPONENT)) / alpha
+
+
+def _reference(batch: Batch, previous: float) -> Float[Tensor, "N L"]:
+    """Each of the two policies is asked for only where it counts: the other may never have been run."""
+    if previous in (0.0, 1.0):
+        return needed(batch, "logp_old" if previous else "logp_ref")
+    return previous * needed(batch, "logp_old") + (1 - previous) * needed(batch, "logp_ref")
 
 
 def _reduce(

@@ -1,0 +1,79 @@
+"""Every recipe of ``recipes/preference``, as it stands in the file, makes two real steps on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import VERIFIER
+from safetensors.torch import load_file
+
+from posttrain.loading import load_recipe
+from posttrain.online import train
+from posttrain.recipe import Recipe
+from posttrain.tracking import read_metrics
+
+pytestmark = pytest.mark.engine
+RECIPES = Path(__file__).parent.parent / "recipes"
+NAMES = ["dpo", *sorted(f"preference/{path.stem}" for path in (RECIPES / "preference").glob("*.yaml"))]
+SMALL = {
+    "policy.dtype": "float32",
+    "policy.gradient_checkpointing": "false",
+    "data.name": "null",
+    "data.columns": "{}",
+    "evaluate": "null",
+    "optimizer.learning_rate": 0.001,
+    "optimizer.warmup_steps": 0,
+    "steps": 2,
+    "prompts_per_step": 4,
+    "run.trackers": "[]",
+    "run.rollouts_every": 0,
+}
+
+
+def rows(part: str) -> list[dict[str, Any]]:
+    """Data that a part of the examples slot takes, or prompts for a recipe that samples."""
+    asked = [{"prompt": f"{a}+1="} for a in range(8)]
+    answers = [str(a + 1) * (1 + a % 3) for a in range(8)]
+    scores = [{"score_chosen": 3.0 + a, "score_rejected": 1.5} for a in range(8)]
+    return {
+        "pairs": [q | {"chosen": a, "rejected": "no idea"} | s for q, a, s in zip(asked, answers, scores, strict=True)],
+        "rated": [q | {"completion": a, "label": len(a) == 1} for q, a in zip(asked, answers, strict=True)],
+        "demonstrations": [q | {"completion": a} for q, a in zip(asked, answers, strict=True)],
+        "prompts": [q | {"answer": "1"} for q in asked],
+    }[part]
+
+
+def small(name: str, folder: Path, model: Path, **changes: Any) -> Recipe:
+    """The recipe on the tiny model and data that fit it."""
+    path = RECIPES / f"{name}.yaml"
+    examples = load_recipe(path).examples
+    data = folder / "data.jsonl"
+    written = rows("prompts" if examples is None else examples.name)
+    data.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+    chosen = SMALL | {"policy.model": model, "data.path": data, "run.folder": folder / "run"}
+    if examples is None:
+        (folder / "verifier.py").write_text(VERIFIER, encoding="utf-8")
+        chosen |= {"verify": f"[{{use: '{folder / 'verifier.py'}:share_of_digits'}}]"}
+        chosen |= {"engine.use": "transformers", "sampling.max_tokens": 8}
+    return load_recipe(path, [f"--{key}={value}" for key, value in (chosen | changes).items()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Other model, data, verifier and sizes, the recipe's own method. Loss terms are finite and the weights move."""
+    recipe = small(name, tmp_path, tiny_model_folder)
+    train(recipe)
+    metrics = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert len(metrics) == 2
+    for row in metrics:
+        values = [value for key, value in row.items() if key.startswith(("loss", "grad_norm"))]
+        assert len(values) == 2 + len(recipe.loss) and all(map(math.isfinite, values))
+        assert row["grad_norm"] > 0 and row["skipped"] == 0
+    before = load_file(tiny_model_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert any(not torch.equal(after[key], before[key]) for key in before)

@@ -28,7 +28,16 @@ Memory = tuple[Float[Tensor, "M heads columns size"], Float[Tensor, "M heads col
 
 
 def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenValueScore:
-    """The score of a ``posttrain.values.ValueModel``, with the kind, temperature and scale it was trained for."""
+    """The score of a ``posttrain.values.ValueModel``, with the kind, temperature and scale it was trained for.
+
+    Raises:
+        ValueError: for an implicit value, whose two language models make a score without it.
+    """
+    if model.spec.head.type == "implicit":
+        raise ValueError(
+            "an implicit value guides as what it is, the log-ratio of two language models: "
+            "posttrain.decoding.model_scores.LogRatio(plus=model_law(trained), minus=model_law(base))"
+        )
     full, per_token = {"full_attention"}, model.spec.head.type == "per_token"
     if set(getattr(model.decoder.config.get_text_config(), "layer_types", None) or full) == full:
         return CachedNextTokenValueScore(model) if per_token else CachedValueScore(model)

@@ -80,7 +80,7 @@ class Settings:
     held_out: int = 300
     completions: int = 4
     branches: int = 8
-    steps: int = 400
+    steps: int = 1200
     engine: str = "transformers"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import UserError
-from posttrain.examples.given import Examples
+from posttrain.examples.columns import read_numbers
+from posttrain.examples.given import Examples, GivenExamples
 from posttrain.learner import Learner
 from posttrain.models import DTYPES, Policy, build_policy, context_length, load_model
 from posttrain.needs import Needs
@@ -62,15 +63,23 @@ class Online:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # "before" and "after"
 
 
-def load_material(recipe: Recipe, tokenizer: Any) -> Material:
-    """Training and evaluation data, with the columns that the verifiers ask for."""
+def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -> Material:
+    """Training and evaluation data, with the columns that the verifiers ask for.
+
+    Args:
+        numbers: columns of numbers that other parts read.
+    """
     base = recipe.path.parent if recipe.path else None
     rows = examples = held_out = None
     if recipe.examples is not None:
         examples = recipe.examples(recipe.data, tokenizer, base)
+        if isinstance(examples, GivenExamples):
+            examples.check_numbers(numbers)
     else:
         rows = load_rows(recipe.data, tokenizer=tokenizer, base=base)
         check_columns(rows, recipe.verify)
+        for name in numbers:
+            read_numbers(rows, name)
     if recipe.evaluate is not None:
         held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
         check_columns(held_out, recipe.verify)

@@ -25,6 +25,7 @@ _FIELDS = frozenset(f.name for f in fields(Batch)) | frozenset(f.name for f in f
 @dataclass
 class _Log:
     seen: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)  # of the data set
     paused: bool = False
 
 
@@ -79,6 +80,7 @@ class Needs:
     value_model: bool = False  # some part reads or trains values
     kl_ref: bool = False  # Outputs.kl_ref: KL from the reference over the vocabulary
     collision: bool = False  # Outputs.collision
+    columns: tuple[str, ...] = ()  # of the data set, which must hold numbers
     groups: bool = False  # a loss compares the completions of a group: micro-batches must not cut groups
 
     @property
@@ -95,6 +97,7 @@ def find_needs(recipe: Recipe) -> Needs:
     """
     batch = _probe_batch(every_next=_has_q_head(recipe), baseline=recipe.baseline is not None)
     before: set[str] = set()
+    _log.columns = set()
     for slot, part in _before_update(recipe):
         arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
         before |= _observe(slot, part, arguments, _shapes(slot, batch))
@@ -113,6 +116,7 @@ def find_needs(recipe: Recipe) -> Needs:
         value_model=bool(recipe.value_loss) or ("value" in before | during and not _branches(recipe)),
         kl_ref="outputs.kl_ref" in in_policy_loss,
         collision="outputs.collision" in in_policy_loss,
+        columns=tuple(sorted(_log.columns)),
         groups="group" in during,
     )
     _refuse_unfilled(recipe, needs, before | during)
@@ -198,6 +202,7 @@ class _AnyRow(dict[str, float]):
         return True
 
     def __missing__(self, name: str) -> float:
+        _log.columns.add(name)
         return 0.5
 
 

@@ -57,7 +57,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     check_trackers(recipe.run.trackers)
     needs = find_needs(recipe)
     tokenizer = load_tokenizer(recipe.policy)
-    material = load_material(recipe, tokenizer)
+    material = load_material(recipe, tokenizer, needs.columns)
     with Runtime(dtype=recipe.policy.dtype) as runtime:
         refuse_uneven_prompts(recipe, runtime)
         folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))

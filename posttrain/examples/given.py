@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
+from posttrain.data.problems import Problems, shown
 from posttrain.errors import DataError
+from posttrain.strictyaml import suggestion
 
 
 class Examples(Protocol):
@@ -80,6 +83,22 @@ class GivenExamples:
 
     def place(self, index: int) -> str:
         return self.place_of(self.groups[index][0].row)
+
+    def check_numbers(self, names: Sequence[str]) -> None:
+        """Columns that the parts of a loss read.
+
+        Raises:
+            DataError: naming the rows where one of them is not a number.
+        """
+        problems = Problems()
+        for row in sorted({given.row for group in self.groups for given in group}) if names else ():
+            found = self.columns(row)
+            for name in names:
+                value = found.get(name)
+                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                    what = f"is {shown(value)}" if name in found else f"is missing; {suggestion(name, found)}"
+                    problems.add(self.place_of(row), f"column {name!r}, in which the loss reads a number, {what}")
+        problems.raise_if_any()
 
     def batch(self, index: Sequence[int]) -> Batch:
         """The completions of these groups as a batch; their rewards are scores and rewards at once."""

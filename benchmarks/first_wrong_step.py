@@ -76,10 +76,10 @@ class Settings:
     demonstrations: int = 32000
     warm_up_steps: int = 1000
     slip: float = 0.1  # of a demonstration's line
-    problems: int = 400  # to train value models on
+    problems: int = 2000  # to train value models on: with few they learn solutions by heart
     held_out: int = 300
-    completions: int = 4
-    branches: int = 8
+    completions: int = 2
+    branches: int = 6
     steps: int = 1200
     engine: str = "transformers"
 

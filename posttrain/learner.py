@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -86,7 +87,9 @@ def _policy_pass(
 def _passes(learner: Learner, batch: Batch, pass_: Callable[[Batch], list[Tensor]]) -> list[Tensor]:
     """Results [N, L] of a model's passes over micro-batches, put together."""
     whole: list[Tensor] = []
-    for rows in length_groups(batch.length, learner.recipe.micro_batch_tokens):
+    # Cut as the update cuts: shapes decide the last bits, and the log-ratio to the same policy is then exactly 0.
+    together = batch.group if learner.needs.groups else None
+    for rows in length_groups(batch.length, learner.recipe.micro_batch_tokens, together):
         part = batch[rows].trim().to(learner.runtime.device)
         with learner.runtime.autocast():
             results = pass_(part)
@@ -200,11 +203,12 @@ def update_metrics(learner: Learner, updates: list[Update], rates: list[float]) 
 
 
 def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]]:
-    """Rows of each optimiser step: all in order if there is one, else a fresh shuffle each epoch, cut evenly.
+    """Rows of each optimiser step: all in order if there is one, else of every ``minibatches`` consecutive rows one each.
 
-    Where a loss compares the completions of a group, groups are shuffled and cut, not rows.
+    Which one is drawn afresh in each epoch. Rows are counted over all ranks, so the steps are those of one process, and
+    each rank has an even share of each. Where a loss compares the completions of a group, groups are drawn, not rows.
     """
-    recipe = learner.recipe
+    recipe, runtime = learner.recipe, learner.runtime
     if recipe.epochs * recipe.minibatches == 1:
         yield list(range(len(batch)))
         return
@@ -212,12 +216,14 @@ def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]
     units: dict[int, list[int]] = {}
     for row, unit in enumerate(together):
         units.setdefault(unit, []).append(row)
-    rows = list(units.values())
+    rows, counts = list(units.values()), runtime.gather(len(units))
+    first, many = sum(counts[: runtime.rank]), recipe.minibatches
     generator = torch.Generator().manual_seed(sample_seed(recipe.seed, step))
     for _ in range(recipe.epochs):
-        order = torch.randperm(len(rows), generator=generator)
-        for part in torch.tensor_split(order, recipe.minibatches):
-            yield [row for unit in part.tolist() for row in rows[unit]]
+        draws = torch.rand(math.ceil(sum(counts) / many), many, generator=generator).argsort(-1)
+        mine = draws.flatten()[first : first + len(rows)]  # in which step each of this rank's units is
+        for number in range(many):
+            yield [row for unit in (mine == number).nonzero().squeeze(-1).tolist() for row in rows[unit]]
 
 
 def _seed_dropout(seed: int, step: int, number: int, rank: int) -> None:

@@ -203,10 +203,10 @@ def update_metrics(learner: Learner, updates: list[Update], rates: list[float]) 
 
 
 def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]]:
-    """Rows of each optimiser step: all in order if there is one, else of every ``minibatches`` consecutive rows one each.
+    """Rows of each optimiser step: all in order if there is one, else an even share at random, drawn anew each epoch.
 
-    Which one is drawn afresh in each epoch. Rows are counted over all ranks, so the steps are those of one process, and
-    each rank has an even share of each. Where a loss compares the completions of a group, groups are drawn, not rows.
+    Of every ``minibatches`` consecutive rows, counted over all ranks, each step has one: the steps are those of one
+    process, and ranks are equally busy. Where a loss compares the completions of a group, it is groups, not rows.
     """
     recipe, runtime = learner.recipe, learner.runtime
     if recipe.epochs * recipe.minibatches == 1:

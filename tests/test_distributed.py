@@ -26,6 +26,22 @@ RECIPE = {
     "steps": 3,
     "evaluate": {"data": {"path": "data.jsonl"}, "every": 3},
 }
+PPO = {
+    # a critic, statistics of advantages over all ranks, steps on parts of the batch; no clipping of gradients, because
+    # DeepSpeed clips both models' together
+    "value": {"optimizer": {"learning_rate": 0.003, "max_grad_norm": 1e3}},
+    "optimizer": {"learning_rate": 0.003, "max_grad_norm": 1e3},
+    "reward": [{"use": "kl_penalty", "weight": 0.05}],
+    "advantage": {"use": "gae", "lambda_": 0.95},
+    "shape": [{"use": "whiten"}],
+    "target": {"use": "lambda_return", "lambda_": 0.95},
+    "value_loss": [{"use": "mse", "clip": 0.2}],
+    "micro_batch_tokens": 60,
+    "prompts_per_step": 6,
+    "epochs": 2,
+    "minibatches": 2,
+    "steps": 3,
+}
 MULTI = ("--multi_gpu", "--num_processes", "2")
 ZERO = ("--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--gradient_accumulation_steps", "1")
 
@@ -57,6 +73,28 @@ def test_two_processes_equal_one(flags, single, tmp_path, tiny_model_folder):
     files = [RunFolder(tmp_path / "run").rollouts(1, rank) for rank in (0, 1)]
     texts = [text for file in files for text in read_rollouts(file).texts]
     assert texts == list(read_rollouts(RunFolder(single).rollouts(1)).texts)
+
+
+@pytest.fixture(scope="module")
+def single_ppo(tmp_path_factory, tiny_model_folder) -> Path:
+    folder = tmp_path_factory.mktemp("single-ppo")
+    done = command("-m", "posttrain", str(write_run(folder, tiny_model_folder, **PPO)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+@pytest.mark.parametrize("flags", [MULTI, ZERO], ids=["data parallel", "ZeRO-2"])
+def test_two_processes_with_a_critic_equal_one(flags, single_ppo, tmp_path, tiny_model_folder):
+    recipe = write_run(tmp_path, tiny_model_folder, **PPO)
+    done = launch(*flags, str(recipe), ACCELERATE_USE_CPU="true" if flags is MULTI else "false")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    one, two = read_metrics(single_ppo, timing=False), read_metrics(tmp_path / "run", timing=False)
+    names = ["loss", "loss/clip", "value_loss/mse", "value/explained_variance", "value/rmse", "reward/mean"]
+    names += ["grad_norm", "value/grad_norm"] if flags is MULTI else []  # DeepSpeed has one norm of both models
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3]
+    for ours, theirs in zip(one, two, strict=True):
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
 
 
 def test_two_processes_with_vllm_resume_under_zero(tmp_path, tiny_model_folder):

@@ -27,7 +27,15 @@ def described(recipe: Recipe) -> str:
     """The parts of a recipe in the order of a step, those that every recipe has by default left out."""
     parts = [recipe.examples] if recipe.examples is not None else []
     parts += [] if recipe.rollout.name == "single_turn" and not recipe.rollout.options else [recipe.rollout]
-    parts += [*recipe.select, *recipe.reward, recipe.advantage, *recipe.shape, *recipe.keep]
+    parts += [
+        *recipe.select,
+        *recipe.reward,
+        recipe.regroup,
+        recipe.baseline,
+        recipe.advantage,
+        *recipe.shape,
+        *recipe.keep,
+    ]
     for term in recipe.loss:
         parts += [term, *term.weights]
     parts += [recipe.target, *recipe.value_loss]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(path for folder in ("", "base/", "rl/") for path in ROOT.glob(f"recipes/{folder}*.yaml"))
+SHIPPED = sorted(path for folder in ("", "base/", "label/", "preference/", "rl/", "value/") for path in ROOT.glob(f"recipes/{folder}*.yaml"))
 
 OWN = """\
 import multiprocessing, sys

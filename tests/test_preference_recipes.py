@@ -17,6 +17,7 @@ from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.compose import with_baseline
 from posttrain.errors import DataError, RecipeError
+from posttrain.examples.given import GivenExamples
 from posttrain.learner import score
 from posttrain.loading import load_recipe
 from posttrain.needs import find_needs
@@ -89,6 +90,7 @@ def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     return {side: [*said, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("lora", [None, "{rank: 4}"])
 @pytest.mark.parametrize("kind", ["text", "conversation"])
 def test_every_score_is_exactly_0_where_the_policy_is_the_reference(
@@ -112,8 +114,8 @@ def test_every_score_is_exactly_0_where_the_policy_is_the_reference(
             outputs = forward(learner.runtime.model, part, temperature=1.0, kl_from=kl_from)[0]
             assert outputs.kl_ref is not None and not outputs.kl_ref.any()
             assert outputs.logp[part.mask].all()
-            for options_ in ({}, {"level": "mean"}, {"tail": 0.5}, {"discount": 0.9}):
-                assert not scores.log_ratio(outputs, part, **options_).any()
+            every_form: list[dict[str, Any]] = [{}, {"level": "mean"}, {"tail": 0.5}, {"discount": 0.9}]
+            assert not any(scores.log_ratio(outputs, part, **form).any() for form in every_form)
             for divergence in ("forward_kl", "jensen_shannon", "alpha", "chi_squared"):
                 assert scores.f_divergence(outputs, part, divergence=divergence).abs().max() < 1e-7
 
@@ -138,7 +140,7 @@ def test_divergence_and_collision_are_those_of_the_full_softmax(
 
     def distribution(model: models.Policy, **which: bool) -> torch.Tensor:
         hidden = model.hidden_states(batch.tokens, **which)[:, :-1][batch.mask[:, 1:]]
-        return (model.base.get_output_embeddings()(hidden) / 0.7).log_softmax(-1)
+        return model.next_logits(hidden, 0.7).log_softmax(-1)
 
     found = policy.statistics(batch.tokens, batch.mask, temperature=0.7, collision=True, kl_from=reference)
     assert found.kl_ref is not None and found.collision is not None and found.entropy is None
@@ -180,10 +182,13 @@ def test_win_rate_counts_wins_ties_and_losses_within_a_group() -> None:
     assert not advantage[~batch.mask].any()
 
 
-def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> examples.given.GivenExamples:
+def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> GivenExamples:
     rows = [{"prompt": p, "completion": f"{p}{i}" * (i + 1), "label": i % 2 == 0} for i, p in enumerate(prompts)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return examples.rated(options.Data(path=str(folder / "rows.jsonl")), tokenizer, None, mismatched=True, **chosen)
+    data = options.Data(path=str(folder / "rows.jsonl"))
+    found = examples.rated(data, tokenizer, None, mismatched=True, **chosen)
+    assert isinstance(found, GivenExamples)
+    return found
 
 
 def test_mismatched_completions_are_the_next_ones_of_another_prompt(tmp_path: Path, tokenizer: Any) -> None:

@@ -24,4 +24,5 @@ def math_steps() -> Iterator[dict[str, str]]:
     """10,795 pairs of Lai et al. 2024: the first wrong step of a solution, and a right one in its place."""
     from datasets import load_dataset
 
-    return map(pair, load_dataset("xinlai/Math-Step-DPO-10K", split="train"))
+    for row in load_dataset("xinlai/Math-Step-DPO-10K", split="train"):
+        yield pair(dict(row))

@@ -1,4 +1,4 @@
-"""The command line: ``posttrain train | eval | label | show FILE [--key.path=value]...``."""
+"""The command line: ``posttrain train | eval | label | decode | show FILE [--key.path=value]...``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("suite", type=Path, help="YAML file")
     label = commands.add_parser("label", help="label reasoning steps by sampling, as in recipes/label", **common)
     label.add_argument("recipe", type=Path, help="YAML file")
+    decode = commands.add_parser("decode", help="complete prompts with a decoder, as in recipes/decode", **common)
+    decode.add_argument("recipe", type=Path, help="YAML file")
     show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
     show.add_argument("recipe", type=Path, help="YAML file")
     return parser
@@ -109,4 +111,15 @@ def _label(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "label": _label, "show": _show}
+def _decode(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from posttrain.quiet import quiet
+
+    quiet()
+    from posttrain.decode import run_decode
+
+    run_decode(options.recipe, overrides)
+    return 0
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "label": _label, "decode": _decode, "show": _show}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class Source:
     verifiers: VerifierPool
     rollout: Part
     decode: Callable[[Sequence[int]], str]
+    decoder: Engine | None = None  # what a step's completions are drawn from, if not from the engine itself
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def collect(
         NothingSelected: where not one prompt was kept on any rank.
     """
     sampling = sampling_of(recipe.sampling)
+    guided = replace(source, engine=source.decoder or source.engine)
     missing = recipe.prompts_per_step // runtime.world
     kept: list[Batch] = []
     values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
@@ -104,7 +106,7 @@ def collect(
         positions = range(drawn + runtime.rank * wanted, drawn + (runtime.rank + 1) * wanted)
         prompts = make_prompts(rows, mine, positions, prompt_seeds(recipe.seed, step, rounds, positions))
         batch, verdicts = runtime.together(
-            partial(generate_and_verify, source, prompts, recipe.completions, sampling, seconds)
+            partial(generate_and_verify, guided, prompts, recipe.completions, sampling, seconds)
         )
         batch = batch.set(step=step, all_sum=runtime.all_sum)
         report(sampler, runtime, mine, batch)

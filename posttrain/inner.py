@@ -11,3 +11,7 @@ class Inner(NamedTuple):
     module: str  # where bare names are looked up
     takes: tuple[str, ...]  # what the outer part passes by position
     several: bool = False  # filled in where the option is a tuple of such parts
+
+
+class LocalPath(NamedTuple):
+    """Marks, in an option's annotation, a path that is looked for beside the recipe and then in the working folder."""

@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 
 from posttrain.errors import RecipeError, UserError
 from posttrain.recipe import SLOTS, Part, Recipe, RecipeConflict, Slot
-from posttrain.resolve import check_options, find_file, inner_slots, parameters, positional, resolve, specify
+from posttrain.resolve import (
+    check_options,
+    find_file,
+    inner_slots,
+    local_options,
+    parameters,
+    positional,
+    resolve,
+    specify,
+)
 from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
 from posttrain.validation import Problems, dataclass_in, validate
 
@@ -226,10 +235,13 @@ class _Reader:
             return None
         given = {name: value for name, value in entry.items() if name != "use" and name not in slot.settings}
         inner = self._inner_parts(location, target, given)
-        plain = {name: value for name, value in given.items() if name not in inner}
-        checked, problems = check_options(
-            target, plain, _passed(slot, target), beside=slot.settings, complete=slot_name != "verify"
-        )
+        of_parts = [name for name in inner_slots(target) if name in given]
+        plain = {name: value for name, value in given.items() if name not in of_parts}
+        for name in local_options(target):
+            if isinstance(value := plain.get(name), str):
+                plain[name] = self._local_path((*location, name), value)
+        passed = [*_passed(slot, target), *of_parts]
+        checked, problems = check_options(target, plain, passed, beside=slot.settings, complete=slot_name != "verify")
         self.problems.extend(((*location, *at), message) for at, message in problems)
         if problems:
             return None
@@ -239,7 +251,7 @@ class _Reader:
         """Those options that are parts themselves, such as the score of a preference loss."""
         found: dict[str, Any] = {}
         for name, mark in inner_slots(target).items():
-            if name in given:
+            if given.get(name) is not None:
                 place, value, slot = (*location, name), given[name], Slot(mark.module, mark.takes)
                 value = [value] if mark.several and isinstance(value, dict) else value
                 found[name] = self.parts(place, value, slot) if mark.several else self.part(place, value, slot)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Finish, Outputs
 from posttrain.errors import RecipeError
+from posttrain.guided.checks import law_is_known
 from posttrain.recipe import Part, Recipe
 
 _FIELDS = frozenset(f.name for f in fields(Batch)) | frozenset(f.name for f in fields(Outputs))
@@ -125,6 +126,12 @@ def find_needs(recipe: Recipe) -> Needs:
 
 def _refuse_unfilled(recipe: Recipe, needs: Needs, read: set[str]) -> None:
     """A field that nothing fills would only be missed in the first step, after the models were loaded."""
+    if recipe.decoder is not None and "logp_sampler" in read and not law_is_known(recipe.decoder):
+        raise RecipeError(
+            f"decoder: {recipe.decoder.name} draws from a law whose log-probs are not known in closed form, and a part "
+            "of the recipe makes importance weights of the sampler's log-probs: leave that part out (such as `weights: "
+            "[{use: truncated_importance}]`), or take a decoder that knows its law, such as shaped"
+        )
     if recipe.advantage is None and "advantage" in read:
         raise RecipeError("a part reads the advantage, but the recipe has no `advantage:`")
     value = recipe.value

@@ -21,6 +21,7 @@ from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate
 from posttrain.given import draw_examples
+from posttrain.guided.build import build_decoder
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import engine_name, write_model_card
@@ -73,7 +74,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     tokenizer=tokenizer,
                     material=material,
                     sampler=recipe.prompts.call(size=len(material), seed=recipe.seed),
-                    source=Source(engine=engine, verifiers=pool, rollout=recipe.rollout, decode=decode),
+                    source=Source(
+                        engine=engine,
+                        verifiers=pool,
+                        rollout=recipe.rollout,
+                        decode=decode,
+                        decoder=build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy),
+                    ),
                     policy_waits=recipe.value is not None and recipe.value.ready_at is not None,
                 )
                 if checkpoint is not None:

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from posttrain import options
 from posttrain.errors import RecipeError
+from posttrain.guided.checks import decoder_conflicts
 from posttrain.resolve import default_options, inner_slots, required, resolve
 from posttrain.strictyaml import dotted
 from posttrain.validation import Problems
@@ -47,6 +48,7 @@ SLOTS: Mapping[str, Slot] = {
     "value_loss": Slot("posttrain.parts.value_losses", ("outputs", "batch"), ("coef", "weights")),
     "examples": Slot("posttrain.examples", ("data", "tokenizer", "base")),
     "rollout": Slot("posttrain.rollout", ("engine", "prompts", "n", "context")),
+    "decoder": Slot("posttrain.guided.decoders", ("engine", "context")),
     "prompts": Slot("posttrain.data", (), by_name=("size", "seed")),
 }
 
@@ -142,6 +144,7 @@ class Recipe:
     # The slots, in the order in which a step uses them
     prompts: InstanceOf[Part] = _default("posttrain.data.uniform")
     rollout: InstanceOf[Part] = _default("posttrain.rollout.single_turn")
+    decoder: InstanceOf[Part] | None = None  # what rollouts are sampled from, in place of the policy itself
     verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()
     reward: tuple[InstanceOf[Part], ...] = ()
@@ -208,6 +211,8 @@ def _plain_part(part: Part, slot: str, place: Slot | None = None) -> dict[str, A
         {name: value for name, value in chosen.items() if name not in inner}, mode="json", fallback=repr
     )
     for name, mark in inner.items():
+        if chosen.get(name) is None:
+            continue
         plain[name] = _plain_inner(chosen[name], name, Slot(mark.module, mark.takes))
     for setting in place.settings:
         value = getattr(part, setting)
@@ -241,6 +246,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if not recipe.verify and not recipe.reward and recipe.examples is None:
         yield ("verify",), "is empty and so is `reward`: nothing says which completions are good"
     yield from _value_conflicts(recipe)
+    if recipe.decoder is not None:
+        yield from decoder_conflicts(recipe.decoder, recipe.sampling, recipe.engine)
+        if recipe.examples is not None:
+            yield ("decoder",), "is for completions that are sampled, and this recipe's are given by `examples`"
     mismatched = (
         recipe.baseline is not None and recipe.baseline.spec == "posttrain.parts.preference.baselines.mismatched"
     )

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.inner import Inner
+from posttrain.inner import Inner, LocalPath
 from posttrain.strictyaml import suggestion
 from posttrain.validation import Problems, validate
 
@@ -208,6 +208,16 @@ def inner_slots(target: Callable[..., Any]) -> dict[str, Inner]:
             if isinstance(mark, Inner):
                 found[name] = mark._replace(several=several)
     return found
+
+
+def local_options(target: Callable[..., Any]) -> list[str]:
+    """Options whose values may be local paths."""
+    return [name for name, annotation in _annotations(target).items() if _is_local(annotation)]
+
+
+def _is_local(annotation: Any) -> bool:
+    marks = getattr(annotation, "__metadata__", ())
+    return any(isinstance(mark, LocalPath) for mark in marks) or any(map(_is_local, typing.get_args(annotation)))
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:

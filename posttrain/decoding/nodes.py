@@ -10,11 +10,12 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from posttrain.decoding.particles import Particle, vote
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.choice import Chooser
+from posttrain.inner import Inner
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +94,7 @@ class Tree:
 Select = Callable[[Tree], list[Node]]
 Backup = Callable[[Node], None]
 Decide = Callable[[Tree], Node]
-Key = Callable[[Node], float]
+Key = Annotated[Callable[[Node], float], Inner("posttrain.decoding.nodes", ("node",))]
 
 
 # -------------------------------------------------------------------------------------------------------------- keys

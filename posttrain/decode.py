@@ -1,0 +1,231 @@
+"""Completions from a YAML file: ``posttrain decode recipes/decode/best_of_n.yaml`` decodes, verifies, writes, tells."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+from pydantic import ConfigDict, Field, InstanceOf
+from pydantic.dataclasses import dataclass
+from rich.console import Console
+from rich.table import Table
+
+from posttrain import options
+from posttrain.batch import Finish
+from posttrain.collect import make_prompts, sampling_of
+from posttrain.data import Rows, check_columns, load_rows
+from posttrain.engines import make_engine
+from posttrain.engines.base import Completion, Engine
+from posttrain.errors import DataError, UserError
+from posttrain.guided.build import build_decoder, check_models
+from posttrain.guided.checks import decoder_conflicts
+from posttrain.loading import load_as, placed
+from posttrain.models import context_length, load_tokenizer
+from posttrain.recipe import Part, PositiveInt, RecipeConflict
+from posttrain.rollout import Prompts, prompt_seeds
+from posttrain.runtime import Runtime
+from posttrain.step_labels import write_rows
+from posttrain.verification import VerifierPool
+
+OUTPUTS = (".jsonl", ".parquet")
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class DecodeRecipe:
+    """Which prompts are completed, by which decoder, and where the completions go.
+
+    Raises:
+        RecipeConflict: when built from settings that do not go together.
+    """
+
+    policy: options.Policy
+    data: options.Data
+    decoder: InstanceOf[Part] | None = None  # default: plain samples
+    verify: tuple[InstanceOf[Part], ...] = ()
+    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
+    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
+    completions: PositiveInt = 1  # a prompt
+    output: str | None = None  # .jsonl or .parquet; default: completions/<name of this file>.jsonl
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    name: str = "decode"
+    path: Path | None = None  # of the YAML file
+
+    @property
+    def file(self) -> Path:
+        """Where the completions go."""
+        return Path(self.output or Path("completions") / f"{self.name}.jsonl")
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_conflicts(self)):
+            raise RecipeConflict(conflicts)
+
+
+def _conflicts(recipe: DecodeRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if recipe.file.suffix not in OUTPUTS:
+        yield ("output",), f"{recipe.output!r} should end with {' or '.join(OUTPUTS)}"
+    if recipe.decoder is not None:
+        yield from decoder_conflicts(recipe.decoder, recipe.sampling, recipe.engine)
+    elif recipe.sampling.temperature == 0 and recipe.completions > 1:
+        yield ("completions",), f"at temperature 0 all {recipe.completions} completions of a prompt are equal"
+
+
+def run_decode(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Runs the decode recipe in a YAML file, prints what it took, and returns the file of completions.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    recipe = load_as(DecodeRecipe, path, overrides)
+    try:
+        return decode(recipe)
+    except UserError as error:
+        raise placed(error, Path(path), overrides) from error
+
+
+def decode(recipe: DecodeRecipe) -> Path:
+    """Completes prompts on all ranks; the main one writes a row for each completion.
+
+    A row has the columns of the data set, ``completion``, ``tokens`` (their number), ``finish``, ``logp`` (of the whole
+    completion, see :mod:`posttrain.decoding`), ``score`` where there are verifiers, and what the decoder measured.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    check_models(recipe.decoder)
+    tokenizer = load_tokenizer(recipe.policy)
+    rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.path.parent if recipe.path else None)
+    check_columns(rows, recipe.verify)
+    with Runtime(dtype=recipe.policy.dtype) as runtime:
+        mine = range(runtime.rank, len(rows), runtime.world)
+        if not mine:
+            raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
+        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, rows)) as engine:
+            decoder = build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy) or engine
+            prompts = make_prompts(rows, mine, mine, prompt_seeds(recipe.seed, 0, 0, mine))
+            text = partial(tokenizer.decode, skip_special_tokens=True)
+            start = time.perf_counter()
+            found = runtime.together(lambda: _completed(recipe, decoder, prompts, pool, text))
+            seconds = time.perf_counter() - start
+        everything = [row for part in runtime.gather(found) for row in part]
+        if runtime.is_main:
+            _write(recipe.file, everything)
+            Console().print(summary(recipe, everything, seconds))
+    return recipe.file
+
+
+def _engine(recipe: DecodeRecipe, rows: Rows) -> Engine:
+    """The engine, with room for the longest prompt and completion."""
+    room = rows.longest_prompt + recipe.sampling.max_tokens
+    length, limit = recipe.engine.max_model_len or room, context_length(recipe.policy)
+    for positions, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):
+        if positions is not None and room > positions:
+            raise UserError(
+                f"sampling.max_tokens: the longest prompt ({rows.longest_prompt} tokens) and "
+                f"{recipe.sampling.max_tokens} more need {room} positions; {whose} has {positions}. Lower it, or set "
+                "data.max_prompt_tokens."
+            )
+    return make_engine(
+        recipe.policy.model,
+        recipe.engine,
+        dtype=recipe.policy.dtype,
+        max_model_len=length,
+        seed=recipe.seed,
+        revision=recipe.policy.revision,
+        trust_remote_code=recipe.policy.trust_remote_code,
+    )
+
+
+def _completed(
+    recipe: DecodeRecipe, decoder: Engine, prompts: Prompts, pool: VerifierPool, text: Any
+) -> list[dict[str, Any]]:
+    """A row for each completion; verifiers work while others are still decoded."""
+    texts: dict[tuple[int, int], str] = {}
+
+    def ended(prompt: int, sample: int, completion: Completion) -> None:
+        texts[prompt, sample] = text(completion.tokens)
+        row, place = prompts.rows[prompt], prompts.places[prompt]
+        pool.submit((prompt, sample), texts[prompt, sample], completion.tokens, row, place=place)
+
+    sampling = sampling_of(recipe.sampling)
+    groups = decoder.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)
+    verdicts = pool.collect()
+    found = []
+    for i, group in enumerate(groups):
+        for j, completion in enumerate(group):
+            score = {"score": _number(verdicts[i, j].score)} if recipe.verify else {}
+            found.append({**prompts.rows[i], **to_row(texts[i, j], completion), **score})
+    return found
+
+
+def to_row(text: str, completion: Completion) -> dict[str, Any]:
+    """What is written of a completion; what a number does not know (NaN, infinite) is null."""
+    length = len(completion.tokens)
+    return {
+        "completion": text,
+        "tokens": length,
+        "finish": Finish(completion.finish).name.lower(),
+        "logp": _number(sum(completion.logps)),
+        "generated": float(length),
+        **{name: _number(value) for name, value in completion.measured.items()},
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = {name: [_storable(row.get(name)) for row in rows] for name in names}
+        datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    else:
+        write_rows(path, rows)
+
+
+def _storable(value: Any) -> Any:
+    """Messages and other nested values as JSON: their members may differ from row to row."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+
+
+MEANS = {"tokens": 1, "generated": 1, "scored": 1, "kl": 3, "kl_bound": 3}
+"""What is averaged over completions for the table, and its decimals."""
+
+
+def summary(recipe: DecodeRecipe, rows: Sequence[dict[str, Any]], seconds: float) -> Table:
+    """Means over completions: score with its standard error, tokens kept and generated, scorer calls, KL in nats."""
+    title = f"{recipe.name}: {len(rows)} completions in {recipe.file}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    cells: list[str] = []
+    if recipe.verify:
+        table.add_column("score")
+        cells.append(_mean_and_error([row["score"] for row in rows]))
+    for name, decimals in MEANS.items():
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            table.add_column(name)
+            cells.append(f"{sum(values) / len(values):.{decimals}f}")
+    table.add_column("seconds")
+    table.add_row(*cells, f"{seconds:.1f}")
+    return table
+
+
+def _mean_and_error(scores: Iterable[float | None]) -> str:
+    known = [score for score in scores if score is not None]
+    if not known:
+        return "none"
+    mean = sum(known) / len(known)
+    if len(known) == 1:
+        return f"{mean:.3f}"
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in known) / (len(known) - 1))
+    return f"{mean:.3f} ± {deviation / math.sqrt(len(known)):.3f}"

@@ -1,0 +1,50 @@
+"""The decoder that a recipe asks for, on the engine of its run."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from posttrain import options
+from posttrain.engines.base import Engine
+from posttrain.errors import RecipeError
+from posttrain.guided.checks import named_models
+from posttrain.guided.context import DecoderContext
+from posttrain.models import DTYPES, UNLOADABLE, not_found
+from posttrain.recipe import Part
+from posttrain.runtime import Runtime
+from posttrain.strictyaml import dotted
+
+
+def build_decoder(
+    decoder: Part | None,
+    engine: Engine | None,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    policy: options.Policy,
+) -> Engine | None:
+    """The engine as the decoder makes it; None without either. Its scores are in the policy's dtype.
+
+    Weights that are loaded later reach the engine below through either of the two.
+    """
+    if decoder is None or engine is None:
+        return None
+    context = DecoderContext(tokenizer=tokenizer, device=runtime.device, dtype=DTYPES[policy.dtype])
+    return decoder(engine, context)
+
+
+def check_models(decoder: Part | None) -> None:
+    """Looks at the configuration of each model that the decoder names.
+
+    Raises:
+        RecipeError: for those that are not there, before anything is loaded.
+    """
+    if decoder is None:
+        return
+    problems = []
+    for place, model in named_models(decoder):
+        try:
+            AutoConfig.from_pretrained(model)
+        except UNLOADABLE as error:
+            problems.append(not_found(dotted(place), model, error))
+    if problems:
+        raise RecipeError(problems)

@@ -1,0 +1,111 @@
+"""Scores of prefixes as parts of a recipe: ``(DecoderContext) -> PrefixScore``. Models are named by path."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from posttrain import options
+from posttrain.decoding import prefix_scores
+from posttrain.decoding.cached_values import value_score
+from posttrain.decoding.model_scores import Law, LogRatio, ValueScore, model_law
+from posttrain.decoding.prefixes import PrefixScore
+from posttrain.errors import RecipeError
+from posttrain.guided.context import DecoderContext, ModelPath, Score
+from posttrain.implicit_values import ImplicitValue
+from posttrain.models import load_model
+from posttrain.parts.ranges import NonNegative
+from posttrain.value_checkpoints import load_value
+
+
+def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:
+    """What a value model says of a prefix, in reward units: one that a run saved, or a reward or process model.
+
+    It reads the policy's token ids, so its tokenizer must be the policy's. A per-token head scores all next tokens by
+    one forward pass. Kind, temperature and scale are those that it was trained for.
+
+    Args:
+        model: hub name or local folder.
+    """
+    loaded: Any = context.loaded("value", model, lambda: load_value(model, dtype=context.dtype))
+    if isinstance(loaded, ImplicitValue):
+        return ValueScore(loaded, kind=loaded.spec.kind, beta=loaded.spec.beta, scale=loaded.spec.scale)
+    return value_score(loaded)
+
+
+def log_ratio(
+    context: DecoderContext, *, plus: ModelPath | None = None, minus: ModelPath | None = None, scale: float = 1.0
+) -> PrefixScore:
+    """scale · Σ_t (log p⁺(token_t) - log p⁻(token_t)) over what was generated.
+
+    GenARM, Xu et al. 2025, arXiv:2410.08193 (plus: an autoregressive reward model); proxy tuning, Liu et al. 2024,
+    arXiv:2401.08565 (a tuned and an untuned model); contrastive decoding, Li et al. 2023, arXiv:2210.15097 (minus: an
+    amateur). Vocabularies must be the policy's.
+
+    Raises:
+        RecipeError: without either model.
+    """
+    if plus is None and minus is None:
+        raise RecipeError("decoder: a log_ratio needs `plus`, `minus` or both: models with the policy's tokenizer")
+    laws = {name: _law(context, model, name) for name, model in (("plus", plus), ("minus", minus))}
+    return LogRatio(**laws, scale=scale)
+
+
+def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:
+    if model is None:
+        return None
+    place = f"decoder: log_ratio {name}"
+    source = options.Policy(model=model)
+    loaded = context.loaded("language", model, lambda: load_model(source, dtype=context.dtype, place=place))
+    return model_law(loaded)
+
+
+def path_logp(
+    context: DecoderContext, *, alpha: NonNegative = 0.0, unit: Literal["steps", "tokens"] = "steps"
+) -> PrefixScore:
+    """Σ_t log p(token_t) / L^alpha of what was generated, by the policy itself; L in steps or tokens.
+
+    Xin et al. 2025 (BFS-Prover), arXiv:2502.03438.
+    """
+    return prefix_scores.PathLogp(alpha=alpha, unit=unit)
+
+
+def logarithm(context: DecoderContext, *, of: Score) -> PrefixScore:
+    """log φ of a score φ > 0 such as a probability. Yang and Klein 2021 (FUDGE), arXiv:2104.05218."""
+    return prefix_scores.Logarithm(of(context))
+
+
+def weighted_sum(
+    context: DecoderContext, *, terms: tuple[Score, ...], weights: tuple[float, ...] | None = None
+) -> PrefixScore:
+    """Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2024, arXiv:2310.17022.
+
+    Args:
+        weights: one for each of ``terms``; default: all 1.
+
+    Raises:
+        RecipeError: for another number of weights than of terms.
+    """
+    return prefix_scores.weighted_sum(*_pairs(context, terms, weights, "weights"))
+
+
+def product(
+    context: DecoderContext, *, terms: tuple[Score, ...], exponents: tuple[float, ...] | None = None
+) -> PrefixScore:
+    """Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities that a step is right.
+
+    Args:
+        exponents: one for each of ``terms``; default: all 1.
+
+    Raises:
+        RecipeError: for another number of exponents than of terms.
+    """
+    return prefix_scores.Product(_pairs(context, terms, exponents, "exponents"))
+
+
+def _pairs(
+    context: DecoderContext, terms: tuple[Score, ...], numbers: tuple[float, ...] | None, name: str
+) -> list[tuple[float, PrefixScore]]:
+    numbers = (1.0,) * len(terms) if numbers is None else numbers
+    if len(numbers) != len(terms):
+        raise RecipeError(f"decoder: {len(terms)} `terms` have {len(numbers)} `{name}`: give one for each")
+    return [(number, term(context)) for number, term in zip(numbers, terms, strict=True)]

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe
-from posttrain.resolve import parameters
+from posttrain.resolve import inner_slots, parameters
 
 _PAPER = re.compile(r"arXiv:|\b(19|20)\d\d\b.*\b(eq|section|table|appendix|chapter)\b", re.IGNORECASE)
 _EQUATION = re.compile(r"^[^.:]{1,60}?\s(=|:=|<=)\s")
@@ -29,6 +29,8 @@ def show(recipe: Recipe, console: Console | None = None) -> None:
     console = console or Console()
     console.print(Text(recipe.name, style="bold"), Text(f"{_relative(str(recipe.path))}\n" if recipe.path else "\n"))
     for name in SETTINGS_AND_SLOTS:
+        if name == "rollout" and recipe.examples is not None:
+            continue  # nothing is sampled
         if name in SLOTS:
             value = getattr(recipe, name)
             for part in (value,) if isinstance(value, Part) else value or ():
@@ -41,13 +43,22 @@ def describe(slot: str, part: Part) -> Group:
     file, line = _source(part.target)
     head = Text.assemble((f"{slot:<11}", "cyan"), (part.name, "bold"), f"  {_relative(file)}:{line}" if file else "")
     body: list[Any] = [Text(signature(part))]
-    given = {name: getattr(part, name) for name in SLOTS[slot].settings if name not in SLOTS}
+    names = SLOTS[slot].settings if slot in SLOTS else ()
+    given = {name: getattr(part, name) for name in names if name not in SLOTS}
     if given:
         body.append(Text("  ".join(f"{name}: {value}" for name, value in given.items()), style="dim"))
     body.extend(Text(line, style=style) for line, style in _summary(part))
+    body.extend(describe(name, inner) for name, inner in inner_parts(part))
     body.extend(describe("weights", weight) for weight in part.weights)
     body.extend([describe("normaliser", part.normaliser)] if part.normaliser is not None else [])
     return Group(head, *(Padding(line, (0, 0, 0, 11)) for line in body), Text())
+
+
+def inner_parts(part: Part) -> Iterator[tuple[str, Part]]:
+    """Options of a part that are parts themselves, as far as the recipe names them."""
+    for name in inner_slots(part.target):
+        value = part.options.get(name, ())
+        yield from ((name, inner) for inner in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def signature(part: Part) -> str:

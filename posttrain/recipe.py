@@ -322,6 +322,8 @@ def _group_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     reason = "compares the completions of a prompt with each other, and `completions: 1` leaves nothing to compare"
     places = [(("advantage",), recipe.advantage), *((("shape", i), part) for i, part in enumerate(recipe.shape))]
     for place, part in places:
+        if part is None:
+            continue
         values = {name: part.every_option.get(name) for name in ("center", "scale")}
         in_groups = [name for name, value in values.items() if value in ("group", "leave_one_out")]
         if in_groups:
@@ -330,3 +332,6 @@ def _group_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     for i, part in enumerate(recipe.select):
         if part.spec == "posttrain.parts.selection.mixed_groups":
             yield ("select", i), f"{part.name} {reason}; it would never keep a prompt"
+    for i, part in enumerate(recipe.loss if recipe.examples is None else ()):
+        if part.spec in ("posttrain.parts.losses.pairwise", "posttrain.parts.losses.listwise"):
+            yield ("loss", i), f"{part.name} {reason}; every loss would be 0"

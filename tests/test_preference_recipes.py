@@ -77,6 +77,11 @@ def test_mismatched_baseline_without_such_completions_is_refused(tmp_path: Path)
         recipe_of(tmp_path, f"{LOSS}loss: {{use: pointwise}}\nbaseline: {{use: mismatched}}")
 
 
+def test_pairs_of_a_prompt_with_one_completion_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"loss.0: pairwise compares the completions of a prompt"):
+        load_recipe(RECIPES / "preference" / "online_ipo.yaml", ["--completions=1"])
+
+
 # ---- Scores at the start --------------------------------------------------------------------------------------------
 
 PLAIN = [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.engines.base import Completion, Engine, Sampling, sample_seed
+from posttrain.report.tokens import steps_by_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,15 @@ class Context:
     on_text: OnText | None = None
 
 
-def single_turn(engine: Engine, prompts: Prompts, n: int, context: Context, *, greedy: bool = False) -> Batch:
+def single_turn(
+    engine: Engine, prompts: Prompts, n: int, context: Context, *, greedy: bool = False, separator: str | None = None
+) -> Batch:
     """``n`` independent completions of each prompt.
 
     Args:
         greedy: one more completion a prompt, decoded greedily, as the baseline of ``outcome(center="greedy")``
             (ReMax, Li et al. 2023, arXiv:2310.10505). It is verified like the others and never trained on.
+        separator: what a reasoning step ends with, such as a line break; without one a completion is a single step.
     """
     texts: dict[tuple[int, int], str] = {}
 
@@ -62,7 +66,8 @@ def single_turn(engine: Engine, prompts: Prompts, n: int, context: Context, *, g
         at_zero = replace(context.sampling, temperature=0.0)
         extra = engine.generate(prompts.tokens, at_zero, 1, seeds=prompts.seeds, on_completion=on_completion(n))
         sampled = [mine + its for mine, its in zip(sampled, extra, strict=True)]
-    return to_batch(prompts, sampled, texts, greedy_from=n)
+    batch = to_batch(prompts, sampled, texts, greedy_from=n)
+    return batch if separator is None else batch.set(step_id=steps_by_text(batch, context.decode, separator))
 
 
 def to_batch(

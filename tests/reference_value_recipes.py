@@ -135,7 +135,7 @@ def sao(case: Case) -> Losses:
 def oreo(case: Case, level: str) -> Losses:
     """Means over completions, in each of which every term weighs the same."""
     rows, beta = case.rows, 0.03
-    rows.target = lambda_return(rows)
+    rows.target = lambda_return(rows, truncated="end")
     states = taught(case, rows.target)
 
     def policy(logp: Matrix, fixed: Matrix) -> float:

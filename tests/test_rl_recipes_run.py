@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from posttrain.loading import load_recipe
 from posttrain.online import train
 from posttrain.recipe import Recipe
+from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
 pytestmark = pytest.mark.engine
@@ -22,7 +23,11 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in (RECIPES / "rl").glob("*.yaml"))
 STEPWISE = [{"prompt": f"{a}+1+1=", "completions": [f"{a + 1}", f"{a}"], "labels": [True, False]} for a in range(8)]
 PAIRS = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(8)]
-GIVEN = {"runs/value-prm/value": ("prm", STEPWISE), "runs/value-dvpo/value": ("dvpo", PAIRS)}
+GIVEN = {
+    "runs/prm/value": ("prm", STEPWISE),
+    "runs/prm_mse/value": ("prm_mse", STEPWISE),
+    "runs/dvpo_value/value": ("dvpo_value", PAIRS),
+}
 """The value models that recipes name, with the recipe of ``recipes/value`` that trains each and data for it."""
 
 
@@ -88,6 +93,9 @@ def smaller(name: str, folder: Path, model: Path, request: pytest.FixtureRequest
         "steps": 2,
         "data.path": folder / "data.jsonl" if recipe.examples is None else request.getfixturevalue("earlier_run"),
     }
+    for place, part in (("rollout", recipe.rollout), ("examples", recipe.examples)):
+        if part is not None and "separator" in part.options:
+            own[f"{place}.separator"] = "k"  # a tiny model writes no lines
     if recipe.verify:
         own["verify.0.use"] = f"{folder / 'verifier.py'}:share_of_digits"
     if recipe.value_loss:
@@ -116,6 +124,9 @@ def test_two_steps(name: str, tmp_path: Path, tiny_model_folder: Path, request: 
         assert all(map(math.isfinite, values))
         assert row["grad_norm"] > 0 and row["skipped"] == 0 and row.get("policy/waits", 0) == 0
         assert row.get("value/grad_norm", 1) > 0
+    if "separator" in recipe.rollout.options or (recipe.examples and "separator" in recipe.examples.options):
+        stored = [read_rollouts(file) for file in (tmp_path / "run" / "rollouts").glob("*.parquet")]
+        assert max(int(batch.step_id.max()) for batch in stored) > 0  # the parts that read steps have some
     before = load_file(tiny_model_folder / "model.safetensors")
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any(not torch.equal(after[key], before[key]) for key in before)

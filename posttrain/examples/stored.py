@@ -16,6 +16,7 @@ from posttrain.batch import OPTIONAL_FIELDS, Batch
 from posttrain.data.read import find
 from posttrain.errors import DataError
 from posttrain.examples.given import Examples
+from posttrain.report.tokens import Decode, steps_by_text
 from posttrain.stored_rollouts import read_rollouts
 
 
@@ -58,6 +59,7 @@ def rollouts(
     last_step: int | None = None,
     reward: Literal["score", "reward"] = "score",
     max_tokens: int | None = None,
+    separator: str | None = None,
 ) -> Examples:
     """Completions of earlier runs, with the scores that their verifiers gave: ``data.path`` is a file of rollouts, a
     ``rollouts`` folder, or a run's folder.
@@ -72,6 +74,7 @@ def rollouts(
         reward: ``score`` takes the verifiers' score alone, so that this recipe's ``reward`` parts can be added;
             ``reward`` takes what that run's reward parts made of it, token-level rewards too.
         max_tokens: prompt plus completion; groups with a longer one are left out and counted.
+        separator: what a reasoning step ends with, such as a line break. Default: the steps that were stored.
 
     Raises:
         DataError: where there are no such rollouts, or they were written with another tokenizer.
@@ -79,12 +82,18 @@ def rollouts(
     files = _files(data, base, first_step, last_step)
     batches = [_fresh(read_rollouts(file), reward) for file in files]
     _check_tokenizer(batches[0], files[0], tokenizer)
+    if separator is not None:
+        batches = [batch.set(step_id=steps_by_text(batch, _decoder(tokenizer), separator)) for batch in batches]
     everything = [(i, rows) for i, batch in enumerate(batches) for rows in _groups(batch)]
     everything = everything[: data.limit]
     kept = [(i, rows) for i, rows in everything if not max_tokens or int(batches[i].length[rows].max()) <= max_tokens]
     if not kept:
         raise DataError(f"{data.path}: every group has a completion of more than {max_tokens} tokens (`max_tokens`)")
     return StoredExamples(batches, files, kept, left_out=len(everything) - len(kept))
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _files(data: options.Data, base: Path | None, first_step: int, last_step: int | None) -> list[Path]:

@@ -127,7 +127,7 @@ class Batch:
 
     @property
     def states(self) -> Bool[Tensor, "N L"]:
-        """Columns whose prefix has a value: each chosen token, and the column right before it, such as the prompt's last.
+        """Columns whose prefix has a value: each chosen token, and the column right before it, as the prompt's last.
 
         The state in which token ``t`` was chosen ends with column ``t - 1``; the last chosen token's column is the
         whole completion.

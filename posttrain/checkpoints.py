@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def states(run: Online) -> dict[str, Any]:
     )
 
 
-def slow_weights(learner: Learner) -> dict[str, torch.Tensor]:
+def slow_weights(learner: Learner) -> Mapping[str, torch.Tensor]:
     """Weights of the target network, which no optimiser holds."""
     return {} if learner.slow_value is None else learner.slow_value.own_parameters()
 

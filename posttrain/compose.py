@@ -111,8 +111,8 @@ def taught_states(batch: Batch) -> Bool[Tensor, "N L"]:
 def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch or micro-batch, and the value of each term before its coefficient, by the term's name.
 
-    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.weight, or in place of ``batch.weight`` the term's own slice of
-    ``batch.term_weight``. As these come from sums over the global batch, losses and term values add up over
+    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.weight, or in place of ``batch.weight`` the term's own slice
+    of ``batch.term_weight``. As these come from sums over the global batch, losses and term values add up over
     micro-batches and ranks.
 
     Raises:

@@ -14,9 +14,7 @@ from posttrain.recipe import Recipe
 from posttrain.runtime import Runtime
 
 
-def draw_examples(
-    recipe: Recipe, runtime: Runtime, examples: Examples, sampler: PromptSampler, step: int
-) -> Collected:
+def draw_examples(recipe: Recipe, runtime: Runtime, examples: Examples, sampler: PromptSampler, step: int) -> Collected:
     """``prompts_per_step`` groups of given completions on all ranks together, as if they had just been sampled.
 
     Every rank draws the same list and takes its share.

@@ -105,10 +105,10 @@ def set_targets(learner: Learner, batch: Batch) -> Batch:
     if learner.recipe.target is None:
         return batch
     judged = score_values(learner, batch, learner.slow_value) if learner.slow_value is not None else batch
-    batch = batch.set(target=value_target(learner.recipe, judged))
+    target = value_target(learner.recipe, judged)
     if learner.value is not None and (learner.recipe.value or Value()).normalise:
-        learner.value.update_statistics(batch.target, batch.all_sum)
-    return batch
+        learner.value.update_statistics(target, batch.all_sum)
+    return batch.set(target=target)
 
 
 def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = False) -> dict[str, float]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +65,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         with VerifierPool(recipe.verify) as pool:
             learner = build_learner(recipe, needs, runtime)
             with engine_for(recipe, material) as engine:
-                decode = partial(tokenizer.decode, skip_special_tokens=True)
                 run = Online(
                     recipe=recipe,
                     runtime=runtime,
@@ -78,7 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                         engine=engine,
                         verifiers=pool,
                         rollout=recipe.rollout,
-                        decode=decode,
+                        decode=text_of(tokenizer),
                         decoder=build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy),
                     ),
                     policy_waits=recipe.value is not None and recipe.value.ready_at is not None,
@@ -91,6 +90,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 except KeyboardInterrupt:
                     raise Stopped(standing(run)) from None
     return folder.model if recipe.loss else folder.value
+
+
+def text_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, special tokens left out."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def loop(run: Online) -> None:

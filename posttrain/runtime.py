@@ -355,9 +355,7 @@ def learning_rate(options: Optimizer, step: int, steps: int) -> float:
     return options.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
 
 
-def length_groups(
-    length: Int[Tensor, " N"], tokens: int, together: Int[Tensor, " N"] | None = None
-) -> list[list[int]]:
+def length_groups(length: Int[Tensor, " N"], tokens: int, together: Int[Tensor, " N"] | None = None) -> list[list[int]]:
     """Rows sorted by length, in groups of at most ``tokens`` padded tokens; what is longer stands alone.
 
     Sorting keeps padding low where lengths differ.

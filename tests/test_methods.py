@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.loading import load_recipe
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"

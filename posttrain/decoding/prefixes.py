@@ -52,9 +52,20 @@ class Prefix:
 class PrefixScore(Protocol):
     """A number for each prefix, the better the larger: the value of a position."""
 
-    kind: Kind
-    beta: float | None  # of a soft value
-    scale: float  # reward units of one unit of the underlying model's output; ``score`` is in reward units
+    @property
+    def kind(self) -> Kind:
+        """What it estimates."""
+        ...
+
+    @property
+    def beta(self) -> float | None:
+        """Temperature of a soft value."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """Reward units of one unit of the underlying model's output; ``score`` is in reward units."""
+        ...
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """The score of each prefix, a completion that has ended among them."""

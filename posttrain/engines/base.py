@@ -60,7 +60,10 @@ class WeightMismatch(RuntimeError):
 class Engine(Protocol):
     """A sampler whose weights can be replaced. Decoders have this interface too, so recipes can train on them."""
 
-    version: int
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        ...
 
     def generate(
         self,

@@ -36,7 +36,7 @@ def end_of_sequence_ids(
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        ids = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+        ids = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
     except OSError:  # the model has no generation_config.json
         ids = None
     if ids is None:

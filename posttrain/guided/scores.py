@@ -46,8 +46,7 @@ def log_ratio(
     """
     if plus is None and minus is None:
         raise RecipeError("decoder: a log_ratio needs `plus`, `minus` or both: models with the policy's tokenizer")
-    laws = {name: _law(context, model, name) for name, model in (("plus", plus), ("minus", minus))}
-    return LogRatio(**laws, scale=scale)
+    return LogRatio(plus=_law(context, plus, "plus"), minus=_law(context, minus, "minus"), scale=scale)
 
 
 def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:

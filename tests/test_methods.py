@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.loading import load_recipe
+from posttrain.decode import DecodeRecipe
+from posttrain.loading import load_as, load_recipe
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"
 ROW = re.compile(rf"\| (?P<name>[^|]+) \| {LINK} \| (?P<parts>[^|]+) \| (?P<paper>[^|]+) \|")
-FAMILIES = ("rl", "value", "preference")
+FAMILIES = ("rl", "value", "preference", "decode")
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix() for family in FAMILIES for path in (ROOT / "recipes" / family).glob("*.yaml")
 )
@@ -21,6 +22,13 @@ RECIPES = sorted(
 
 def rows() -> dict[str, re.Match[str]]:
     return {match["path"]: match for match in ROW.finditer((ROOT / "METHODS.md").read_text(encoding="utf-8"))}
+
+
+def runs(path: Path) -> str:
+    """What a recipe runs: its parts, or its decoder."""
+    if path.parent.name == "decode":
+        return f"`{load_as(DecodeRecipe, path).decoder}`"
+    return described(load_recipe(path))
 
 
 def described(recipe: Recipe) -> str:
@@ -51,7 +59,7 @@ def test_every_recipe_has_a_row_and_every_row_a_recipe():
 @pytest.mark.parametrize("path", RECIPES)
 def test_the_row_says_what_the_recipe_runs(path):
     row = rows()[path]
-    assert row["parts"] == described(load_recipe(ROOT / path))
+    assert row["parts"] == runs(ROOT / path)
     identifier = re.search(r"arxiv\.org/abs/([0-9.]+)|doi\.org/([^)]+)", row["paper"])
     assert identifier, "the paper's link"
     header = (ROOT / path).read_text(encoding="utf-8").split("\nbase:")[0]

@@ -258,6 +258,7 @@ def overrides(path: Path, folder: Path, saved: dict[str, str]) -> list[str]:
         f"--policy={{model: {saved['model']}}}",
         f"--data={{path: {folder / 'data.jsonl'}}}",
         "--engine={use: transformers}",
+        "--verify=[{use: exact}]",  # in this process: workers take a second to start
         "--sampling.max_tokens=8",
         f"--output={folder / 'out.jsonl'}",
         *model_overrides(decoder, "decoder", saved, value),

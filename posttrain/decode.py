@@ -118,6 +118,7 @@ def decode(recipe: DecodeRecipe) -> Path:
         everything = [row for part in runtime.gather(found) for row in part]
         if runtime.is_main:
             _write(recipe.file, everything)
+            print(f"{recipe.name}: {len(everything)} completions in {recipe.file}")
             Console().print(summary(recipe, everything, seconds))
     return recipe.file
 
@@ -204,8 +205,7 @@ MEANS = {"tokens": 1, "generated": 1, "scored": 1, "kl": 3, "kl_bound": 3}
 
 def summary(recipe: DecodeRecipe, rows: Sequence[dict[str, Any]], seconds: float) -> Table:
     """Means over completions: score with its standard error, tokens kept and generated, scorer calls, KL in nats."""
-    title = f"{recipe.name}: {len(rows)} completions in {recipe.file}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     cells: list[str] = []
     if recipe.verify:
         table.add_column("score")

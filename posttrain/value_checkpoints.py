@@ -202,12 +202,16 @@ def load_value(
     attention: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    place: str = "value model",
 ) -> ValueModel:
     """A value model that a run saved, or a Hugging Face reward or process model, ready to be asked.
 
     A reward model (``...ForSequenceClassification`` of one label) becomes a scalar head; a process model
     (``...ForTokenClassification``) of two labels, wrong and right, a bernoulli head on the difference of their logits,
     and of one label a scalar head. Beside an implicit value the model that it is compared with is loaded.
+
+    Args:
+        place: what messages begin with, such as the key of a YAML file that names the model.
 
     Raises:
         UserError: where there is no such model, or it has no value head.
@@ -218,10 +222,10 @@ def load_value(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    value = _with_its_head(source, dtype, None, "value model")
+    value = _with_its_head(source, dtype, None, place)
     if value is None:
         raise UserError(
-            f"{str(path)!r} is a language model without a value head. A value model is what `posttrain train` saves "
+            f"{place}: {str(path)!r} is a language model without a value head. A value model is what `posttrain train` saves "
             "beside the policy, or a reward or process model of Hugging Face's classification classes."
         )
     return value.eval()

@@ -115,4 +115,4 @@ def test_the_wheel_puts_the_hook_at_the_root_of_site_packages(tmp_path):
     assert {"_posttrain_startup.py", "posttrain/cli.py"} <= set(names)
     assert "posttrain-0.1.0.data/data/share/posttrain/recipes/grpo.yaml" in names
     tops = {name.partition("/")[0] for name in names} - {"posttrain-0.1.0.data", "posttrain-0.1.0.dist-info"}
-    assert tops == {"posttrain", "_posttrain_startup.py", "posttrain-startup.pth"}
+    assert tops == {"posttrain", "reward_models", "_posttrain_startup.py", "posttrain-startup.pth"}

@@ -64,7 +64,7 @@ def evaluate_value(suite: ValueSuite) -> Path:
     tokenizer = load_tokenizer(policy)
     rows = _rows(suite, tokenizer)
     with Runtime(dtype=policy.dtype) as runtime:
-        model = load_value(suite.value.model).eval().requires_grad_(False).to(runtime.device)
+        model = load_value(suite.value.model, place="value.model").eval().requires_grad_(False).to(runtime.device)
         batch = None if rows is not None else stored_batch(suite, runtime)
         prefixes, scores = [], torch.zeros(0, suite.branches.completions)
         if batch is None or suite.branches.prompts:

@@ -225,8 +225,8 @@ def load_value(
     value = _with_its_head(source, dtype, None, place)
     if value is None:
         raise UserError(
-            f"{place}: {str(path)!r} is a language model without a value head. A value model is what `posttrain train` saves "
-            "beside the policy, or a reward or process model of Hugging Face's classification classes."
+            f"{place}: {str(path)!r} is a language model without a value head. A value model is what `posttrain "
+            "train` saves beside the policy, or a reward or process model of Hugging Face's classification classes."
         )
     return value.eval()
 

@@ -14,13 +14,12 @@ from posttrain.assembly import Online, build_learner, engine_for, load_material,
 from posttrain.batch import Batch
 from posttrain.branching import branch_values
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
-from posttrain.collect import Collected, Source, collect, sampling_of, verifier_means
+from posttrain.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.compose import credit, reward_batch, with_baseline
 from posttrain.display import Progress
 from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate
-from posttrain.given import draw_examples
 from posttrain.guided.build import build_decoder
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics

@@ -33,6 +33,8 @@ from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
+pytestmark = pytest.mark.engine
+
 
 def start(folder: Path, model: Path, **changes) -> list[dict]:
     """A run in this process; its metrics without the timing."""
@@ -171,7 +173,6 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, tiny_
     assert len(read_rollouts(tmp_path / "run" / "dump" / "step-000003-rank-0.parquet")) == 16
 
 
-@pytest.mark.engine
 def test_a_verifier_that_fails_stops_the_run_after_a_checkpoint(tmp_path, tiny_model_folder):
     recipe = write_run(tmp_path, tiny_model_folder, steps=3, run={"folder": str(tmp_path / "run"), "save_every": 100})
     flag = tmp_path / "fail"
@@ -218,7 +219,6 @@ def wait_for_lines(process: subprocess.Popen, metrics: Path, lines: int) -> None
         time.sleep(0.01)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_ctrl_c_says_where_resume_goes_on_and_leaves_no_process(engine, tmp_path, tiny_model_folder):
     recipe = write_run(tmp_path, tiny_model_folder, engine={"use": engine}, steps=10_000)
@@ -243,7 +243,6 @@ def test_ctrl_c_says_where_resume_goes_on_and_leaves_no_process(engine, tmp_path
     assert others and all(not child.is_running() or child.status() == psutil.STATUS_ZOMBIE for child in others)
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_model_folder):
     changes = {"engine": {"use": engine}, "steps": 8, "evaluate": {"data": {"path": "data.jsonl"}, "every": 3}}

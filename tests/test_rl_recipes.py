@@ -382,6 +382,7 @@ def world_logp(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.nn.functional.pad(chosen, (1, 0))
 
 
+@pytest.mark.engine  # not an engine, but half a minute in all
 @every_recipe
 def test_every_recipe_learns(name: str) -> None:
     """From 16 % (chance) to above 90 % in 45 steps of two updates, the second of which is off policy.

@@ -7,7 +7,9 @@ their steps give labels: of every step (Math-Shepherd), and by binary search (Om
 policy learn from the same solutions: the two kinds of step labels, or whether the answer was right, at the last token
 (an outcome reward model) or at all tokens (a value function). On held-out problems each model scores every step of the
 solutions that the policy samples. The first step whose score is below a threshold is said to be the first wrong one;
-the threshold is the best on other solutions. The true one is known from the arithmetic.
+the threshold is the best on other solutions. The true one is known from the arithmetic. The figure that counts is the
+F1 of ProcessBench. Chance says of a share of solutions that nothing is wrong, and of the others that any step is as
+likely as another to be the first wrong one; the share is the best for it.
 """
 
 from __future__ import annotations
@@ -206,8 +208,20 @@ def measure(scores: Sequence[Sequence[float]], solutions: Sequence[Solution], th
     wrong = [hit for hit, s in zip(hits, solutions, strict=True) if s.wrong is not None]
     right = [hit for hit, s in zip(hits, solutions, strict=True) if s.wrong is None]
     of_wrong, of_right = sum(wrong) / len(wrong), sum(right) / len(right)
-    f1 = 2 * of_wrong * of_right / (of_wrong + of_right) if of_wrong + of_right else 0.0
+    f1 = harmonic_mean(of_wrong, of_right)
     return {"first_wrong_step_found": of_wrong, "faultless_passed": of_right, "f1": f1}
+
+
+def chance(wrong: Sequence[Solution]) -> dict[str, float]:
+    """What saying "none is wrong" with the best probability and else any step reaches on these wrong solutions."""
+    found = sum(1 / s.steps for s in wrong) / len(wrong)
+    passed = max((i / 1000 for i in range(1, 1000)), key=lambda share: harmonic_mean((1 - share) * found, share))
+    return {"first_wrong_step_found": found, "f1": harmonic_mean((1 - passed) * found, passed)}
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """0 if both are."""
+    return 2 * a * b / (a + b) if a + b else 0.0
 
 
 def best_threshold(scores: Sequence[Sequence[float]], solutions: Sequence[Solution]) -> float:
@@ -259,7 +273,7 @@ def run(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "held_out": {"solutions": len(solutions), "wrong": len(wrong)},
         "labels": {m: {**label_quality(folder / f"{m}.jsonl"), "seconds": s} for m, s in seconds.items()},
-        "chance": {"first_wrong_step_found": sum(1 / s.steps for s in wrong) / len(wrong)},
+        "chance": chance(wrong),
     }
     for name in MODELS:
         result[name] = evaluate(folder, train_model(folder, name, settings, seed))
@@ -279,15 +293,23 @@ def main() -> None:
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             results[seed] = run(Path(folder), settings, seed)
-    names = ("chance", *MODELS)
-    means = {n: sum(r[n]["first_wrong_step_found"] for r in results.values()) / len(results) for n in names}
-    for name, mean in means.items():
+        if path is not None:
+            save(path, settings, results)
+    for name, mean in mean_f1(results).items():
         print(f"{name:40} {mean:.3f}")
-    if path is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        whole = {"settings": vars(settings), "machine": machine, "first_wrong_step_found": means, "seeds": results}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def mean_f1(results: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """Over the seeds so far."""
+    return {name: sum(r[name]["f1"] for r in results.values()) / len(results) for name in ("chance", *MODELS)}
+
+
+def save(path: Path, settings: Settings, results: dict[int, dict[str, Any]]) -> None:
+    """Everything so far, as JSON."""
+    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    whole = {"settings": vars(settings), "machine": machine, "f1": mean_f1(results), "seeds": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

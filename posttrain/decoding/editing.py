@@ -6,13 +6,14 @@ V(h) = w·h it is the constant bias n α W w.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from posttrain.decoding.base import Decoder
 from posttrain.decoding.model_scores import HiddenValue
 from posttrain.engines.base import Completion, OnCompletion, Sampling
 from posttrain.engines.transformers import TransformersEngine
@@ -33,7 +34,7 @@ def edit(hidden: Float[Tensor, "*S H"], value: HiddenValue, *, step_size: float,
     return moved - hidden
 
 
-class Edited:
+class Edited(Decoder):
     """A decoder that moves the last hidden state up a value's gradient before every token; it is an engine.
 
     Log-probs of its completions are those of the edited law.
@@ -46,15 +47,12 @@ class Edited:
         steps: gradient steps a token; the paper takes 30 to 200.
     """
 
+    engine: TransformersEngine
+
     def __init__(
         self, engine: TransformersEngine, value: HiddenValue, *, step_size: float = 0.5, steps: int = 30
     ) -> None:
         self.engine, self.value, self.step_size, self.steps = engine, value, step_size, steps
-
-    @property
-    def version(self) -> int:
-        """Of the engine's weights."""
-        return self.engine.version
 
     def generate(
         self,
@@ -72,14 +70,6 @@ class Edited:
             return self.engine.generate(prompts, sampling, n, seeds=seeds, on_completion=on_completion)
         finally:
             hook.remove()
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the value keeps its own."""
-        self.engine.load(tensors, version)
-
-    def close(self) -> None:
-        """See :meth:`posttrain.engines.base.Engine.close`."""
-        self.engine.close()
 
     def _edited(self, output_layer: nn.Linear, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         with torch.inference_mode(False):  # gradients need tensors that were made outside of it

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from posttrain.batch import Finish
+from posttrain.decoding.base import Decoder
 from posttrain.decoding.kl import blockwise_kl_bound
 from posttrain.decoding.particles import Final, Particle, Pick, best, logsumexp, top
 from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
 from posttrain.decoding.shaping import Shaped, warn_unless_tilted
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling, sample_seed
-from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
+from posttrain.engines.choice import Chooser, FreshSeeds, MakeChooser, seeded_chooser
 
 CHOICES = 1 << 32
 """Added to a seed's place: choices among particles do not share random numbers with the engine."""
@@ -52,7 +50,7 @@ class _Group:
         return all(particle.ended for particle in self.particles)
 
 
-class Population:
+class Population(Decoder):
     """A decoder that keeps the best or the resampled of several growing completions; it is an engine.
 
     Log-probs of its completions are those of the engine's own law, which is not the law that a population samples from:
@@ -100,12 +98,7 @@ class Population:
         self.particles, self.branch, self.block, self.block_ends = particles, branch, block, tuple(block_ends)
         self.pick, self.final, self.strength = pick, final, strength
         self._make_chooser = make_chooser
-        self._fresh_seeds = random.Random(seed)
-
-    @property
-    def version(self) -> int:
-        """Of the engine's weights."""
-        return self.engine.version
+        self._fresh_seeds = FreshSeeds(seed)
 
     def generate(
         self,
@@ -156,17 +149,8 @@ class Population:
         self._run(groups, sampling, lambda group: None)
         return [group.particles for group in groups]
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the score keeps its own."""
-        self.engine.load(tensors, version)
-
-    def close(self) -> None:
-        """See :meth:`posttrain.engines.base.Engine.close`."""
-        self.engine.close()
-
     def _groups(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | None) -> list[_Group]:
-        if seeds is None:
-            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
+        seeds = self._fresh_seeds.unless(seeds, len(prompts))
         groups = []
         for i, prompt in enumerate(prompts):
             root = Particle(prefix=Prefix(tokens=list(prompt), start=len(prompt)), version=self.version)

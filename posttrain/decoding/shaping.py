@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from posttrain.decoding.base import Decoder
 from posttrain.decoding.kl import token_kl
 from posttrain.decoding.prefix_scores import next_scores
 from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore
@@ -41,7 +42,7 @@ def warn_unless_tilted(score: PrefixScore, strength: float) -> None:
     warnings.warn(f"{problem}; samples will follow another law", GuideWarning, stacklevel=3)
 
 
-class Shaped:
+class Shaped(Decoder):
     """A decoder that tilts every token's law by a score; it is an engine.
 
     Log-probs of its completions are those of the shaped law they were drawn from. ``measured`` holds ``base_logp``
@@ -69,6 +70,7 @@ class Shaped:
         ValueError: for both ``k`` and ``head``.
     """
 
+    engine: ShapingEngine
     takes_starts = True
 
     def __init__(
@@ -90,11 +92,6 @@ class Shaped:
         self.engine, self.score, self.strength, self.every = engine, score, strength, every
         self.k, self.head = k, head
         self.rest: Rest = rest
-
-    @property
-    def version(self) -> int:
-        """Of the engine's weights."""
-        return self.engine.version
 
     def generate(
         self,
@@ -157,14 +154,6 @@ class Shaped:
 
         outputs = self.engine.generate(prompts, sampling, n, seeds=seeds, on_completion=report, shaper=call.shape)
         return [[call.measured(i, j, c) for j, c in enumerate(group)] for i, group in enumerate(outputs)]
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the score keeps its own."""
-        self.engine.load(tensors, version)
-
-    def close(self) -> None:
-        """See :meth:`posttrain.engines.base.Engine.close`."""
-        self.engine.close()
 
     def law(self, logp0: Float[Tensor, "B V"], prefixes: Sequence[Prefix]) -> tuple[Float[Tensor, "B V"], int]:
         """The shaped law of the next token, and how many prefixes were scored."""

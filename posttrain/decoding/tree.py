@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from posttrain.decoding.base import Decoder
 from posttrain.decoding.nodes import Backup, Decide, Node, Select, Tree, average, best_ending
 from posttrain.decoding.population import CHOICES
 from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
 from posttrain.engines.base import Completion, Engine, OnCompletion, Row, Sampling, ShapingEngine, sample_seed
-from posttrain.engines.choice import MakeChooser, seeded_chooser
+from posttrain.engines.choice import FreshSeeds, MakeChooser, seeded_chooser
 
 Propose = Callable[[Engine, Sequence[Prefix], Sampling, Sequence[int]], list[list[tuple[Prefix, Completion]]]]
 """Continuations of each prefix by one step, and the prefixes they make; the seeds are one a prefix."""
@@ -79,7 +79,7 @@ def top_tokens(
 
 
 @dataclass(kw_only=True)
-class TreeSearch:
+class TreeSearch(Decoder):
     """A decoder that searches; it is an engine.
 
     Log-probs of its completions are those of the engine's own law: a search samples from no law that has any.
@@ -125,12 +125,7 @@ class TreeSearch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._fresh_seeds = random.Random(self.seed)
-
-    @property
-    def version(self) -> int:
-        """Of the engine's weights."""
-        return self.engine.version
+        self._fresh_seeds = FreshSeeds(self.seed)
 
     def generate(
         self,
@@ -170,8 +165,7 @@ class TreeSearch:
         seeds: Sequence[int] | None = None,
     ) -> list[list[Tree]]:
         """The trees of ``n`` searches of each prompt."""
-        if seeds is None:
-            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
+        seeds = self._fresh_seeds.unless(seeds, len(prompts))
         trees = [
             [self._tree(prompt, sample_seed(seed, j)) for j in range(n)]
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -184,14 +178,6 @@ class TreeSearch:
             self._expand([(tree, node) for tree, _, nodes in wanted for node in nodes], sampling)
             wanted = _advanced([(tree, run) for tree, run, _ in wanted])
         return trees
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See :meth:`posttrain.engines.base.Engine.load`: the engine's weights; the score keeps its own."""
-        self.engine.load(tensors, version)
-
-    def close(self) -> None:
-        """See :meth:`posttrain.engines.base.Engine.close`."""
-        self.engine.close()
 
     def _tree(self, prompt: Sequence[int], seed: int) -> Tree:
         root = Node(prefix=Prefix(tokens=list(prompt), start=len(prompt)), version=self.version)

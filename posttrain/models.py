@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from posttrain.errors import RecipeError
 from posttrain.options import Lora
 from posttrain.options import Policy as PolicyOptions
+from posttrain.output_layer import Shape, log_probs
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at once, in float32 elements: rows of a chunk = this / vocabulary."""
@@ -218,9 +219,10 @@ class TokenStatistics(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """How hidden states become statistics."""
+    """What is wanted of hidden states."""
 
     temperature: float
+    logp: bool
     entropy: bool
     collision: bool
     reference: Policy | None  # whose output layer reads the reference's hidden states
@@ -291,9 +293,10 @@ class Policy(nn.Module):
         if kl_from is not None:
             with torch.no_grad():
                 states.append(kl_from.hidden_states(tokens, reference=True)[:, :-1][chosen])
-        asked = _Head(temperature, entropy, collision, kl_from)
-        logp, *others = self._chunked(states, tokens[:, 1:][chosen], asked)
-        return TokenStatistics(_scatter(logp, mask), *(v if v is None else _scatter(v, mask) for v in others))
+        found = self._statistics(states, tokens[:, 1:][chosen], _Head(temperature, True, entropy, collision, kl_from))
+        logp, *others = (value if value is None else _scatter(value, mask) for value in found)
+        assert logp is not None
+        return TokenStatistics(logp, *others)
 
     def hidden_states(self, tokens: Int[Tensor, "N L"], *, reference: bool = False) -> Float[Tensor, "N L H"]:
         """What the output layer reads; ``reference``: without the adapters."""
@@ -307,10 +310,26 @@ class Policy(nn.Module):
         """Logits of the token after each hidden state, float32, at ``temperature``."""
         head: Any = self.base.get_output_embeddings()
         logits = head(hidden).float()
-        softcap = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if temperature == 1.0 else logits / temperature
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the logits, c tanh(z / c), in models that have one."""
+        return getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+
+    def _statistics(self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head) -> list[Tensor | None]:
+        """Log-probs, entropies, divergences and collisions: the first two by one operation where the layer is plain."""
+        head: Any = self.base.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return self._chunked(states, target, asked)
+        shape = Shape(asked.temperature, self.softcap, chunk_elements(target.device))
+        found = log_probs(states[0], head.weight, head.bias, target, shape, entropy=asked.entropy)
+        others: list[Tensor | None] = [None, None]
+        if asked.collision or asked.reference is not None:
+            others = self._chunked(states, target, asked._replace(logp=False, entropy=False))[2:]
+        return [*found, *others]
 
     def _chunked(self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head) -> list[Any]:
         rows = chunk_rows(target.device, self.base.config.get_text_config().vocab_size)
@@ -330,8 +349,9 @@ class Policy(nn.Module):
     ) -> list[Any]:
         """Log-probs, entropies, divergences and collisions of some positions: each ``[m]``, or None."""
         logits = self.next_logits(hidden, asked.temperature)
-        logp = -nn.functional.cross_entropy(logits, target, reduction="none")
-        entropy = collision = divergence = None
+        logp = entropy = collision = divergence = None
+        if asked.logp:
+            logp = -nn.functional.cross_entropy(logits, target, reduction="none")
         if asked.entropy:
             entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
         if asked.collision:
@@ -351,9 +371,14 @@ class Policy(nn.Module):
         yield from merged(self.base, self.adapter)
 
 
+def chunk_elements(device: torch.device) -> int:
+    """How many logits are held at once."""
+    return CHUNK_ELEMENTS.get(device.type, 2**26)
+
+
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
     """How many rows of logits are held at once."""
-    return max(1, CHUNK_ELEMENTS.get(device.type, 2**26) // vocabulary)
+    return max(1, chunk_elements(device) // vocabulary)
 
 
 def _scatter(values: Float[Tensor, " M"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import field
 from functools import partial
@@ -28,6 +28,7 @@ from posttrain.report.branches import BUCKETS
 from posttrain.rollout import prompt_seeds, single_turn
 from posttrain.runtime import Runtime
 from posttrain.step_labels import StepLabels, make_step_labels, to_row, write_rows
+from posttrain.strictyaml import Overrides
 from posttrain.verification import VerifierPool
 
 
@@ -72,7 +73,7 @@ def _conflicts(recipe: LabelRecipe) -> Iterator[tuple[tuple[str | int, ...], str
         )
 
 
-def run_labels(path: str | Path, overrides: Iterable[str] = ()) -> Path:
+def run_labels(path: str | Path, overrides: Overrides = ()) -> Path:
     """Runs the label recipe in a YAML file, prints what came of it, and returns the file of labels.
 
     Raises:

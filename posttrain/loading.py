@@ -21,7 +21,17 @@ from posttrain.resolve import (
     resolve,
     specify,
 )
-from posttrain.strictyaml import COMMAND_LINE, Document, Location, dotted, merge, override, read, suggestion
+from posttrain.strictyaml import (
+    COMMAND_LINE,
+    Document,
+    Location,
+    Overrides,
+    dotted,
+    merge,
+    override,
+    read,
+    suggestion,
+)
 from posttrain.validation import Problems, dataclass_in, validate
 
 T = TypeVar("T")
@@ -65,7 +75,7 @@ ELSEWHERE = {
 """What other toolkits call our settings."""
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """The recipe in a YAML file, with ``--key.path=value`` overrides.
 
     Raises:
@@ -74,7 +84,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return load_as(Recipe, path, overrides)
 
 
-def load_as(kind: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
+def load_as(kind: type[T], path: str | Path, overrides: Overrides = ()) -> T:
     """What a YAML file with overrides describes: a recipe, or something else made of slots and settings.
 
     Args:
@@ -88,7 +98,23 @@ def load_as(kind: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T
     return _Reader(read_document(path, overrides), path, kind).build()
 
 
-def placed(error: UserError, path: Path, overrides: Iterable[str] = ()) -> UserError:
+def read_part(document: Document, path: Path, location: Location, entry: Any) -> Part:
+    """The part that an entry somewhere in a document describes, for the slot that its location names last.
+
+    Args:
+        path: of the file, beside which local paths are looked for.
+
+    Raises:
+        RecipeError: like :func:`load_recipe`.
+    """
+    reader = _Reader(document, path, Recipe)
+    part = reader.part(location, entry)
+    reader.raise_if_any()
+    assert part is not None
+    return part
+
+
+def placed(error: UserError, path: Path, overrides: Overrides = ()) -> UserError:
     """An error of a run with the place of each key that a problem begins with: ``grpo.yaml:3:3: policy.model: ...``."""
     document = read_document(path, overrides)
 
@@ -100,9 +126,13 @@ def placed(error: UserError, path: Path, overrides: Iterable[str] = ()) -> UserE
     return UserError(map(with_place, error.problems))
 
 
-def read_document(path: Path, overrides: Iterable[str]) -> Document:
+def read_document(path: Path, overrides: Overrides) -> Document:
     """What a recipe says: the file over its base, under the overrides."""
-    return _with_lists(override(_with_lists(read_with_base(path)), overrides))
+    document = _with_lists(read_with_base(path))
+    for over in overrides:
+        if isinstance(over, Document):
+            document = _with_lists(merge(document, _with_lists(over), _replaces))
+    return _with_lists(override(document, [argument for argument in overrides if isinstance(argument, str)]))
 
 
 def read_with_base(path: Path) -> Document:
@@ -122,7 +152,11 @@ def read_with_base(path: Path) -> Document:
         raise RecipeError(top.problem(("base",), "cannot be read"), *error.problems) from None
     if "base" in base.data:
         raise RecipeError(base.problem(("base",), f"{path.name} is based on this file: a base may not have a base"))
-    return merge(base, top, lambda location, mapping: location[:1] in _SLOT_PLACES and "use" in mapping)
+    return merge(base, top, _replaces)
+
+
+def _replaces(location: Location, mapping: Mapping[str, Any]) -> bool:
+    return location[:1] in _SLOT_PLACES and "use" in mapping
 
 
 _SLOT_PLACES = {(slot,) for slot in SLOTS}
@@ -159,12 +193,12 @@ class _Reader:
                 fields[name] = self.part((name,), value)
             else:
                 fields[name] = self.settings(name, hints[name], value)
-        self._raise_if_any()
+        self.raise_if_any()
         try:
             return self.kind(**fields, name=self.path.stem, path=self.path.resolve())
         except RecipeConflict as error:
             self.problems.extend(error.conflicts)
-        self._raise_if_any()
+        self.raise_if_any()
         raise AssertionError("unreachable: conflicts are problems")
 
     def _check_top(self) -> None:
@@ -173,7 +207,8 @@ class _Reader:
             if name not in self.document.data:
                 self.problems.append(((), f"the section {name!r} is missing"))
 
-    def _raise_if_any(self) -> None:
+    def raise_if_any(self) -> None:
+        """Tells all problems so far, in the order of their lines."""
         if not self.problems:
             return
         lines = [self.document.problem(location, message) for location, message in self.problems]
@@ -201,9 +236,13 @@ class _Reader:
         return str(found.resolve()) if found else value
 
     def folders(self, location: Location) -> list[Path]:
-        """Where a relative path is looked for: what the command line names, first in the working directory."""
-        order = [self.path.parent, Path.cwd()]
-        return order[::-1] if self.document.place(location).startswith(COMMAND_LINE) else order
+        """Where a relative path is looked for: first beside the file that names it, or for what the command line names
+        in the working directory."""
+        place = self.document.place(location)
+        if place.startswith(COMMAND_LINE):
+            return [Path.cwd(), self.path.parent]
+        of_file = Path(place.rsplit(":", 2)[0]).parent
+        return list(dict.fromkeys([of_file, self.path.parent, Path.cwd()]))
 
     def parts(self, location: Location, entries: Any, slot: Slot | None = None) -> tuple[Part, ...]:
         if entries is None:

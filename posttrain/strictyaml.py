@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ class Document:
             location = location[:-1]
         return self.places.get(location, "recipe")
 
+    def inside(self, location: Location) -> Document:
+        """The mapping at ``location`` as a document of its own, its keys at the places where they stand."""
+        data: Any = self.data
+        for step in location:
+            data = child(data, step)
+        depth = len(location)
+        places = {at[depth:]: place for at, place in self.places.items() if at[:depth] == location}
+        return Document(data if isinstance(data, dict) else {}, places)
+
     def problem(self, location: Location, message: str) -> str:
         """One line: place, dotted key, what is wrong."""
         place, key = self.place(location), dotted(location)
@@ -43,7 +52,18 @@ class Document:
         return f"{place}: {message}" if named else f"{place}: {key}: {message}"
 
 
+Overrides = Sequence[str | Document]
+"""What goes over a file: documents first, in their order, and then ``--key.path=value`` arguments."""
+
 COMMAND_LINE = "command line"
+
+
+def single(location: Location, value: Any, place: str) -> Document:
+    """The document that says nothing but one value."""
+    data = value
+    for step in reversed(location):
+        data = {step: data}
+    return Document(data, {location[:depth]: place for depth in range(len(location) + 1)})
 
 
 def dotted(location: Location) -> str:

@@ -22,6 +22,7 @@ from posttrain.errors import DataError, RecipeError
 from posttrain.loading import load_as
 from posttrain.recipe import Part, RecipeConflict
 from posttrain.stored_rollouts import read_rollouts
+from posttrain.strictyaml import Overrides
 from reward_models.accuracy import accuracy, compare_pairs, read_pairs, score_pairs
 from reward_models.curves import best_of_n_curve, draw_curve, moments, overoptimisation
 
@@ -60,7 +61,7 @@ def _conflicts(suite: RewardSuite) -> Iterator[tuple[tuple[str | int, ...], str]
         yield ("sizes",), "must hold 1: the reward of the policy itself, which the others are compared with"
 
 
-def run_reward_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+def run_reward_suite(path: str | Path, overrides: Overrides = ()) -> Path:
     """Runs the suite in a YAML file, prints its figures, and returns the folder of its report.
 
     Raises:

@@ -138,6 +138,38 @@ class ShapingEngine(Engine, Protocol):
         ...
 
 
+class Aborted(Exception):
+    """A request that was taken back before it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What became of a request since its caller was last told. The last one has a completion or an error."""
+
+    tokens: list[int] = field(default_factory=list)  # new ones
+    logps: list[float] = field(default_factory=list)  # theirs
+    completion: Completion | None = None  # the whole of it
+    error: Exception | None = None  # why there is none
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self.completion is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
+class Request:
+    """One completion that is wanted, on its own terms: other requests of other terms may share its batch."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    seed: int  # of this sample: see sample_seed
+    tell: Callable[[Progress], None]  # called by ``step`` and ``abort``, and must not raise
+    stream: bool = False  # tell of every token, not only of the end
+    shaper: Shaper | None = None
+    place: tuple[int, int] = (0, 0)  # indices of prompt and sample, as the shaper is told them
+
+
 def sample_seed(seed: int, sample: int) -> int:
     """Seed of one sample of a prompt: a fixed 63-bit mix of both (SplitMix64), equal on every machine and engine."""
     mask = (1 << 64) - 1

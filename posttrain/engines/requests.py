@@ -1,4 +1,4 @@
-"""What both engines do with prompts before the first token."""
+"""What engines do with prompts before the first token."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
             f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped law takes no filters; "
             "leave them out and restrict the shaper's candidates"
         )
+
+
+def stop_ids(sampling: Sampling, eos: Sequence[int]) -> tuple[int, ...]:
+    """The tokens that end a completion."""
+    return sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *eos)
 
 
 def end_of_sequence_ids(

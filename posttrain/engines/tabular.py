@@ -5,7 +5,6 @@ For tests of decoders and of training: whatever runs on it can be compared with 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,14 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, Shaper, sample_seed
+from posttrain.engines.base import Request, Row, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
-from posttrain.engines.requests import check_prompts, check_shaper
+from posttrain.engines.requests import stop_ids
 from posttrain.engines.sampling import filters
+from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 
 
-class TabularEngine:
+class TabularEngine(SteppingEngine):
     """Samples from a table, in float64.
 
     Its one tensor is ``logits``, [prefixes, V], in the order of the mapping it was made from.
@@ -44,13 +44,12 @@ class TabularEngine:
         make_chooser: MakeChooser = seeded_chooser,
         seed: int = 0,
     ) -> None:
-        self.version = 0
+        super().__init__(max_model_len=max_model_len or 1 + max(map(len, logits)), seed=seed)
         self._row = {prefix: row for row, prefix in enumerate(logits)}
         self._logits = torch.tensor([list(values) for values in logits.values()], dtype=torch.float64)
         self._eos = tuple(eos)
-        self._max_model_len = max_model_len or 1 + max(map(len, logits))
         self._make_chooser = make_chooser
-        self._fresh_seeds = random.Random(seed)
+        self._running: dict[int, _Sampled] = {}
 
     def next_logps(self, prefixes: Sequence[Sequence[int]], temperature: float = 1.0) -> Float[Tensor, "M V"]:
         """The law of the next token after each prefix.
@@ -59,41 +58,6 @@ class TabularEngine:
             ValueError: for a prefix that is not in the table.
         """
         return (self._next_logits(prefixes) / temperature).log_softmax(-1)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        n: int = 1,
-        *,
-        seeds: Sequence[int] | None = None,
-        on_completion: OnCompletion | None = None,
-        shaper: Shaper | None = None,
-    ) -> list[list[Completion]]:
-        """See :meth:`posttrain.engines.base.ShapingEngine.generate`."""
-        check_prompts(prompts, sampling.max_tokens, self._max_model_len)
-        check_shaper(shaper, sampling)
-        if seeds is None:
-            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
-        running = [
-            _Sampled(i, j, len(prompt), list(prompt), self._make_chooser(sample_seed(seeds[i], j)))
-            for i, prompt in enumerate(prompts)
-            for j in range(n)
-        ]
-        done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
-        while running:
-            self._step(running, sampling, shaper)
-            going = []
-            for row in running:
-                if (finish := self._finish(row, sampling)) is None:
-                    going.append(row)
-                    continue
-                completion = Completion(row.tokens[row.start :], row.logps, finish, self.version)
-                done[row.prompt][row.sample] = completion
-                if on_completion is not None:
-                    on_completion(row.prompt, row.sample, completion)
-            running = going
-        return done
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
@@ -114,23 +78,53 @@ class TabularEngine:
                 raise ValueError(f"the table has no prefix {list(prefix)}")
         return self._logits[[self._row[tuple(prefix)] for prefix in prefixes]]
 
-    def _step(self, rows: Sequence[_Sampled], sampling: Sampling, shaper: Shaper | None) -> None:
-        """Draws one token for each row."""
+    def _add(self, number: int, request: Request) -> None:
+        self._running[number] = _Sampled(request, list(request.prompt), self._make_chooser(request.seed))
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._running.pop(number, None)
+
+    def _advance(self) -> None:
+        """Draws one token for each row; rows of equal terms in one call of their shaper."""
+        groups: dict[tuple[Sampling, int], dict[int, _Sampled]] = {}
+        for number, row in self._running.items():
+            groups.setdefault((row.request.sampling, id(row.request.shaper)), {})[number] = row
+        for (sampling, _), group in groups.items():
+            try:
+                logps = self._law([*group.values()], sampling)
+            except Exception as error:  # told to those who asked
+                for number in group:
+                    del self._running[number]
+                    self._fail(number, error)
+                continue
+            self._draw(group, sampling, logps)
+
+    def _law(self, rows: Sequence[_Sampled], sampling: Sampling) -> Float[Tensor, "M V"]:
         logits = self._next_logits([row.tokens for row in rows])
         if sampling.temperature > 0:
             logits = filters(sampling)(None, logits / sampling.temperature)  # type: ignore[arg-type]
-        logps = logits.log_softmax(-1)
-        if shaper is not None:
-            logps = shaper(logps, [Row(row.prompt, row.sample, row.start, row.tokens) for row in rows])
+        logps, shaper = logits.log_softmax(-1), rows[0].request.shaper
+        if shaper is None:
+            return logps
+        return shaper(logps, [Row(*row.request.place, len(row.request.prompt), row.tokens) for row in rows])
+
+    def _draw(self, rows: Mapping[int, _Sampled], sampling: Sampling, logps: Float[Tensor, "M V"]) -> None:
         probabilities, best = logps.exp().tolist(), logps.argmax(-1).tolist()
-        for row, law, token, values in zip(rows, probabilities, best, logps.tolist(), strict=True):
+        for (number, row), law, token, values in zip(rows.items(), probabilities, best, logps.tolist(), strict=True):
             drawn = row.choose(law) if sampling.temperature > 0 else token
             row.tokens.append(drawn)
             row.logps.append(values[drawn])
+            finish = self._finish(row, sampling)
+            if finish is not None:
+                del self._running[number]
+            if row.request.stream:
+                self._grow(number, [drawn], [values[drawn]], finish)
+            elif finish is not None:
+                self._grow(number, row.tokens[len(row.request.prompt) :], row.logps, finish)
 
     def _finish(self, row: _Sampled, sampling: Sampling) -> Finish | None:
-        stops = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *self._eos)
-        if row.tokens[-1] in stops:
+        if row.tokens[-1] in stop_ids(sampling, self._eos):
             return Finish.STOPPED
         return Finish.LENGTH if len(row.logps) == sampling.max_tokens else None
 
@@ -139,9 +133,7 @@ class TabularEngine:
 class _Sampled:
     """A completion in the making."""
 
-    prompt: int
-    sample: int
-    start: int  # length of the prompt
+    request: Request
     tokens: list[int]  # prompt included
     choose: Chooser
     logps: list[float] = field(default_factory=list)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, Shaper, sample_seed
+from posttrain.engines.base import Request, Row, Sampling, Shaper
 from posttrain.engines.cache import growing_cache
-from posttrain.engines.requests import check_prompts, check_shaper, end_of_sequence_ids
+from posttrain.engines.requests import end_of_sequence_ids, stop_ids
 from posttrain.engines.sampling import draw, filters, uniforms
+from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 
 KEEP_WIDTH = 7 / 8  # finished rows leave the batch when at most this share of it is still running
 
 
-class TransformersEngine:
+class TransformersEngine(SteppingEngine):
     """Samples ``max_concurrent`` completions at a time with a key-value cache; finished ones leave the batch.
 
     A prompt is read once for all its samples. At temperature 0 the log-probs are those of the model's own softmax.
@@ -53,45 +53,16 @@ class TransformersEngine:
         trust_remote_code: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        self.version = 0
-        self._max_model_len = max_model_len
+        super().__init__(max_model_len=max_model_len, seed=seed)
         self._max_concurrent = max_concurrent
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._eos = end_of_sequence_ids(model, **source)
-        self._fresh_seeds = random.Random(seed)
+        self._waiting: dict[int, Request] = {}
+        self._rounds: list[Round] = []  # under way, the newest last
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **source)
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        n: int = 1,
-        *,
-        seeds: Sequence[int] | None = None,
-        on_completion: OnCompletion | None = None,
-        shaper: Shaper | None = None,
-    ) -> list[list[Completion]]:
-        """See :meth:`posttrain.engines.base.ShapingEngine.generate`."""
-        self._opened()
-        check_prompts(prompts, sampling.max_tokens, self._max_model_len)
-        check_shaper(shaper, sampling)
-        if seeds is None:
-            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
-        done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
-
-        def finish(request: Request, completion: Completion) -> None:
-            done[request.prompt][request.sample] = completion
-            if on_completion is not None:
-                on_completion(request.prompt, request.sample, completion)
-
-        requests = [Request(i, j, prompts[i], sample_seed(seeds[i], j)) for i in range(len(prompts)) for j in range(n)]
-        requests.sort(key=lambda request: len(request.tokens))  # neighbours need little padding
-        for start in range(0, len(requests), self._max_concurrent):
-            self._sample(requests[start : start + self._max_concurrent], sampling, finish, shaper)
-        return done
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
@@ -121,49 +92,101 @@ class TransformersEngine:
             raise RuntimeError("the engine has been closed")
         return self._model
 
-    def _sample(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        finish: Callable[[Request, Completion], None],
-        shaper: Shaper | None,
-    ) -> None:
-        """Samples all ``requests`` at once, calling ``finish`` as each one ends."""
-        model = self._opened()
-        stop_ids = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *self._eos)
-        stops = torch.tensor(stop_ids, dtype=torch.long, device=model.device)
-        uniform = uniforms([request.seed for request in requests], sampling.max_tokens).to(model.device)
+    def _add(self, number: int, request: Request) -> None:
+        self._opened()
+        self._waiting[number] = request
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._waiting.pop(number, None)
+        self._rounds = [each for each in self._rounds if self._in_flight.keys() & each.requests.keys()]
+
+    def _advance(self) -> None:
+        """A token of each request of the newest round; there is another one only if a shaper generates, too."""
+        now = self._rounds.pop() if self._rounds else self._next_round()
+        try:
+            over = next(now.tokens, None) is None
+        except Exception as error:  # told to those who asked
+            for number in self._in_flight.keys() & now.requests.keys():
+                self._fail(number, error)
+            return
+        if not over:
+            self._rounds.append(now)
+
+    def _next_round(self) -> Round:
+        """Takes requests of equal terms out of those that wait, the shortest first: neighbours need little padding."""
+        first = next(iter(self._waiting.values()))
+        fitting = {
+            number: request
+            for number, request in self._waiting.items()
+            if request.sampling == first.sampling and request.shaper is first.shaper
+        }
+        chosen = sorted(fitting, key=lambda number: len(fitting[number].prompt))[: self._max_concurrent]
+        requests = {number: self._waiting.pop(number) for number in chosen}
+        return Round(requests, self._sample(requests))
+
+    def _sample(self, requests: Mapping[int, Request]) -> Iterator[int]:
+        """Samples ``requests`` of equal terms at once; yields how many tokens each has."""
+        model, numbers, wanted = self._opened(), [*requests], [*requests.values()]
+        sampling, shaper = wanted[0].sampling, wanted[0].shaper
+        stops = torch.tensor(stop_ids(sampling, self._eos), dtype=torch.long, device=model.device)
+        uniform = uniforms([request.seed for request in wanted], sampling.max_tokens).to(model.device)
         processors = filters(sampling)
-        tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=model.device)
-        logps = torch.zeros(len(requests), sampling.max_tokens, device=model.device)
-        batch = Running.start(model, requests, sampling.max_tokens)
+        tokens = torch.zeros(len(wanted), sampling.max_tokens, dtype=torch.long, device=model.device)
+        logps = torch.zeros(len(wanted), sampling.max_tokens, device=model.device)
+        streams = any(request.stream for request in wanted)
+        batch = Running.start(model, wanted, sampling.max_tokens)
         for column in range(sampling.max_tokens):
-            logits = batch.logits if shaper is None else batch.shaped(shaper, requests, tokens[:, :column], sampling)
+            logits = batch.logits if shaper is None else batch.shaped(shaper, wanted, tokens[:, :column], sampling)
             drawn, logp = draw(logits, uniform[batch.rows, column], sampling.temperature, processors)
             tokens[batch.rows, column], logps[batch.rows, column] = drawn, logp
             stopped = torch.isin(drawn, stops)
             ended = batch.running & (stopped | (column + 1 == sampling.max_tokens))
+            if streams:
+                ended |= self._gone(batch, numbers)
+            told = batch.running if streams else ended
+            if told.any():
+                places = (numbers, batch.rows[told].tolist(), column)
+                self._report(*places, tokens, logps, stopped[told].tolist(), ended[told].tolist())
             if ended.any():
-                which = batch.rows[ended]
-                found = zip(tokens[which, : column + 1].tolist(), logps[which, : column + 1].tolist(), strict=True)
-                for row, stop, (ids, values) in zip(which.tolist(), stopped[ended].tolist(), found, strict=True):
-                    reason = Finish.STOPPED if stop else Finish.LENGTH
-                    finish(requests[row], Completion(ids, values, reason, self.version))
                 batch.running &= ~ended
                 if not batch.running.any():
                     return
                 drawn = batch.compact(drawn)
             batch.advance(model, drawn)
+            yield column + 1
+
+    def _gone(self, batch: Running, numbers: Sequence[int]) -> Bool[Tensor, " B"]:
+        """Which running rows nobody waits for any more."""
+        gone = [numbers[row] not in self._in_flight for row in batch.rows.tolist()]
+        return batch.running & torch.tensor(gone, device=batch.running.device)
+
+    def _report(
+        self,
+        numbers: Sequence[int],
+        rows: Sequence[int],
+        column: int,
+        tokens: Int[Tensor, "N columns"],
+        logps: Float[Tensor, "N columns"],
+        stopped: Sequence[bool],
+        ended: Sequence[bool],
+    ) -> None:
+        """Tells of the tokens of rows: of the last one to those that stream, of all to those that have ended."""
+        for row, stop, end in zip(rows, stopped, ended, strict=True):
+            flight = self._in_flight.get(numbers[row])
+            if flight is None or not (end or flight.request.stream):
+                continue
+            new = slice(column if flight.request.stream else 0, column + 1)
+            finish = (Finish.STOPPED if stop else Finish.LENGTH) if end else None
+            self._grow(numbers[row], tokens[row, new].tolist(), logps[row, new].tolist(), finish)
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One completion to be sampled."""
+class Round:
+    """Requests that are sampled together."""
 
-    prompt: int
-    sample: int
-    tokens: Sequence[int]
-    seed: int
+    requests: Mapping[int, Request]  # by number
+    tokens: Iterator[int]  # draws one for each
 
 
 @dataclass(slots=True)
@@ -181,13 +204,13 @@ class Running:
     @staticmethod
     def start(model: PreTrainedModel, requests: Sequence[Request], max_tokens: int) -> Running:
         """Reads the prompts, each once, and gives every request its copy of the keys and values."""
-        distinct = {request.prompt: request.tokens for request in requests}
-        length = torch.tensor([len(prompt) for prompt in distinct.values()])
+        distinct = list(dict.fromkeys(tuple(request.prompt) for request in requests))
+        length = torch.tensor([len(prompt) for prompt in distinct])
         padding = length.max() - length
         cache = growing_cache(model.config)
-        logits = _read(model, list(distinct.values()), cache)
+        logits = _read(model, distinct, cache)
         row = {prompt: row for row, prompt in enumerate(distinct)}
-        source = torch.tensor([row[request.prompt] for request in requests])
+        source = torch.tensor([row[tuple(request.prompt)] for request in requests])
         if len(distinct) < len(requests):
             cache.batch_select_indices(source.to(model.device))
         columns = torch.arange(int(length.max()) + max_tokens)
@@ -207,10 +230,11 @@ class Running:
         """Logits whose softmax at the temperature is the shaper's law; those of ended rows are as they were."""
         temperature = sampling.temperature or 1.0
         which = self.rows[self.running]
-        rows = []
-        for row, ids in zip(which.tolist(), sampled[which].tolist(), strict=True):
-            request = requests[row]
-            rows.append(Row(request.prompt, request.sample, len(request.tokens), [*request.tokens, *ids]))
+        going = [requests[row] for row in which.tolist()]
+        rows = [
+            Row(*request.place, len(request.prompt), [*request.prompt, *ids])
+            for request, ids in zip(going, sampled[which].tolist(), strict=True)
+        ]
         logits = self.logits.float().clone()  # what a forward pass returned may not be written to
         logps = shaper((logits[self.running] / temperature).log_softmax(-1), rows)
         logits[self.running] = temperature * logps.to(logits)

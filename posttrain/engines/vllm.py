@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import gc
 import logging
 import os
@@ -22,15 +23,15 @@ from torch import Tensor
 
 from posttrain.batch import Finish
 from posttrain.engines import vllm_cpu
-from posttrain.engines.base import Completion, OnCompletion, Sampling, Shaper, sample_seed
+from posttrain.engines.base import Request, Sampling
 from posttrain.engines.process_group import engine_world
-from posttrain.engines.requests import check_prompts, check_shaper, end_of_sequence_ids
+from posttrain.engines.requests import end_of_sequence_ids, stop_ids
+from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.outputs import RequestOutput
 
 FINISH = {"stop": Finish.STOPPED, "length": Finish.LENGTH}
 OWN_ARGUMENTS = frozenset(
@@ -40,7 +41,7 @@ OWN_ARGUMENTS = frozenset(
 )
 
 
-class VllmEngine:
+class VllmEngine(SteppingEngine):
     """Continuous batching with a cache of shared prefixes: vLLM (Kwon et al. 2023, arXiv:2309.06180).
 
     In a run of several processes each rank has an engine of its own, on the CUDA device that is current when it is
@@ -78,12 +79,9 @@ class VllmEngine:
         trust_remote_code: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        self.version = 0
-        self._max_model_len = max_model_len
+        super().__init__(max_model_len=max_model_len, seed=seed)
         source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._eos = end_of_sequence_ids(model, **source)
-        self._fresh_seeds = random.Random(seed)
-        self._serial = 0  # of requests: vLLM wants their names unique
         arguments: dict[str, Any] = {
             **source,
             "dtype": dtype,
@@ -99,50 +97,6 @@ class VllmEngine:
         with _surroundings_kept(), engine_world():
             self._llm: Any = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
         self._model: Any = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        n: int = 1,
-        *,
-        seeds: Sequence[int] | None = None,
-        on_completion: OnCompletion | None = None,
-        shaper: Shaper | None = None,
-    ) -> list[list[Completion]]:
-        """See :meth:`posttrain.engines.base.ShapingEngine.generate`."""
-        check_prompts(prompts, sampling.max_tokens, self._max_model_len)
-        check_shaper(shaper, sampling)
-        if seeds is None:
-            seeds = [self._fresh_seeds.getrandbits(63) for _ in prompts]
-        engine = self._opened().llm_engine
-        params = sampling_params(sampling, self._eos)
-        shaping = None if shaper is None else vllm_shaping().register(shaper)
-        pending: dict[str, tuple[int, int]] = {}
-        done: list[list[Any]] = [[None] * n for _ in prompts]
-        try:
-            for i, prompt in enumerate(prompts):
-                for j in range(n):
-                    request = self._request_name()
-                    one = _of_one(params, sample_seed(seeds[i], j), shaping, i, j)
-                    engine.add_request(request, {"prompt_token_ids": list(prompt)}, one)
-                    pending[request] = (i, j)
-            while pending:
-                with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws from the global generator, to no effect
-                    outputs = engine.step()
-                if shaping is not None:
-                    vllm_shaping().raise_failure(shaping)
-                for output in outputs:
-                    i, j = pending.pop(output.request_id)
-                    done[i][j] = completion = _completion(output, self.version)
-                    if on_completion is not None:
-                        on_completion(i, j, completion)
-        finally:  # an exception, of a callback for one, must not leave requests behind for the next call
-            if pending:
-                engine.abort_request(list(pending))
-            if shaping is not None:
-                vllm_shaping().forget(shaping)
-        return done
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
@@ -169,9 +123,31 @@ class VllmEngine:
             raise RuntimeError("the engine has been closed")
         return self._llm
 
-    def _request_name(self) -> str:
-        self._serial += 1
-        return str(self._serial)
+    def _add(self, number: int, request: Request) -> None:
+        params = copy.copy(sampling_params(request.sampling, self._eos, request.stream))
+        params.seed = request.seed
+        if request.shaper is not None:
+            params.extra_args = {vllm_shaping().KEY: number}
+            vllm_shaping().shaped[number] = request
+        self._opened().llm_engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, params)
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        self._opened().llm_engine.abort_request([str(number) for number in numbers])
+
+    def _advance(self) -> None:
+        with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws from the global generator, to no effect
+            outputs = self._opened().llm_engine.step()
+        failures = vllm_shaping().failures
+        failed = [number for number in failures if number in self._in_flight]
+        for number in failed:
+            self._fail(number, failures.pop(number))
+        if failed:
+            self._drop(failed)
+        for output in outputs:
+            number, sampled = int(output.request_id), output.outputs[0]
+            if number in self._in_flight:
+                finish = FINISH.get(sampled.finish_reason, Finish.ABORTED) if output.finished else None
+                self._grow(number, list(sampled.token_ids), list(sampled.logprobs.logprobs), finish)
 
 
 def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, cache_mb: int, gpu_memory: float) -> Any:
@@ -217,24 +193,24 @@ def _check_options(options: dict[str, Any]) -> None:
             raise RecipeError(f"engine.options.{name}: vllm.LLM has no such argument{hint}")
 
 
-def sampling_params(sampling: Sampling, eos: Sequence[int]) -> SamplingParams:
+@functools.lru_cache(maxsize=64)
+def sampling_params(sampling: Sampling, eos: tuple[int, ...], stream: bool = False) -> SamplingParams:
     """vLLM's form of ``sampling``, without a seed."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    stops = set(sampling.stop_token_ids) if sampling.ignore_eos else {*sampling.stop_token_ids, *eos}
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         max_tokens=sampling.max_tokens,
-        stop_token_ids=sorted(stops),
+        stop_token_ids=sorted(set(stop_ids(sampling, eos))),
         ignore_eos=True,  # all of them are among the stop tokens
         logprobs=0,  # of the sampled token alone
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -243,21 +219,6 @@ def vllm_shaping() -> Any:
     from posttrain.engines import vllm_shaping
 
     return vllm_shaping
-
-
-def _of_one(params: SamplingParams, seed: int, shaping: int | None, prompt: int, sample: int) -> SamplingParams:
-    """Parameters of one request: with its seed, and where it finds its shaper."""
-    params = copy.copy(params)
-    params.seed = seed
-    if shaping is not None:
-        params.extra_args = {vllm_shaping().KEY: [shaping, prompt, sample]}
-    return params
-
-
-def _completion(output: RequestOutput, version: int) -> Completion:
-    sampled = output.outputs[0]
-    finish = FINISH.get(sampled.finish_reason or "", Finish.ABORTED)
-    return Completion(list(sampled.token_ids), list(sampled.logprobs.logprobs), finish, version)  # type: ignore[union-attr]
 
 
 def parameter_places(model: Any) -> dict[str, Tensor]:

@@ -4,46 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from posttrain.engines.base import Row, Shaper
+from posttrain.engines.base import Request, Row
 
 KEY = "posttrain_shaped"
-"""The request's argument that names its shaper and its row: ``[number, prompt, sample]``."""
+"""The argument of a vLLM request that holds the number of ours."""
 
-_active: dict[int, Shaper] = {}  # of the calls of `generate` in progress; engines live in this process
-_failures: dict[int, Exception] = {}  # what a shaper raised: vLLM would dump its whole state on an error
+shaped: WeakValueDictionary[int, Request] = WeakValueDictionary()
+"""Requests with a shaper, as long as their engine holds them; engines live in this process."""
 
-
-def register(shaper: Shaper) -> int:
-    """A number under which requests find the shaper, until :func:`forget`."""
-    number = max(_active, default=0) + 1
-    _active[number] = shaper
-    return number
+failures: dict[int, Exception] = {}
+"""What shapers have raised, by request: vLLM would dump its whole state on an error."""
 
 
-def raise_failure(number: int) -> None:
-    """Raises what the shaper has raised since the last call, if it has."""
-    if number in _failures:
-        raise _failures.pop(number)
+class _Slot(NamedTuple):
+    """A row of vLLM's batch."""
 
-
-def forget(number: int) -> None:
-    """The shaper's requests have ended."""
-    del _active[number]
-    _failures.pop(number, None)
-
-
-class _Request(NamedTuple):
-    shaper: int
-    prompt: int
-    sample: int
-    temperature: float
-    prompt_tokens: Sequence[int]
+    number: int
     sampled: Sequence[int]  # vLLM's own list, which grows
 
 
@@ -54,7 +37,7 @@ class ShapingProcessor(LogitsProcessor):
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._requests: dict[int, _Request] = {}  # by row of the batch
+        self._slots: dict[int, _Slot] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -63,33 +46,38 @@ class ShapingProcessor(LogitsProcessor):
         if batch_update is None:
             return
         for row in batch_update.removed:
-            self._requests.pop(row, None)
-        for row, params, prompt, sampled in batch_update.added:
-            self._requests.pop(row, None)
+            self._slots.pop(row, None)
+        for row, params, _, sampled in batch_update.added:
+            self._slots.pop(row, None)
             arguments = params.extra_args or {}
             if KEY in arguments:
-                shaper, at, sample = arguments[KEY]
-                temperature = params.temperature or 1.0
-                self._requests[row] = _Request(shaper, at, sample, temperature, prompt or [], sampled)
+                self._slots[row] = _Slot(arguments[KEY], sampled)
         for source, target, direction in batch_update.moved:
-            moved, replaced = self._requests.pop(source, None), self._requests.pop(target, None)
+            moved, replaced = self._slots.pop(source, None), self._slots.pop(target, None)
             if moved is not None:
-                self._requests[target] = moved
+                self._slots[target] = moved
             if replaced is not None and direction == MoveDirectionality.SWAP:
-                self._requests[source] = replaced
+                self._slots[source] = replaced
 
     def apply(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        for number in {request.shaper for request in self._requests.values()} & _active.keys() - _failures.keys():
-            rows = [row for row, request in self._requests.items() if request.shaper == number]
+        groups: dict[int, list[tuple[int, Request, Sequence[int]]]] = {}  # rows by shaper
+        for row, slot in self._slots.items():
+            request = shaped.get(slot.number)
+            if request is not None and slot.number not in failures:
+                groups.setdefault(id(request.shaper), []).append((row, request, slot.sampled))
+        for group in groups.values():
             try:
-                self._shape(logits, rows, _active[number])
+                _shape(logits, group)
             except Exception as error:
-                _failures[number] = error
+                failures.update((self._slots[row].number, error) for row, _, _ in group)
         return logits
 
-    def _shape(self, logits: Float[Tensor, "B V"], rows: Sequence[int], shaper: Shaper) -> None:
-        requests = [self._requests[row] for row in rows]
-        index = torch.tensor(rows, device=logits.device)
-        temperature = torch.tensor([request.temperature for request in requests], device=logits.device)[:, None]
-        described = [Row(r.prompt, r.sample, len(r.prompt_tokens), [*r.prompt_tokens, *r.sampled]) for r in requests]
-        logits[index] = temperature * shaper((logits[index] / temperature).log_softmax(-1), described).to(logits)
+
+def _shape(logits: Float[Tensor, "B V"], group: Sequence[tuple[int, Request, Sequence[int]]]) -> None:
+    """Shapes rows that have one shaper, in place."""
+    index = torch.tensor([row for row, _, _ in group], device=logits.device)
+    temperature = torch.tensor([request.sampling.temperature or 1.0 for _, request, _ in group], device=logits.device)
+    temperature, shaper = temperature[:, None], group[0][1].shaper
+    rows = [Row(*request.place, len(request.prompt), [*request.prompt, *sampled]) for _, request, sampled in group]
+    assert shaper is not None
+    logits[index] = temperature * shaper((logits[index] / temperature).log_softmax(-1), rows).to(logits)

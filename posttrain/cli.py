@@ -1,4 +1,4 @@
-"""The command line: ``posttrain train | eval | label | decode | show FILE [--key.path=value]...``."""
+"""The command line: ``posttrain train | eval | label | decode | iterate | show FILE [--key.path=value]...``."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("recipe", type=Path, help="YAML file")
     decode = commands.add_parser("decode", help="complete prompts with a decoder, as in recipes/decode", **common)
     decode.add_argument("recipe", type=Path, help="YAML file")
+    iterate = commands.add_parser("iterate", help="run recipes that feed each other, as in recipes/iterate", **common)
+    iterate.add_argument("recipe", type=Path, help="YAML file")
+    iterate.add_argument("--resume", action="store_true", help="go on with what is in the folder")
     show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
     show.add_argument("recipe", type=Path, help="YAML file")
     return parser
@@ -122,4 +125,15 @@ def _decode(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "label": _label, "decode": _decode, "show": _show}
+def _iterate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from posttrain.quiet import quiet
+
+    quiet()
+    from posttrain.iterate import run_iterate
+
+    run_iterate(options.recipe, overrides, resume=options.resume)
+    return 0
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "label": _label, "decode": _decode, "iterate": _iterate, "show": _show}

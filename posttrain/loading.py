@@ -277,8 +277,15 @@ class _Reader:
         of_parts = [name for name in inner_slots(target) if name in given]
         plain = {name: value for name, value in given.items() if name not in of_parts}
         for name in local_options(target):
-            if isinstance(value := plain.get(name), str):
+            value = plain.get(name)
+            if isinstance(value, str):
                 plain[name] = self._local_path((*location, name), value)
+            elif isinstance(value, list):
+                places = [(*location, name, index) for index in range(len(value))]
+                plain[name] = [
+                    self._local_path(place, each) if isinstance(each, str) else each
+                    for place, each in zip(places, value, strict=True)
+                ]
         passed = [*_passed(slot, target), *of_parts]
         checked, problems = check_options(target, plain, passed, beside=slot.settings, complete=slot_name != "verify")
         self.problems.extend(((*location, *at), message) for at, message in problems)

@@ -223,13 +223,14 @@ def _kind(data: Any) -> str:
 
 
 def merge(base: Document, top: Document, replaces: Callable[[Location, Mapping[str, Any]], bool]) -> Document:
-    """``top`` over ``base``: mappings are merged key by key, everything else is replaced.
+    """``top`` over ``base``: mappings are merged key by key, an empty one empties, everything else is replaced.
 
     ``replaces(location, mapping)`` says of a mapping of ``top`` that it replaces the base's as a whole.
     """
 
     def join(location: Location, under: Any, over: Any) -> Any:
-        if not (isinstance(under, dict) and isinstance(over, dict)) or replaces(location, over):
+        emptied = over == {} and location != ()
+        if not (isinstance(under, dict) and isinstance(over, dict)) or emptied or replaces(location, over):
             return over
         return under | {key: join((*location, key), under.get(key), value) for key, value in over.items()}
 

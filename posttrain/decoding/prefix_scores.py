@@ -124,9 +124,18 @@ class NextTokenSum(Sum):
         return torch.stack(vectors).sum(0)
 
 
+class CandidateSum(Sum):
+    """A sum of scores of which each gives one-token extensions in its own cheapest way."""
+
+    def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """See :class:`posttrain.decoding.prefixes.CandidateScore`."""
+        values = [weight * next_scores(score, prefixes, candidates).cpu() for weight, score in self.terms]
+        return torch.stack(values).sum(0)
+
+
 def weighted_sum(*terms: tuple[float, PrefixScore]) -> Sum:
     """The sum of weighted scores; it emits vocabulary vectors if all of them do."""
-    return (NextTokenSum if all(isinstance(score, NextTokenScore) for _, score in terms) else Sum)(terms)
+    return (NextTokenSum if all(isinstance(score, NextTokenScore) for _, score in terms) else CandidateSum)(terms)
 
 
 @dataclass(frozen=True)

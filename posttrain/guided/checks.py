@@ -61,7 +61,10 @@ def named_models(part: Any, place: Location = ("decoder",)) -> Iterator[tuple[Lo
     """The models that a decoder and the parts in it name, with where they do."""
     for name in local_options(part.target):
         if (model := part.every_option.get(name)) is not None:
-            yield (*place, name), model
+            if isinstance(model, str):
+                yield (*place, name), model
+            else:
+                yield from (((*place, name, index), each) for index, each in enumerate(model))
     for name, value in part.options.items():
         several = value if isinstance(value, tuple) else (value,)
         for index, inner in enumerate(several):

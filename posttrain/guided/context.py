@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.engines import make_engine
+from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.inner import Inner, LocalPath
+from posttrain.options import EngineOptions
 
 ModelPath = Annotated[str, LocalPath()]
 """Hub name or local folder."""
@@ -56,6 +60,22 @@ class DecoderContext:
     device: torch.device  # where models that score live
     dtype: torch.dtype = torch.float32  # their weights'
     models: dict[tuple[str, str], nn.Module] = field(default_factory=dict)  # loaded ones, by kind and path
+    engine: Engine | None = None  # the one that is guided
+    engines: dict[str, Engine] = field(default_factory=dict)  # of other models, by path
+
+    def on(self, engine: Engine) -> DecoderContext:
+        """The same for a decoder on this engine; models are shared."""
+        return replace(self, engine=engine)
+
+    def engine_of(self, model: str, use: Literal["auto", "vllm", "transformers"]) -> Engine:
+        """An engine that samples from another model of the same vocabulary; it goes when the guided one does."""
+        if model not in self.engines:
+            room: Any = self.engine
+            dtype = str(self.dtype).removeprefix("torch.")
+            made = make_engine(model, EngineOptions(use=use), dtype=dtype, max_model_len=room.max_model_len)
+            weakref.finalize(room, made.close)
+            self.engines[model] = made
+        return self.engines[model]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Token ids to text, special tokens left out."""

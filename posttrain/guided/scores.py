@@ -9,11 +9,12 @@ from posttrain.decoding import prefix_scores
 from posttrain.decoding.cached_values import value_score
 from posttrain.decoding.model_scores import Law, LogRatio, ValueScore, model_law
 from posttrain.decoding.prefixes import PrefixScore
+from posttrain.engines.base import Sampling
 from posttrain.errors import RecipeError
-from posttrain.guided.context import DecoderContext, ModelPath, Score
+from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, Score
 from posttrain.implicit_values import ImplicitValue
 from posttrain.models import load_model
-from posttrain.parts.ranges import NonNegative
+from posttrain.parts.ranges import NonNegative, Positive, PositiveCount
 from posttrain.value_checkpoints import load_value
 
 
@@ -30,6 +31,23 @@ def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:
     if isinstance(loaded, ImplicitValue):
         return ValueScore(loaded, kind=loaded.spec.kind, beta=loaded.spec.beta, scale=loaded.spec.scale)
     return value_score(loaded)
+
+
+def values(context: DecoderContext, *, models: tuple[ModelPath, ...]) -> PrefixScore:
+    """Σ_k V_k of value models of several rounds, each learned on top of those before it: an anchor that moves.
+
+    π_k(a | s) ∝ π_(k-1)(a | s) exp(λ V_k(s a)) = p0(a | s) exp(λ Σ_j≤k V_j(s a)). Liu et al. 2025 (IVO), algorithm 1,
+    arXiv:2503.02368.
+
+    Args:
+        models: hub names or local folders.
+
+    Raises:
+        RecipeError: for none.
+    """
+    if not models:
+        raise RecipeError("decoder: values needs `models`, one at least")
+    return prefix_scores.weighted_sum(*((1.0, value(context, model=model)) for model in models))
 
 
 def log_ratio(
@@ -56,6 +74,56 @@ def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:
     source = options.Policy(model=model)
     loaded = context.loaded("language", model, lambda: load_model(source, dtype=context.dtype, place=place))
     return model_law(loaded)
+
+
+def rollout(
+    context: DecoderContext,
+    *,
+    reward: Score,
+    max_tokens: PositiveCount,
+    model: ModelPath | None = None,
+    n: PositiveCount = 1,
+    horizon: PositiveCount | None = None,
+    temperature: NonNegative = 1.0,
+    tilt: OptionalScore = None,
+    kind: Literal["mean", "soft", "max"] = "mean",
+    beta: Positive | None = None,
+    engine: Literal["auto", "vllm", "transformers"] = "auto",
+) -> PrefixScore:
+    """Q(s) = Σ_j w_j r_j / Σ_j w_j over n completions of the prefix, with w_j = exp(tilt_j), or 1 without a tilt.
+
+    TQ*, Chakraborty et al. 2024, arXiv:2405.20495; one greedy completion is SVDD-PM's guess, Li et al. 2024,
+    arXiv:2408.08252. See :class:`posttrain.decoding.prefix_scores.RolloutScore`.
+
+    Args:
+        reward: of completions: a score such as that of a reward model.
+        max_tokens: longest completion, of which the prefix is a part: the recipe's ``sampling.max_tokens``.
+        model: rolls out; default: the policy, on its own engine. Its vocabulary must be the policy's.
+        n: completions of a prefix.
+        horizon: tokens after which a rollout is scored as it is; TQ*'s code takes 20.
+        temperature: of the rollouts; 0 is greedy.
+        tilt: log of a completion's weight, where the rollouts are of another policy than the one whose value is meant.
+        kind: ``soft`` is β log Σ w exp(r / β) / Σ w, ``max`` the largest reward.
+        beta: temperature of ``soft``, in units of reward.
+        engine: of ``model``.
+
+    Raises:
+        RecipeError: for a soft value without ``beta``, or where there is no engine to roll out with.
+    """
+    if kind == "soft" and beta is None:
+        raise RecipeError("decoder: a rollout of kind soft needs `beta`, its temperature in units of reward")
+    if context.engine is None:
+        raise RecipeError("decoder: a rollout needs the engine of a decoder such as shaped, population or tree")
+    return prefix_scores.RolloutScore(
+        engine=context.engine if model is None else context.engine_of(model, engine),
+        reward=reward(context),
+        sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
+        n=n,
+        horizon=horizon,
+        tilt=None if tilt is None else tilt(context),
+        kind=kind,
+        beta=beta,
+    )
 
 
 def path_logp(

@@ -31,7 +31,7 @@ from posttrain.parts.credit import (
     valid_rows,
 )
 from posttrain.parts.ranges import Fraction, NonNegative, Positive
-from posttrain.parts.ratio import needed
+from posttrain.parts.ratio import log_ratio, needed
 
 Backup = Literal["mean", "soft", "max", "greedy"]
 Reduction = Literal["mean", "min", "max", "mean_minus_std"]
@@ -120,6 +120,27 @@ def lambda_return(
         seen = rewards + value.where(cut, 0.0)
         terms, decay = (1 - lambdas) * at_state(value, batch.mask) + lambdas * seen, lambdas
     return _at_states(accumulate(terms.where(batch.mask, 0.0), batch.mask, decay.squeeze(-1)), batch, truncated)
+
+
+def soft_return(batch: Batch, *, beta: Positive = 0.5, truncated: Truncated = "end") -> Float[Tensor, "N L"]:
+    """The reward less what the policy that sampled pays, in KL, for what it does from the state on.
+
+    G_t = r_t + G_t' - β (log μ(y_t) - log π_ref(y_t)), with μ the law that the token was drawn from
+
+    Its mean is the soft value of μ against the reference policy; where μ ∝ π_ref exp(V / β) with V the values learned
+    from the samples before, that is soft policy iteration (Haarnoja et al. 2018, arXiv:1801.01290), which for
+    completions of T tokens is at the tilted law π_ref exp(reward / β) / Z after T rounds. A third anchor for IVO, Liu
+    et al. 2025, arXiv:2503.02368, and the only one that ends there. μ = π_ref gives ``lambda_return`` with λ = 1.
+
+    Args:
+        beta: temperature, in units of reward; guide with ``strength`` 1 / β.
+        truncated: ``end`` takes a completion that was cut off as ended; ``bootstrap`` teaches nothing about what would
+            have followed, so such completions have no target.
+    """
+    paid = beta * log_ratio(batch.logp_sampler, needed(batch, "logp_ref"), batch.mask).double()
+    returns = accumulate((token_rewards(batch) - paid).where(batch.mask, 0.0), batch.mask, 1.0)
+    cut = open_ended(batch, truncated).any(-1, keepdim=True)
+    return _at_states(returns, batch, truncated).where(~cut, torch.nan)
 
 
 def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> Float[Tensor, "N L"]:

@@ -31,8 +31,9 @@ from posttrain.parts.credit import (
 from posttrain.parts.ranges import BelowHalf, Fraction, NonNegative, OpenFraction, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
-SOFT = frozenset({"soft_path", "contrastive_twist", "noise_contrastive"})
-"""Losses whose minimum is a soft value at the temperature of their option ``beta``, whatever the target's kind."""
+SOFT = frozenset({"soft_path", "contrastive_twist", "noise_contrastive", "soft_return"})
+"""Losses whose minimum is a soft value at the temperature of their option ``beta``, whatever the target's kind; and the
+target of that name."""
 
 
 # ---- of a number ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""What the rounds of an outer loop came to: metrics of each stage, a table by round, and a picture of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from posttrain.decode import MEANS
+from posttrain.report.plots import DARK, STYLE
+from posttrain.tracking import read_metrics
+
+TAIL = 10
+"""Steps at the end of a training run whose mean is its metric."""
+
+Rounds = Mapping[int, Mapping[str, Mapping[str, float]]]
+"""Round -> stage -> metrics."""
+
+
+def stage_metrics(kind: str, folder: Path) -> dict[str, float]:
+    """The numbers that a stage left in its folder.
+
+    train: means over the last ``TAIL`` steps; of ``eval/*``, the last. decode: means over completions. label: the
+    number of ``rows``. eval: every number of the report, by its path: ``calibration.error``.
+    """
+    if kind == "train":
+        return _of_run(folder)
+    if kind == "eval":
+        return dict(_numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
+    file = folder / ("completions.jsonl" if kind == "decode" else "labels.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    means = {name: _mean(row.get(name) for row in rows) for name in ("score", *MEANS)} if kind == "decode" else {}
+    return {name: value for name, value in means.items() if value is not None} | {"rows": float(len(rows))}
+
+
+def _of_run(folder: Path) -> dict[str, float]:
+    lines = [line for line in read_metrics(folder, timing=False) if line["step"]]
+    names = dict.fromkeys(name for line in lines for name in line if name != "step")
+    found = {}
+    for name in names:
+        values = [value for line in lines if (value := line.get(name)) is not None]
+        if values:
+            found[name] = float(values[-1]) if name.startswith("eval/") else fmean(values[-TAIL:])
+    return found
+
+
+def _mean(values: Iterator[Any]) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _numbers(report: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(report, dict):
+        for name, value in report.items():
+            yield from _numbers(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(report, int | float) and not isinstance(report, bool) and math.isfinite(report):
+        yield path, float(report)
+
+
+def column(source: str, rounds: Rounds) -> dict[int, float]:
+    """A stage's metric by round, in the rounds that have it."""
+    stage, _, metric = source.partition(".")
+    return {number: of[stage][metric] for number, of in rounds.items() if metric in of.get(stage, {})}
+
+
+def rounds_table(columns: Mapping[str, str], rounds: Rounds, console: Console | None = None) -> None:
+    """Prints a row a round; what a column asks for and no round has is told with the names that there are."""
+    console = console or Console()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("round", *columns):
+        table.add_column(name)
+    values = {name: column(source, rounds) for name, source in columns.items()}
+    for number in sorted(rounds):
+        cells = [f"{values[name][number]:.4g}" if number in values[name] else "-" for name in columns]
+        table.add_row(str(number), *cells)
+    console.print(table)
+    for name, source in columns.items():
+        stage = source.partition(".")[0]
+        if rounds and not values[name]:
+            known = sorted({metric for of in rounds.values() for metric in of.get(stage, {})})
+            print(f"table.{name}: no round has {source!r}; {stage} has {', '.join(known)}")
+
+
+def draw_rounds(columns: Mapping[str, str], rounds: Rounds, file: Path) -> None:
+    """A panel for each column, rounds from left to right."""
+    with plt.rc_context(STYLE | {"figure.figsize": (3.2 * len(columns), 2.8)}):
+        figure, panels = plt.subplots(1, len(columns), squeeze=False)
+        for axes, (name, source) in zip(panels[0], columns.items(), strict=True):
+            points = column(source, rounds)
+            axes.plot(list(points), list(points.values()), marker="o", color=DARK)
+            axes.set(title=name, xlabel="round", xticks=sorted(rounds))
+        figure.savefig(file)
+        plt.close(figure)

@@ -10,8 +10,10 @@ proposition 3.3, arXiv:2404.17546); with a mean value it is not.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -22,7 +24,8 @@ from posttrain.decoding.base import Decoder
 from posttrain.decoding.kl import token_kl
 from posttrain.decoding.prefix_scores import next_scores
 from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore
-from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
+from posttrain.engines.base import Completion, OnCompletion, Progress, Request, Row, Sampling, ShapingEngine
+from posttrain.engines.stepping import SteppingEngine
 
 Rest = Literal["drop", "mean", "state", "residual"]
 
@@ -92,6 +95,9 @@ class Shaped(Decoder):
         self.engine, self.score, self.strength, self.every = engine, score, strength, every
         self.k, self.head = k, head
         self.rest: Rest = rest
+        self._stream = _Call(self)
+        self._shaper = self._stream.shape  # one object: engines hand its rows over together
+        self._places = itertools.count()
 
     def generate(
         self,
@@ -135,6 +141,35 @@ class Shaped(Decoder):
                 done[i] = completion
         return done  # type: ignore[return-value]
 
+    def submit(self, request: Request, *, strength: float | None = None) -> int:
+        """See :meth:`posttrain.engines.stepping.SteppingEngine.submit`; the engine's ``step`` and ``abort`` serve both.
+
+        Requests of different strengths are scored together, each tilted by its own.
+
+        Args:
+            strength: instead of the decoder's.
+
+        Raises:
+            TypeError: for an engine that does not take requests one by one.
+        """
+        if not isinstance(self.engine, SteppingEngine):
+            raise TypeError(f"a {type(self.engine).__name__} does not take requests one by one")
+        place = next(self._places), 0
+
+        def tell(progress: Progress) -> None:
+            if progress.completion is not None:
+                measured = self._stream.measured(*place, progress.completion)
+                progress = dataclasses.replace(progress, completion=measured)
+            if progress.ended:
+                self._stream.rows.pop(place)
+            request.tell(progress)
+
+        own = dataclasses.replace(request, shaper=self._shaper, place=place, tell=tell)
+        number = self.engine.submit(own)
+        strength = self.strength if strength is None else strength
+        self._stream.rows[place] = _Path(start=len(request.prompt), strength=strength)
+        return number
+
     def _generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -146,7 +181,11 @@ class Shaped(Decoder):
         *,
         forced: Sequence[Sequence[int]] | None,
     ) -> list[list[Completion]]:
-        call = _Call(self, prompts, starts, forced)
+        starts = [len(prompt) for prompt in prompts] if starts is None else starts
+        call = _Call(self)
+        for i, start in enumerate(starts):
+            for j in range(n):
+                call.rows[i, j] = _Path(start, self.strength, None if forced is None else forced[i])
 
         def report(prompt: int, sample: int, completion: Completion) -> None:
             if on_completion is not None:
@@ -155,83 +194,91 @@ class Shaped(Decoder):
         outputs = self.engine.generate(prompts, sampling, n, seeds=seeds, on_completion=report, shaper=call.shape)
         return [[call.measured(i, j, c) for j, c in enumerate(group)] for i, group in enumerate(outputs)]
 
-    def law(self, logp0: Float[Tensor, "B V"], prefixes: Sequence[Prefix]) -> tuple[Float[Tensor, "B V"], int]:
-        """The shaped law of the next token, and how many prefixes were scored."""
+    def law(
+        self, logp0: Float[Tensor, "B V"], prefixes: Sequence[Prefix], strength: Float[Tensor, " B"] | None = None
+    ) -> tuple[Float[Tensor, "B V"], int]:
+        """The shaped law of the next token, and how many prefixes were scored.
+
+        Args:
+            strength: of each row; default: the decoder's.
+        """
+        each = logp0.new_full((len(prefixes),), self.strength) if strength is None else strength
         if self.k is None and self.head is None and isinstance(self.score, NextTokenScore):
             values = self.score.score_next(prefixes).to(logp0)
-            return (logp0 + self.strength * values).log_softmax(-1), len(prefixes)
+            return (logp0 + each[:, None] * values).log_softmax(-1), len(prefixes)
         candidates, valid = choose_candidates(logp0, k=self.k, head=self.head)
         values = next_scores(self.score, prefixes, candidates).to(logp0)
         scored = len(prefixes) if isinstance(self.score, NextTokenScore) else candidates.numel()
         state = None
         if self.rest in ("state", "residual"):
-            state = self.strength * self.score.score(prefixes).to(logp0)
+            state = each * self.score.score(prefixes).to(logp0)
             scored += len(prefixes)
-        return shaped_law(logp0, candidates, self.strength * values, valid, rest=self.rest, state=state), scored
+        return shaped_law(logp0, candidates, each[:, None] * values, valid, rest=self.rest, state=state), scored
+
+
+@dataclass(slots=True)
+class _Path:
+    """What is remembered of one row; engines may ask for the same position twice."""
+
+    start: int  # length of the prompt, where the row's own prompt is a prefix
+    strength: float
+    forced: Sequence[int] | None = None  # the only tokens that may be drawn
+    kl: dict[int, float] = field(default_factory=dict)  # by position
+    scored: dict[int, int] = field(default_factory=dict)
+    logps: dict[int, tuple[float, float]] = field(default_factory=dict)  # of tokens, under the base and shaped laws
+    last: tuple[int, Float[Tensor, " V"], Float[Tensor, " V"]] | None = None  # position and both laws
+
+    def settle(self, tokens: Sequence[int]) -> None:
+        """Notes the log-probs of the token that was drawn since the last law."""
+        if self.last is not None and self.last[0] < len(tokens):
+            position, base, shaped = self.last
+            self.logps[position] = float(base[tokens[position]]), float(shaped[tokens[position]])
 
 
 class _Call:
-    """What one call of ``generate`` remembers of its rows; engines may ask for the same position twice."""
+    """The shaper of rows that are known by prompt and sample."""
 
-    def __init__(
-        self,
-        decoder: Shaped,
-        prompts: Sequence[Sequence[int]],
-        starts: Sequence[int] | None,
-        forced: Sequence[Sequence[int]] | None,
-    ) -> None:
-        self.decoder, self.forced = decoder, forced
-        self.starts = starts or [len(prompt) for prompt in prompts]
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.kl: dict[tuple[int, int], dict[int, float]] = {}
-        self.scored: dict[tuple[int, int], dict[int, int]] = {}
-        self.path: dict[tuple[int, int], dict[int, tuple[float, float]]] = {}  # base and shaped log-probs of tokens
-        self.last: dict[tuple[int, int], tuple[int, Float[Tensor, " V"], Float[Tensor, " V"]]] = {}
+    def __init__(self, decoder: Shaped) -> None:
+        self.decoder = decoder
+        self.rows: dict[tuple[int, int], _Path] = {}
 
     def shape(self, logp0: Float[Tensor, "B V"], rows: Sequence[Row]) -> Float[Tensor, "B V"]:
+        paths = [self.rows[row.prompt, row.sample] for row in rows]
         positions = [len(row.tokens) - row.start for row in rows]
-        for row in rows:
-            self._settle((row.prompt, row.sample), row.tokens[row.start :])
+        for path, row in zip(paths, rows, strict=True):
+            path.settle(row.tokens[row.start :])
         shaped = logp0.clone()
-        generated = [len(row.tokens) - self.starts[row.prompt] for row in rows]
+        generated = [len(row.tokens) - path.start for path, row in zip(paths, rows, strict=True)]
         now = [index for index, count in enumerate(generated) if count % self.decoder.every == 0]
         cost = [0] * len(rows)
         if now:
-            prefixes = [Prefix(tokens=rows[i].tokens, start=self.starts[rows[i].prompt]) for i in now]
-            shaped[now], scored = self.decoder.law(logp0[now], prefixes)
+            prefixes = [Prefix(tokens=rows[i].tokens, start=paths[i].start) for i in now]
+            strengths = logp0.new_tensor([paths[i].strength for i in now])
+            shaped[now], scored = self.decoder.law(logp0[now], prefixes, strengths)
             for index in now:
                 cost[index] = scored // len(now)
         kl = token_kl(shaped, logp0).tolist()
-        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
-            key = row.prompt, row.sample
-            self.kl.setdefault(key, {})[position] = kl[index]
-            self.scored.setdefault(key, {})[position] = cost[index]
-            self.last[key] = position, logp0[index], shaped[index]
-        if self.forced is None:
+        for index, (path, position) in enumerate(zip(paths, positions, strict=True)):
+            path.kl[position], path.scored[position] = kl[index], cost[index]
+            path.last = position, logp0[index], shaped[index]
+        if paths[0].forced is None:
             return shaped
-        return _only(shaped, [self.forced[row.prompt][position] for row, position in zip(rows, positions, strict=True)])
+        forced = [path.forced or () for path in paths]
+        return _only(shaped, [tokens[position] for tokens, position in zip(forced, positions, strict=True)])
 
     def measured(self, prompt: int, sample: int, completion: Completion) -> Completion:
         """The completion with its numbers; forced ones also get the shaped law's log-probs."""
-        key = prompt, sample
-        self._settle(key, completion.tokens)
-        length = len(completion.tokens)
-        path = [self.path[key][position] for position in range(length)]
+        path = self.rows[prompt, sample]
+        path.settle(completion.tokens)
+        positions = range(len(completion.tokens))
         measured = {
-            "generated": float(length),
-            "scored": float(sum(self.scored[key][position] for position in range(length))),
-            "kl": sum(self.kl[key][position] for position in range(length)),
-            "base_logp": sum(base for base, _ in path),
+            "generated": float(len(positions)),
+            "scored": float(sum(path.scored[position] for position in positions)),
+            "kl": sum(path.kl[position] for position in positions),
+            "base_logp": sum(path.logps[position][0] for position in positions),
         }
-        logps = completion.logps if self.forced is None else [shaped for _, shaped in path]
+        logps = completion.logps if path.forced is None else [path.logps[position][1] for position in positions]
         return dataclasses.replace(completion, logps=logps, measured=measured)
-
-    def _settle(self, key: tuple[int, int], tokens: Sequence[int]) -> None:
-        """Notes the log-probs of the token that was drawn since the last law."""
-        position, base, shaped = self.last.get(key, (len(tokens), None, None))
-        if position < len(tokens) and base is not None and shaped is not None:
-            token = tokens[position]
-            self.path.setdefault(key, {})[position] = float(base[token]), float(shaped[token])
 
 
 def _only(shaped: Float[Tensor, "B V"], tokens: Sequence[int]) -> Float[Tensor, "B V"]:

@@ -232,7 +232,7 @@ class Running:
         which = self.rows[self.running]
         going = [requests[row] for row in which.tolist()]
         rows = [
-            Row(*request.place, len(request.prompt), [*request.prompt, *ids])
+            Row(*request.place, start=len(request.prompt), tokens=[*request.prompt, *ids])
             for request, ids in zip(going, sampled[which].tolist(), strict=True)
         ]
         logits = self.logits.float().clone()  # what a forward pass returned may not be written to

@@ -9,7 +9,8 @@ quickstart: $(INSTALLED)
 	python -m posttrain.quickstart
 
 test: $(INSTALLED)
-	pytest -q
+	pytest -q -n 2 --dist loadfile -m 'not engine'
+	pytest -q -n 2 --dist loadfile -m engine
 
 lint: $(INSTALLED)
 	ruff check .

@@ -127,6 +127,7 @@ def test_make_runs_what_it_says():
         made = subprocess.run(make, cwd=ROOT, env=outer, capture_output=True, text=True, check=True)
         return made.stdout.splitlines()
 
-    assert commands("test") == ["python3 scripts/install.py", "pytest -q"]
+    halves = [f"pytest -q -n 2 --dist loadfile -m {kind}" for kind in ("'not engine'", "engine")]
+    assert commands("test") == ["python3 scripts/install.py", *halves]
     assert commands("quickstart") == ["python3 scripts/install.py", "python -m posttrain.quickstart"]
     assert commands("lint")[1:] == ["ruff check .", "ruff format --check .", "pyright"]

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import datasets
 from pydantic import ConfigDict, Field, InstanceOf
@@ -33,6 +33,7 @@ from posttrain.recipe import Part, PositiveInt, RecipeConflict
 from posttrain.rollout import Prompts, prompt_seeds
 from posttrain.runtime import Runtime
 from posttrain.step_labels import write_rows
+from posttrain.strictyaml import Overrides
 from posttrain.verification import VerifierPool
 
 OUTPUTS = (".jsonl", ".parquet")
@@ -78,7 +79,7 @@ def _conflicts(recipe: DecodeRecipe) -> Iterator[tuple[tuple[str | int, ...], st
         yield ("completions",), f"at temperature 0 all {recipe.completions} completions of a prompt are equal"
 
 
-def run_decode(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+def run_decode(path: str | Path, overrides: Overrides = ()) -> Path:
     """Runs the decode recipe in a YAML file, prints what it took, and returns the file of completions.
 
     Raises:
@@ -108,12 +109,12 @@ def decode(recipe: DecodeRecipe) -> Path:
         mine = range(runtime.rank, len(rows), runtime.world)
         if not mine:
             raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
-        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, rows)) as engine:
+        with VerifierPool(recipe.verify) as pool, closing(engine_of(recipe, rows)) as engine:
             decoder = build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy) or engine
             prompts = make_prompts(rows, mine, mine, prompt_seeds(recipe.seed, 0, 0, mine))
             text = partial(tokenizer.decode, skip_special_tokens=True)
             start = time.perf_counter()
-            found = runtime.together(lambda: _completed(recipe, decoder, prompts, pool, text))
+            found = runtime.together(lambda: completed(recipe, decoder, prompts, pool, text))
             seconds = time.perf_counter() - start
         everything = [row for part in runtime.gather(found) for row in part]
         if runtime.is_main:
@@ -123,7 +124,24 @@ def decode(recipe: DecodeRecipe) -> Path:
     return recipe.file
 
 
-def _engine(recipe: DecodeRecipe, rows: Rows) -> Engine:
+class Decodes(Protocol):
+    """What a decode recipe and a decode suite have in common."""
+
+    @property
+    def policy(self) -> options.Policy: ...
+    @property
+    def sampling(self) -> options.SamplingOptions: ...
+    @property
+    def engine(self) -> options.EngineOptions: ...
+    @property
+    def verify(self) -> tuple[Part, ...]: ...
+    @property
+    def completions(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def engine_of(recipe: Decodes, rows: Rows) -> Engine:
     """The engine, with room for the longest prompt and completion."""
     room = rows.longest_prompt + recipe.sampling.max_tokens
     length, limit = recipe.engine.max_model_len or room, context_length(recipe.policy)
@@ -145,8 +163,8 @@ def _engine(recipe: DecodeRecipe, rows: Rows) -> Engine:
     )
 
 
-def _completed(
-    recipe: DecodeRecipe, decoder: Engine, prompts: Prompts, pool: VerifierPool, text: Any
+def completed(
+    recipe: Decodes, decoder: Engine, prompts: Prompts, pool: VerifierPool, text: Any
 ) -> list[dict[str, Any]]:
     """A row for each completion; verifiers work while others are still decoded."""
     texts: dict[tuple[int, int], str] = {}

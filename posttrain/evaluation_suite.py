@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from posttrain.errors import RecipeError, UserError
 from posttrain.loading import load_as, placed, read_document
 from posttrain.recipe import Part, PositiveInt, RecipeConflict
 from posttrain.resolve import resolve
-from posttrain.strictyaml import suggestion
+from posttrain.strictyaml import Overrides, suggestion
 
 
 @dataclass(config=options.CONFIG, kw_only=True, frozen=True)
@@ -111,7 +111,7 @@ def _conflicts(suite: ValueSuite) -> Iterator[tuple[tuple[str | int, ...], str]]
         )
 
 
-def run_value_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+def run_value_suite(path: str | Path, overrides: Overrides = ()) -> Path:
     """Runs the value suite in a YAML file, prints its figures, and returns the folder of its report.
 
     Raises:
@@ -126,11 +126,15 @@ def run_value_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         raise placed(error, Path(path), overrides) from error
 
 
-SUITES = {"value": "posttrain.evaluation_suite.run_value_suite", "reward": "reward_models.suite.run_reward_suite"}
+SUITES = {
+    "value": "posttrain.evaluation_suite.run_value_suite",
+    "reward": "reward_models.suite.run_reward_suite",
+    "decode": "posttrain.decode_suite.run_decode_suite",
+}
 """What runs the suite that a file's ``suite:`` names: ``(path, overrides) -> Path`` of the report's folder."""
 
 
-def run_suite(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
     """Runs the suite in a YAML file, with ``--key.path=value`` overrides; returns the folder of its report.
 
     Raises:

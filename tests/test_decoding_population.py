@@ -94,6 +94,48 @@ def test_the_bound_that_is_measured_is_the_blockwise_one():
     assert all(generated == 2 * len(tokens) for tokens, _, generated in outcomes)
 
 
+BOUNDED = {
+    "soft best of n": {"branch": 3, "pick": tilted},
+    "soft blocks": {"branch": 2, "block": 1, "pick": tilted},
+    "vote": {"particles": 3, "pick": keep, "final": lambda particles, choose: 2 * (particles[0].score > 0)},
+    "best of all": {"particles": 2, "branch": 2},
+    "importance sampling": {"particles": 3, "pick": keep, "final": weighted},
+    "sis": {"particles": 2, "block": 1, "pick": functools.partial(resample, threshold=0.0), "final": weighted},
+    "smc": {"particles": 2, "block": 1, "pick": functools.partial(resample, threshold=1.0), "final": weighted},
+    "twisted smc": {"particles": 2, "block": 1, "pick": resample, "final": weighted, "shaped": True},
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("values", ["soft", "mean"])
+def test_the_mean_of_the_bounds_is_above_the_enumerated_kl(name: str, values: str):
+    world, options = TINY, dict(BOUNDED[name])
+    shaped = options.pop("shaped", False)
+    score = table_score(world.soft_values() if values == "soft" else world.mean_values())
+
+    def run(choosers):
+        engine = world.engine(choosers)
+        engine = Shaped(engine, score, strength=1 / world.beta) if shaped else engine
+        decoder = Population(engine, score, strength=1 / world.beta, make_chooser=choosers, **options)
+        (completion,) = decoder.generate([PROMPT], world.sampling)[0]
+        return tuple(completion.tokens), completion.measured["kl_bound"]
+
+    outcomes = law_of(run)
+    found: dict = {}
+    for (tokens, _), p in outcomes.items():
+        found[tokens] = found.get(tokens, 0.0) + p
+    exact, bound = kl(found, world.strings), sum(p * value for (_, value), p in outcomes.items())
+    assert exact > 1e-3
+    assert exact <= bound + 1e-9
+    assert bound < 3.5 * exact + 0.7  # and it says something
+
+
+def test_a_beam_has_no_bound():
+    for options in ({"particles": 2, "branch": 2, "block": 1}, {"particles": 2, "block": 1, "pick": resample}):
+        decoder = Population(TINY.engine(), table_score(TINY.mean_values()), **options)
+        assert "kl_bound" not in decoder.generate([PROMPT], TINY.sampling)[0][0].measured
+
+
 @pytest.mark.parametrize("world", [SMALL, ENDING])
 @pytest.mark.parametrize(("block", "count"), [(1, 2), (2, 2), (None, 2)])
 def test_soft_selection_of_blocks(world: World, block: int | None, count: int):

@@ -22,7 +22,9 @@ def token_kl(logp: Float[Tensor, "*S V"], logp0: Float[Tensor, "*S V"]) -> Float
 def best_of_n_kl_bound(n: int) -> float:
     """KL(best of n ‖ base) <= log n - (n - 1) / n, whatever ranks the samples; equality for rewards without ties.
 
-    Beirami et al. 2024, arXiv:2401.01879.
+    Beirami et al. 2024, arXiv:2401.01879. It holds for any rule that picks one of n samples, soft best-of-n and votes
+    among them: whatever the rule, the picked one is in a set A with probability at most 1 - (1 - p0(A))^n. Best of n by
+    a reward without ties reaches that for every p0(A), so that no rule is easier to tell from the base law.
     """
     return math.log(n) - (n - 1) / n
 
@@ -33,6 +35,16 @@ def blockwise_kl_bound(n: int, blocks: float) -> float:
     Mudgal et al. 2024, arXiv:2310.17022.
     """
     return best_of_n_kl_bound(n) * blocks
+
+
+def weighted_kl_bound(potential: float, log_z: float) -> float:
+    """log ψ(y) - log Ẑ of a completion y drawn by its weight from particles: its mean bounds KL(SMC ‖ base).
+
+    The particles and the draw together have probability p0(y) ψ(y) / Ẑ times that of the other particles given that y
+    is one of them (conditional SMC, Andrieu et al. 2010). KL(SMC ‖ p0) is at most the divergence of this joint law from
+    p0(y) times the same, and that is E[log ψ(y) - log Ẑ]. With many particles it becomes KL(σ ‖ p0), σ = p0 ψ / Z.
+    """
+    return potential - log_z
 
 
 def tilted_kl(

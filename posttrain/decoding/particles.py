@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.choice import Chooser
@@ -32,6 +32,11 @@ class Particle:
     @property
     def ended(self) -> bool:
         return self.prefix.finish is not None
+
+
+def rule_of(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, where its options were bound."""
+    return getattr(rule, "target", getattr(rule, "func", rule))
 
 
 ROUNDING = 1e-12

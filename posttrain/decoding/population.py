@@ -20,8 +20,19 @@ from dataclasses import dataclass
 
 from posttrain.batch import Finish
 from posttrain.decoding.base import Decoder
-from posttrain.decoding.kl import blockwise_kl_bound
-from posttrain.decoding.particles import Final, Particle, Pick, best, logsumexp, top
+from posttrain.decoding.kl import best_of_n_kl_bound, blockwise_kl_bound, weighted_kl_bound
+from posttrain.decoding.particles import (
+    Final,
+    Particle,
+    Pick,
+    best,
+    keep,
+    logsumexp,
+    resample,
+    rule_of,
+    top,
+    weighted,
+)
 from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
 from posttrain.decoding.shaping import Shaped, warn_unless_tilted
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling, sample_seed
@@ -55,7 +66,8 @@ class Population(Decoder):
 
     Log-probs of its completions are those of the engine's own law, which is not the law that a population samples from:
     that has no log-probs in closed form. ``measured`` holds ``generated``, ``scored``, ``log_weight`` and ``log_z``,
-    and ``kl_bound`` for one particle with the pick ``top``.
+    and where there is one ``kl_bound``: its mean over completions is an upper bound of the KL divergence from the
+    engine's base law, in nats a sequence.
 
     Args:
         engine: grows particles; a :class:`~posttrain.decoding.shaping.Shaped` one is the proposal of SMC.
@@ -266,11 +278,21 @@ class Population(Decoder):
             "log_weight": chosen.log_weight,
             "log_z": log_z(group.particles),
         }
-        if self.particles == 1 and self.pick is top:
-            measured["kl_bound"] = blockwise_kl_bound(self.branch, float(group.rounds))
+        bound = self._kl_bound(group, chosen)
+        measured |= {} if bound is None else {"kl_bound": bound}
         finish = chosen.prefix.finish
         assert finish is not None
         return Completion(list(chosen.prefix.generated), list(chosen.prefix.logps), finish, chosen.version, measured)
+
+    def _kl_bound(self, group: _Group, chosen: Particle) -> float | None:
+        """What the completion adds to the mean that bounds the divergence; None where no bound is known."""
+        if rule_of(self.final) is weighted and rule_of(self.pick) in (resample, keep):
+            return weighted_kl_bound(chosen.potential, log_z(group.particles))
+        if isinstance(self.engine, Shaped):
+            return None  # the bounds below are to the law that particles grow by
+        if self.block is None and not self.block_ends:
+            return best_of_n_kl_bound(self.particles * self.branch)
+        return blockwise_kl_bound(self.branch, float(group.rounds)) if self.particles == 1 else None
 
 
 def log_z(particles: Sequence[Particle]) -> float:

@@ -28,8 +28,12 @@ def build_decoder(
     """
     if decoder is None or engine is None:
         return None
-    context = DecoderContext(tokenizer=tokenizer, device=runtime.device, dtype=DTYPES[policy.dtype])
-    return decoder(engine, context)
+    return decoder(engine, decoder_context(tokenizer, runtime, policy))
+
+
+def decoder_context(tokenizer: PreTrainedTokenizerBase, runtime: Runtime, policy: options.Policy) -> DecoderContext:
+    """What the decoders of a run are made with; they share the models that several of them name."""
+    return DecoderContext(tokenizer=tokenizer, device=runtime.device, dtype=DTYPES[policy.dtype])
 
 
 def check_models(decoder: Part | None) -> None:

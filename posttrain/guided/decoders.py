@@ -62,7 +62,9 @@ def shaped(
         every: only tokens 0, b, 2b, ... are shaped.
         tilted: warn where the score cannot give the tilted law.
     """
-    return Shaped(engine, score(context), strength=strength, k=k, head=head, rest=rest, every=every, tilted=tilted)
+    return Shaped(
+        engine, score(context.on(engine)), strength=strength, k=k, head=head, rest=rest, every=every, tilted=tilted
+    )
 
 
 def population(
@@ -98,6 +100,7 @@ def population(
         proposal: the decoder that particles grow by, such as a shaped one; default: the policy itself.
         tilted: warn where the score cannot give the tilted law.
     """
+    context = context.on(engine)
     return Population(
         engine if proposal is None else proposal(engine, context),
         score(context),
@@ -106,7 +109,7 @@ def population(
         block=block,
         block_ends=context.ends(separator),
         pick=_plain(pick),
-        final=lambda population, choose: final(population, choose, context.decode),
+        final=_final(final, context),
         strength=strength,
         final_score=None if final_score is None else final_score(context),
         tilted=tilted,
@@ -153,6 +156,7 @@ def tree(
     Raises:
         RecipeError: for a separator with a ``propose`` that has no use for it.
     """
+    context = context.on(engine)
     return TreeSearch(
         engine=engine,
         score=score(context),
@@ -207,6 +211,13 @@ def edited(
 def _plain(part: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself where it has no options, by which decoders know it."""
     return part.target if isinstance(part, Part) and not part.options else part
+
+
+def _final(final: Callable[..., Any], context: DecoderContext) -> Callable[..., Any]:
+    """The rule with the tokenizer that it may need; draws by weight, whose law has a bound, as decoders know them."""
+    if particles.rule_of(final) is finals.weighted:
+        return particles.weighted
+    return lambda population, choose: final(population, choose, context.decode)
 
 
 def _with_ends(propose: Callable[..., Any], context: DecoderContext, separator: str | None) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""A value report as a web page that needs nothing else: figures, pictures, completions coloured by their value."""
+"""Reports as web pages that need nothing else: figures, pictures, completions coloured by their value."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 62rem; marg
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse } td { padding: .15rem 1rem .15rem 0; border-bottom: 1px solid #ddd }
 td.number { text-align: right; font-variant-numeric: tabular-nums } td.what { color: #555 }
+th { text-align: left; padding: .15rem 1rem .15rem 0; border-bottom: 1px solid #999 } th.number { text-align: right }
 img { width: 30rem; max-width: 100% } figure { display: inline-block; margin: .5rem }
 pre { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; border-left: 3px solid #ccc; padding-left: .8rem }
 pre .prompt { color: #777 } .scale span { padding: .1rem .6rem }
@@ -59,20 +60,39 @@ def write_page(
 ) -> Path:
     """Writes ``index.html``; pictures that lie in the folder are put into it."""
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        *(f"<p class=note>{html.escape(note)}</p>" for note in report["notes"]),
         "<h2>Figures</h2>",
         _table(report["metrics"]),
         "<h2>Pictures</h2>",
-        *(_picture(folder / name, what) for name, what in pictures.items()),
+        *(embedded_picture(folder / name, what) for name, what in pictures.items()),
         *_completions(examples, report["unit"]),
-        "<h2>What was run</h2>",
-        f"<pre>{html.escape(report['suite'])}</pre>",
     ]
-    head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     path = folder / "index.html"
-    path.write_text("\n".join([head, *body]) + "\n", encoding="utf-8")
+    path.write_text(document(title, report["notes"], body, report["suite"]), encoding="utf-8")
     return path
+
+
+def document(title: str, notes: Sequence[str], body: Sequence[str], suite: str) -> str:
+    """A whole page: the title, notes below it, the body, and the suite that was run as YAML."""
+    return "\n".join(
+        [
+            f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
+            f"<h1>{html.escape(title)}</h1>",
+            *(f"<p class=note>{html.escape(note)}</p>" for note in notes),
+            *body,
+            "<h2>What was run</h2>",
+            f"<pre>{html.escape(suite)}</pre>\n",
+        ]
+    )
+
+
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
+    """A table whose first ``words`` columns are text and whose others are numbers."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = ["" if i < words else " class=number" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{kind}>{html.escape(cell)}" for kind, cell in zip(kinds, cells, strict=True))
+
+    return "<table>" + "\n".join([row(headings, "th"), *(row(cells, "td") for cells in rows)]) + "</table>"
 
 
 def figure(value: float | None) -> str:
@@ -90,7 +110,8 @@ def _table(metrics: Mapping[str, float | None]) -> str:
     return "<table>" + "\n".join(rows) + "</table>"
 
 
-def _picture(path: Path, what: str) -> str:
+def embedded_picture(path: Path, what: str) -> str:
+    """A PNG file, put into the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img alt="{html.escape(what)}" src="data:image/png;base64,{data}"></figure>'
 

@@ -1,0 +1,263 @@
+"""What decoders make of a policy: reward against KL, against generated tokens and against scorer calls."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from posttrain.collect import make_prompts
+from posttrain.data import check_columns, load_rows
+from posttrain.decode import completed, engine_of
+from posttrain.decode_suite import PLAIN, DecodeSuite, Variant, written
+from posttrain.engines.base import Engine
+from posttrain.errors import DataError
+from posttrain.guided.build import check_models, decoder_context
+from posttrain.model_card import versions
+from posttrain.models import load_tokenizer
+from posttrain.report.frontier_plots import draw_frontiers
+from posttrain.report.page import document, embedded_picture, html_table
+from posttrain.rollout import Prompts, prompt_seeds
+from posttrain.runtime import Runtime
+from posttrain.verification import VerifierPool
+
+KlKind = Literal["exact", "bound", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A decoder at one strength, measured. Means are over completions, standard errors over prompts."""
+
+    method: str
+    knob: str | None
+    value: Any
+    reward: float
+    reward_error: float
+    kl: float | None  # to plain samples, nats a sequence
+    kl_error: float | None
+    kl_per_token: float | None  # nats a token that was kept
+    kl_kind: KlKind
+    tokens: float  # of a completion
+    generated: float  # tokens, discarded ones too, for a completion
+    scored: float  # prefixes that were scored, for a completion
+    seconds: float  # of all completions
+    completions: int
+    unscored: int  # completions that no verifier applied to
+
+
+WIDTH = 160
+"""Columns of the printed table at most: cells that are cut say nothing."""
+
+HEADINGS = {
+    "method": "decoder",
+    "setting": "setting",
+    "reward": "reward",
+    "kl": "KL, nats",
+    "kl_per_token": "KL a token",
+    "tokens": "tokens kept",
+    "generated": "generated",
+    "scored": "scorer calls",
+    "seconds": "seconds",
+}
+NOTES = (
+    "Means over completions, with standard errors over prompts. KL is the divergence from plain samples at the same "
+    "sampling settings, in nats a sequence: exact (sums of the divergences of each step's laws) where nothing stands "
+    "before it, an upper bound where ≤ does, and unknown for decoders whose law has neither.",
+    "Generated tokens and scorer calls are all that one completion took, discarded ones included.",
+)
+
+
+def measure_all(suite: DecodeSuite, variants: Sequence[Variant]) -> Path:
+    """Decodes by every variant on all ranks; the main one writes the report.
+
+    Returns:
+        The report's folder: ``metrics.json``, ``table.csv``, pictures and ``index.html``.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    for variant in variants:
+        check_models(variant.decoder)
+    tokenizer = load_tokenizer(suite.policy)
+    rows = load_rows(suite.data, tokenizer=tokenizer, base=suite.path.parent if suite.path else None)
+    check_columns(rows, suite.verify)
+    with Runtime(dtype=suite.policy.dtype) as runtime:
+        mine = range(runtime.rank, len(rows), runtime.world)
+        if not mine:
+            raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
+        with VerifierPool(suite.verify) as pool, closing(engine_of(suite, rows)) as engine:
+            prompts = make_prompts(rows, mine, mine, prompt_seeds(suite.seed, 0, 0, mine))
+            context = decoder_context(tokenizer, runtime, suite.policy)
+            points = []
+            for variant in variants:
+                decoder = engine if variant.decoder is None else variant.decoder(engine, context)
+                run = partial(_decoded, suite, decoder, prompts, pool, context.decode)
+                shares = runtime.gather(runtime.together(run))
+                points.append(to_point(variant, shares))
+                if runtime.is_main:
+                    print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
+        return runtime.from_main(lambda: write_report(suite, points))
+
+
+def _decoded(
+    suite: DecodeSuite, decoder: Engine, prompts: Prompts, pool: VerifierPool, text: Callable[[Sequence[int]], str]
+) -> tuple[list[list[dict[str, Any]]], float]:
+    """Rows of each prompt's completions, and the seconds that they took."""
+    start = time.perf_counter()
+    rows = completed(suite, decoder, prompts, pool, text)
+    seconds = time.perf_counter() - start
+    each = suite.completions
+    return [rows[i * each : (i + 1) * each] for i in range(len(prompts))], seconds
+
+
+def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[str, Any]]], float]]) -> Point:
+    """The means of a variant.
+
+    Args:
+        shares: of each rank: rows of each prompt's completions, and seconds.
+
+    Raises:
+        DataError: where no completion has a score.
+    """
+    groups = [group for share, _ in shares for group in share]
+    rows = [row for group in groups for row in group]
+    scores = [[row["score"] for row in group if row["score"] is not None] for group in groups]
+    reward, reward_error = grouped_mean(scores)
+    if math.isnan(reward):
+        raise DataError("no completion has a score: none of the verifiers applied to any of them")
+    kind, divergences = kl_of(variant, groups)
+    kl, kl_error = grouped_mean(divergences)
+    tokens = _mean(rows, "tokens")
+    return Point(
+        method=variant.method,
+        knob=variant.knob,
+        value=variant.value,
+        reward=reward,
+        reward_error=reward_error,
+        kl=_known(kl),
+        kl_error=_known(kl_error),
+        kl_per_token=_known(kl / tokens),
+        kl_kind=kind,
+        tokens=tokens,
+        generated=_mean(rows, "generated"),
+        scored=_mean(rows, "scored"),
+        seconds=max(seconds for _, seconds in shares),
+        completions=len(rows),
+        unscored=len(rows) - sum(map(len, scores)),
+    )
+
+
+def kl_of(variant: Variant, groups: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[KlKind, list[list[float]]]:
+    """How well the KL divergence is known, and that of each completion; their mean is that of the law."""
+    if variant.decoder is None:
+        return "exact", [[0.0] * len(group) for group in groups]
+    kinds: tuple[tuple[KlKind, str], ...] = (("exact", "kl"), ("bound", "kl_bound"))
+    for kind, name in kinds:
+        if all(row.get(name) is not None for group in groups for row in group):
+            return kind, [[row[name] for row in group] for group in groups]
+    return "unknown", []
+
+
+def grouped_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean of all numbers, and its standard error where those of a group depend on each other; NaN if unknown.
+
+    The error is that of a ratio of two means over groups, of their sums and of their sizes, linearised.
+    """
+    known = [group for group in groups if group]
+    size = sum(map(len, known))
+    if not size:
+        return math.nan, math.nan
+    mean = sum(map(sum, known)) / size
+    if len(known) == 1:
+        return mean, math.nan
+    residuals = [sum(group) - mean * len(group) for group in known]
+    variance = len(known) / (len(known) - 1) * sum(residual**2 for residual in residuals)
+    return mean, math.sqrt(variance) / size
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return sum(row.get(name) or 0.0 for row in rows) / len(rows)
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def write_report(suite: DecodeSuite, points: Sequence[Point]) -> Path:
+    """The report's folder with all in it; prints the table."""
+    folder = suite.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [dataclasses.asdict(point) for point in points]
+    settings = yaml.safe_dump(suite.resolved, sort_keys=False, allow_unicode=True, width=120)
+    report = {"date": datetime.date.today().isoformat(), "versions": versions(), "points": plain, "suite": settings}
+    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(plain[0]))
+        writer.writeheader()
+        writer.writerows(plain)
+    pictures = draw_frontiers(plain, folder)
+    page = write_page(folder, suite, settings, points, pictures)
+    Console(width=WIDTH).print(table(points))
+    print(f"report: {page}")
+    return folder
+
+
+def cells(point: Point) -> dict[str, str]:
+    """A row of the table as text."""
+    bound = "≤ " if point.kl_kind == "bound" else ""
+    return {
+        "method": point.method,
+        "setting": "" if point.knob is None else f"{point.knob} {written(point.value)}",
+        "reward": with_error(point.reward, point.reward_error),
+        "kl": "-" if point.kl is None else bound + with_error(point.kl, point.kl_error),
+        "kl_per_token": "-" if point.kl_per_token is None else f"{bound}{point.kl_per_token:.4f}",
+        "tokens": f"{point.tokens:.1f}",
+        "generated": f"{point.generated:.1f}",
+        "scored": f"{point.scored:.1f}",
+        "seconds": f"{point.seconds:.1f}",
+    }
+
+
+def with_error(mean: float, error: float | None) -> str:
+    """``0.912 ± 0.013``."""
+    return f"{mean:.3f}" if error is None or math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+
+
+def table(points: Sequence[Point]) -> Table:
+    """All points for a terminal."""
+    made = Table(box=None, padding=(0, 2, 0, 0))
+    for name, heading in HEADINGS.items():
+        made.add_column(heading, justify="left" if name in ("method", "setting") else "right", no_wrap=True)
+    for point in points:
+        made.add_row(*cells(point).values())
+    return made
+
+
+def write_page(
+    folder: Path, suite: DecodeSuite, settings: str, points: Sequence[Point], pictures: Mapping[str, str]
+) -> Path:
+    """Writes ``index.html``, with its pictures in it."""
+    size = f"{points[0].completions} completions of each decoder, beside {PLAIN} of {suite.policy.model}"
+    body = [
+        "<h2>Figures</h2>",
+        html_table(list(HEADINGS.values()), [list(cells(point).values()) for point in points], words=2),
+        "<h2>Pictures</h2>",
+        *(embedded_picture(folder / name, what) for name, what in pictures.items()),
+    ]
+    path = folder / "index.html"
+    title = f"Decoding report: {suite.name}"
+    path.write_text(document(title, [size, *NOTES], body, settings), encoding="utf-8")
+    return path

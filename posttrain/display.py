@@ -27,6 +27,8 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("reward/mean", "reward", "{:.3f}"),
     Column("accuracy", "accuracy", "{:.3f}"),
+    Column("preference/accuracy", "preferred", "{:.3f}"),
+    Column("eval/preference/accuracy", "held-out", "{:.3f}"),
     Column("eval/score", "eval", "{:.3f}"),
     Column("loss", "loss", "{:.4g}"),
     Column("length/mean", "tokens", "{:.1f}"),
@@ -50,6 +52,7 @@ class Progress:
         every: seconds between plain lines.
         active: whether to show anything; False on all processes but the main one.
         columns: the metrics to show, in order; those a run does not have are left out.
+        unit: what is counted.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Progress:
         every: float = 5.0,
         active: bool = True,
         columns: Sequence[Column] = COLUMNS,
+        unit: str = "step",
     ) -> None:
+        self.unit = unit
         self.total, self.start, self.every, self.active, self.columns = total, start, every, active, columns
         self.console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=False)
         self.step = start
@@ -113,7 +118,7 @@ class Progress:
         if step < self.total and now - self._printed < self.every:
             return
         self._printed = now
-        parts = [f"step {step}/{self.total}"]
+        parts = [f"{self.unit} {step}/{self.total}"]
         parts += [f"{column.heading} {text}" for column, text in self._cells(shown)]
         self._write("  ".join([*parts, f"ETA {duration(self.eta)}"]))
 
@@ -134,7 +139,7 @@ class Progress:
         present = {name for _, shown in self.history for name in shown}
         columns = [column for column in self.columns if column.metric in present]
         table = Table(box=None, pad_edge=False, padding=(0, 2))
-        for heading in ("step", *(column.heading for column in columns)):
+        for heading in (self.unit, *(column.heading for column in columns)):
             table.add_column(heading, justify="right")
         for step, shown in self.history[-ROWS:]:
             cells = {column.metric: text for column, text in self._cells(shown)}

@@ -1,4 +1,4 @@
-"""Decode, verify, average: how good a policy is on held-out rows."""
+"""How good a policy is on held-out rows: decode, verify, average; or how it judges completions that are given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from functools import partial
 
 import torch
 
-from posttrain.batch import Finish
-from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
+from posttrain.batch import Finish, Outputs
+from posttrain.collect import Source, generate_and_verify, in_order, make_prompts, sampling_of, share_of
 from posttrain.data import Rows
+from posttrain.examples.given import Examples
+from posttrain.learner import Learner, policy_logp, reference_logp
+from posttrain.metrics import add_sums, mean_sums, preference_sums
 from posttrain.options import Evaluation
 from posttrain.rollout import prompt_seeds
 from posttrain.runtime import Runtime
@@ -43,3 +46,27 @@ def evaluate(options: Evaluation, runtime: Runtime, source: Source, rows: Rows, 
         "eval/unscored": 1 - scored / completions,
         "time/evaluate": time.perf_counter() - start,
     }
+
+
+@torch.no_grad()
+def judge(learner: Learner, examples: Examples) -> dict[str, float]:
+    """What the policy makes of held-out examples, shared out over the ranks.
+
+    Returns:
+        ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, with a loss about preferences (see
+        :func:`posttrain.metrics.preference_sums`); ``eval/nll``, in nats a token, with another one.
+    """
+    start, runtime = time.perf_counter(), learner.runtime
+    sums = []
+    for index in in_order(len(examples), learner.recipe.prompts_per_step):
+        if mine := share_of(index, runtime):
+            batch = examples.batch(mine)
+            if learner.needs.logp_ref and batch.logp_ref is None:
+                batch = batch.set(logp_ref=reference_logp(learner, batch))
+            outputs = Outputs(logp=policy_logp(learner, batch))
+            batch = batch.set(logp_old=outputs.logp)
+            nll = {"nll": mean_sums(-outputs.logp[batch.mask & ~batch.greedy[:, None]])}
+            sums.append(preference_sums(learner.recipe.loss, outputs, batch) or nll)
+    shared = [each for each in runtime.gather(add_sums(sums)) if each]
+    means = {f"eval/{name}": float(total / count) for name, (total, count) in add_sums(shared).items() if count}
+    return means | {"time/judge": time.perf_counter() - start}

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish, Outputs, group_std
+from posttrain.parts.preference.summary import summarise
+from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.selection import mixed_groups
+from posttrain.recipe import Part
 from posttrain.runtime import Runtime
+
+PREFERENCE_TERMS = (pairwise, pointwise, listwise)
+"""Loss terms with a score and a beta."""
 
 
 def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
@@ -27,17 +33,17 @@ def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
     first = _first_of_group(batch.group)
     length = batch.tokens_chosen.double()
     sums = {
-        "reward/mean": _mean(reward),
-        "reward/square": _mean(reward.square()),
-        "reward/per_token": _mean(batch.step_reward.sum(-1)),
-        "score/mean": _mean(score),
-        "accuracy": _mean(score > 0),
-        "unscored": _mean(~scored),
-        "length/mean": _mean(length),
-        "length/square": _mean(length.square()),
-        "truncated": _mean(batch.finish == Finish.LENGTH),
-        "groups/mixed": _mean(mixed_groups(batch)[first]),
-        "groups/spread": _mean(spread[first]),
+        "reward/mean": mean_sums(reward),
+        "reward/square": mean_sums(reward.square()),
+        "reward/per_token": mean_sums(batch.step_reward.sum(-1)),
+        "score/mean": mean_sums(score),
+        "accuracy": mean_sums(score > 0),
+        "unscored": mean_sums(~scored),
+        "length/mean": mean_sums(length),
+        "length/square": mean_sums(length.square()),
+        "truncated": mean_sums(batch.finish == Finish.LENGTH),
+        "groups/mixed": mean_sums(mixed_groups(batch)[first]),
+        "groups/spread": mean_sums(spread[first]),
     }
     means = reduce_means(sums, runtime)
     means["reward/std"] = max(0.0, means.pop("reward/square") - means["reward/mean"] ** 2) ** 0.5
@@ -58,16 +64,29 @@ def update_sums(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
     known = ~sampler.isnan()  # nobody knows how likely given completions were when they were written
     moved, gap = now - old, (old - sampler)[known]
     sums = {
-        "policy/entropy": _mean(-now),
-        "policy/ratio": _mean(moved.exp()),
-        "policy/kl_old": _mean(moved.expm1() - moved),
-        "sampler/difference": _mean(gap.abs()),
-        "sampler/kl": _mean(gap.expm1() - gap),
+        "policy/entropy": mean_sums(-now),
+        "policy/ratio": mean_sums(moved.exp()),
+        "policy/kl_old": mean_sums(moved.expm1() - moved),
+        "sampler/difference": mean_sums(gap.abs()),
+        "sampler/kl": mean_sums(gap.expm1() - gap),
     }
     if batch.logp_ref is not None:
         apart = batch.logp_ref[mask] - now
-        sums["policy/kl_ref"] = _mean(apart.expm1() - apart)
+        sums["policy/kl_ref"] = mean_sums(apart.expm1() - apart)
     return sums
+
+
+def preference_sums(terms: Sequence[Part], outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """How the policy ranks the completions of a micro-batch, by the first loss term that is about preferences.
+
+    Returns [sum, count] pairs; none where no term is.
+    """
+    term = next((term for term in terms if term.target in PREFERENCE_TERMS), None)
+    if term is None:
+        return {}
+    chosen = term.every_option
+    found = summarise(outputs, batch, chosen["score"], chosen["beta"])
+    return {f"preference/{name}": mean_sums(values) for name, values in found.items()}
 
 
 def add_sums(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -91,7 +110,8 @@ def peak_memory_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _mean(values: Tensor) -> Tensor:
+def mean_sums(values: Tensor) -> Tensor:
+    """The [sum, count] pair of some numbers."""
     return torch.stack([values.double().sum(), torch.tensor(values.numel(), device=values.device).double()])
 
 

@@ -85,7 +85,8 @@ def write_model_card(
 
 def front_matter(recipe: Recipe, cited: list[str], library: str, of_value: bool = False) -> str:
     """The YAML block. Models and data sets that are files of this machine have no page on the hub to link to."""
-    data = [recipe.data] + ([recipe.evaluate.data] if recipe.evaluate else [])
+    of_evaluation = [recipe.evaluate.data, recipe.evaluate.examples] if recipe.evaluate else []
+    data = [recipe.data, *(each for each in of_evaluation if each is not None)]
     names = [section.path for section in data if is_hub_name(section.path)]
     found = [identifier for line in cited for identifier in ARXIV.findall(line)]
     card = ModelCardData(

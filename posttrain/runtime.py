@@ -158,7 +158,8 @@ class Runtime:
                     "weight_decay": group.options.weight_decay,
                 }
                 for group in groups
-            ]
+            ],
+            fused=not self.uses_deepspeed,  # one pass over the weights, without temporaries of their size
         )
         if self.uses_deepspeed:
             self._configure_deepspeed(groups[0].options)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring, here and in children
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,15 @@ def make_tokenizer(folder: Path):
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests() -> Iterator[None]:
+    """Reference log-probs of tests do not go to the user's cache folder."""
+    with tempfile.TemporaryDirectory(prefix="posttrain-cache-") as folder:
+        os.environ["POSTTRAIN_CACHE"] = folder
+        yield
+        del os.environ["POSTTRAIN_CACHE"]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +47,10 @@ class Examples(Protocol):
         """Where a group comes from, such as ``ratings.jsonl:7``."""
         ...
 
+    def fingerprint(self) -> str:
+        """Hash of all token ids, of which of them are the policy's, and of how they are grouped."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -83,6 +88,9 @@ class GivenExamples:
 
     def place(self, index: int) -> str:
         return self.place_of(self.groups[index][0].row)
+
+    def fingerprint(self) -> str:
+        return fingerprint([(given.tokens, given.mask) for given in group] for group in self.groups)
 
     def check_numbers(self, names: Sequence[str]) -> None:
         """Columns that the parts of a loss read.
@@ -122,6 +130,16 @@ class GivenExamples:
             reward=reward.clone(),
             step_reward=_padded([_step_reward(given) for _, given in chosen], 0.0),
         )
+
+
+def fingerprint(groups: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]]) -> str:
+    """Hash of groups of completions, each with token ids [length] and mask [length]."""
+    made = hashlib.blake2b(digest_size=16)
+    for group in groups:
+        made.update(b"group")
+        for tokens, mask in group:
+            made.update(len(tokens).to_bytes(8, "little") + tokens.astype(np.int32).tobytes() + mask.tobytes())
+    return made.hexdigest()
 
 
 def with_mismatched(groups: Sequence[Sequence[Given]], longest: int | None, name: str) -> list[list[Given]]:

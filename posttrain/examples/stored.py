@@ -15,7 +15,7 @@ from posttrain import options
 from posttrain.batch import OPTIONAL_FIELDS, Batch
 from posttrain.data.read import find
 from posttrain.errors import DataError
-from posttrain.examples.given import Examples
+from posttrain.examples.given import Examples, fingerprint
 from posttrain.report.tokens import Decode, steps_by_text
 from posttrain.stored_rollouts import read_rollouts
 
@@ -39,6 +39,15 @@ class StoredExamples:
     def place(self, index: int) -> str:
         file, rows = self.groups[index]
         return f"{self.files[file]}, row {int(rows[0]) + 1}"
+
+    def fingerprint(self) -> str:
+        return fingerprint(
+            [
+                (batch.tokens[row, : batch.length[row]].numpy(), batch.mask[row, : batch.length[row]].numpy())
+                for row in rows.tolist()
+            ]
+            for batch, rows in ((self.batches[file], rows) for file, rows in self.groups)
+        )
 
     def batch(self, index: Sequence[int]) -> Batch:
         """The completions of these groups."""

@@ -1,0 +1,239 @@
+"""Log-probs of given completions under a frozen reference policy, computed once and kept on disk.
+
+::
+
+    <folder>/<key>/
+      about.json                    what the key was made of
+      shard-5f0c….safetensors       log-probs of some of the groups
+
+The key is a hash of the reference's weights, of how it is run, and of the completions' token ids: another model or
+other data have another key. Groups are scored in the order and in the batches in which the run will draw them, so that
+of a pass over the data the log-probs are those of a run without the cache, to the bit. Shards appear whole or not at
+all, and what a stopped run left is gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from posttrain.batch import Batch
+from posttrain.collect import share_of
+from posttrain.display import Progress
+from posttrain.errors import UserError
+from posttrain.examples.given import Examples
+from posttrain.learner import Learner, reference_logp
+from posttrain.needs import Needs
+from posttrain.recipe import Recipe
+from posttrain.run_folder import sync
+
+SHARD_SECONDS = 30.0  # between shards: what a run that is stopped loses
+FORMAT = 1  # of the shards and of the key
+
+
+@dataclass(frozen=True)
+class ReferencedExamples:
+    """Examples whose batches hold the reference's log-probs; see :class:`posttrain.examples.given.Examples`."""
+
+    examples: Examples
+    logp: Mapping[int, np.ndarray]  # of each group: float32, the chosen tokens of its completions one after another
+
+    @property
+    def left_out(self) -> int:
+        return self.examples.left_out
+
+    @property
+    def longest(self) -> int:
+        return self.examples.longest
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def place(self, index: int) -> str:
+        return self.examples.place(index)
+
+    def fingerprint(self) -> str:
+        return self.examples.fingerprint()
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        """The completions of these groups, with ``logp_ref``."""
+        batch = self.examples.batch(index)
+        values = torch.from_numpy(np.concatenate([self.logp[i] for i in index]))
+        return batch.set(logp_ref=torch.zeros(batch.mask.shape).masked_scatter(batch.mask, values))
+
+
+def uses_cache(recipe: Recipe, needs: Needs) -> bool:
+    """Whether all that a run needs of its reference is known before its first step: log-probs of given completions."""
+    frozen = recipe.reference.every is None
+    whole_model = needs.kl_ref or needs.value_next  # of every next token
+    given = recipe.examples is not None and recipe.opponent is None
+    return given and frozen and needs.logp_ref and not whole_model and recipe.reference.cache is not False
+
+
+def with_reference(learner: Learner, examples: Examples, schedule: Sequence[Sequence[int]]) -> ReferencedExamples:
+    """The examples with the log-probs of the learner's reference, from the cache as far as it has them.
+
+    Called before the first step, on all ranks; the policy, where it is its own reference, has its initial weights.
+
+    Args:
+        schedule: the groups of each step of the run, over all ranks.
+    """
+    runtime = learner.runtime
+    about = runtime.from_main(lambda: describe_key(learner, examples))
+    folder = cache_folder(learner.recipe) / key_of(about)
+    runtime.from_main(lambda: _open(folder, about))
+    known = runtime.from_main(lambda: sorted(read_shards(folder)))
+    missing = first_draws(schedule, set(known))
+    if missing:
+        runtime.together(lambda: compute(learner, examples, missing, folder))
+        runtime.barrier()
+    return ReferencedExamples(examples, read_shards(folder))
+
+
+def schedule_of(recipe: Recipe, size: int) -> list[list[int]]:
+    """The groups that each step of a run draws; given completions teach a prompt sampler nothing, so this is known."""
+    sampler = recipe.prompts.call(size=size, seed=recipe.seed)
+    return [sampler.draw(recipe.prompts_per_step) for _ in range(recipe.steps)]
+
+
+def first_draws(schedule: Sequence[Sequence[int]], known: set[int]) -> list[tuple[list[int], set[int]]]:
+    """Steps that draw a group for the first time: all that they draw, and what of it is new."""
+    seen, found = set(known), []
+    for index in schedule:
+        if new := set(index) - seen:
+            found.append((list(index), new))
+            seen |= new
+    return found
+
+
+def compute(learner: Learner, examples: Examples, steps: Sequence[tuple[list[int], set[int]]], folder: Path) -> None:
+    """Scores this rank's share of each step as the run will draw it, and writes shards of what is new."""
+    runtime, results = learner.runtime, {}
+    written = time.monotonic()
+    with Progress(len(steps), active=runtime.is_main, columns=(), unit="reference log-probs, batch") as progress:
+        for number, (index, new) in enumerate(steps, start=1):
+            if mine := share_of(index, runtime):
+                batch = examples.batch(mine)
+                logp = reference_logp(learner, batch)
+                results |= {i: values for i, values in zip(mine, by_group(batch, logp), strict=True) if i in new}
+            if results and (number == len(steps) or time.monotonic() - written > SHARD_SECONDS):
+                write_shard(folder, results)
+                results, written = {}, time.monotonic()
+            progress.update(number, {})
+
+
+def by_group(batch: Batch, logp: Float[Tensor, "N L"]) -> Iterator[np.ndarray]:
+    """Log-probs of the chosen tokens of each group, in the order of the groups."""
+    for group in batch.group.unique().tolist():
+        rows = batch.group == group
+        yield logp[rows][batch.mask[rows]].float().numpy()
+
+
+def write_shard(folder: Path, results: Mapping[int, np.ndarray]) -> None:
+    """A file that has its name, which tells its groups, only when all of it is on disk."""
+    groups = sorted(results)
+    path = folder / f"shard-{hashlib.blake2b(repr(groups).encode(), digest_size=8).hexdigest()}.safetensors"
+    tensors = {
+        "group": np.array(groups, np.int64),
+        "tokens": np.array([len(results[i]) for i in groups], np.int64),
+        "logp": np.concatenate([results[i] for i in groups]),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    save_file(tensors, temporary)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def read_shards(folder: Path) -> dict[int, np.ndarray]:
+    """Log-probs of all groups that the shards of a folder hold.
+
+    Raises:
+        UserError: naming a file that is damaged.
+    """
+    found: dict[int, np.ndarray] = {}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        try:
+            shard = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: a damaged shard of reference log-probs ({error}); remove it to have it made again"
+            ) from error
+        pieces = np.split(shard["logp"], shard["tokens"].cumsum()[:-1])
+        found |= dict(zip(shard["group"].tolist(), pieces, strict=True))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- key
+
+
+def describe_key(learner: Learner, examples: Examples) -> dict[str, Any]:
+    """All that the log-probs depend on."""
+    recipe, model = learner.recipe, learner.reference or learner.policy
+    policy = recipe.policy
+    return {
+        "format": FORMAT,
+        "reference": recipe.reference.model or policy.model,
+        "revision": None if recipe.reference.model else policy.revision,
+        "weights": fingerprint(model),
+        "dtype": policy.dtype,
+        "attention": policy.attention,
+        "temperature": recipe.sampling.temperature,
+        "completions": examples.fingerprint(),
+        "torch": torch.__version__,
+    }
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of a policy's configuration and of every weight but those of adapters, which the reference is without.
+
+    An adapter that the reference does have (a reference of its own with adapters) is hashed with it.
+    """
+    made = hashlib.blake2b(digest_size=16)
+    configuration = model.base.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"):
+        configuration.pop(name, None)
+    made.update(json.dumps(configuration, sort_keys=True, default=str).encode())
+    for name, weight in model.base.state_dict().items():
+        if ".lora_" in name:
+            continue
+        made.update(f"{name.replace('.base_layer.', '.')} {weight.dtype} {tuple(weight.shape)}".encode())
+        made.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return made.hexdigest()
+
+
+def key_of(about: Mapping[str, Any]) -> str:
+    """Name of the folder for what :func:`describe_key` tells."""
+    return hashlib.blake2b(json.dumps(dict(about), sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where the recipe keeps reference log-probs."""
+    chosen = recipe.reference.cache
+    if isinstance(chosen, str):
+        return Path(chosen).expanduser()
+    if home := os.environ.get("POSTTRAIN_CACHE"):
+        return Path(home).expanduser() / "reference"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain" / "reference"
+
+
+def _open(folder: Path, about: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "about.json"
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        temporary.write_text(json.dumps(dict(about), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from torch import nn
 
 from posttrain.collect import Source
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
+from posttrain.decoding.mixture import Mixture
 from posttrain.engines import make_engine
-from posttrain.engines.base import Engine
+from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.errors import UserError
 from posttrain.examples.columns import read_numbers
 from posttrain.examples.given import Examples, GivenExamples
@@ -23,6 +25,7 @@ from posttrain.models import DTYPES, Policy, build_policy, context_length, load_
 from posttrain.needs import Needs
 from posttrain.options import Value
 from posttrain.parts.value_losses import SOFT
+from posttrain.players import Players, adapted_copy, check_twins
 from posttrain.recipe import Recipe
 from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
@@ -116,7 +119,7 @@ def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
     """The models of a run: those with a loss prepared for training, the others beside them where they are needed."""
     torch.manual_seed(recipe.seed)  # adapters and heads of several members start from random weights
     policy = build_policy(recipe.policy)
-    reference = build_reference(recipe, needs, runtime, policy)
+    players = build_players(recipe, needs, runtime, policy)
     value = slow = None
     if needs.value_model:
         value = build_value(recipe.value or Value(), recipe.policy, policy, **value_kind(recipe))
@@ -137,7 +140,7 @@ def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
     for model in (policy, value, slow):
         if model is not None:
             model.to(runtime.device)
-    return Learner(recipe, runtime, policy, reference, value, slow, needs)
+    return Learner(recipe, runtime, policy, players, value, slow, needs)
 
 
 def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
@@ -151,10 +154,38 @@ def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
             parameter.requires_grad_(False)
 
 
+def build_players(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Players:
+    """Who stands beside the policy.
+
+    Raises:
+        UserError: where a reference is to move that nothing reads, or that cannot; where looking ahead is asked of
+            DeepSpeed, whose shards of the optimiser cannot be put back.
+    """
+    if recipe.extragradient and runtime.uses_deepspeed:
+        raise UserError("extragradient: DeepSpeed's sharded optimiser cannot be put back a step; launch without it")
+    opponent = recipe.opponent
+    average = None
+    if opponent is not None and opponent.average is not None:
+        average = Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval().to(runtime.device)
+    reference = build_reference(recipe, needs, runtime, policy)
+    if reference is not None and recipe.reference.every is not None:
+        check_twins(reference, policy)
+    return Players(policy, reference, average, recipe)
+
+
 def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Policy | None:
-    """The reference policy where one is needed beside the policy, which may be its own without its adapters."""
-    other = recipe.reference.model
-    needed = needs.logp_ref or needs.kl_ref or (needs.value_next and bool(recipe.loss))
+    """The reference policy where one is needed beside the policy, which may be its own without its adapters.
+
+    Raises:
+        UserError: where it is to move and nothing reads it.
+    """
+    other, moves = recipe.reference.model, recipe.reference.every is not None
+    plays = recipe.opponent is not None and recipe.opponent.average is None
+    needed = needs.logp_ref or needs.kl_ref or (needs.value_next and bool(recipe.loss)) or plays
+    if moves and not needed:
+        raise UserError("reference.every: no part of the recipe reads the reference; leave it out")
+    if moves and policy.has_adapters:
+        return adapted_copy(policy)
     if not needed or (other is None and policy.has_adapters):
         return None
     # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters
@@ -178,6 +209,17 @@ def value_kind(recipe: Recipe) -> dict[str, Any]:
         return {"kind": "soft", "beta": soft.every_option["beta"]}
     kind = chosen.get("backup", "mean")
     return {"kind": kind, "beta": chosen.get("beta") if kind == "soft" else None}
+
+
+def build_opponent(learner: Learner, engine: Engine | None) -> Engine | None:
+    """What the recipe's opponent samples from; None where there is none."""
+    chosen = learner.recipe.opponent
+    if chosen is None or engine is None:
+        return None
+    assert isinstance(engine, ShapingEngine)
+    players = learner.players
+    other = players.average or players.reference
+    return Mixture(engine, other or players.policy, share=chosen.share, without_adapters=other is None)
 
 
 @contextmanager

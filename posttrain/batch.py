@@ -29,6 +29,15 @@ class Finish(IntEnum):
     ABORTED = 2
 
 
+class Author(IntEnum):
+    """Who wrote a completion. Calibration samples are learned from, and compared with nothing."""
+
+    POLICY = 0
+    OPPONENT = 1
+    CALIBRATION = 2
+    GIVEN = 3
+
+
 OPTIONAL_FIELDS = (
     "logp_old",
     "logp_ref",
@@ -77,6 +86,7 @@ class Batch:
     value: Float[Tensor, "N L"] | None = None  # the critic's, before the update, at ``states``          by score
     value_next: Float[Tensor, "N L"] | None = None  # Q heads: backed up over every next token           by score
 
+    author: Int[Tensor, " N"] | None = None  # an Author; None: all are the policy's                     by rollout
     advantage: Float[Tensor, "N L"] | None = None  # by credit
     weight: Float[Tensor, "N L"] | None = None  # the normaliser: each token's share of the loss          by credit
     term_weight: Float[Tensor, "N L T"] | None = None  # of each loss term with a normaliser of its own  by credit
@@ -89,6 +99,12 @@ class Batch:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def by(self, author: Author) -> Bool[Tensor, " N"]:
+        """Completions that this author wrote."""
+        if self.author is None:
+            return torch.full_like(self.greedy, author == Author.POLICY)
+        return self.author == author
 
     def set(self, **fields: Any) -> Batch:
         """A copy with some fields replaced."""

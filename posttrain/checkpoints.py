@@ -17,12 +17,13 @@ from posttrain.run_folder import prune_checkpoints, write_checkpoint
 
 STATE_FILE = "state.json"
 SLOW_FILE = "target_network.pt"
+PLAYERS_FILE = "players.pt"
 
 
 def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
     """Parts that keep a ``state``, by their path in the recipe."""
     slots: dict[str, Part] = {"rollout": recipe.rollout, "normaliser": recipe.normaliser}
-    for slot in ("advantage", "baseline", "regroup", "target"):
+    for slot in ("compare", "advantage", "baseline", "regroup", "target"):
         if (part := getattr(recipe, slot)) is not None:
             slots[slot] = part
     for slot in ("reward", "select", "shape", "keep", "loss", "value_loss"):
@@ -63,6 +64,7 @@ def save_checkpoint(run: Online, state: dict[str, Any]) -> None:
         if runtime.is_main:
             slow = {name: weight.detach() for name, weight in slow_weights(run.learner).items()}
             torch.save(slow, folder / SLOW_FILE)
+            torch.save(run.learner.players.state(), folder / PLAYERS_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     if runtime.is_main:
         prune_checkpoints(run.folder, run.recipe.run.keep)
@@ -85,6 +87,7 @@ def load_checkpoint(run: Online, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, weight in slow_weights(run.learner).items():
             weight.copy_(saved[name])
+    run.learner.players.restore(torch.load(checkpoint / PLAYERS_FILE, map_location="cpu", weights_only=True))
     for value in (run.learner.value, run.learner.slow_value):
         if value is not None:
             value.state = state["value"]

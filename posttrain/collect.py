@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.batch import Batch, blank_row
+from posttrain.batch import Author, Batch, blank_row
 from posttrain.data import PromptSampler, Rows
 from posttrain.engines.base import Engine, Sampling
 from posttrain.errors import NothingSelected
@@ -32,6 +32,8 @@ class Source:
     rollout: Part
     decode: Callable[[Sequence[int]], str]
     decoder: Engine | None = None  # what a step's completions are drawn from, if not from the engine itself
+    opponent: Engine | None = None
+    encode: Callable[[str], list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,20 @@ def generate_and_verify(
     def on_text(prompt: int, sample: int, text: str, tokens: list[int]) -> None:
         source.verifiers.submit((prompt, sample), text, tokens, prompts.rows[prompt], place=prompts.places[prompt])
 
-    context = Context(sampling=sampling, decode=source.decode, on_text=on_text)
+    context = Context(
+        sampling=sampling,
+        decode=source.decode,
+        on_text=on_text,
+        opponent=source.opponent,
+        encode=source.encode,
+    )
     batch = source.rollout(source.engine, prompts, n, context)
     generated = time.perf_counter()
     verdicts = source.verifiers.collect()
     each = len(batch) // max(1, len(prompts))
     ordered = [verdicts[i, j] for i in range(len(prompts)) for j in range(each)]
     score = torch.tensor([verdict.score for verdict in ordered], dtype=torch.float32)
+    score = score.masked_fill(batch.by(Author.CALIBRATION), float("nan"))
     values = {name: [verdict.values.get(name) for verdict in ordered] for name in source.verifiers.names}
     seconds["generate"] = seconds.get("generate", 0.0) + generated - start
     seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - generated

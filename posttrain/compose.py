@@ -36,6 +36,21 @@ def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
     return batch.set(reward=reward, step_reward=step_reward)
 
 
+def compared(recipe: Recipe, batch: Batch) -> Batch:
+    """The batch with the results of comparing its completions as their rewards, if the recipe compares any.
+
+    Raises:
+        ValueError: if the part returns another shape, or a number that is not finite for a scored completion.
+    """
+    if recipe.compare is None:
+        return batch
+    found = recipe.compare(batch)
+    if found.shape != batch.reward.shape or not bool(found[batch.scored].isfinite().all()):
+        name, wanted = recipe.compare.name, f"{len(batch)} finite numbers"
+        raise ValueError(f"part {name!r} returned {list(found.shape)}; wanted {wanted}")
+    return batch.set(reward=found.to(batch.reward).where(batch.scored, float("nan")))
+
+
 def credit(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     """The advantage of each token: the recipe's advantage, then its shapers in order. Float32, zero off the mask.
 

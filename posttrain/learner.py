@@ -16,6 +16,7 @@ from posttrain.metrics import add_sums, reduce_means, update_sums
 from posttrain.models import Policy
 from posttrain.needs import Needs
 from posttrain.options import Optimizer, Value
+from posttrain.players import Players
 from posttrain.recipe import Recipe
 from posttrain.runtime import Runtime, Update, learning_rate, length_groups, micro_batches
 from posttrain.trained import forward
@@ -29,10 +30,15 @@ class Learner:
     recipe: Recipe
     runtime: Runtime
     policy: Policy
-    reference: Policy | None  # None: not needed, or the policy without its adapters
+    players: Players
     value: ValueModel | None
     slow_value: ValueModel | None  # the target network, where there is one
     needs: Needs
+
+    @property
+    def reference(self) -> Policy | None:
+        """None: not needed, or the policy without its adapters."""
+        return self.players.reference
 
     @property
     def optimizers(self) -> list[Optimizer]:

@@ -147,6 +147,8 @@ def _refuse_unfilled(recipe: Recipe, needs: Needs, read: set[str]) -> None:
 def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
     yield from (("reward", part) for part in recipe.reward)
     yield from (("select", part) for part in recipe.select)
+    if recipe.compare is not None:
+        yield "compare", recipe.compare
     if recipe.advantage is not None:
         yield "advantage", recipe.advantage
     yield from (("shape", part) for part in recipe.shape)
@@ -161,7 +163,7 @@ def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
 def _shapes(slot: str, batch: Batch) -> list[tuple[int, ...]]:
     """What a part of a slot may return."""
     n, columns = batch.mask.shape
-    one_each = dict.fromkeys(("select", "keep", "baseline", "regroup"), [(n,)])
+    one_each = dict.fromkeys(("select", "compare", "keep", "baseline", "regroup"), [(n,)])
     return {"reward": [(n,), (n, columns)], **one_each}.get(slot, [(n, columns)])
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from posttrain.assembly import Online, build_learner, engine_for, load_material, open_folder, refuse_uneven_prompts
+from posttrain.assembly import (
+    Online,
+    build_learner,
+    build_opponent,
+    engine_for,
+    load_material,
+    open_folder,
+    refuse_uneven_prompts,
+)
 from posttrain.batch import Batch
 from posttrain.branching import branch_values
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
-from posttrain.compose import credit, reward_batch, with_baseline
+from posttrain.compose import compared, credit, reward_batch, with_baseline
 from posttrain.display import Progress
 from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
@@ -26,8 +36,9 @@ from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import engine_name, write_model_card
 from posttrain.models import DTYPES, describe, load_tokenizer, save_model
 from posttrain.needs import find_needs
-from posttrain.recipe import Recipe
+from posttrain.recipe import Part, Recipe
 from posttrain.report.values import value_metrics
+from posttrain.rollout import single_turn
 from posttrain.run_folder import step_name, step_of
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import write_rollouts
@@ -78,6 +89,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                         rollout=recipe.rollout,
                         decode=text_of(tokenizer),
                         decoder=build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy),
+                        opponent=build_opponent(learner, engine),
+                        encode=ids_of(tokenizer),
                     ),
                     policy_waits=recipe.value is not None and recipe.value.ready_at is not None,
                 )
@@ -94,6 +107,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 def text_of(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Token ids to text, special tokens left out."""
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def ids_of(tokenizer: Any) -> Callable[[str], list[int]]:
+    """A completion as token ids, with the end-of-sequence token behind it."""
+
+    def encode(text: str) -> list[int]:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+    return encode
 
 
 def loop(run: Online) -> None:
@@ -157,14 +180,15 @@ def run_step(run: Online) -> tuple[dict[str, float], Batch, Collected]:
     run.source.verifiers.failures.clear()
     collected = take(run)
     with timed(seconds, "score"):
-        batch = reward_batch(recipe, score(run.learner, with_branches(run, collected.batch)))
+        batch = compared(recipe, reward_batch(recipe, score(run.learner, with_branches(run, collected.batch))))
         batch = set_targets(run.learner, with_baseline(recipe, with_credit(recipe, batch)))
         support = run.learner.value.support if run.learner.value is not None else None
         judged = value_metrics(batch, runtime, support=support)
         run.policy_waits = run.policy_waits and not good_enough(recipe, judged)
-    with timed(seconds, "update"):
+    with timed(seconds, "update"), looking_ahead(run):
         learned = update(run.learner, batch, run.step, policy_waits=run.policy_waits)
-    run.step += 1
+        run.step += 1
+    run.learner.players.after(run.step)
     with timed(seconds, "load"):
         hand_over(run)
     run.bad_steps = run.bad_steps + 1 if learned["skipped"] else 0
@@ -211,11 +235,30 @@ def good_enough(recipe: Recipe, judged: dict[str, float]) -> bool:
 
 
 def hand_over(run: Online) -> None:
-    """Gives the engine the policy's weights, unless it has them already."""
+    """Gives the engine the weights that the next step samples with, unless it has them already."""
     engine = run.source.engine
     if engine is not None and (run.recipe.loss or run.weights_version < 0):
-        engine.load(run.learner.policy.weights(), version=run.step)
+        with run.learner.players.one_step_ahead():
+            engine.load(run.learner.policy.weights(), version=run.step)
         run.weights_version = run.step
+
+
+@contextmanager
+def looking_ahead(run: Online) -> Iterator[None]:
+    """Of every two steps of an extragradient the first is undone after its end: weights and optimiser are as before.
+
+    Korpelevich 1976. For preferences: Zhou et al. 2025 (EGPO), algorithm 1, arXiv:2503.08942.
+    """
+    players, optimizer = run.learner.players, run.runtime.optimizer
+    if not run.recipe.extragradient or run.step % 2:
+        yield
+        players.ahead = {}
+        return
+    moments = copy.deepcopy(optimizer.state_dict())
+    players.remember()
+    yield
+    players.go_back()
+    optimizer.load_state_dict(moments)
 
 
 def failures(run: Online) -> dict[str, float]:
@@ -229,7 +272,8 @@ def measure(run: Online) -> dict[str, float]:
     """Scores of the policy as it is on the evaluation rows."""
     rows = run.material.evaluation_rows
     assert run.recipe.evaluate is not None and rows is not None
-    return evaluate(run.recipe.evaluate, run.runtime, run.source, rows, seed=run.recipe.seed)
+    source = replace(run.source, rollout=Part.of(single_turn)) if run.recipe.others_write else run.source
+    return evaluate(run.recipe.evaluate, run.runtime, source, rows, seed=run.recipe.seed)
 
 
 def stop_if_broken(run: Online, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:

@@ -36,6 +36,19 @@ class Policy:
 class Reference:
     model: str | None = None
     """Where the reference policy differs from the initial policy. Loaded only if some part reads its log-probs."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps after which it moves towards the policy. Default: it stays what it is."""
+    rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of the policy's weights in it after a move; 1: it becomes the policy."""
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class Opponent:
+    share: float = Field(default=1.0, gt=0, le=1)
+    """The opponent samples each token from π^(1 - share) π_other^share, normalised: 1 is the other policy itself."""
+    average: float | None = Field(default=None, gt=0, le=1)
+    """The other policy is a running average of the policy's weights, to which each step adds this share of them.
+    Default: the other policy is the reference."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)

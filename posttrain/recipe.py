@@ -36,6 +36,7 @@ SLOTS: Mapping[str, Slot] = {
     "verify": Slot("posttrain.verifiers", None, ("weight", "time_limit", "on_error")),
     "reward": Slot("posttrain.parts.rewards", ("batch",), ("weight",)),
     "select": Slot("posttrain.parts.selection", ("batch",)),
+    "compare": Slot("posttrain.parts.preference.games", ("batch",)),
     "advantage": Slot("posttrain.parts.advantages", ("batch",)),
     "shape": Slot("posttrain.parts.advantages", ("advantage", "batch")),
     "keep": Slot("posttrain.parts.selection", ("batch",)),
@@ -137,6 +138,7 @@ class Recipe:
 
     policy: options.Policy
     reference: options.Reference = field(default_factory=options.Reference)
+    opponent: options.Opponent | None = None  # who writes some of the completions, where `rollout` asks for it
     value: options.Value | None = None  # default: a recipe whose parts read or train values gets one
     data: options.Data
     examples: InstanceOf[Part] | None = None  # given completions to learn from, instead of sampling
@@ -148,6 +150,7 @@ class Recipe:
     verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()
     reward: tuple[InstanceOf[Part], ...] = ()
+    compare: InstanceOf[Part] | None = None  # what becomes the reward in its place: how completions do in comparison
     advantage: InstanceOf[Part] | None = None
     shape: tuple[InstanceOf[Part], ...] = ()
     keep: tuple[InstanceOf[Part], ...] = ()
@@ -170,6 +173,7 @@ class Recipe:
     epochs: PositiveInt = 1  # passes over a batch
     minibatches: PositiveInt = 1  # optimiser steps a pass
     micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
+    extragradient: bool = False  # every other step only looks ahead: the next one samples there and goes on from before
     max_refills: PositiveInt = 10  # rounds of generation in which `select` may find enough prompts
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's limit, in vLLM
 
@@ -179,6 +183,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if conflicts := list(_conflicts(self)):
             raise RecipeConflict(conflicts)
+
+    @property
+    def others_write(self) -> bool:
+        """Whether some of a prompt's completions are not the policy's: an opponent's, or given ones."""
+        return bool({"opponents", "given"} & self.rollout.every_option.keys())
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -243,9 +252,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     of_labels = any(term.target.__module__.startswith("posttrain.parts.preference.") for term in recipe.loss)
     if recipe.loss and recipe.advantage is None and recipe.examples is None and not of_labels:
         yield (), "the section 'advantage' is missing"
-    if not recipe.verify and not recipe.reward and recipe.examples is None:
+    if not (recipe.verify or recipe.reward or recipe.compare) and recipe.examples is None:
         yield ("verify",), "is empty and so is `reward`: nothing says which completions are good"
     yield from _value_conflicts(recipe)
+    yield from _player_conflicts(recipe)
     if recipe.decoder is not None:
         yield from decoder_conflicts(recipe.decoder, recipe.sampling, recipe.engine)
         if recipe.examples is not None:
@@ -284,6 +294,29 @@ def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         yield ("value", "ready_at"), "makes the policy wait for the value model: both must be trained"
 
 
+def _player_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    moving, lora = recipe.reference.every is not None, recipe.policy.lora is not None
+    averaged = "averages of adapters' factors are not averages of their products, so not of the policies' weights"
+    if moving and lora and recipe.reference.rate < 1:
+        yield ("reference", "rate"), f"{averaged}: set `rate: 1`, or leave `policy.lora` out"
+    if moving and lora and recipe.reference.model is not None:
+        yield ("reference", "model"), "moves by taking over the policy's adapters, which belong to `policy.model`"
+    if not moving and recipe.reference.rate != options.Reference().rate:
+        yield ("reference", "rate"), "the reference never moves: say after how many steps with `reference.every`"
+    plays = "opponents" in recipe.rollout.every_option
+    if plays and recipe.opponent is None:
+        yield ("rollout",), "asks for completions of an opponent: say who that is, such as `opponent: {share: 0.125}`"
+    if recipe.opponent is not None:
+        if not plays:
+            yield ("opponent",), "writes nothing unless `rollout` asks for it: `rollout: {use: against}`"
+        if recipe.opponent.average is not None and lora:
+            yield ("opponent", "average"), f"{averaged}: leave `policy.lora` out"
+    if recipe.extragradient and recipe.steps % 2:
+        yield ("steps",), f"come in pairs with `extragradient`, and {recipe.steps} is odd"
+    if recipe.extragradient and (recipe.examples is not None or not recipe.loss or recipe.value_loss):
+        yield ("extragradient",), "is about the policy's own samples: it needs a `loss`, no `examples`, no `value_loss`"
+
+
 def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     full = options.SamplingOptions()
     for name in ("top_p", "top_k", "min_p"):
@@ -317,7 +350,7 @@ def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...],
 
 
 def _group_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if recipe.completions > 1:
+    if recipe.completions > 1 or recipe.others_write:
         return
     reason = "compares the completions of a prompt with each other, and `completions: 1` leaves nothing to compare"
     places = [(("advantage",), recipe.advantage), *((("shape", i), part) for i, part in enumerate(recipe.shape))]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from posttrain.batch import Batch
+from posttrain.batch import Author, Batch, Finish
 from posttrain.engines.base import Completion, Engine, Sampling, sample_seed
+from posttrain.errors import DataError
+from posttrain.parts.ranges import PositiveCount
 from posttrain.report.tokens import steps_by_text
 
 
@@ -28,6 +30,9 @@ class Prompts:
         return len(self.tokens)
 
 
+OPPONENTS = 1 << 33
+"""Added to a seed's place: the opponent's samples do not share random numbers with the policy's."""
+
 OnText = Callable[[int, int, str, list[int]], None]
 """Called as a completion ends: prompt's position, sample's index, text and token ids. Verification starts there."""
 
@@ -39,6 +44,8 @@ class Context:
     sampling: Sampling
     decode: Callable[[Sequence[int]], str]  # token ids to text, special tokens left out
     on_text: OnText | None = None
+    opponent: Engine | None = None  # whom `against` plays
+    encode: Callable[[str], list[int]] | None = None  # a completion as the policy would write it, to its end token
 
 
 def single_turn(
@@ -52,22 +59,97 @@ def single_turn(
         separator: what a reasoning step ends with, such as a line break; without one a completion is a single step.
     """
     texts: dict[tuple[int, int], str] = {}
-
-    def on_completion(offset: int) -> Callable[[int, int, Completion], None]:
-        def done(prompt: int, sample: int, completion: Completion) -> None:
-            text = texts[prompt, offset + sample] = context.decode(completion.tokens)
-            if context.on_text is not None:
-                context.on_text(prompt, offset + sample, text, completion.tokens)
-
-        return done
-
-    sampled = engine.generate(prompts.tokens, context.sampling, n, seeds=prompts.seeds, on_completion=on_completion(0))
+    sampled = _sampled(engine, prompts, n, context, texts)
     if greedy:
-        at_zero = replace(context.sampling, temperature=0.0)
-        extra = engine.generate(prompts.tokens, at_zero, 1, seeds=prompts.seeds, on_completion=on_completion(n))
-        sampled = [mine + its for mine, its in zip(sampled, extra, strict=True)]
+        at_zero = replace(context, sampling=replace(context.sampling, temperature=0.0))
+        sampled = _beside(sampled, _sampled(engine, prompts, 1, at_zero, texts, first=n))
     batch = to_batch(prompts, sampled, texts, greedy_from=n)
     return batch if separator is None else batch.set(step_id=steps_by_text(batch, context.decode, separator))
+
+
+def against(
+    engine: Engine,
+    prompts: Prompts,
+    n: int,
+    context: Context,
+    *,
+    opponents: PositiveCount = 1,
+    role: Literal["player", "baseline", "calibration"] = "player",
+) -> Batch:
+    """``n`` completions of each prompt by the policy, and beside them some by the recipe's ``opponent``.
+
+    Munos et al. 2024 (Nash-MD), section 7, arXiv:2312.00886, with ``role: baseline``; Xie et al. 2024 (XPO), algorithm
+    1, arXiv:2405.21046, with the reference as a player.
+
+    Args:
+        opponents: completions that the opponent writes of each prompt.
+        role: a ``player``'s completions are compared and learned from; a ``baseline``'s are compared with, and never
+            learned from; ``calibration`` samples have no score, and a regulariser alone reads them.
+
+    Raises:
+        ValueError: without an opponent.
+    """
+    if context.opponent is None:
+        raise ValueError("against: there is no opponent; the recipe's section `opponent` says who it is")
+    texts: dict[tuple[int, int], str] = {}
+    sampled = _sampled(engine, prompts, n, context, texts)
+    others = replace(prompts, seeds=[sample_seed(seed, OPPONENTS) for seed in prompts.seeds])
+    sampled = _beside(sampled, _sampled(context.opponent, others, opponents, context, texts, first=n))
+    batch = to_batch(prompts, sampled, texts, greedy_from=n if role == "baseline" else None)
+    author = Author.CALIBRATION if role == "calibration" else Author.OPPONENT
+    return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(author)] * opponents) * len(prompts)))
+
+
+def beside_given(engine: Engine, prompts: Prompts, n: int, context: Context, *, given: str = "completion") -> Batch:
+    """``n`` completions of each prompt by the policy, and beside them the one that the data set gives.
+
+    Chen et al. 2024 (SPIN), algorithm 1, arXiv:2401.01335.
+
+    Args:
+        given: the column with it: plain text, which is cut at the longest completion.
+
+    Raises:
+        DataError: naming the row without such a text.
+    """
+    assert context.encode is not None
+    texts: dict[tuple[int, int], str] = {}
+    sampled = _sampled(engine, prompts, n, context, texts)
+    record, written = _recorder(context, texts, n), []
+    for i, (row, place) in enumerate(zip(prompts.rows, prompts.places, strict=True)):
+        text = row.get(given)
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{place}: column {given!r} is to hold the given completion as text, not {text!r}")
+        whole = context.encode(text)
+        ids = whole[: context.sampling.max_tokens]
+        finish = Finish.STOPPED if len(ids) == len(whole) else Finish.LENGTH
+        written.append([Completion(ids, [float("nan")] * len(ids), finish, engine.version)])
+        record(i, 0, written[-1][0])
+    batch = to_batch(prompts, _beside(sampled, written), texts)
+    return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(Author.GIVEN)]) * len(prompts)))
+
+
+def _recorder(
+    context: Context, texts: dict[tuple[int, int], str], first: int
+) -> Callable[[int, int, Completion], None]:
+    """What an engine calls as completions end: keeps their texts, and passes them on, as samples from ``first`` on."""
+
+    def done(prompt: int, sample: int, completion: Completion) -> None:
+        text = texts[prompt, first + sample] = context.decode(completion.tokens)
+        if context.on_text is not None:
+            context.on_text(prompt, first + sample, text, completion.tokens)
+
+    return done
+
+
+def _sampled(
+    engine: Engine, prompts: Prompts, n: int, context: Context, texts: dict[tuple[int, int], str], first: int = 0
+) -> list[list[Completion]]:
+    record = _recorder(context, texts, first)
+    return engine.generate(prompts.tokens, context.sampling, n, seeds=prompts.seeds, on_completion=record)
+
+
+def _beside(mine: list[list[Completion]], others: list[list[Completion]]) -> list[list[Completion]]:
+    return [own + its for own, its in zip(mine, others, strict=True)]
 
 
 def to_batch(

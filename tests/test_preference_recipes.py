@@ -50,12 +50,14 @@ def recipe_of(folder: Path, text: str) -> Recipe:
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_is_run_where_a_loss_reads_it_and_groups_stay_whole(name: str) -> None:
     needs = find_needs(load_recipe(RECIPES / "preference" / f"{name}.yaml"))
-    without = {"alpha_po", "cpl", "cpo", "orpo", "pmpo", "rebel", "sft", "simpo", "slic", "spo"}
+    without = {"alpha_po", "cpl", "cpo", "orpo", "pmpo", "rebel", "sft", "simpo", "slic", "spo", "sppo_online"}
     assert needs.logp_ref == (name not in without)
     assert needs.kl_ref == (name in {"pmpo", "tdpo", "tdpo2"})
     assert needs.collision == (name == "wpo")
-    assert needs.groups == (name not in {"apo_zero", "bco", "spo", "sppo"})
-    assert needs.logp_old == (name in {"aot", "aot_unpaired", "bco", "kto", "mpo_mix", "rebel"})
+    assert needs.groups == (name not in {"apo_zero", "bco", "nash_ema", "nash_md", "spo", "sppo"})
+    before = {"aot", "aot_unpaired", "bco", "kto", "mpo_mix", "rebel"}
+    before |= {"comal", "inpo", "nash_ema", "nash_md", "nash_mp", "sppo_online"}
+    assert needs.logp_old == (name in before)
 
 
 LOSS = "policy: {model: m}\ndata: {path: d}\nexamples: {use: pairs}\n"
@@ -181,10 +183,18 @@ def test_win_rate_counts_wins_ties_and_losses_within_a_group() -> None:
     nan = math.nan
     batch = make_random_batch(0, groups=3, size=4)
     reward = torch.tensor([0.0, 1.0, 1.0, 5.0, 2.0, nan, 2.0, 3.0, nan, 1.0, nan, nan])
-    advantage = games.win_rate(batch.set(reward=reward, greedy=torch.arange(12) == 7))
-    expected = [-0.5, 0.0, 0.0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert advantage[batch.mask].tolist() == pytest.approx(torch.tensor(expected)[:, None].expand(12, 12)[batch.mask])
-    assert not advantage[~batch.mask].any()
+    batch = batch.set(reward=reward, greedy=torch.arange(12) == 7)
+    assert games.win_rate(batch).tolist() == pytest.approx([-0.5, 0.0, 0.0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0])
+    with_itself = games.win_rate(batch, itself=True)
+    assert with_itself.tolist() == pytest.approx([-0.375, 0.0, 0.0, 0.375, 0, 0, 0, 0, 0, 0, 0, 0])
+    against = games.win_rate(batch, against="baselines", center=0.0)  # completion 7, of 3.0, is the second group's
+    assert against.tolist() == pytest.approx([0.5] * 4 + [0.0, 0.5, 0.0] + [0.5] * 5)
+    logistic = games.win_rate(batch, temperature=2.0)[4:8]
+    assert logistic.tolist() == pytest.approx([0.0] * 4)
+    higher, lower = 1 / (1 + math.exp(-2.0)), 1 / (1 + math.exp(2.0))
+    first = games.win_rate(batch.set(reward=torch.arange(12).float() % 4 * 4), temperature=2.0)[:2].tolist()
+    sixth, fourth = 1 / (1 + math.exp(6.0)), 1 / (1 + math.exp(4.0))
+    assert first == pytest.approx([(lower + fourth + sixth) / 3 - 0.5, (higher + lower + fourth) / 3 - 0.5])
 
 
 def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> GivenExamples:

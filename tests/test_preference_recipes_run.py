@@ -59,7 +59,8 @@ def rows(part: str) -> list[dict[str, Any]]:
 def small(name: str, folder: Path, model: Path, **changes: Any) -> Recipe:
     """The recipe on the tiny model and data that fit it."""
     path = RECIPES / f"{name}.yaml"
-    examples = load_recipe(path).examples
+    plain = load_recipe(path)
+    examples = plain.examples
     data = folder / "data.jsonl"
     written = rows("prompts" if examples is None else examples.name)
     data.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
@@ -67,7 +68,7 @@ def small(name: str, folder: Path, model: Path, **changes: Any) -> Recipe:
     if examples is None:
         (folder / "verifier.py").write_text(VERIFIER, encoding="utf-8")
         chosen |= {"verify": f"[{{use: '{folder / 'verifier.py'}:share_of_digits'}}]"}
-        chosen |= {"engine.use": "transformers", "sampling.max_tokens": 8}
+        chosen |= {"engine.use": "transformers", "sampling.max_tokens": 8, "minibatches": min(2, plain.minibatches)}
     return load_recipe(path, [f"--{key}={value}" for key, value in (chosen | changes).items()])
 
 

@@ -1,13 +1,21 @@
-"""Preferences as a game: labels from a table of pairwise probabilities ``[..., K, K]``, [i, j] = P(i beats j)."""
+"""Preferences as a game: what becomes of rewards where completions are compared, ``(batch) -> [N]``.
+
+Tables of pairwise probabilities are ``[..., K, K]``, with [i, j] = P(i beats j).
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, broadcast
+from posttrain.batch import Author, Batch
 from posttrain.parts.preference.groups import labelled
+from posttrain.parts.ranges import Positive
+
+Rivals = Literal["group", "baselines"]
 
 
 def antisymmetric(table: Float[Tensor, "*G K K"]) -> Float[Tensor, "*G K K"]:
@@ -18,33 +26,64 @@ def antisymmetric(table: Float[Tensor, "*G K K"]) -> Float[Tensor, "*G K K"]:
     return (table + 1 - table.transpose(-1, -2)) / 2
 
 
-def win_rate(batch: Batch) -> Float[Tensor, "N L"]:
-    """Advantage: how often a completion beats another one of its group, less ½, at each of its tokens.
+def rivals(batch: Batch, against: Rivals) -> Bool[Tensor, "N N"]:
+    """[i, j]: completion i is compared with completion j.
 
-    A_i = mean_{j ≠ i} P(i, j) - ½, with P(i, j) = 1 for the higher reward, ½ for equal ones, 0 for the lower
-
-    Swamy et al. 2024 (SPO), algorithm 1, arXiv:2401.04056. The mean over a group is 0. A completion without another one
-    to compare with has no advantage.
+    Args:
+        against: the other completions of the group that are learned from, or those that are baselines alone
+            (``batch.greedy``), such as the opponent's.
     """
-    valid = labelled(batch)
-    together = (batch.group[:, None] == batch.group) & valid[:, None] & valid
-    together = together & ~torch.eye(len(batch), dtype=torch.bool, device=together.device)
-    ahead = (batch.reward[:, None] - batch.reward).sign().where(together, 0.0)
-    return broadcast(0.5 * ahead.sum(1) / together.sum(1).clamp(min=1), batch.mask)
+    ours = labelled(batch)
+    theirs = ours if against == "group" else batch.greedy & batch.scored & batch.mask.any(-1)
+    together = (batch.group[:, None] == batch.group) & ours[:, None] & theirs
+    return together & ~torch.eye(len(batch), dtype=torch.bool, device=together.device)
 
 
-def win_rates(table: Float[Tensor, "*G K K"]) -> Float[Tensor, "*G K"]:
-    """How often each completion beats another one of its group; the mean over a group is ½.
+def mean_over_rivals(
+    table: Float[Tensor, "N N"], compared: Bool[Tensor, "N N"], *, itself: bool = False
+) -> Float[Tensor, " N"]:
+    """How often each completion wins against those that it is compared with; ½ where there is none.
 
-    r_i = mean_{j ≠ i} P(i, j)
-
-    Swamy et al. 2024 (SPO), algorithm 1, arXiv:2401.04056; as a reward of GRPO it needs no baseline but ½.
-
-    Raises:
-        ValueError: for a group of one.
+    Args:
+        table: probabilities of winning; read where ``compared``.
+        itself: counts a tie with itself too. The mean of a group is ½ either way.
     """
-    size = table.shape[-1]
-    if size < 2:
-        raise ValueError("win_rates: a completion alone in its group has nothing to win against")
-    others = ~torch.eye(size, dtype=torch.bool, device=table.device)
-    return table.where(others, 0.0).sum(-1) / (size - 1)
+    own = 0.5 if itself else 0.0
+    wins, count = table.where(compared, 0.0).sum(1) + own, compared.sum(1) + 2 * own
+    return torch.where(compared.any(1), wins / count.clamp(min=1), 0.5)
+
+
+def win_rate(
+    batch: Batch,
+    *,
+    against: Rivals = "group",
+    itself: bool = False,
+    temperature: Positive | None = None,
+    center: float = 0.5,
+) -> Float[Tensor, " N"]:
+    """How often a completion beats others of its prompt, by the rewards.
+
+    r_i = mean_j P(i, j) - ½, with P(i, j) = 1 for the higher reward, ½ for equal ones, 0 for the lower
+
+    Swamy et al. 2024 (SPO), algorithm 1, arXiv:2401.04056, whose mean over a group is 0.
+
+    Args:
+        against: the others of the group, or the baselines, such as completions of the opponent.
+        itself: counts a tie with itself. Differences of such rates are unbiased for regressions over all pairs of the
+            group: two completions of which the first wins with probability p differ by p - ½.
+        temperature: P(i, j) = σ((r_i - r_j) / temperature), of a Bradley-Terry model's rewards.
+        center: subtracted.
+    """
+    gap = batch.reward[:, None] - batch.reward
+    table = 0.5 + 0.5 * gap.sign() if temperature is None else (gap / temperature).sigmoid()
+    return mean_over_rivals(table, rivals(batch, against), itself=itself) - center
+
+
+def given_first(batch: Batch) -> Float[Tensor, " N"]:
+    """The completion that the data set gives is better than all others.
+
+    r = 1 if given, 0 else
+
+    Chen et al. 2024 (SPIN), arXiv:2401.01335.
+    """
+    return batch.by(Author.GIVEN).to(batch.reward.dtype)

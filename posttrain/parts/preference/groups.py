@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from posttrain.batch import Batch, Outputs, group_sum
+from posttrain.batch import Author, Batch, Outputs, group_sum
 
 Selection = Literal["all", "extremes"]
 Ties = Literal["drop", "keep"]
-Rows = Literal["best", "worst", "labelled", "unlabelled"]
+Rows = Literal["best", "worst", "labelled", "unlabelled", "opponent"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,12 +93,15 @@ def find_lists(batch: Batch) -> Lists:
 
 
 def rows_of(batch: Batch, rows: Rows) -> Bool[Tensor, " N"]:
-    """Completions of a kind: the best (or worst) labelled ones of each group, all labelled ones, or those without.
+    """Completions of a kind: the best (or worst) labelled ones of each group, all labelled ones, those without, or the
+    opponent's.
 
     In a pair the best is the chosen one. A completion alone in its group is its best and its worst.
     """
     if rows == "unlabelled":
         return present(batch) & ~batch.scored
+    if rows == "opponent":
+        return present(batch) & batch.by(Author.OPPONENT)
     valid = labelled(batch)
     if rows == "labelled":
         return valid

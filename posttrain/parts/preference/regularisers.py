@@ -28,7 +28,8 @@ def nll(
     arXiv:2405.19320. Mean: Pang et al. 2024 (iterative reasoning preference optimisation), arXiv:2404.19733.
 
     Args:
-        rows: ``best``, ``worst`` or all ``labelled`` completions of the group, or those that are ``unlabelled``.
+        rows: ``best``, ``worst`` or all ``labelled`` completions of the group, those that are ``unlabelled``, or the
+            ``opponent``'s.
         level: over the tokens of a completion.
     """
     weight = share(batch, rows_of(batch, rows))

@@ -204,7 +204,7 @@ def value_kind(recipe: Recipe) -> dict[str, Any]:
     if recipe.target is None:
         return {"kind": None, "beta": None}
     chosen = recipe.target.every_option
-    soft = next((part for part in recipe.value_loss if part.target.__name__ in SOFT), None)
+    soft = next((part for part in (*recipe.value_loss, recipe.target) if part.target.__name__ in SOFT), None)
     if soft is not None:
         return {"kind": "soft", "beta": soft.every_option["beta"]}
     kind = chosen.get("backup", "mean")

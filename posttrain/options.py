@@ -101,6 +101,8 @@ class Value:
     """Train adapters instead of all weights. With ``share``: their rank; default the policy's."""
     frozen: bool = False
     """Use it as it is."""
+    head_only: bool = False
+    """Train the head alone: the value is of the model's own hidden states, as the decoder ``edited`` needs."""
     members: int = Field(default=1, ge=1)
     """Heads on one backbone that are trained side by side from different initial weights."""
     reduce: Literal["mean", "min", "max", "mean_minus_std"] = "mean"

@@ -97,6 +97,9 @@ def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> Val
             value.base = Policy(load_model(source, dtype=dtype, place=PLACE)).requires_grad_(False).eval()
     if settings.frozen:
         return value.requires_grad_(False).eval()
+    if settings.head_only:
+        value.backbone.requires_grad_(False)
+        return value
     if settings.lora is not None:
         value.backbone = with_adapter(value.backbone, settings.lora, VALUE_ADAPTER)
         value.adapter = VALUE_ADAPTER
@@ -152,6 +155,12 @@ def _refuse_contradictions(settings: options.Value, policy_settings: options.Pol
             settings.share and settings.frozen
         ),
         "value.frozen: nothing is trained, so leave out `value.lora`": settings.frozen and settings.lora,
+        "value.head_only: the head alone is trained, so leave out `frozen`, `lora` and `share`": (
+            settings.head_only and (settings.frozen or settings.lora is not None or settings.share)
+        ),
+        f"value.head_only: the {head.type} head is the model's own output layer": (
+            settings.head_only and head.type == "implicit"
+        ),
         "value.frozen: nothing is trained, so leave out `value.normalise`": settings.frozen and settings.normalise,
         "value.normalise: a bernoulli head's value is a probability, which has no other scale": (
             settings.normalise and head.type == "bernoulli"

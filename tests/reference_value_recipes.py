@@ -213,3 +213,68 @@ RECIPES: dict[str, Callable[[Case], Losses]] = {
     "psgpo": psgpo,
     "prime": prime,
 }
+
+
+# ---- value models alone: the loss of one optimiser step --------------------------------------------------------------
+
+
+def labels(case: Case) -> Matrix:
+    """The reward of its completion at every state."""
+    result = case.rows.zeros(math.nan)
+    for i in range(len(case.rows.mask)):
+        for c in case.rows.states(i) if case.rows.trained(i) else []:
+            result[i][c] = case.rows.reward[i]
+    return result
+
+
+def averaged(case: Case, target: Matrix, loss_of: Callable[[float, float], float]) -> ValueLoss:
+    """The mean over all states that learn."""
+    places = [(i, c) for i, columns in taught(case, target).items() for c in columns]
+
+    def loss(v: Matrix, logp: Matrix) -> float:
+        return sum(loss_of(v[i][c], target[i][c]) for i, c in places) / max(len(places), 1)
+
+    return loss
+
+
+def twist(case: Case, contrastive: bool) -> ValueLoss:
+    case.rows.target = labels(case)
+    count = sum(map(len, taught(case, case.rows.target).values()))
+
+    def loss(v: Matrix, logp: Matrix) -> float:
+        return reference_values.twist_sums(case.rows, v, v, 0.5, False, contrastive) / max(count, 1)
+
+    return loss
+
+
+def tilted_weight(case: Case, i: int, beta: float) -> float:
+    """exp((r - r_BL) / β), with r_BL = β log(μ / π_ref), over its mean in the group."""
+    rows = case.rows
+
+    def log_weight(j: int) -> float:
+        ratio = sum(rows.logp_ref[j][t] - rows.logp_sampler[j][t] for t in rows.tokens(j))
+        return rows.reward[j] / beta + ratio
+
+    group = [j for j in range(len(rows.mask)) if rows.group[j] == rows.group[i] and rows.trained(j)]
+    return math.exp(log_weight(i)) / fmean(math.exp(log_weight(j)) for j in group)
+
+
+def tq_star_indirect(case: Case) -> ValueLoss:
+    target = labels(case)
+    places = [(i, c, tilted_weight(case, i, 1.0)) for i, columns in taught(case, target).items() for c in columns]
+
+    def loss(v: Matrix, logp: Matrix) -> float:
+        return sum(0.5 * w * (v[i][c] - target[i][c]) ** 2 for i, c, w in places) / max(len(places), 1)
+
+    return loss
+
+
+VALUES: dict[str, Callable[[Case], ValueLoss]] = {
+    "vas": lambda case: squared(case, lambda_return(case.rows, lambda_=0.95)),
+    "fudge": lambda case: averaged(case, labels(case), bce),
+    "contrastive_twist": lambda case: twist(case, contrastive=True),
+    "sixo": lambda case: twist(case, contrastive=False),
+    "tq_star": lambda case: squared(case, labels(case)),
+    "tq_star_indirect": tq_star_indirect,
+    "ivo_value": lambda case: squared(case, labels(case)),
+}

@@ -123,6 +123,17 @@ def lambda_return(
     return result
 
 
+def soft_return(rows: Rows, beta: float, truncated: str = "end") -> Matrix:
+    """What is still to come, less β times what the sampler pays for it."""
+    result = lambda_return(rows, truncated="end")
+    for i in range(len(rows.mask)):
+        for c in rows.states(i):
+            result[i][c] -= beta * paid(rows, rows.logp_sampler, i, c)
+            if truncated == "bootstrap" and not rows.stopped[i]:
+                result[i][c] = NAN
+    return result
+
+
 def expected_return(rows: Rows, i: int, later: list[int], weight: float, truncated: str) -> float:
     """Σ_j λ^j ((1 - λ) B_j + λ r_j) over the tokens to come, with B the backed-up value of the state before each."""
     assert rows.value_next is not None

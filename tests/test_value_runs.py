@@ -16,6 +16,7 @@ from runs import environment, write_run
 from safetensors.torch import load_file
 
 from posttrain import load_recipe, load_value, train
+from posttrain.assembly import value_kind
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
@@ -172,6 +173,8 @@ def test_two_steps(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
         "steps": 2,
         "run.folder": tmp_path / "run",
     }
+    if recipe.reference.model is not None:
+        overrides["reference.model"] = tiny_model_folder
     if recipe.target is not None and recipe.target.name == "lambda_return":
         overrides["target.truncated"] = "end"  # so short, every completion is cut off
     if recipe.verify:
@@ -182,8 +185,10 @@ def test_two_steps(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
     for row in metrics:
         assert row["value/grad_norm"] > 0 and row["skipped"] == 0 and math.isfinite(row["loss"])
     model = load_value(folder)
-    assert recipe.target is not None
-    assert model.spec.kind == recipe.target.every_option.get("backup", "mean")
+    assert {"kind": model.spec.kind, "beta": model.spec.beta} == value_kind(recipe)
+    before, after = load_file(tiny_model_folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    stayed = all(torch.equal(after[key], before[key]) for key in before if key in after)
+    assert stayed == (recipe.value is not None and recipe.value.head_only)
     assert not (tmp_path / "run" / "model").exists()
 
 

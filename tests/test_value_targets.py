@@ -38,6 +38,7 @@ TARGETS: dict[str, Part] = {
     "monte_carlo": targets.lambda_return,
     "td": functools.partial(targets.lambda_return, lambda_=0.0),
     "td_lambda": functools.partial(targets.lambda_return, lambda_=0.9, truncated="end"),
+    "soft_return": targets.soft_return,
     "outcome_label": targets.outcome_label,
     "outcome_label-end": functools.partial(targets.outcome_label, at="end"),
     "step_labels": targets.step_labels,
@@ -96,6 +97,22 @@ def test_lambda_returns_over_every_next_token_equal_the_scalar_loops(seed: int, 
     batch = value_batch(seed)
     found = targets.lambda_return(batch, lambda_=lambda_, truncated=truncated)
     same(found, reference.lambda_return(reference.read(batch), 1.0, lambda_, None, truncated))
+
+
+@given(seed=seeds, beta=st.sampled_from([0.1, 2.0]), truncated=endings)
+@examples(8)
+def test_soft_returns_equal_the_scalar_loops(seed: int, beta: float, truncated) -> None:
+    batch = value_batch(seed)
+    expected = reference.soft_return(reference.read(batch), beta, truncated)
+    same(targets.soft_return(batch, beta=beta, truncated=truncated), expected)
+
+
+@given(seed=seeds)
+@examples(4)
+def test_a_sampler_that_is_the_reference_pays_nothing(seed: int) -> None:
+    batch = value_batch(seed)
+    batch = batch.set(logp_ref=batch.logp_sampler)
+    same(targets.soft_return(batch), targets.lambda_return(batch, truncated="end").tolist())
 
 
 @pytest.mark.parametrize("level", ["token", "step"])

@@ -1,16 +1,17 @@
 """Weights of loss terms ``(outputs, batch) -> [N, L]``: factors without gradient, at each token.
 
-Those here correct for what the engine sampled from not being the policy that is trained (another kernel, another
-precision, quantised weights). Notation: w_t = π_old(y_t) / μ(y_t), the trainer's probability before the update over
+Most correct for what the engine sampled from not being the policy that is trained (another kernel, another precision,
+quantised weights). Notation: w_t = π_old(y_t) / μ(y_t), the trainer's probability before the update over
 the engine's. A weight of 0 drops a token from the loss, not from the counts of the normaliser.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.batch import Batch, Outputs, broadcast, seq_mean
+from posttrain.batch import Batch, Outputs, broadcast, group_mean, seq_mean, seq_sum
 from posttrain.parts.ranges import AtLeastOne, Fraction, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
@@ -56,6 +57,29 @@ def masked_sequence(
     _check_band("masked_sequence", low, high)
     weight = seq_mean(_log_weight(batch), batch.mask).exp()
     return broadcast(((weight >= low) & (weight <= high)).float(), batch.mask)
+
+
+def tilted(outputs: Outputs, batch: Batch, *, beta: Positive = 1.0) -> Float[Tensor, "N L"]:
+    """Completions as if they were samples of the tilted law π_ref exp(R / β) / Z, for a value of that policy.
+
+    weight_i = G · softmax_i(R_i / β + Σ_t log π_ref(y_t) - log μ(y_t)) over the group's G completions, with μ the law
+    that they were drawn from
+
+    A weighted squared error has its minimum at the self-normalised Σ w R / Σ w. Chakraborty et al. 2024 (TQ*, indirect
+    transfer), arXiv:2405.20495, with the reward that the policy μ is optimal for, r_BL = β log(μ / π_ref): then w is
+    exp((R - r_BL) / β).
+
+    Args:
+        beta: temperature, in units of reward.
+    """
+    ratio = seq_sum(log_ratio(needed(batch, "logp_ref"), batch.logp_sampler, batch.mask), batch.mask)
+    valid = batch.scored & ~batch.greedy
+    log_weight = (batch.reward / beta + ratio).where(valid, -torch.inf)
+    _, index = batch.group.unique(return_inverse=True)
+    top = torch.full_like(log_weight, -torch.inf).scatter_reduce(0, index, log_weight, "amax")[index]
+    weight = (log_weight - top).exp().where(valid, 0.0)
+    weight = weight / group_mean(weight, batch.group, valid).clamp(min=1e-30)
+    return weight[:, None].expand(batch.mask.shape)
 
 
 def _log_weight(batch: Batch) -> Float[Tensor, "N L"]:

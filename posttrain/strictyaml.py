@@ -60,7 +60,7 @@ COMMAND_LINE = "command line"
 
 def single(location: Location, value: Any, place: str) -> Document:
     """The document that says nothing but one value."""
-    data = value
+    data: Any = value
     for step in reversed(location):
         data = {step: data}
     return Document(data, {location[:depth]: place for depth in range(len(location) + 1)})

@@ -56,7 +56,7 @@ def _explain(annotation: Any, location: Location, detail: dict[str, Any], hint: 
     kind, got = detail["type"], detail["input"]
     if kind in _UNKNOWN:
         parent = dataclass_at(annotation, location[:-1])
-        known = [field.name for field in dataclasses.fields(parent)] if parent else []
+        known = [_name(field) for field in dataclasses.fields(parent)] if parent else []
         return f"unknown key; {hint(str(location[-1]), known)}"
     if kind in _MISSING:
         return "is missing and has no default"
@@ -70,13 +70,20 @@ def _explain(annotation: Any, location: Location, detail: dict[str, Any], hint: 
     return message
 
 
+def _name(field: dataclasses.Field[Any]) -> str:
+    """As it is written in data."""
+    return getattr(field.default, "alias", None) or field.name
+
+
 def dataclass_at(annotation: Any, location: Location) -> Any:
     """The dataclass that describes the mapping at ``location``; ``None`` where there is none."""
-    found = dataclass_in(annotation)
     for step in location:
-        hints = typing.get_type_hints(found) if found else {}
-        found = dataclass_in(hints.get(str(step)))
-    return found
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+        else:
+            found = dataclass_in(annotation)
+            annotation = typing.get_type_hints(found).get(str(step)) if found else None
+    return dataclass_in(annotation)
 
 
 def dataclass_in(annotation: Any) -> Any:

@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     iterate = commands.add_parser("iterate", help="run recipes that feed each other, as in recipes/iterate", **common)
     iterate.add_argument("recipe", type=Path, help="YAML file")
     iterate.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    serve = commands.add_parser("serve", help="answer OpenAI's clients, as in recipes/serve.yaml", **common)
+    serve.add_argument("recipe", type=Path, help="YAML file")
     show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
     show.add_argument("recipe", type=Path, help="YAML file")
     return parser
@@ -136,4 +138,24 @@ def _iterate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "label": _label, "decode": _decode, "iterate": _iterate, "show": _show}
+def _serve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from posttrain.quiet import quiet
+
+    quiet()
+    try:
+        from posttrain.serve import run_serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"posttrain serve: {error.name} is not installed: pip install 'posttrain[serve]'") from error
+    run_serve(options.recipe, overrides)
+    return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "label": _label,
+    "decode": _decode,
+    "iterate": _iterate,
+    "serve": _serve,
+    "show": _show,
+}

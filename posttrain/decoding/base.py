@@ -16,6 +16,8 @@ class Decoder:
     """
 
     engine: Engine
+    alone = False
+    """Whether it changes all that the engine samples while it decodes, other requests' too."""
 
     @property
     def version(self) -> int:

@@ -48,6 +48,7 @@ class Edited(Decoder):
     """
 
     engine: TransformersEngine
+    alone = True
 
     def __init__(
         self, engine: TransformersEngine, value: HiddenValue, *, step_size: float = 0.5, steps: int = 30

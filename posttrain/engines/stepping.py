@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from posttrain.batch import Finish
 from posttrain.engines.base import Aborted, Completion, OnCompletion, Progress, Request, Sampling, Shaper, sample_seed
 from posttrain.engines.choice import FreshSeeds
@@ -38,6 +40,8 @@ class SteppingEngine(ABC):
         self.max_model_len = max_model_len
         self._fresh_seeds = FreshSeeds(seed)
         self._in_flight: dict[int, _InFlight] = {}
+        self.before_step: Callable[[], None] = _nothing
+        """Called before every step, those of ``generate`` too: the moment to submit or abort other requests."""
 
     def submit(self, request: Request) -> int:
         """Takes a request in; returns its number. Its caller is told of each token or of the end alone.
@@ -53,13 +57,14 @@ class SteppingEngine(ABC):
         return number
 
     @property
-    def busy(self) -> bool:
-        """Whether some request has not ended."""
-        return bool(self._in_flight)
+    def in_flight(self) -> list[int]:
+        """The numbers of requests that have not ended."""
+        return [*self._in_flight]
 
     def step(self) -> None:
         """Samples on. What a shaper raises ends its requests and no others."""
-        if self.busy:
+        self.before_step()
+        if self._in_flight:
             self._advance()
 
     def abort(self, numbers: Iterable[int]) -> None:
@@ -109,6 +114,14 @@ class SteppingEngine(ABC):
         return done
 
     @abstractmethod
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :meth:`posttrain.engines.base.Engine.load`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See :meth:`posttrain.engines.base.Engine.close`."""
+
+    @abstractmethod
     def _add(self, number: int, request: Request) -> None:
         """The request will be sampled from the next step on."""
 
@@ -134,6 +147,10 @@ class SteppingEngine(ABC):
     def _fail(self, number: int, error: Exception) -> None:
         """The request ends without a completion."""
         self._in_flight.pop(number).request.tell(Progress(error=error))
+
+
+def _nothing() -> None:
+    """Nobody has anything to do before a step."""
 
 
 def _completed(progress: Progress) -> Completion:

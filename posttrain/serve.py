@@ -1,0 +1,156 @@
+"""An OpenAI-compatible server from a YAML file: ``posttrain serve recipes/serve.yaml``."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import field
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from posttrain import options
+from posttrain.collect import sampling_of
+from posttrain.decode import DecodeRecipe
+from posttrain.engines import make_engine
+from posttrain.engines.choice import FreshSeeds
+from posttrain.engines.stepping import SteppingEngine
+from posttrain.errors import UserError
+from posttrain.guided.build import build_decoder, check_models
+from posttrain.loading import load_as, placed
+from posttrain.models import context_length, load_tokenizer
+from posttrain.runtime import Runtime
+from posttrain.serving.app import make_app
+from posttrain.serving.limits import Limit
+from posttrain.serving.served import Served
+from posttrain.serving.worker import Worker
+from posttrain.strictyaml import Overrides
+
+LONGEST = 8192
+"""Default of ``engine.max_model_len`` where the model's own context is longer."""
+
+PATIENCE = 5
+"""Seconds that requests have to end after Ctrl-C."""
+
+
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
+class Server:
+    host: str = "127.0.0.1"
+    """0.0.0.0 lets everyone in who can reach the machine: there are no passwords."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0: any that is free."""
+    name: str | None = None
+    """Of the model, for clients. Default: ``policy.model``, or the name of that folder."""
+    requests: int = Field(default=64, ge=1)
+    """That run at the same time; more of them wait."""
+    queue: int = Field(default=256, ge=0)
+    """Requests that may wait; more of them are refused with status 429."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class ServeRecipe(DecodeRecipe):
+    """Which policy is served, and by which decoder. A decode recipe is one: what it says of data plays no part then.
+
+    Raises:
+        RecipeConflict: when built from settings that do not go together.
+    """
+
+    data: options.Data | None = None  # type: ignore[assignment]  # where prompts come from is the clients' business
+    server: Server = field(default_factory=Server)
+    name: str = "serve"
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        model = self.policy.model
+        return self.server.name or (Path(model).name if Path(model).is_dir() else model)
+
+
+def run_serve(path: str | Path, overrides: Overrides = ()) -> None:
+    """Serves what a YAML file describes until Ctrl-C.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    recipe = load_as(ServeRecipe, path, overrides)
+    try:
+        serve(recipe)
+    except UserError as error:
+        raise placed(error, Path(path), overrides) from error
+
+
+def serve(recipe: ServeRecipe) -> None:
+    """Serves until Ctrl-C, which ends requests under way after some seconds.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    with closing(_listening(recipe.server)) as listener, application(recipe) as app:
+        host, port = listener.getsockname()[:2]
+        print(f"{recipe.model_name}: http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
+    """The application of a recipe, with its engine.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    check_models(recipe.decoder)
+    tokenizer = load_tokenizer(recipe.policy)
+    with Runtime(dtype=recipe.policy.dtype) as runtime:
+        if runtime.world > 1:
+            raise UserError("posttrain serve: runs in one process; start it without accelerate launch")
+        with closing(_engine(recipe)) as engine:
+            served = Served(
+                name=recipe.model_name,
+                tokenizer=tokenizer,
+                engine=engine,
+                decoder=build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy) or engine,
+                sampling=sampling_of(recipe.sampling),
+                limit=Limit(recipe.server.requests, recipe.server.queue),
+                worker=Worker(engine),
+                seeds=FreshSeeds(recipe.seed),
+            )
+            yield make_app(served)
+
+
+def _engine(recipe: ServeRecipe) -> SteppingEngine:
+    limit = context_length(recipe.policy) or LONGEST
+    length = recipe.engine.max_model_len or min(limit, LONGEST)
+    if length > limit:
+        raise UserError(f"engine.max_model_len: {recipe.policy.model} has {limit} positions, not {length}")
+    engine = make_engine(
+        recipe.policy.model,
+        recipe.engine,
+        dtype=recipe.policy.dtype,
+        max_model_len=length,
+        seed=recipe.seed,
+        revision=recipe.policy.revision,
+        trust_remote_code=recipe.policy.trust_remote_code,
+    )
+    assert isinstance(engine, SteppingEngine)
+    return engine
+
+
+def _listening(server: Server) -> socket.socket:
+    """A socket that listens: a port that is taken shows before models are loaded."""
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((server.host, server.port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"server.port: cannot listen on {server.host}:{server.port}: {error.strerror or error}. Is another server "
+            "running? --server.port=0 takes a free port"
+        ) from None
+    return listener

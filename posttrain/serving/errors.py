@@ -1,0 +1,58 @@
+"""Errors as OpenAI's API tells them: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
+"""By status; others are ``server_error``."""
+
+
+class ApiError(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        param: the request's key that is wrong.
+        code: a word for programs, such as ``model_not_found``.
+        retry_after: seconds after which another attempt makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What is sent."""
+        kind = TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def of_validation(problems: Sequence[Any]) -> ApiError:
+    """What pydantic found wrong with a body, as one error about its first problem."""
+    first = problems[0]
+    place = [str(step) for step in first["loc"] if step != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    param = place[0] if place else None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown argument; the server would have ignored it. Leave it out"
+    if first["type"] == "missing":
+        message = "is missing"
+    where = ".".join(step for step in place if not step.startswith(("list[", "function-", "model-", "constrained-")))
+    return ApiError(400, f"{where}: {message}" if where else message, param=param, code="invalid_value")
+
+
+def of_failure(error: Exception) -> ApiError:
+    """What a request is told of a fault that is the server's."""
+    return ApiError(500, f"the server failed: {type(error).__name__}: {error}", code="internal_error")

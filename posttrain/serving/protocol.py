@@ -1,0 +1,169 @@
+"""What may be asked of the server: the part of OpenAI's requests that it answers, and what it adds to them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+
+MAX_STOPS = 16
+NonEmpty = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a setting that is misspelt shall not be ignored."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Guide(Strict):
+    """``extra_body={"guide": {"strength": 2.0}}``; OpenAI's ``lambda`` may be written instead."""
+
+    strength: float | None = Field(default=None, validation_alias=AliasChoices("strength", "lambda"))
+    """Of the recipe's decoder, for this request alone; 0 is no guide at all."""
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Sampled(Strict):
+    """What both kinds of requests have in common. What is not given is as in the recipe."""
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, lt=1)
+    n: int = Field(default=1, ge=1, le=1024)
+    seed: int | None = None
+    stop: Annotated[list[NonEmpty], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    guide: Guide | bool = True
+    """False: the policy without its decoder."""
+    return_token_ids: bool = False
+    """Each choice has ``token_ids``, and ``prompt_token_ids``."""
+
+    user: str | None = None
+    """This, ``metadata`` and ``store`` change nothing."""
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
+    @classmethod
+    def _neutral(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is not supported: log-probs are those of the policy's or the guide's law. Leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _streams(self) -> Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed together with stream: true")
+        return self
+
+
+class CompletionRequest(Sampled):
+    """``POST /v1/completions``."""
+
+    prompt: str | Tokens | list[str] | list[Tokens]
+    logprobs: int | None = Field(default=None, ge=0)
+    echo: bool = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _kinds(cls, value: Any, inner: Any) -> Any:
+        try:
+            found = inner(value)
+        except ValueError:
+            found = None
+        if not found:
+            raise ValueError("should be a string, a list of strings, a list of token ids, or a list of such lists")
+        return found
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompletionRequest:
+        if self.logprobs is not None and self.logprobs > 1:
+            raise ValueError("logprobs: sampled tokens have log-probs, others have none here: 0 and 1 are possible")
+        if self.echo:
+            raise ValueError("echo: is not supported; with return_token_ids: true the reply has prompt_token_ids")
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: is not supported; the server's decoder may be a best-of-n")
+        if self.suffix:
+            raise ValueError("suffix: is not supported: the policy writes from left to right")
+        return self
+
+    @property
+    def wants_logps(self) -> bool:
+        return self.logprobs is not None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: NonEmpty
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        """Its role and text."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(Sampled):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> ChatRequest:
+        if self.top_logprobs:
+            raise ValueError("top_logprobs: sampled tokens have log-probs, others have none here; leave it out")
+        if self.response_format not in (None, {"type": "text"}):
+            raise ValueError("response_format: only {'type': 'text'} is supported")
+        if self.tools:
+            raise ValueError("tools: are not supported")
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+    @property
+    def wants_logps(self) -> bool:
+        return bool(self.logprobs)
+
+
+class ValuesRequest(Strict):
+    """``POST /v1/values``: what the guide's score says of every beginning of a completion."""
+
+    model: str
+    prompt: str | Tokens
+    completion: str | Tokens

@@ -1,0 +1,143 @@
+"""Answers in OpenAI's words: of a whole completion, and of a piece of one."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.batch import Finish
+from posttrain.engines.base import Completion, Progress
+from posttrain.serving.protocol import ChatRequest, CompletionRequest
+from posttrain.serving.text import INCOMPLETE, TextStream
+
+FINISH = {Finish.STOPPED: "stop", Finish.LENGTH: "length"}
+
+Asked = CompletionRequest | ChatRequest
+
+
+@dataclass
+class Choice:
+    """One completion in the making, and the pieces of it that have not been sent."""
+
+    index: int
+    prompt: Sequence[int]
+    text: TextStream
+    piece: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # characters of the text before each token
+    count: int = 0  # tokens of the whole completion so far
+    finish: str | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def take(self, progress: Progress) -> None:
+        """More tokens; those after a stop string are left out."""
+        for token, logp in zip(progress.tokens, progress.logps, strict=True):
+            if self.finish is not None:
+                return
+            self.offsets.append(self.text.length)
+            self.tokens.append(token)
+            self.logps.append(logp)
+            self.count += 1
+            self.piece += self.text.add(token)
+            if self.text.stopped:
+                self.finish = "stop"
+        if progress.completion is not None and self.finish is None:
+            self._end(progress.completion)
+
+    def _end(self, completion: Completion) -> None:
+        self.piece += self.text.finish()
+        self.finish = "stop" if self.text.stopped else FINISH.get(completion.finish, "abort")
+        self.measured = {name: value for name, value in completion.measured.items() if math.isfinite(value)}
+
+    def sent(self) -> None:
+        """What there was is on its way."""
+        self.piece = ""
+        self.tokens, self.logps, self.offsets = [], [], []
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the answers to one request.
+
+    Args:
+        token_text: the text of one token.
+    """
+
+    asked: Asked
+    token_text: Callable[[int], str]
+    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def _chat(self) -> bool:
+        return isinstance(self.asked, ChatRequest)
+
+    def whole(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        written = [self._whole_choice(choice) for choice in choices]
+        return {**self._head(kind), "choices": written, "usage": usage(choices, prompts)}
+
+    def first(self, choice: Choice) -> dict[str, Any] | None:
+        """What a stream of a chat begins with: whose turn it is."""
+        if not self._chat:
+            return None
+        return self._chunk([self._choice(choice, delta={"role": "assistant", "content": ""}, logprobs=None)])
+
+    def piece(self, choice: Choice) -> dict[str, Any]:
+        """What is new of a choice, as an event of a stream."""
+        text = {"delta": {"content": choice.piece} if choice.piece else {}} if self._chat else {"text": choice.piece}
+        return self._chunk([self._choice(choice, **text, logprobs=self._logprobs(choice))])
+
+    def last(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The event that tells the usage."""
+        return {**self._chunk([]), "usage": usage(choices, prompts)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self._chat else "cmpl"
+        return {"id": f"{prefix}-{self.number}", "object": kind, "created": self.created, "model": self.asked.model}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        options = self.asked.stream_options
+        counted = {"usage": None} if options is not None and options.include_usage else {}
+        return {**self._head(kind), "choices": choices, **counted}
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.piece, "refusal": None}
+        text = {"message": message} if self._chat else {"text": choice.piece}
+        return self._choice(choice, **text, logprobs=self._logprobs(choice))
+
+    def _choice(self, choice: Choice, **own: Any) -> dict[str, Any]:
+        more: dict[str, Any] = {}
+        if self.asked.return_token_ids:
+            more = {"token_ids": choice.tokens, "prompt_token_ids": list(choice.prompt)}
+        if choice.measured:
+            more["measured"] = dict(choice.measured)
+        return {"index": choice.index, **own, "finish_reason": choice.finish, **more}
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        if not self.asked.wants_logps:
+            return None
+        texts = [self.token_text(token) for token in choice.tokens]
+        logps = [max(logp, -9999.0) for logp in choice.logps]  # as OpenAI writes what JSON has no number for
+        if self._chat:
+            tokens = zip(texts, logps, strict=True)
+            return {"content": [_chat_token(*token) for token in tokens], "refusal": None}
+        return {"tokens": texts, "token_logprobs": logps, "top_logprobs": None, "text_offset": choice.offsets}
+
+
+def _chat_token(text: str, logp: float) -> dict[str, Any]:
+    known = None if INCOMPLETE in text else list(text.encode())  # bytes of a part of a character are not known
+    return {"token": text, "logprob": logp, "bytes": known, "top_logprobs": []}
+
+
+def usage(choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Tokens of prompts, each counted once, and of completions."""
+    read, written = sum(map(len, prompts)), sum(choice.count for choice in choices)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

@@ -1,0 +1,86 @@
+"""What a server serves: an engine, the decoder on it, and how a request chooses between them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.decoding.base import Decoder
+from posttrain.decoding.particles import rule_of, top
+from posttrain.decoding.population import Population
+from posttrain.decoding.shaping import Shaped
+from posttrain.engines.base import Engine, Sampling
+from posttrain.engines.choice import FreshSeeds
+from posttrain.engines.stepping import SteppingEngine
+from posttrain.serving.errors import ApiError
+from posttrain.serving.limits import Limit
+from posttrain.serving.protocol import Guide
+from posttrain.serving.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model under a name.
+
+    Args:
+        decoder: the engine itself where there is no guide.
+        sampling: of requests that do not say otherwise.
+        seeds: of requests that have none.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    engine: SteppingEngine
+    decoder: Engine
+    sampling: Sampling
+    limit: Limit
+    worker: Worker
+    seeds: FreshSeeds = field(default_factory=lambda: FreshSeeds(0))
+
+    def check_model(self, name: str) -> None:
+        """Raises ``ApiError`` for another model's name."""
+        if name != self.name:
+            message = f"The model {name!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def route(self, guide: Guide | bool, sampling: Sampling) -> tuple[Engine, float | None]:
+        """What a request is sampled from, and the strength of a token-wise guide.
+
+        Raises:
+            ApiError: for a strength where there is nothing that has one, or a guide that does not go with filters.
+        """
+        strength = guide.strength if isinstance(guide, Guide) else None
+        if guide is False or strength == 0:
+            return self.engine, None
+        if strength is not None and self.decoder is self.engine:
+            raise ApiError(400, "guide: this server has none: its recipe names no decoder", param="guide")
+        _check_filters(self.decoder, sampling)
+        if strength is None:
+            return self.decoder, None
+        if isinstance(self.decoder, Shaped):
+            return self.decoder, strength
+        return _at_strength(self.decoder, strength), None
+
+
+@functools.lru_cache(maxsize=64)  # requests of one strength are decoded together
+def _at_strength(decoder: Engine, strength: float) -> Engine:
+    if not isinstance(decoder, Population) or isinstance(decoder.engine, Shaped):
+        message = f"guide.strength: this server's decoder, {type(decoder).__name__}, has no strength to set"
+        raise ApiError(400, message, param="guide")
+    if rule_of(decoder.pick) is top and strength > 0:
+        message = "guide.strength: this server's decoder takes the best of its samples, whatever the strength"
+        raise ApiError(400, message, param="guide")
+    other = copy.copy(decoder)
+    other.strength = strength
+    return other
+
+
+def _check_filters(decoder: Engine, sampling: Sampling) -> None:
+    while isinstance(decoder, Decoder):
+        if isinstance(decoder, Shaped) and sampling.temperature > 0 and not sampling.is_full_softmax:
+            message = "top_p, top_k and min_p cut the law, and so does the guide: leave them out, or set guide: false"
+            raise ApiError(400, message, param="top_p")
+        decoder = decoder.engine

@@ -1,0 +1,66 @@
+"""From tokens to text as they come, and an end at a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
+
+
+class TextStream:
+    """The text of tokens that come one by one. Joined, its pieces are the text of all tokens, up to a stop string.
+
+    Args:
+        decode: from token ids to text.
+        stop: strings that end the text and are not part of it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, tuple(stop)
+        self._tokens: list[int] = []
+        self._shown = self._context = 0  # tokens whose text is known, and of these how many it does not depend on
+        self._held = ""  # text that may be the beginning of a stop string
+        self.length = 0  # characters of the text of all tokens so far, as far as it is known
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that one more token makes known."""
+        self._tokens.append(token)
+        known, new = self._texts()
+        if new.endswith(INCOMPLETE):
+            return ""
+        self._context, self._shown = self._shown, len(self._tokens)
+        return self._up_to_stop(new[len(known) :])
+
+    def finish(self) -> str:
+        """The rest: characters that never became complete, and what might have begun a stop string."""
+        if self.stopped:
+            return ""
+        known, new = self._texts()
+        text = self._up_to_stop(new[len(known) :])
+        return text if self.stopped else text + self._held
+
+    def _texts(self) -> tuple[str, str]:
+        """Of the last tokens whose text is known, without and with those that followed."""
+        known = self._decode(self._tokens[self._context : self._shown])
+        return known, self._decode(self._tokens[self._context :])
+
+    def _up_to_stop(self, text: str) -> str:
+        self.length += len(text)
+        text = self._held + text
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = longest_beginning(text, self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of ``text`` are the beginning of a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stops):
+            return size
+    return 0

@@ -1,0 +1,68 @@
+"""What the guide's score says of every beginning of a completion."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+from posttrain.decoding.prefixes import Prefix, PrefixScore
+from posttrain.serving.errors import ApiError, of_failure
+from posttrain.serving.prompts import token_ids
+from posttrain.serving.protocol import ValuesRequest
+from posttrain.serving.served import Served
+
+AT_ONCE = 64  # prefixes that are scored together
+
+
+async def prefix_values(served: Served, asked: ValuesRequest) -> dict[str, Any]:
+    """The value before the completion and after each of its tokens, in reward units.
+
+    Raises:
+        ApiError: where there is no guide, or too many tokens.
+    """
+    score: Any = getattr(served.decoder, "score", None)
+    if not isinstance(score, PrefixScore):
+        raise ApiError(400, "this server has no score of prefixes: its recipe names no decoder that has one")
+    prompt = token_ids(asked.prompt, served.tokenizer, "prompt")
+    completion = token_ids(asked.completion, served.tokenizer, "completion", special=False)
+    whole, room = [*prompt, *completion], served.engine.max_model_len
+    if not prompt or len(whole) > room:
+        message = f"prompt and completion have {len(prompt)} and {len(completion)} tokens; the server takes 1 to {room}"
+        raise ApiError(400, message, param="completion" if prompt else "prompt", code="context_length_exceeded")
+    prefixes = [Prefix(tokens=whole[:end], start=len(prompt)) for end in range(len(prompt), len(whole) + 1)]
+    values: list[float] = []
+    for start in range(0, len(prefixes), AT_ONCE):
+        values += await _scored(served, score, prefixes[start : start + AT_ONCE])
+    return {
+        "object": "values",
+        "model": asked.model,
+        "tokens": [served.tokenizer.decode([token]) for token in completion],
+        "values": [value if math.isfinite(value) else None for value in values],
+        "kind": score.kind,
+        "beta": score.beta,
+    }
+
+
+async def _scored(served: Served, score: PrefixScore, prefixes: list[Prefix]) -> list[float]:
+    """In the worker's thread, where guides score."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[float]] = loop.create_future()
+
+    def settle(values: list[float] | Exception) -> None:
+        if found.done():
+            return
+        if isinstance(values, Exception):
+            found.set_exception(of_failure(values))
+        else:
+            found.set_result(values)
+
+    def work() -> None:
+        try:
+            values: list[float] | Exception = score.score(prefixes).tolist()
+        except Exception as error:  # told to the one who asked
+            values = error
+        loop.call_soon_threadsafe(settle, values)
+
+    served.worker.call(work)
+    return await found

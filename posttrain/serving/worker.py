@@ -1,0 +1,176 @@
+"""The thread that samples. Others hand it jobs, and are told of tokens by calls from it.
+
+A decoder that works token by token, and the policy itself, take jobs in while others are sampled. Other decoders finish
+a round of jobs of equal terms in one call; meanwhile plain jobs go on, and new ones wait.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.decoding.shaping import Shaped
+from posttrain.engines.base import Aborted, Completion, Engine, Progress, Request, Sampling, sample_seed
+from posttrain.engines.stepping import SteppingEngine
+
+Tell = Callable[[int, Progress], None]
+"""Called by the worker's thread with a sample's index and what became of it; must not raise."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """``n`` completions of one prompt: those that ``generate`` returns for this seed."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    n: int
+    seed: int
+    tell: Tell
+    decoder: Engine  # what it is sampled from
+    strength: float | None = None  # of a token-wise decoder
+    stream: bool = False
+    numbers: dict[int, int] = field(default_factory=dict)  # of its samples that the engine has taken in
+    cancelled: bool = False
+
+
+class _Closing(Exception):
+    """The server ends."""
+
+
+class Worker:
+    """A thread around an engine, which nothing else may touch while it runs.
+
+    Args:
+        engine: steps.
+    """
+
+    def __init__(self, engine: SteppingEngine) -> None:
+        self._engine = engine
+        engine.before_step = lambda: self._obey(wait=False)
+        self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._waiting: list[Job] = []  # for a round
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failure: Exception | None = None  # of the engine: it samples no more
+
+    def start(self) -> None:
+        """Begins to sample."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends after what it is at; jobs that have not ended are told of an error."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """From any thread: takes a job in."""
+        self.call(lambda: self._take(job))
+
+    def cancel(self, job: Job, sample: int | None = None) -> None:
+        """From any thread: nobody waits for the job, or for one sample of it, any more."""
+        self.call(lambda: self._cancel(job) if sample is None else self._abort(job, [sample]))
+
+    def call(self, action: Callable[[], Any]) -> None:
+        """From any thread: something to be done between two steps."""
+        self._commands.put(action)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it samples."""
+        return self._thread.is_alive() and self.failure is None
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._obey(wait=not self._engine.in_flight and not self._waiting)
+                if self._waiting and not (getattr(self._waiting[0].decoder, "alone", False) and self._engine.in_flight):
+                    self._round()
+                else:
+                    self._engine.step()
+        except Exception as error:  # told to everyone who waits, and by /health
+            self.failure = error
+        self._engine.abort(self._engine.in_flight)
+        for job in self._waiting:
+            _tell_all(job, self.failure)
+        while not isinstance(self.failure, _Closing) and (command := self._commands.get()) is not None:
+            command()
+
+    def _obey(self, *, wait: bool) -> None:
+        """Does what was asked for since the last step; with ``wait`` there is nothing else to do."""
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return
+            if command is None:
+                raise _Closing
+            command()
+            wait = False
+
+    def _take(self, job: Job) -> None:
+        if self.failure is not None:
+            _tell_all(job, self.failure)
+        elif job.cancelled:
+            _tell_all(job, Aborted())
+        elif job.decoder is self._engine or isinstance(job.decoder, Shaped):
+            for sample in range(job.n):
+                self._submit(job, sample)
+        else:
+            self._waiting.append(job)
+
+    def _submit(self, job: Job, sample: int) -> None:
+        request = Request(
+            prompt=job.prompt,
+            sampling=job.sampling,
+            seed=sample_seed(job.seed, sample),
+            tell=lambda progress: job.tell(sample, progress),
+            stream=job.stream,
+        )
+        try:
+            if isinstance(job.decoder, Shaped):
+                number = job.decoder.submit(request, strength=job.strength)
+            else:
+                number = self._engine.submit(request)
+        except ValueError as error:
+            job.tell(sample, Progress(error=error))
+        else:
+            job.numbers[sample] = number
+
+    def _cancel(self, job: Job) -> None:
+        job.cancelled = True
+        self._abort(job, job.numbers)
+        if job in self._waiting:
+            self._waiting.remove(job)
+            _tell_all(job, Aborted())
+
+    def _abort(self, job: Job, samples: Iterable[int]) -> None:
+        self._engine.abort([job.numbers[sample] for sample in samples if sample in job.numbers])
+
+    def _round(self) -> None:
+        """Completes waiting jobs of equal terms in one call."""
+        first = self._waiting[0]
+        jobs = [job for job in self._waiting if _terms(job) == _terms(first)]
+        self._waiting = [job for job in self._waiting if job not in jobs]
+
+        def ended(i: int, sample: int, completion: Completion) -> None:
+            jobs[i].tell(sample, Progress(completion.tokens, completion.logps, completion))
+
+        prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+        try:
+            first.decoder.generate(prompts, first.sampling, first.n, seeds=seeds, on_completion=ended)
+        except Exception as error:  # told to those who asked
+            for job in jobs:
+                _tell_all(job, error)
+            if isinstance(error, _Closing):
+                raise
+
+
+def _terms(job: Job) -> tuple[Any, ...]:
+    return id(job.decoder), job.sampling, job.n
+
+
+def _tell_all(job: Job, error: Exception) -> None:
+    for sample in range(job.n):
+        job.tell(sample, Progress(error=error))

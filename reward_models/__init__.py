@@ -13,6 +13,7 @@ from reward_models.implicit import ImplicitModel as implicit
 from reward_models.judge import Judge as judge
 from reward_models.judge import PairwiseJudge as pairwise_judge
 from reward_models.outcome import OutcomeModel as outcome
+from reward_models.preference import PreferenceModel as preference
 from reward_models.process import ProcessModel as process
 
-__all__ = ["ensemble", "implicit", "judge", "outcome", "pairwise_judge", "process"]
+__all__ = ["ensemble", "implicit", "judge", "outcome", "pairwise_judge", "preference", "process"]

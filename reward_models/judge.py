@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
 from typing import Any
 
 import httpx
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.errors import RecipeError
+from posttrain.parts.preference.games import Rivals
+from reward_models.comparing import Comparer
 from reward_models.loading import prompts_of
 
 RATE = (
@@ -158,7 +159,7 @@ class Judge:
     def __init__(
         self, *, template: str = RATE, pattern: str = RATING, low: float = 1.0, high: float = 10.0, **endpoint: Any
     ) -> None:
-        _check_template(template, ("prompt", "completion"))
+        check_template(template, ("prompt", "completion"))
         self.template, self.pattern, self.low, self.high = template, re.compile(pattern), low, high
         self.endpoint = make_endpoint(endpoint)
 
@@ -184,54 +185,45 @@ class Judge:
         return rating if rating is not None and self.low <= rating <= self.high else None
 
 
-class PairwiseJudge:
-    """The share of a group's other completions that a completion beats; each pair is judged in both orders.
+class PairwiseJudge(Comparer):
+    """The share of a group's other completions that a completion beats, by a judge who is asked in both orders.
 
-    r_i = mean over j ≠ i of p_ij,  p_ij = (P(i first, i wins) + P(j first, i wins)) / 2;  a tie is ½
-
-    So p_ij + p_ji = 1, whatever the judge thinks of the first place: Zheng et al. 2023, section 3.4, arXiv:2306.05685.
-    Of a group of n completions n (n - 1) questions are asked. Greedy baselines are compared like the others.
+    See :class:`reward_models.comparing.Comparer`; a tie is ½.
 
     Args:
         template: of the question; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
         pattern: regular expression whose first group is A, B or C (a tie); the last match counts.
+        against: see :class:`reward_models.comparing.Comparer`.
+        itself: see there.
+        center: see there.
         endpoint: see :class:`Endpoint`: ``url``, ``model``, ...
 
     Raises:
         RecipeError: for a template without its places.
     """
 
-    def __init__(self, *, template: str = COMPARE, pattern: str = CHOICE, **endpoint: Any) -> None:
-        _check_template(template, ("prompt", "a", "b"))
+    def __init__(
+        self,
+        *,
+        template: str = COMPARE,
+        pattern: str = CHOICE,
+        against: Rivals = "group",
+        itself: bool = False,
+        center: float = 0.0,
+        **endpoint: Any,
+    ) -> None:
+        check_template(template, ("prompt", "a", "b"))
+        super().__init__(against=against, itself=itself, center=center)
         self.template, self.pattern, self.endpoint = template, re.compile(pattern), make_endpoint(endpoint)
 
     def needs(self) -> set[str]:
         """Fields of the batch that it reads."""
         return {"rows", "texts", "group"}
 
-    def __call__(self, batch: Batch) -> Float[Tensor, " N"]:
-        """The win rate of each completion in its group; ½ where it is alone."""
-        groups = batch.group.tolist()
-        pairs = [(i, j) for i, j in combinations(range(len(batch)), 2) if groups[i] == groups[j]]
-        prompts, texts = prompts_of(batch), batch.texts
-        wins = self.probabilities([(prompts[i], texts[i], texts[j]) for i, j in pairs])
-        total, count = torch.zeros(len(batch)), torch.zeros(len(batch))
-        for (i, j), win in zip(pairs, wins.tolist(), strict=True):
-            total[i] += win
-            total[j] += 1 - win
-            count[[i, j]] += 1
-        return torch.where(count > 0, total / count.clamp(min=1), 0.5)
-
-    def probabilities(self, pairs: Sequence[tuple[Any, str, str]]) -> Float[Tensor, " P"]:
-        """How sure the judge is that the first of two completions of a prompt is better, over both orders.
-
-        Args:
-            pairs: prompt (messages or text) and two completions.
-        """
-        orders = [(prompt, *order) for prompt, a, b in pairs for order in ((a, b), (b, a))]
-        questions = [filled(self.template, prompt=as_text(prompt), a=a, b=b) for prompt, a, b in orders]
-        first = torch.tensor(self.endpoint.ask(questions, self._read)).view(-1, 2)
-        return (first[:, 0] + 1 - first[:, 1]) / 2
+    def first_wins(self, ordered: Sequence[tuple[Any, str, str]]) -> Float[Tensor, " Q"]:
+        """See :meth:`reward_models.comparing.Comparer.first_wins`."""
+        questions = [filled(self.template, prompt=as_text(prompt), a=a, b=b) for prompt, a, b in ordered]
+        return torch.tensor(self.endpoint.ask(questions, self._read))
 
     def _read(self, answer: str) -> float | None:
         found = self.pattern.findall(answer)
@@ -264,7 +256,11 @@ def filled(template: str, **values: str) -> str:
     return re.sub(rf"\{{({places})\}}", lambda match: values[match[1]], template)
 
 
-def _check_template(template: str, places: Iterable[str]) -> None:
+def check_template(template: str, places: Iterable[str]) -> None:
+    """
+    Raises:
+        RecipeError: for a template without one of its places.
+    """
     missing = [place for place in places if f"{{{place}}}" not in template]
     if missing:
         raise RecipeError(f"judge: the template has no place {{{missing[0]}}}")

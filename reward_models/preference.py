@@ -1,0 +1,107 @@
+"""Preference models: a language model that says which of two completions is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.errors import UserError
+from posttrain.parts.preference.games import Rivals
+from posttrain.runtime import length_groups
+from reward_models.comparing import Comparer
+from reward_models.implicit import language_model
+from reward_models.judge import as_text, check_template, filled
+from reward_models.loading import check_model, device, tokenizer_of
+
+QUESTION = (
+    "Which of the two answers is better? Say A or B.\n\n[What was asked]\n{prompt}\n\n[Answer A]\n{a}\n\n"
+    "[Answer B]\n{b}"
+)
+ANSWERS = ("A", "B")
+
+
+def question(prompt: Any, a: str, b: str, template: str = QUESTION) -> str:
+    """What a preference model is asked; ``recipes/preference/comparisons.py`` trains on the same words."""
+    return filled(template, prompt=as_text(prompt), a=a, b=b)
+
+
+class PreferenceModel(Comparer):
+    """Win rates by a language model that was trained to say which of two answers is better.
+
+    P(i first, i wins) = p(A | question) / (p(A | question) + p(B | question)), at the first token of the answer
+
+    Dong et al. 2024 (RLHF workflow, pairwise preference model), section 2.2, arXiv:2405.07863; trained by
+    ``recipes/preference/preference_model.yaml``.
+
+    Args:
+        model: folder or hub name. The question goes through its chat template, if it has one.
+        template: of the question; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
+        against: see :class:`reward_models.comparing.Comparer`.
+        itself: see there.
+        center: see there.
+        dtype: of the weights.
+        micro_batch_tokens: padded tokens in one forward pass.
+
+    Raises:
+        RecipeError: for a template without its places.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        template: str = QUESTION,
+        against: Rivals = "group",
+        itself: bool = False,
+        center: float = 0.0,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        micro_batch_tokens: int = 16384,
+    ) -> None:
+        check_template(template, ("prompt", "a", "b"))
+        super().__init__(against=against, itself=itself, center=center)
+        self.model, self.template, self.dtype, self.micro_batch_tokens = model, template, dtype, micro_batch_tokens
+
+    def needs(self) -> set[str]:
+        """Fields of the batch that it reads; fails where there is no such model."""
+        check_model(self.model)
+        return {"rows", "texts", "group"}
+
+    @torch.inference_mode()
+    def first_wins(self, ordered: Sequence[tuple[Any, str, str]]) -> Float[Tensor, " Q"]:
+        """See :meth:`reward_models.comparing.Comparer.first_wins`."""
+        model, tokenizer = language_model(self.model, self.dtype), tokenizer_of(self.model)
+        ids = [_ids(question(*each, self.template), tokenizer) for each in ordered]
+        lengths = torch.tensor([len(row) for row in ids])
+        choices = torch.tensor([_first_token(answer, tokenizer) for answer in ANSWERS], device=device())
+        found = torch.zeros(len(ids))
+        for rows in length_groups(lengths, self.micro_batch_tokens):
+            tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
+            for at, row in enumerate(rows):
+                tokens[at, : len(ids[row])] = torch.tensor(ids[row])
+            hidden = model.hidden_states(tokens.to(device()))[torch.arange(len(rows)), lengths[rows] - 1]
+            found[rows] = model.next_logits(hidden)[:, choices].softmax(-1)[:, 0].cpu()
+        return found
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.chat_template is None:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    asked = [{"role": "user", "content": text}]
+    found: Any = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+    return list(found["input_ids"])
+
+
+def _first_token(answer: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Raises:
+        UserError: where the answers begin alike.
+    """
+    first = {each: tokenizer(each, add_special_tokens=False)["input_ids"][0] for each in ANSWERS}  # type: ignore[index]
+    if len(set(first.values())) < len(ANSWERS):
+        raise UserError(f"preference model: its tokenizer begins the answers {ANSWERS} with the same token")
+    return first[answer]

@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     iterate = commands.add_parser("iterate", help="run recipes that feed each other, as in recipes/iterate", **common)
     iterate.add_argument("recipe", type=Path, help="YAML file")
     iterate.add_argument("--resume", action="store_true", help="go on with what is in the folder")
-    serve = commands.add_parser("serve", help="answer OpenAI's clients, as in recipes/serve.yaml", **common)
+    serve = commands.add_parser("serve", help="answer OpenAI's clients, as in recipes/serve/guided.yaml", **common)
     serve.add_argument("recipe", type=Path, help="YAML file")
-    show = commands.add_parser("show", help="print what a recipe runs: parts, equations, papers, settings", **common)
+    show = commands.add_parser("show", help="print what a file runs: parts, equations, papers, settings", **common)
     show.add_argument("recipe", type=Path, help="YAML file")
     return parser
 
@@ -87,10 +87,9 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _show(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from posttrain.loading import load_recipe
-    from posttrain.show import show
+    from posttrain.show import show_file
 
-    show(load_recipe(options.recipe, overrides))
+    show_file(options.recipe, overrides)
     return 0
 
 

@@ -15,7 +15,7 @@ from posttrain.errors import RecipeError, UserError
 from posttrain.loading import load_as, placed, read_document
 from posttrain.recipe import Part, PositiveInt, RecipeConflict
 from posttrain.resolve import resolve
-from posttrain.strictyaml import Overrides, suggestion
+from posttrain.strictyaml import Document, Overrides, suggestion
 
 
 @dataclass(config=options.CONFIG, kw_only=True, frozen=True)
@@ -132,6 +132,12 @@ SUITES = {
     "decode": "posttrain.decode_suite.run_decode_suite",
 }
 """What runs the suite that a file's ``suite:`` names: ``(path, overrides) -> Path`` of the report's folder."""
+KINDS = {
+    "value": "posttrain.evaluation_suite.ValueSuite",
+    "reward": "reward_models.suite.RewardSuite",
+    "decode": "posttrain.decode_suite.DecodeSuite",
+}
+"""The dataclass that such a file describes."""
 
 
 def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
@@ -141,9 +147,17 @@ def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
         UserError: for what a person can mend, one line for each problem, with its place and a suggestion.
     """
     path = Path(path)
-    document = read_document(path, overrides)
+    return resolve(SUITES[suite_name(read_document(path, overrides))])(path, overrides)
+
+
+def suite_name(document: Document) -> str:
+    """Which suite a file is.
+
+    Raises:
+        RecipeError: if it does not say, or there is no such suite.
+    """
     name = document.data.get("suite")
     if name not in SUITES:
         what = "says what to measure and is missing" if name is None else f"{name!r} is no suite"
         raise RecipeError(document.problem(("suite",), f"{what}; {suggestion(name, SUITES)}"))
-    return resolve(SUITES[name])(path, overrides)
+    return name

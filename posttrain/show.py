@@ -1,4 +1,4 @@
-"""``posttrain show``: what a recipe runs, slot by slot, and which settings differ from their defaults."""
+"""``posttrain show``: what a YAML file runs, slot by slot, and which settings differ from their defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -17,25 +18,73 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.recipe import SETTINGS_AND_SLOTS, SLOTS, Part, Recipe
-from posttrain.resolve import inner_slots, parameters
+from posttrain.decode import DecodeRecipe
+from posttrain.decode_suite import DecodeSuite, Variant, read_suite
+from posttrain.evaluation_suite import KINDS, suite_name
+from posttrain.labelling import LabelRecipe
+from posttrain.loading import load_as, read_document
+from posttrain.recipe import SLOTS, Part, Recipe
+from posttrain.resolve import inner_slots, parameters, resolve
+from posttrain.strictyaml import Document, Overrides
 
 _PAPER = re.compile(r"arXiv:|\b(19|20)\d\d\b.*\b(eq|section|table|appendix|chapter)\b", re.IGNORECASE)
 _EQUATION = re.compile(r"^[^.:]{1,60}?\s(=|:=|<=)\s")
 
 
-def show(recipe: Recipe, console: Console | None = None) -> None:
-    """Prints the recipe."""
+def show_file(path: Path, overrides: Overrides = (), console: Console | None = None) -> None:
+    """Prints what a file describes: a recipe for training, decoding or labels, or an evaluation suite.
+
+    Raises:
+        RecipeError: one line for each problem, with its place and a suggestion.
+    """
+    kind = kind_of(read_document(path, overrides))
+    if kind is DecodeSuite:
+        suite, variants = read_suite(path, overrides)
+        show(suite, console, variants)
+    else:
+        show(load_as(kind, path, overrides), console)
+
+
+def kind_of(document: Document) -> type[Any]:
+    """What a file describes, by its keys; a recipe for training unless they say something else.
+
+    Raises:
+        RecipeError: for a suite that does not exist.
+    """
+    given = set(document.data)
+    if "suite" in given:
+        return resolve(KINDS[suite_name(document)])
+    if "label" in given:
+        return LabelRecipe
+    return DecodeRecipe if "decoder" in given and not given & {"loss", "value_loss"} else Recipe
+
+
+def show(recipe: Any, console: Console | None = None, variants: Sequence[Variant] = ()) -> None:
+    """Prints a recipe or a suite.
+
+    Args:
+        recipe: a dataclass of slots and settings with ``name`` and ``path``.
+        variants: the decoders that a suite compares.
+    """
     console = console or Console()
     console.print(Text(recipe.name, style="bold"), Text(f"{_relative(str(recipe.path))}\n" if recipe.path else "\n"))
-    for name in SETTINGS_AND_SLOTS:
+    for name in _names(recipe):
         if name == "rollout" and recipe.examples is not None:
             continue  # nothing is sampled
         if name in SLOTS:
             value = getattr(recipe, name)
             for part in (value,) if isinstance(value, Part) else value or ():
                 console.print(describe(name, part))
-    console.print(settings(recipe))
+    for variant in variants:
+        if variant.decoder is not None:
+            console.print(Text(variant.label, style="bold"))
+            console.print(describe("decoder", variant.decoder))
+    console.print(settings(recipe, without=("decode",) if variants else ()))
+
+
+def _names(recipe: Any) -> list[str]:
+    """Of everything that a file may hold at the top."""
+    return [f.name for f in dataclasses.fields(recipe) if f.name not in ("name", "path")]
 
 
 def describe(slot: str, part: Part) -> Group:
@@ -86,12 +135,12 @@ def written(value: Any) -> str:
     return str(value) if isinstance(value, Part) else getattr(value, "__name__", repr(value))
 
 
-def settings(recipe: Recipe) -> Table:
+def settings(recipe: Any, without: Sequence[str] = ()) -> Table:
     """Every setting; those that differ from their defaults are marked with a star."""
     table = Table("setting", "value", "default", box=None, padding=(0, 2, 0, 0), header_style="cyan")
-    for name in SETTINGS_AND_SLOTS:
-        if name not in SLOTS:
-            default = _default(next(f for f in dataclasses.fields(Recipe) if f.name == name))
+    for name in _names(recipe):
+        if name not in SLOTS and name not in without:
+            default = _default(next(f for f in dataclasses.fields(recipe) if f.name == name))
             for row in _rows(name, getattr(recipe, name), default):
                 table.add_row(*row)
     return table
@@ -124,7 +173,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 def _shown(value: Any) -> str:
     plain = TypeAdapter(Any).dump_python(value, mode="json")
-    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+    return plain if isinstance(plain, str) and plain.isprintable() else json.dumps(plain, ensure_ascii=False)
 
 
 def _summary(part: Part) -> Iterator[tuple[str, str]]:

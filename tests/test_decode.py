@@ -154,11 +154,22 @@ def context_of() -> DecoderContext:
     return DecoderContext(tokenizer=None, device=torch.device("cpu"))  # type: ignore[arg-type]  # scores read tables
 
 
-def test_importance_weights_of_guided_rollouts_turn_means_into_those_of_the_policy():
+def of_the_recipe() -> tuple[dict[str, Any], Part]:
+    """Decoder options and importance weights of recipes/guided.yaml; of three tokens two are candidates, not twenty."""
+    recipe = load_recipe(RECIPES[0].parent.parent / "guided.yaml")
+    assert recipe.decoder is not None and recipe.decoder.target is decoders.shaped
+    (weight,) = recipe.loss[0].weights
+    return {**recipe.decoder.options, "k": 2}, weight
+
+
+@pytest.mark.parametrize("options", [{"strength": 1.5}, of_the_recipe()[0]], ids=["all tokens", "the recipe's"])
+def test_importance_weights_of_guided_rollouts_turn_means_into_those_of_the_policy(options):
     """Σ_y π(y) Π_t w_t(y) f(y) = E_{p0}[f], over every string of the exact world, with weights as the loss has them."""
     world = make_world(seed=3, vocabulary=3, length=3, eos=True)
     score = table_score(world.mean_values())
-    decoder = Part.of(decoders.shaped, score=lambda context: score, strength=1.5)
+    decoder = Part.of(decoders.shaped, **{**options, "score": lambda context: score})
+    importance = of_the_recipe()[1]
+    assert importance.target is truncated_importance
     means: dict[str, float] = {"one": 0.0, "reward": 0.0}
     context = Context(sampling=world.sampling, decode=str)
     prompts = Prompts(tokens=[list(PROMPT)], rows=[{}], places=["x"], group=[0], seeds=[0])
@@ -169,7 +180,8 @@ def test_importance_weights_of_guided_rollouts_turn_means_into_those_of_the_poli
         prefixes = [[*PROMPT, *string[:t]] for t in range(len(string))]
         base = world.engine().next_logps(prefixes).gather(-1, torch.tensor(string)[:, None])[:, 0]
         logp_old = torch.zeros_like(batch.logp_sampler).masked_scatter(batch.mask, base.to(batch.logp_sampler))
-        weight = truncated_importance(Outputs(logp=logp_old), batch.set(logp_old=logp_old), cap=1e6)
+        # without the recipe's cap, which leaves a bias for less variance
+        weight = importance.target(Outputs(logp=logp_old), batch.set(logp_old=logp_old), cap=1e6)
         return string, round(float(weight[batch.mask].double().prod()), 9)
 
     law = law_of(run)
@@ -198,6 +210,13 @@ def test_a_decoder_without_log_probs_is_refused_where_a_part_reads_them(tmp_path
     find_needs(with_decoder(tmp_path, {"use": "shaped", "score": {"use": "path_logp"}}, loss=CORRECTED))
 
 
+def test_guided_evaluation_needs_a_guide(tmp_path):
+    evaluate = {"data": {"path": "data.jsonl"}, "guided": True}
+    with pytest.raises(RecipeError, match=r"evaluate\.guided: needs a `decoder`"):
+        load_recipe(write_run(tmp_path, Path("tiny"), evaluate=evaluate))
+    assert with_decoder(tmp_path, POPULATION, evaluate=evaluate).evaluate.guided
+
+
 def test_a_training_recipe_with_a_decoder_is_written_and_read_again(tmp_path):
     recipe = with_decoder(tmp_path, POPULATION | {"pick": {"use": "tilted"}})
     again = tmp_path / "again.yaml"
@@ -219,6 +238,14 @@ SMALL = {
     "fudge": ["--decoder.k=8"],
     "twisted_smc": ["--decoder.particles=3"],
     "mcts_rollout": ["--decoder.tokens=60"],
+    "tq_star": ["--decoder.k=3", "--decoder.score.engine=transformers", "--decoder.score.max_tokens=8"],
+    "tq_star_indirect": [
+        "--decoder.k=2",
+        "--decoder.score.engine=transformers",
+        "--decoder.score.n=2",
+        "--decoder.score.max_tokens=8",
+    ],
+    "svdd_pm": ["--decoder.block=4", "--decoder.score.max_tokens=8"],
 }
 
 
@@ -337,6 +364,19 @@ def test_grpo_learns_from_shaped_rollouts(tmp_path, saved):
     plain = next(line["eval/score"] for line in lines if "eval/score" in line)
     assert guided > 0.9 and plain < 0.5
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+@pytest.mark.engine
+def test_evaluation_with_the_decoder(tmp_path, saved):
+    """Another decoder than a shaped one, in the place of the policy."""
+    digits = tmp_path / "digits.py"
+    digits.write_text(DIGITS, encoding="utf-8")
+    blocks = {"use": "population", "branch": 8, "block": 1, "score": {"use": "digits.py:next_digit"}}
+    evaluate = {"data": {"path": "data.jsonl"}, "guided": True, "sampling": {"max_tokens": 12, "temperature": 1.0}}
+    path = write_run(tmp_path, Path(saved["model"]), decoder=blocks, steps=1, evaluate=evaluate)
+    assert main(["train", str(path), f"--run.folder={tmp_path / 'run'}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert lines[0]["eval/score"] > 0.8  # share of digits, which plain samples have below a half of
 
 
 DIGITS = '''

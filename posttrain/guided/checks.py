@@ -38,6 +38,9 @@ def decoder_conflicts(decoder: Any, sampling: Any, engine: Any) -> Iterator[tupl
         yield ("decoder", "head"), "candidates are the `k` most probable tokens or the `head` of the law, not both"
     if chosen.get("branch", 1) > 1 and getattr(chosen.get("pick"), "name", "") == "keep":
         yield ("decoder", "pick"), "keep leaves nothing out: of several branches choose with top, tilted or resample"
+    for place, part in _parts(decoder, ("decoder",)):
+        if part.target.__name__ == "rollout" and part.every_option["max_tokens"] > sampling.max_tokens:
+            yield (*place, "max_tokens"), f"a completion ends after `sampling.max_tokens: {sampling.max_tokens}`"
     if "edited" in kinds and engine.use == "vllm":
         yield ("engine", "use"), "vLLM keeps hidden states to itself, which `edited` needs: transformers"
     if "shaped" in kinds:
@@ -59,15 +62,20 @@ def _names(decoder: Any) -> Iterator[str]:
 
 def named_models(part: Any, place: Location = ("decoder",)) -> Iterator[tuple[Location, str]]:
     """The models that a decoder and the parts in it name, with where they do."""
-    for name in local_options(part.target):
-        if (model := part.every_option.get(name)) is not None:
+    for at, each in _parts(part, place):
+        for name in local_options(each.target):
+            model = each.every_option.get(name)
             if isinstance(model, str):
-                yield (*place, name), model
-            else:
-                yield from (((*place, name, index), each) for index, each in enumerate(model))
+                yield (*at, name), model
+            elif model is not None:
+                yield from (((*at, name, index), one) for index, one in enumerate(model))
+
+
+def _parts(part: Any, place: Location) -> Iterator[tuple[Location, Any]]:
+    """A part and those in its options, with where they stand."""
+    yield place, part
     for name, value in part.options.items():
         several = value if isinstance(value, tuple) else (value,)
         for index, inner in enumerate(several):
             if hasattr(inner, "every_option"):
-                at = (*place, name, index) if isinstance(value, tuple) else (*place, name)
-                yield from named_models(inner, at)
+                yield from _parts(inner, (*place, name, index) if isinstance(value, tuple) else (*place, name))

@@ -81,7 +81,7 @@ def rollout(
     *,
     reward: Score,
     max_tokens: PositiveCount,
-    model: ModelPath | None = None,
+    policy: ModelPath | None = None,
     n: PositiveCount = 1,
     horizon: PositiveCount | None = None,
     temperature: NonNegative = 1.0,
@@ -98,14 +98,14 @@ def rollout(
     Args:
         reward: of completions: a score such as that of a reward model.
         max_tokens: longest completion, of which the prefix is a part: the recipe's ``sampling.max_tokens``.
-        model: rolls out; default: the policy, on its own engine. Its vocabulary must be the policy's.
+        policy: what rolls out, a language model of the same vocabulary; default: the policy itself, on its own engine.
         n: completions of a prefix.
         horizon: tokens after which a rollout is scored as it is; TQ*'s code takes 20.
         temperature: of the rollouts; 0 is greedy.
         tilt: log of a completion's weight, where the rollouts are of another policy than the one whose value is meant.
         kind: ``soft`` is β log Σ w exp(r / β) / Σ w, ``max`` the largest reward.
         beta: temperature of ``soft``, in units of reward.
-        engine: of ``model``.
+        engine: of ``policy``.
 
     Raises:
         RecipeError: for a soft value without ``beta``, or where there is no engine to roll out with.
@@ -115,7 +115,7 @@ def rollout(
     if context.engine is None:
         raise RecipeError("decoder: a rollout needs the engine of a decoder such as shaped, population or tree")
     return prefix_scores.RolloutScore(
-        engine=context.engine if model is None else context.engine_of(model, engine),
+        engine=context.engine if policy is None else context.engine_of(policy, engine),
         reward=reward(context),
         sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
         n=n,

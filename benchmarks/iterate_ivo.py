@@ -1,0 +1,115 @@
+"""IVO round by round: how much of the reward the value explains, and what decoding with it reaches.
+
+    python benchmarks/iterate_ivo.py --json benchmarks/results/iterate_ivo.json
+
+The policy of ``guided.py``, and ``recipes/iterate/ivo*.yaml`` with sizes for a tiny model: three rounds with each of
+the three anchors. In a round the value model learns from completions that the guided policy of the round before has
+drawn (in the first round, the policy itself); then held-out prompts are decoded with it. Explained variance is that of
+the values before they learn from a step's completions, over the last ten steps of the round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from guided_models import Training, make_policy
+from online_step import machine
+
+from posttrain.decode import run_decode
+from posttrain.iterate import IterateRecipe, read_rounds, run_iterate
+from posttrain.loading import load_as
+from posttrain.report.rounds import column, stage_metrics
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+ANCHORS = {"fixed": "ivo", "moving": "ivo_moving", "fixed, soft values": "ivo_soft"}
+
+
+def shared_settings(folder: Path, engine: str) -> str:
+    """What is laid over all recipes: the tiny policy, its problems, and no long completions."""
+    data = f"{{path: {folder}/train.jsonl, name: null, columns: {{}}, system: null}}"
+    policy = f"{{model: {folder}/policy, dtype: float32}}"
+    engine_options = f"{{use: {engine}, max_concurrent: 256, cache_mb: 256}}"
+    return f"{{policy: {policy}, data: {data}, engine: {engine_options}, sampling: {{max_tokens: 64}}}}"
+
+
+def settings(arguments: argparse.Namespace, name: str) -> list[str]:
+    """Sizes for a tiny model: the value learns in steps of 128 completions, with a rate for training from scratch."""
+    folder = arguments.folder
+    values = {
+        "steps": str(arguments.steps),
+        "value": "{optimizer: {learning_rate: 1.0e-3}}",
+        "policy": "{gradient_checkpointing: false}",
+        "run": "{rollouts_every: 0, trackers: [], save_every: 1000}",
+    }
+    held_out = {"data": f"{{path: {folder}/held_out.jsonl, split: train, limit: {arguments.prompts}}}"}
+    return [
+        f"--folder={folder / name}",
+        f"--rounds={arguments.rounds}",
+        f"--set={shared_settings(folder, arguments.engine)}",
+        *(f"--stages.values.set.{key}={value}" for key, value in values.items()),
+        *(f"--stages.held_out.set.{key}={value}" for key, value in held_out.items()),
+    ]
+
+
+def plain_score(arguments: argparse.Namespace) -> float:
+    """Of the policy alone on the held-out prompts, with the seeds of the guided decoding."""
+    folder = arguments.folder / "plain"
+    recipe = folder.parent / "plain.yaml"
+    recipe.write_text(
+        f"policy: {{model: {arguments.folder}/policy}}\ndata: {{path: held_out.jsonl}}\n", encoding="utf-8"
+    )
+    run_decode(
+        recipe,
+        [
+            f"--data.limit={arguments.prompts}",
+            "--verify=[{use: math}]",
+            "--sampling={max_tokens: 64}",
+            f"--engine={{use: {arguments.engine}, max_concurrent: 256, cache_mb: 256}}",
+            f"--output={folder / 'completions.jsonl'}",
+        ],
+    )
+    return stage_metrics("decode", folder)["score"]
+
+
+def of_rounds(name: str, folder: Path) -> dict[str, list[float]]:
+    """The recipe's table by round."""
+    rows: dict[int, dict[str, dict[str, float]]] = {}
+    for each in read_rounds(folder):
+        rows.setdefault(each.round, {})[each.stage] = each.metrics
+    table = load_as(IterateRecipe, RECIPES / "iterate" / f"{name}.yaml").table
+    return {title: list(column(source, rows).values()) for title, source in table.items()}
+
+
+def main() -> None:
+    """Runs what is not there yet, and writes all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "posttrain-ivo", help="kept")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of the value model in a round")
+    parser.add_argument("--prompts", type=int, default=256, help="held-out ones")
+    parser.add_argument("--anchors", nargs="+", choices=ANCHORS, default=list(ANCHORS))
+    parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if not (arguments.folder / "policy").exists():
+        make_policy(arguments.folder, Training())
+    found: dict[str, Any] = {"policy": {"score": plain_score(arguments)}}
+    for anchor in arguments.anchors:
+        name = ANCHORS[anchor]
+        started = (arguments.folder / name / "recipe.yaml").exists()
+        run_iterate(RECIPES / "iterate" / f"{name}.yaml", settings(arguments, name), resume=started)
+        found[anchor] = of_rounds(name, arguments.folder / name)
+        print(anchor, json.dumps(found[anchor]), flush=True)
+    sizes = {name: getattr(arguments, name) for name in ("rounds", "steps", "prompts", "engine")}
+    if arguments.json is not None:
+        result = {"command": "benchmarks/iterate_ivo.py", "sizes": sizes, **machine(), "rounds": found}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Scores that roll a prefix out, as decoders of recipes use them: TQ* and SVDD-PM on the exact world."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from exact_world import PROMPT, String, World, distance, law_of, make_world, table_score, tokens_of
+from test_decoding_scores import Strata, as_world, expected, quarters
+
+from posttrain.decode import DecodeRecipe
+from posttrain.decoding.particles import tilted
+from posttrain.decoding.population import Population
+from posttrain.engines.base import Engine
+from posttrain.errors import RecipeError
+from posttrain.guided import decoders, scores
+from posttrain.guided.context import DecoderContext
+from posttrain.loading import load_as
+from posttrain.recipe import Part
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "decode"
+
+
+def context_of(**engines: Engine) -> DecoderContext:
+    return DecoderContext(tokenizer=None, device=torch.device("cpu"), engines=engines)  # type: ignore[arg-type]
+
+
+def decoder_of(name: str, world: World, tilt: dict[String, float] | None = None, **changes) -> Part:
+    """A shipped recipe's decoder with rewards, and weights of completions, from tables."""
+    part = load_as(DecodeRecipe, RECIPES / f"{name}.yaml").decoder
+    assert part is not None
+    score = part.options["score"]
+    given = {"reward": lambda context: table_score(world.reward), "max_tokens": world.length}
+    given |= {} if tilt is None else {"tilt": lambda context: table_score(tilt)}
+    score = Part.of(score.target, **{**score.options, **given, **changes})
+    return Part.of(part.target, **{**part.options, "score": score, "strength": 1 / world.beta})
+
+
+def shaped_by(world: World, values: dict[String, float]) -> dict[String, float]:
+    """Π_t p0 exp(Q / α) / Z_t, string by string."""
+    law = dict.fromkeys(world.strings, 1.0)
+    for y, t in itertools.product(law, range(world.length)):
+        weights = [p * math.exp(values[*y[:t], a] / world.beta) for a, p in enumerate(world.next_law(y[:t]))]
+        law[y] *= weights[y[t]] / sum(weights)
+    return law
+
+
+def decoded(decoder: Part, world: World, context: DecoderContext) -> dict[String, float]:
+    return law_of(lambda made: tokens_of(decoder(world.engine(made), context).generate([PROMPT], world.sampling)))
+
+
+def test_direct_transfer_guides_by_the_mean_reward_of_the_aligned_policys_rollouts() -> None:
+    aligned = quarters()
+    plain = make_world(8, vocabulary=2, length=3)
+    decoder = decoder_of("tq_star", aligned, policy="aligned", n=64, temperature=1.0, horizon=None)
+    law = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
+    expected_law = shaped_by(World(plain.logits, aligned.reward, 2, 3), aligned.mean_values())
+    assert distance(law, expected_law) < 1e-12
+    assert distance(law, plain.strings) > 0.01
+
+
+def test_indirect_transfer_guides_by_the_value_of_the_policy_aligned_to_the_reward_itself() -> None:
+    """ρ_BL ∝ p exp(r_BL / β); with weights exp((r - r_BL) / β) its rollouts have the value of p exp(r / β) / Z."""
+    aligned = quarters()
+    beta, other = aligned.beta, {y: 0.3 * len(set(y)) - 0.2 * y[0] for y in aligned.reward}
+    weights = {y: p * math.exp(-other[y] / beta) for y, p in aligned.strings.items()}
+    plain = as_world(aligned, {y: w / sum(weights.values()) for y, w in weights.items()})
+    tilt = {y: (r - other[y]) / beta for y, r in aligned.reward.items()}
+    decoder = decoder_of("tq_star_indirect", aligned, tilt, policy="aligned", n=64)
+    law = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
+    values = expected(plain, plain.tilted(), lambda y, prefix: plain.reward[y])
+    assert distance(law, shaped_by(plain, values)) < 1e-10
+
+
+def test_the_posterior_mean_guess_draws_among_candidates_by_the_reward_of_their_greedy_completions() -> None:
+    world = make_world(9, vocabulary=2, length=2)
+    options = decoder_of("svdd_pm", world).options
+
+    def run(made) -> String:
+        engine = world.engine(made)
+        score, rules = options["score"](context_of().on(engine)), {"pick": tilted, "strength": options["strength"]}
+        population = Population(engine, score, branch=2, block=1, make_chooser=made, **rules)
+        return tokens_of(population.generate([PROMPT], world.sampling))
+
+    law = law_of(run)
+
+    def guess(string: String) -> float:
+        while not world.ended(string):
+            string = (*string, max(range(2), key=lambda a: world.next_law(string)[a]))
+        return math.exp(world.reward[string] / world.beta)
+
+    exact = dict.fromkeys(world.strings, 1.0)
+    for y, t in itertools.product(exact, range(2)):
+        p, chosen = world.next_law(y[:t]), 0.0
+        for pair in itertools.product(range(2), repeat=2):
+            weights = [guess((*y[:t], a)) for a in pair]
+            share = sum(w for a, w in zip(pair, weights, strict=True) if a == y[t]) / sum(weights)
+            chosen += p[pair[0]] * p[pair[1]] * share
+        exact[y] *= chosen
+    assert distance(law, exact) < 1e-12
+
+
+def test_rollouts_are_no_longer_than_completions(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    score = "{use: rollout, reward: {use: path_logp}, max_tokens: 9}"
+    path.write_text(
+        "policy: {model: m}\ndata: {path: d.jsonl}\nsampling: {max_tokens: 8}\n"
+        f"decoder: {{use: population, score: {{use: logarithm, of: {score}}}}}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(RecipeError, match=r"r.yaml:4:\d+: decoder.score.of.max_tokens: .* `sampling.max_tokens: 8`"):
+        load_as(DecodeRecipe, path)
+
+
+def test_what_a_rollout_cannot_do_without_is_named() -> None:
+    reward = Part.of(scores.path_logp)
+    with pytest.raises(RecipeError, match="needs the engine"):
+        scores.rollout(context_of(), reward=reward, max_tokens=3)
+    with pytest.raises(RecipeError, match="needs `beta`"):
+        scores.rollout(context_of().on(make_world().engine()), reward=reward, max_tokens=3, kind="soft")
+
+
+def test_a_rollout_is_of_the_engine_that_is_guided() -> None:
+    world = quarters()
+    engine = world.engine(Strata(64))
+    built = decoders.population(
+        engine,
+        context_of(),
+        score=Part.of(scores.rollout, reward=lambda context: table_score(world.reward), max_tokens=3, n=64),
+    )
+    assert built.score.engine is engine  # type: ignore[attr-defined]

@@ -177,6 +177,8 @@ class Evaluation:
     """Steps between evaluations; one more is made before the first step and one after the last."""
     n: int = Field(default=1, ge=1)
     """Completions a prompt; the score is their mean."""
+    guided: bool = False
+    """The recipe's ``decoder`` completes the prompts. By default the policy alone does."""
     sampling: SamplingOptions = Field(default_factory=lambda: SamplingOptions(temperature=0.0))
 
 

@@ -341,6 +341,8 @@ def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...],
             f"{length} tokens for prompt and completion leave no room for `sampling.max_tokens: "
             f"{recipe.sampling.max_tokens}`",
         )
+    if recipe.evaluate and recipe.evaluate.guided and recipe.decoder is None:
+        yield ("evaluate", "guided"), "needs a `decoder`: there is none, so the policy completes the prompts by itself"
     if recipe.evaluate and recipe.evaluate.n > 1 and recipe.evaluate.sampling.temperature == 0:
         yield (
             ("evaluate", "n"),

@@ -371,12 +371,13 @@ def test_evaluation_with_the_decoder(tmp_path, saved):
     """Another decoder than a shaped one, in the place of the policy."""
     digits = tmp_path / "digits.py"
     digits.write_text(DIGITS, encoding="utf-8")
-    blocks = {"use": "population", "branch": 8, "block": 1, "score": {"use": "digits.py:next_digit"}}
-    evaluate = {"data": {"path": "data.jsonl"}, "guided": True, "sampling": {"max_tokens": 12, "temperature": 1.0}}
+    blocks = {"use": "population", "branch": 48, "block": 1, "score": {"use": "digits.py:next_digit"}}
+    evaluate = {"data": {"path": "data.jsonl", "limit": 8}, "sampling": {"max_tokens": 6, "temperature": 1.0}}
+    evaluate["guided"] = True
     path = write_run(tmp_path, Path(saved["model"]), decoder=blocks, steps=1, evaluate=evaluate)
     assert main(["train", str(path), f"--run.folder={tmp_path / 'run'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert lines[0]["eval/score"] > 0.8  # share of digits, which plain samples have below a half of
+    assert lines[0]["eval/score"] > 0.6  # share of digits: one token in twenty-six is one
 
 
 DIGITS = '''

@@ -6,21 +6,26 @@ probability that i beats j, and the equilibrium of the game with a KL penalty is
 
 from __future__ import annotations
 
+import itertools
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 from parts_cases import close
 from preference_cases import answers, every_pair, forward, whole_loss
+from test_players import Table, players_of, shipped
 from test_preference_optima import CYCLE, ROCK_PAPER_SCISSORS
 from torch import Tensor
 
-from posttrain.batch import Outputs
+from posttrain.batch import Batch, Outputs
+from posttrain.decoding.mixture import mixed
 from posttrain.parts.advantages import returns
 from posttrain.parts.losses import reinforce
 from posttrain.parts.preference import pair_links, pair_targets, pair_weights
-from posttrain.parts.preference.games import antisymmetric, win_rates
+from posttrain.parts.preference.games import antisymmetric, mean_over_rivals, rivals
 from posttrain.parts.preference.terms import pairwise
+from posttrain.parts.rewards import kl_penalty
 
 GAME = ROCK_PAPER_SCISSORS
 REFERENCE = torch.tensor([0.6, 0.3, 0.1]).double()
@@ -100,6 +105,16 @@ def test_nash_mp_converges_where_self_play_diverges() -> None:
     assert kl(nash, nash_mp(20, eta=0.5, tau=0.05)) > 0.5  # too long a step for both
 
 
+def test_the_recipe_of_nash_mp_fits_its_half_step() -> None:
+    """η = β = 0.1: what the loss regresses to, and on what centre."""
+    (term,) = shipped("nash_mp").loss
+    policy, opponent = torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.5, 0.1, 0.4]).double()
+    before = term.options["score"].options["previous"]
+    centre = (1 - before) * REFERENCE.log() + before * policy.log()
+    found = regressed(centre, GAME @ opponent, term.options["target"].options["eta"])
+    close(found, proximal(policy, opponent, eta=0.1, tau=0.1), 1e-3)
+
+
 def test_a_uniform_reference_has_a_uniform_equilibrium() -> None:
     close(nash_mp(3, eta=0.1, tau=0.05, reference=UNIFORM), UNIFORM)
 
@@ -139,15 +154,23 @@ def test_multiplicative_weights_cycle_but_their_mean_is_the_equilibrium() -> Non
     assert policy.min() < 0.05
 
 
+def group_of(choices: list[int]) -> tuple[Batch, Tensor]:
+    """One group of answers, and the table of who beats whom."""
+    return answers([[(i, 0.0) for i in choices]], UNIFORM.tolist()), GAME[choices][:, choices]
+
+
 def test_win_rates_of_a_group() -> None:
     """Rock, paper, scissors and rock again, where the row beats the next one; the mean is ½ without any baseline."""
-    order = [0, 1, 2, 0]
-    close(win_rates(GAME[order][:, order]), (0.5, 1 / 3, 2 / 3, 0.5))
-    tables = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    close(win_rates(antisymmetric(tables)).mean(-1), torch.full((5,), 0.5), 1e-12)
-    close(antisymmetric(tables) + antisymmetric(tables).transpose(-1, -2), torch.ones(5, 4, 4), 1e-12)
-    with pytest.raises(ValueError, match="nothing to win against"):
-        win_rates(torch.ones(2, 1, 1))
+    batch, table = group_of([0, 1, 2, 0])
+    compared = rivals(batch, "group")
+    close(mean_over_rivals(table, compared), (0.5, 1 / 3, 2 / 3, 0.5))
+    close(mean_over_rivals(table, compared, itself=True), (0.5, 1.5 / 4, 2.5 / 4, 0.5))
+    tables = antisymmetric(torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0)).double())
+    close(tables + tables.transpose(-1, -2), torch.ones(5, 4, 4), 1e-12)
+    for each in tables:
+        assert mean_over_rivals(each, compared).mean().item() == pytest.approx(0.5)
+    alone, table = group_of([1])
+    assert mean_over_rivals(table, rivals(alone, "group")).tolist() == [0.5]
 
 
 # ---- Losses on pairs of the policy's own samples
@@ -238,3 +261,107 @@ def test_the_kl_term_of_nash_md_needs_what_follows() -> None:
         loss = (reinforce(Outputs(logp=logp), batch.set(advantage=advantage)) * probability[:, None]).sum()
         (slope_,) = torch.autograd.grad(loss, theta, retain_graph=True)
         close(slope_, expected, 1e-5)
+
+
+# ---- Groups of the policy's own samples, and the shipped recipes' own options
+
+
+def sampled_groups(sampler: Tensor, size: int, centre: Tensor = REFERENCE) -> Batch:
+    """Every group of so many draws, with its probability; the rewards are win rates as the recipes take them."""
+    groups = list(itertools.product(range(3), repeat=size))
+    weight = [float(sampler[list(group)].prod()) * len(groups) for group in groups]
+    batch = answers([[(i, 0.0) for i in group] for group in groups], centre.tolist(), weight=weight)
+    drawn = torch.tensor([i for group in groups for i in group])
+    return batch.set(reward=mean_over_rivals(GAME[drawn][:, drawn], rivals(batch, "group"), itself=True))
+
+
+@cache
+def options_of_egpo() -> dict[str, Any]:
+    """Of the loss term in the recipe, which is IPO-MD's too."""
+    (term,) = shipped("egpo").loss
+    return dict(term.options)
+
+
+def regression_slope(logits: Tensor, sampler: Tensor, tau: float, size: int = 2) -> Tensor:
+    """Gradient of the loss of EGPO's recipe on draws of a sampler."""
+    changed = {"target": partial(pair_targets.reward_gap, eta=1 / tau), "pair_weight": (pair_weights.given,)}
+    part = partial(pairwise, **options_of_egpo() | changed)
+    logits = logits.detach().clone().requires_grad_()
+    batch = sampled_groups(sampler, size)
+    loss = whole_loss([(1.0, part)], forward(logits, batch, REFERENCE.tolist()), batch)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_win_rates_that_count_a_tie_with_itself_give_online_ipo_in_groups_of_any_size(size: int) -> None:
+    logits = torch.randn(3, generator=torch.Generator().manual_seed(size)).double()
+    found = regression_slope(logits, logits.softmax(-1), 0.2, size)
+    close(found, gradient_of_online_ipo(logits, 0.2, GAME))
+
+
+def test_extragradient_converges_where_self_play_diverges() -> None:
+    """EGPO by plain gradient steps, through the object that looks ahead in a run; the same loss without it diverges."""
+    nash = torch.tensor(NASH[0.05]).double()
+    policy = Table(REFERENCE.tolist())
+    players = players_of(policy, shipped("egpo"))
+
+    def step(sampler: Tensor) -> None:
+        slope_ = regression_slope(policy.logits, sampler, 0.05)
+        with torch.no_grad():
+            policy.logits.sub_(0.1 * slope_)
+
+    for _ in range(30):
+        players.remember()
+        step(policy.law)
+        players.go_back()
+        with players.one_step_ahead():
+            sampler = policy.law
+        step(sampler)
+    assert kl(nash, policy.law) < 1e-6
+    with torch.no_grad():
+        policy.logits.copy_(REFERENCE.log())
+    for _ in range(60):
+        step(policy.law)
+    assert kl(nash, policy.law) > 0.3
+
+
+def iterated(name: str, tau: float, b: float, steps: int) -> Tensor:
+    """Iterations of INPO's regression, with the moves of the reference that a recipe asks for."""
+    policy, reference = Table(REFERENCE.tolist()), Table(REFERENCE.tolist())
+    players = players_of(policy, shipped(name), reference=reference)
+    for step in range(1, steps + 1):
+        centre = tau / b * reference.law.log() + (1 - tau / b) * policy.law.log()
+        found = regressed(centre, GAME @ policy.law, 1 / b)
+        with torch.no_grad():
+            policy.logits.copy_(found.log())
+        players.after(step)
+    return policy.law
+
+
+def test_inpo_ends_at_the_equilibrium_with_its_kl_penalty_and_comal_at_the_one_without() -> None:
+    close(iterated("inpo", 0.2, 1.0, 60), NASH[0.2], 1e-4)
+    close(iterated("comal", 0.2, 1.0, 120), UNIFORM, 1e-3)
+
+
+@pytest.mark.parametrize("share", [0.125, 0.5, 1.0])
+def test_nash_md_ascends_the_win_rate_against_the_mixture(share: float) -> None:
+    """Its gradient is that of P(π > mixture) - τ KL(π ‖ ref), with the mixture held still."""
+    recipe = shipped("nash_md", f"--opponent.share={share}")
+    tau = recipe.reward[0].weight
+    logits = torch.tensor([0.3, -0.4, 0.9]).double().requires_grad_()
+    policy = logits.softmax(-1)
+    opponent = mixed(policy.detach().log(), REFERENCE.log(), share).exp()
+    objective = policy @ GAME @ opponent - tau * (policy * (policy / REFERENCE).log()).sum()
+    (expected,) = torch.autograd.grad(objective, logits)
+    pairs = list(itertools.product(range(3), repeat=2))
+    batch = answers([[(i, 0.0), (j, 0.0)] for i, j in pairs], REFERENCE.tolist())
+    batch = batch.set(greedy=torch.tensor([False, True] * 9))
+    drawn = torch.tensor([i for pair in pairs for i in pair])
+    reward = mean_over_rivals(GAME[drawn][:, drawn], rivals(batch, recipe.compare.options["against"])) - 0.5  # type: ignore[union-attr]
+    outputs = forward(logits, batch, REFERENCE.tolist())
+    batch = batch.set(reward=reward, logp_old=outputs.logp.detach())
+    batch = batch.set(step_reward=tau * kl_penalty(batch))
+    terms = reinforce(outputs, batch.set(advantage=returns(batch)))[~batch.greedy].sum(-1)
+    probability = torch.tensor([(policy[i] * opponent[j]).item() for i, j in pairs]).double()
+    (found,) = torch.autograd.grad((terms * probability).sum(), logits)
+    close(-found, expected, 1e-7)

@@ -61,11 +61,12 @@ class DecoderContext:
     dtype: torch.dtype = torch.float32  # their weights'
     models: dict[tuple[str, str], nn.Module] = field(default_factory=dict)  # loaded ones, by kind and path
     engine: Engine | None = None  # the one that is guided
+    within_step: bool = False  # scores are asked for while that engine draws a token
     engines: dict[str, Engine] = field(default_factory=dict)  # of other models, by path
 
-    def on(self, engine: Engine) -> DecoderContext:
+    def on(self, engine: Engine, *, within_step: bool = False) -> DecoderContext:
         """The same for a decoder on this engine; models are shared."""
-        return replace(self, engine=engine)
+        return replace(self, engine=engine, within_step=within_step)
 
     def engine_of(self, model: str, use: Literal["auto", "vllm", "transformers"]) -> Engine:
         """An engine that samples from another model of the same vocabulary; it goes when the guided one does."""

@@ -63,7 +63,14 @@ def shaped(
         tilted: warn where the score cannot give the tilted law.
     """
     return Shaped(
-        engine, score(context.on(engine)), strength=strength, k=k, head=head, rest=rest, every=every, tilted=tilted
+        engine,
+        score(context.on(engine, within_step=True)),
+        strength=strength,
+        k=k,
+        head=head,
+        rest=rest,
+        every=every,
+        tilted=tilted,
     )
 
 

@@ -114,6 +114,11 @@ def rollout(
         raise RecipeError("decoder: a rollout of kind soft needs `beta`, its temperature in units of reward")
     if context.engine is None:
         raise RecipeError("decoder: a rollout needs the engine of a decoder such as shaped, population or tree")
+    if policy is None and context.within_step and getattr(context.engine, "library", "") == "vllm":
+        raise RecipeError(
+            "decoder: shaped asks for rollouts while vLLM draws a token, when it cannot sample anything else: name the "
+            "rollout's `policy`, which has an engine of its own, or set engine.use: transformers"
+        )
     return prefix_scores.RolloutScore(
         engine=context.engine if policy is None else context.engine_of(policy, engine),
         reward=reward(context),

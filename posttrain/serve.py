@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server from a YAML file: ``posttrain serve recipes/serve.yaml``."""
+"""An OpenAI-compatible server from a YAML file: ``posttrain serve recipes/serve/guided.yaml``."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def serve(recipe: ServeRecipe) -> None:
     Raises:
         UserError: for what a person can mend.
     """
-    with closing(_listening(recipe.server)) as listener, application(recipe) as app:
+    with closing(listening(recipe.server)) as listener, application(recipe) as app:
         host, port = listener.getsockname()[:2]
         print(f"{recipe.model_name}: http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE)
@@ -119,7 +119,9 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
                 worker=Worker(engine),
                 seeds=FreshSeeds(recipe.seed),
             )
-            yield make_app(served)
+            app = make_app(served)
+            app.state.served = served
+            yield app
 
 
 def _engine(recipe: ServeRecipe) -> SteppingEngine:
@@ -140,8 +142,12 @@ def _engine(recipe: ServeRecipe) -> SteppingEngine:
     return engine
 
 
-def _listening(server: Server) -> socket.socket:
-    """A socket that listens: a port that is taken shows before models are loaded."""
+def listening(server: Server) -> socket.socket:
+    """A socket for the server: a port that is taken shows before models are loaded.
+
+    Raises:
+        UserError: where it cannot be had.
+    """
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

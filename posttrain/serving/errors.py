@@ -43,6 +43,8 @@ def of_validation(problems: Sequence[Any]) -> ApiError:
     place = [str(step) for step in first["loc"] if step != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if not place and first["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body should be a JSON object, sent with Content-Type: application/json")
     param = place[0] if place else None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

@@ -93,7 +93,7 @@ class CompletionRequest(Sampled):
             found = inner(value)
         except ValueError:
             found = None
-        if not found:
+        if found is None or found == []:
             raise ValueError("should be a string, a list of strings, a list of token ids, or a list of such lists")
         return found
 

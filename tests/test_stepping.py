@@ -1,0 +1,163 @@
+"""Requests that join and leave while others are sampled, on every engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from exact_world import PROMPT, make_world, table_score
+
+from posttrain.decoding.prefix_scores import FunctionScore
+from posttrain.decoding.shaping import Shaped
+from posttrain.engines import make_engine
+from posttrain.engines.base import Aborted, Completion, Progress, Request, Sampling, sample_seed
+from posttrain.options import EngineOptions
+
+WORLD = make_world()
+
+
+@pytest.fixture(
+    scope="module", params=["tabular", "transformers", pytest.param("vllm", marks=pytest.mark.engine)], ids=str
+)
+def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
+    if request.param == "tabular":
+        yield WORLD.engine()
+        return
+    if request.param == "vllm":
+        pytest.importorskip("vllm")
+    options = EngineOptions(use=request.param, cache_mb=64, max_concurrent=64)
+    made = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=96)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def prompts(engine) -> list[list[int]]:
+    return [list(PROMPT)] * 4 if not hasattr(engine, "library") else [[5, 6, 7], [9, 10], [20, 21, 22, 23], [5, 6, 8]]
+
+
+@pytest.fixture
+def sampling(engine) -> Sampling:
+    return Sampling(max_tokens=16, temperature=0.8) if hasattr(engine, "library") else WORLD.sampling
+
+
+class Told:
+    """A caller that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.news: list[Progress] = []
+
+    def __call__(self, progress: Progress) -> None:
+        assert not self.ended
+        self.news.append(progress)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.news) and self.news[-1].ended
+
+    @property
+    def completion(self) -> Completion:
+        found = self.news[-1].completion
+        assert found is not None
+        return found
+
+
+def submit(engine, prompt, sampling, seed, *, stream: bool = True, **more) -> tuple[int, Told]:
+    told = Told()
+    terms = {"prompt": prompt, "sampling": sampling, "seed": sample_seed(seed, 0), "tell": told, "stream": stream}
+    return engine.submit(Request(**terms, **more)), told
+
+
+def finish(engine) -> None:
+    while engine.in_flight:
+        engine.step()
+
+
+def test_requests_that_join_later_are_sampled_as_if_alone(engine, prompts, sampling):
+    expected = [engine.generate([prompt], sampling, seeds=[i])[0][0] for i, prompt in enumerate(prompts)]
+    told = []
+    for i, prompt in enumerate(prompts):
+        told.append(submit(engine, prompt, sampling, i, stream=i % 2 == 0)[1])
+        engine.step()
+    finish(engine)
+    for i, (one, completion) in enumerate(zip(told, expected, strict=True)):
+        assert one.completion.tokens == completion.tokens
+        assert one.completion.logps == pytest.approx(completion.logps, abs=1e-5)
+        assert one.completion.finish == completion.finish
+        assert [token for news in one.news for token in news.tokens] == completion.tokens
+        assert [logp for news in one.news for logp in news.logps] == one.completion.logps
+        assert len(one.news) == (len(completion.tokens) if i % 2 == 0 else 1)
+
+
+def test_an_aborted_request_is_told_so_and_the_others_go_on(engine, prompts, sampling):
+    (expected,) = engine.generate(prompts[:1], sampling, seeds=[7])[0]
+    _, staying = submit(engine, prompts[0], sampling, 7)
+    number, leaving = submit(engine, prompts[1], Sampling(max_tokens=sampling.max_tokens, ignore_eos=True), 8)
+    engine.step()
+    engine.abort([number])
+    assert isinstance(leaving.news[-1].error, Aborted) and leaving.ended
+    engine.abort([number])
+    finish(engine)
+    assert staying.completion.tokens == expected.tokens
+    assert engine.in_flight == []
+
+
+def test_generate_goes_on_beside_requests_in_flight_and_others_join_before_its_steps(engine, prompts, sampling):
+    expected = engine.generate(prompts, sampling, 2, seeds=range(4))
+    _, early = submit(engine, prompts[0], sampling, 0)
+    late: list[Told] = []
+
+    def join() -> None:
+        if not late:
+            late.append(submit(engine, prompts[1], sampling, 1)[1])
+
+    engine.before_step = join
+    try:
+        outputs = engine.generate(prompts, sampling, 2, seeds=range(4))
+    finally:
+        engine.before_step = lambda: None
+    finish(engine)
+    assert [[c.tokens for c in group] for group in outputs] == [[c.tokens for c in group] for group in expected]
+    assert early.completion.tokens == expected[0][0].tokens
+    assert late[0].completion.tokens == expected[1][0].tokens
+
+
+def test_what_a_shaper_raises_ends_its_own_requests_alone(engine, prompts, sampling):
+    (expected,) = engine.generate(prompts[:1], sampling, seeds=[3])[0]
+
+    def broken(logps: torch.Tensor, rows) -> torch.Tensor:
+        raise ArithmeticError("no law")
+
+    _, plain = submit(engine, prompts[0], sampling, 3)
+    _, shaped = submit(engine, prompts[1], sampling, 4, shaper=broken)
+    finish(engine)
+    assert isinstance(shaped.news[-1].error, ArithmeticError)
+    assert plain.completion.tokens == expected.tokens
+
+
+def test_strengths_of_requests_do_not_mix(engine, prompts, sampling):
+    if hasattr(engine, "library"):
+        score = FunctionScore(function=lambda prefixes: [sum(t < 100 for t in p.generated) for p in prefixes])
+    else:
+        score = table_score(WORLD.mean_values())
+    decoder = Shaped(engine, score, k=3)
+    strengths = [0.5, 1.0, 2.0, 0.5]
+    told = [Told() for _ in prompts]
+    for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):
+        decoder.submit(
+            Request(prompt=prompt, sampling=sampling, seed=sample_seed(i, 0), tell=told[i]), strength=strength
+        )
+    finish(engine)
+    for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):
+        alone = Shaped(engine, score, k=3, strength=strength).generate([prompt], sampling, seeds=[i])[0][0]
+        assert told[i].completion.tokens == alone.tokens
+        assert told[i].completion.logps == pytest.approx(alone.logps, abs=1e-5)
+        assert told[i].completion.measured == pytest.approx(alone.measured, abs=1e-4)
+    assert decoder._stream.rows == {}
+
+
+def test_a_request_that_leaves_no_room_is_refused(engine):
+    with pytest.raises(ValueError, match="max_tokens 1000"):
+        submit(engine, [0], Sampling(max_tokens=1000), 0)
+    assert engine.in_flight == []

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from guided_models import Training, make_policy
 from online_step import machine
 
@@ -37,17 +38,25 @@ def shared_settings(folder: Path, engine: str) -> str:
 
 
 def settings(arguments: argparse.Namespace, name: str) -> list[str]:
-    """Sizes for a tiny model: the value learns in steps of 128 completions, with a rate for training from scratch."""
+    """Sizes for a tiny model, a strength for rewards of 0 and 1, and one temperature in all rounds."""
     folder = arguments.folder
     values = {
         "steps": str(arguments.steps),
+        "minibatches": "2",
+        "sampling.temperature": "1.0",
         "value": "{optimizer: {learning_rate: 1.0e-3}}",
         "policy": "{gradient_checkpointing: false}",
         "run": "{rollouts_every: 0, trackers: [], save_every: 1000}",
     }
     held_out = {"data": f"{{path: {folder}/held_out.jsonl, split: train, limit: {arguments.prompts}}}"}
+    stages = yaml.safe_load((RECIPES / "iterate" / f"{name}.yaml").read_text(encoding="utf-8"))["stages"]
+    shaped = stages["values"]["later"]["decoder"] | {"k": 4, "every": 1, "strength": arguments.strength}
+    if "target" in stages["values"].get("set", {}):
+        values["target.beta"] = str(1 / arguments.strength)
+    held_out["decoder"] = json.dumps(shaped)
     return [
         f"--folder={folder / name}",
+        f"--stages.values.later.decoder={json.dumps(shaped)}",
         f"--rounds={arguments.rounds}",
         f"--set={shared_settings(folder, arguments.engine)}",
         *(f"--stages.values.set.{key}={value}" for key, value in values.items()),
@@ -91,6 +100,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "posttrain-ivo", help="kept")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="of the value model in a round")
+    parser.add_argument("--strength", type=float, default=8.0, help="of the guide, in 1 / reward")
     parser.add_argument("--prompts", type=int, default=256, help="held-out ones")
     parser.add_argument("--anchors", nargs="+", choices=ANCHORS, default=list(ANCHORS))
     parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm")
@@ -105,7 +115,7 @@ def main() -> None:
         run_iterate(RECIPES / "iterate" / f"{name}.yaml", settings(arguments, name), resume=started)
         found[anchor] = of_rounds(name, arguments.folder / name)
         print(anchor, json.dumps(found[anchor]), flush=True)
-    sizes = {name: getattr(arguments, name) for name in ("rounds", "steps", "prompts", "engine")}
+    sizes = {name: getattr(arguments, name) for name in ("rounds", "steps", "strength", "prompts", "engine")}
     if arguments.json is not None:
         result = {"command": "benchmarks/iterate_ivo.py", "sizes": sizes, **machine(), "rounds": found}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

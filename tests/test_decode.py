@@ -232,11 +232,12 @@ SPECS = {
     "scalar": ValueSpec(head=options.Head(type="scalar"), shift=2.0, scale=0.1),  # above 0, as FUDGE needs it
     "per_token": ValueSpec(head=options.Head(type="per_token"), kind="soft", beta=0.5),
 }
-SOFT = ("smc", "svdd", "twisted_smc")
+SOFT = ("smc", "svdd", "twisted_smc", "sis")
 PER_TOKEN = (*SOFT, "cd_token")
 SMALL = {
     "fudge": ["--decoder.k=8"],
     "twisted_smc": ["--decoder.particles=3"],
+    "sis": ["--decoder.particles=3"],
     "mcts_rollout": ["--decoder.tokens=60"],
     "tq_star": ["--decoder.k=3", "--decoder.score.engine=transformers", "--decoder.score.max_tokens=8"],
     "tq_star_indirect": [
@@ -319,6 +320,14 @@ def test_completions_of_a_decoder_go_to_parquet(tmp_path, saved):
     assert all(row["base_logp"] < 0 for row in rows)
     assert json.loads(rows[0]["prompt"])[0]["content"] == "0+1"
     assert "score" not in rows[0]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("decoder", ["shaped, k: 4", "population, branch: 2, pick: {use: tilted}"])
+def test_a_mean_value_where_the_tilted_law_is_promised_is_told(tmp_path, saved, decoder):
+    path = write(tmp_path, f"{{use: {decoder}, tilted: true, score: {{use: value, model: {saved['scalar']}}}}}")
+    with pytest.warns(GuideWarning, match="the score is a mean value; only a soft value"):
+        run_decode(path, [f"--policy.model={saved['model']}", f"--output={tmp_path / 'out.jsonl'}"])
 
 
 @pytest.fixture(scope="module")

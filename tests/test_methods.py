@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from posttrain.decode import DecodeRecipe
+from posttrain.iterate import IterateRecipe, Stage
 from posttrain.loading import load_as, load_recipe
 from posttrain.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"
 ROW = re.compile(rf"\| (?P<name>[^|]+) \| {LINK} \| (?P<parts>[^|]+) \| (?P<paper>[^|]+) \|")
-FAMILIES = ("rl", "value", "preference", "decode")
+FAMILIES = ("rl", "value", "preference", "decode", "iterate")
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix() for family in FAMILIES for path in (ROOT / "recipes" / family).glob("*.yaml")
 )
@@ -25,10 +26,23 @@ def rows() -> dict[str, re.Match[str]]:
 
 
 def runs(path: Path) -> str:
-    """What a recipe runs: its parts, or its decoder."""
+    """What a recipe runs: its parts, its decoder, or the recipes of a round."""
     if path.parent.name == "decode":
         return f"`{load_as(DecodeRecipe, path).decoder}`"
+    if path.parent.name == "iterate":
+        return " → ".join(map(stage_of, load_as(IterateRecipe, path).stages.values()))
     return described(load_recipe(path))
+
+
+def stage_of(stage: Stage) -> str:
+    """The recipe of a stage, and the parts that the stage lays over it."""
+    laid = {name: part for name, part in (stage.set | stage.later).items() if isinstance(part, dict) and "use" in part}
+    parts = [
+        f"{name}: {part['use']}" + (f"({part['score']['use']})" if "score" in part else "")
+        for name, part in laid.items()
+    ]
+    file = Path(getattr(stage, stage.kind)).name
+    return f"`{stage.kind} {file}`" + (f" with `{', '.join(parts)}`" if parts else "")
 
 
 def described(recipe: Recipe) -> str:
@@ -46,7 +60,9 @@ def described(recipe: Recipe) -> str:
     ]
     for term in recipe.loss:
         parts += [term, *term.weights]
-    parts += [recipe.target, *recipe.value_loss]
+    parts += [recipe.target]
+    for term in recipe.value_loss:
+        parts += [term, *term.weights]
     if recipe.normaliser.name != "token_mean" or recipe.loss:
         parts.append(recipe.normaliser)
     return " → ".join(f"`{part}`" for part in parts if part is not None)

@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ CASES = ("even", "heavy_tailed")
 class Worker:
     """A worker process, seen from outside."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Any, entry: Callable[..., None] = run_worker) -> None:
         self.name = name
-        self.log = Path(settings.folder, f"{name}-{settings.lengths}.log")
+        self.log = Path(settings.folder, f"{name}-{getattr(settings, 'lengths', 'given')}.log")
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=run_worker, args=(name, settings, theirs, str(self.log)))
+        self._process = context.Process(target=entry, args=(name, settings, theirs, str(self.log)))
         self._process.start()
         theirs.close()
 

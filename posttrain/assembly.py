@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from posttrain.collect import Source
+from posttrain import options
+from posttrain.collect import Source, in_order
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
+from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine, ShapingEngine
@@ -26,7 +28,8 @@ from posttrain.needs import Needs
 from posttrain.options import Value
 from posttrain.parts.value_losses import SOFT
 from posttrain.players import Players, adapted_copy, check_twins
-from posttrain.recipe import Recipe
+from posttrain.recipe import Part, Recipe
+from posttrain.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
 from posttrain.trained import Trained
@@ -41,6 +44,15 @@ class Material:
     rows: Rows | None
     examples: Examples | None
     evaluation_rows: Rows | None
+    evaluation_examples: Examples | None = None
+
+    @property
+    def dropped(self) -> dict[str, tuple[LeftOut, ...]]:
+        """What is not used of the training data and of the evaluation's, and why."""
+        training, held_out = self.rows or self.examples, (self.evaluation_rows, self.evaluation_examples)
+        found = {"data": training.dropped if training is not None else ()}
+        found |= {"evaluate": sum((each.dropped for each in held_out if each is not None), ())}
+        return {name: entries for name, entries in found.items() if entries}
 
     def __len__(self) -> int:
         """Prompts or groups of given completions."""
@@ -73,20 +85,30 @@ def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -
         numbers: columns of numbers that other parts read.
     """
     base = recipe.path.parent if recipe.path else None
-    rows = examples = held_out = None
+    rows = examples = held_out = held_out_examples = None
     if recipe.examples is not None:
-        examples = recipe.examples(recipe.data, tokenizer, base)
-        if isinstance(examples, GivenExamples):
-            examples.check_numbers(numbers)
+        examples = load_examples(recipe.examples, recipe.data, tokenizer, base, numbers)
     else:
         rows = load_rows(recipe.data, tokenizer=tokenizer, base=base)
         check_columns(rows, recipe.verify)
         for name in numbers:
             read_numbers(rows, name)
-    if recipe.evaluate is not None:
+    if recipe.evaluate is not None and recipe.evaluate.data is not None:
         held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
         check_columns(held_out, recipe.verify)
-    return Material(rows, examples, held_out)
+    if recipe.evaluate is not None and recipe.evaluate.examples is not None and recipe.examples is not None:
+        held_out_examples = load_examples(recipe.examples, recipe.evaluate.examples, tokenizer, base, numbers)
+    return Material(rows, examples, held_out, held_out_examples)
+
+
+def load_examples(
+    part: Part, data: options.Data, tokenizer: Any, base: Path | None, numbers: Sequence[str]
+) -> Examples:
+    """Given completions, with the columns of numbers that other parts read."""
+    examples = part(data, tokenizer, base)
+    if isinstance(examples, GivenExamples):
+        examples.check_numbers(numbers)
+    return examples
 
 
 def refuse_uneven_prompts(recipe: Recipe, runtime: Runtime) -> None:
@@ -181,6 +203,8 @@ def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Poli
     """
     other, moves = recipe.reference.model, recipe.reference.every is not None
     plays = recipe.opponent is not None and recipe.opponent.average is None
+    if other is None and uses_cache(recipe, needs):
+        return None  # before the first step, when it is asked, the policy is the reference
     needed = needs.logp_ref or needs.kl_ref or (needs.value_next and bool(recipe.loss)) or plays
     if moves and not needed:
         raise UserError("reference.every: no part of the recipe reads the reference; leave it out")
@@ -194,6 +218,19 @@ def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Poli
     dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
     model = load_model(recipe.policy, dtype=dtype, model=other)
     return Policy(model).requires_grad_(False).eval().to(runtime.device)
+
+
+def with_cached_reference(learner: Learner, material: Material) -> Material:
+    """The material with the reference's log-probs from the cache, where it can hold them; a reference model is then
+    let go. Called before the first step."""
+    if material.examples is None or not uses_cache(learner.recipe, learner.needs):
+        return material
+    examples = with_reference(learner, material.examples, schedule_of(learner.recipe, len(material)))
+    held_out: Examples | None = material.evaluation_examples
+    if held_out is not None:
+        held_out = with_reference(learner, held_out, in_order(len(held_out), learner.recipe.prompts_per_step))
+    learner.players.reference = None
+    return replace(material, examples=examples, evaluation_examples=held_out)
 
 
 def value_kind(recipe: Recipe) -> dict[str, Any]:

@@ -142,16 +142,26 @@ def draw_examples(recipe: Recipe, runtime: Runtime, examples: Examples, sampler:
     """
     start = time.perf_counter()
     index = sampler.draw(recipe.prompts_per_step)
-    share = recipe.prompts_per_step // runtime.world
-    mine = index[runtime.rank * share : (runtime.rank + 1) * share]
+    mine = share_of(index, runtime)
     batch = runtime.together(lambda: examples.batch(mine))
-    group = batch.group.unique(return_inverse=True)[1] + runtime.rank * share
+    group = batch.group.unique(return_inverse=True)[1] + runtime.rank * len(mine)
     batch = batch.set(group=group, step=step, all_sum=runtime.all_sum)
     chosen = torch.ones(len(batch), dtype=torch.bool)
     for part in recipe.select:
         chosen &= part(batch)
     kept = batch[chosen] if bool(chosen.any()) else blank_row(batch)
     return Collected(kept, {}, len(index), 1, 0, {"read": time.perf_counter() - start})
+
+
+def in_order(size: int, each: int) -> list[list[int]]:
+    """All numbers below ``size``, ``each`` at a time."""
+    return [list(range(start, min(start + each, size))) for start in range(0, size, each)]
+
+
+def share_of(index: Sequence[int], runtime: Runtime) -> list[int]:
+    """This rank's part of a list; the last ranks have less where it does not come out even."""
+    share = -(-len(index) // runtime.world)
+    return list(index[runtime.rank * share : (runtime.rank + 1) * share])
 
 
 def sampling_of(options: SamplingOptions) -> Sampling:

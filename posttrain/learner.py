@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, blank_row
 from posttrain.compose import taught_states, total_loss, total_value_loss, value_target
 from posttrain.engines.base import sample_seed
-from posttrain.metrics import add_sums, reduce_means, update_sums
+from posttrain.metrics import add_sums, preference_sums, reduce_means, update_sums
 from posttrain.models import Policy
 from posttrain.needs import Needs
 from posttrain.options import Optimizer, Value
@@ -55,13 +56,27 @@ def score(learner: Learner, batch: Batch) -> Batch:
     if needs.scoring_pass:
         filled = _passes(learner, batch, lambda part: _policy_pass(learner.policy, part, temperature, needs.entropy))
         batch = batch.set(logp_old=filled[0], entropy=filled[1] if needs.entropy else None)
-    if needs.logp_ref:
-        model, without_adapters = learner.reference or learner.policy, learner.reference is None
-        filled = _passes(
-            learner, batch, lambda part: _policy_pass(model, part, temperature, reference=without_adapters)
-        )
-        batch = batch.set(logp_ref=filled[0])
+    if needs.logp_ref and batch.logp_ref is None:
+        batch = batch.set(logp_ref=reference_logp(learner, batch))
     return score_values(learner, batch, learner.value)
+
+
+@torch.no_grad()
+def policy_logp(learner: Learner, batch: Batch) -> Float[Tensor, "N L"]:
+    """Log-probs of the policy as it is."""
+    temperature = learner.recipe.sampling.temperature
+    learner.policy.eval()
+    return _passes(learner, batch, lambda part: _policy_pass(learner.policy, part, temperature))[0]
+
+
+@torch.no_grad()
+def reference_logp(learner: Learner, batch: Batch) -> Float[Tensor, "N L"]:
+    """Log-probs of the reference, which may be the policy without its adapters, or as it is before the first step."""
+    model, temperature = learner.reference or learner.policy, learner.recipe.sampling.temperature
+    without_adapters = learner.reference is None
+    learner.policy.eval()
+    filled = _passes(learner, batch, lambda part: _policy_pass(model, part, temperature, reference=without_adapters))
+    return filled[0]
 
 
 @torch.no_grad()
@@ -190,7 +205,7 @@ def losses_of(
         # Times 0, not left out: data-parallel wrappers wait for the gradient of everything they wrap.
         loss = loss + (0.0 * policy_loss if policy_waits else policy_loss)
         terms |= {f"loss/{name}": value for name, value in parts.items()}
-        sums.append(update_sums(outputs, micro))
+        sums.append(update_sums(outputs, micro) | preference_sums(recipe.loss, outputs, micro))
     for member in members if recipe.value_loss else ():
         value_loss, parts = total_value_loss(recipe.value_loss, member, micro)
         loss = loss + value_loss

@@ -20,6 +20,7 @@ from posttrain.assembly import (
     load_material,
     open_folder,
     refuse_uneven_prompts,
+    with_cached_reference,
 )
 from posttrain.batch import Batch
 from posttrain.branching import branch_values
@@ -29,7 +30,7 @@ from posttrain.compose import compared, credit, reward_batch, with_baseline
 from posttrain.display import Progress
 from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
-from posttrain.evaluate import evaluate
+from posttrain.evaluate import evaluate, judge
 from posttrain.guided.build import build_decoder
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
@@ -39,7 +40,7 @@ from posttrain.needs import find_needs
 from posttrain.recipe import Part, Recipe
 from posttrain.report.values import value_metrics
 from posttrain.rollout import single_turn
-from posttrain.run_folder import step_name, step_of
+from posttrain.run_folder import step_name, step_of, write_left_out
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.tracking import Trackers, check_trackers
@@ -74,6 +75,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify) as pool:
             learner = build_learner(recipe, needs, runtime)
+            material = with_cached_reference(learner, material)
             with engine_for(recipe, material) as engine:
                 run = Online(
                     recipe=recipe,
@@ -135,6 +137,7 @@ def loop(run: Online) -> None:
         Progress(recipe.steps, run.step, active=runtime.is_main) as progress,
     ):
         if runtime.is_main:
+            write_left_out(run.folder, run.material.dropped)
             progress.note(introduction(run))
         if recipe.evaluate is not None and run.step == 0:
             run.evaluations["before"] = measure(run)
@@ -269,11 +272,16 @@ def failures(run: Online) -> dict[str, float]:
 
 
 def measure(run: Online) -> dict[str, float]:
-    """Scores of the policy as it is on the evaluation rows."""
-    rows = run.material.evaluation_rows
-    assert run.recipe.evaluate is not None and rows is not None
+    """How the policy as it is does on the evaluation rows, and how it judges the held-out examples."""
+    rows, examples = run.material.evaluation_rows, run.material.evaluation_examples
+    found = {} if examples is None else judge(run.learner, examples)
+    if rows is None:
+        return found
+    assert run.recipe.evaluate is not None
     source = replace(run.source, rollout=Part.of(single_turn)) if run.recipe.others_write else run.source
-    return evaluate(run.recipe.evaluate, run.runtime, source, rows, seed=run.recipe.seed)
+    if run.recipe.evaluate.guided:
+        source = replace(source, engine=source.decoder)
+    return found | evaluate(run.recipe.evaluate, run.runtime, source, rows, seed=run.recipe.seed)
 
 
 def stop_if_broken(run: Online, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:
@@ -328,7 +336,8 @@ def introduction(run: Online) -> str:
     return (
         f"{recipe.name}: {models}, {processes} on {run.runtime.device.type}\n"
         f"  {size}, {recipe.steps} steps\n"
-        f"  {engine}, run folder {run.folder.path}"
+        + "".join(f"  left out: {entry}\n" for entries in material.dropped.values() for entry in entries)
+        + f"  {engine}, run folder {run.folder.path}"
     )
 
 

@@ -40,6 +40,10 @@ class Reference:
     """Steps after which it moves towards the policy. Default: it stays what it is."""
     rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the policy's weights in it after a move; 1: it becomes the policy."""
+    cache: bool | str = True
+    """Of given completions its log-probs are computed once, before the first step, and kept on disk; then it need not
+    be in memory. A folder; or true for the user's cache folder, ``$POSTTRAIN_CACHE/reference`` or else
+    ``~/.cache/posttrain/reference``; or false: the reference scores every batch."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -172,7 +176,10 @@ class EngineOptions:
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class Evaluation:
-    data: Data
+    data: Data | None = None
+    """Prompts to complete and verify."""
+    examples: Data | None = None
+    """Held-out completions, read by the recipe's ``examples`` part: how the policy judges them."""
     every: int = Field(default=50, ge=1)
     """Steps between evaluations; one more is made before the first step and one after the last."""
     n: int = Field(default=1, ge=1)

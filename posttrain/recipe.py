@@ -255,6 +255,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     if not (recipe.verify or recipe.reward or recipe.compare) and recipe.examples is None:
         yield ("verify",), "is empty and so is `reward`: nothing says which completions are good"
     yield from _value_conflicts(recipe)
+    yield from _evaluation_conflicts(recipe)
     yield from _player_conflicts(recipe)
     if recipe.decoder is not None:
         yield from decoder_conflicts(recipe.decoder, recipe.sampling, recipe.engine)
@@ -265,6 +266,16 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     )
     if mismatched and not (recipe.examples is not None and recipe.examples.every_option.get("mismatched")):
         yield ("baseline",), "needs completions of other prompts: `examples: {use: rated, mismatched: true}`"
+
+
+def _evaluation_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    evaluate = recipe.evaluate
+    if evaluate is None:
+        return
+    if evaluate.data is None and evaluate.examples is None:
+        yield ("evaluate",), "says nothing to measure on: give `data` (prompts to verify) or `examples`"
+    if evaluate.examples is not None and recipe.examples is None:
+        yield ("evaluate", "examples"), "are read by the recipe's `examples` part, and there is none: give `data`"
 
 
 def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

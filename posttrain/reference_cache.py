@@ -32,6 +32,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.collect import share_of
+from posttrain.data.left_out import LeftOut
 from posttrain.display import Progress
 from posttrain.errors import UserError
 from posttrain.examples.given import Examples
@@ -54,6 +55,10 @@ class ReferencedExamples:
     @property
     def left_out(self) -> int:
         return self.examples.left_out
+
+    @property
+    def dropped(self) -> tuple[LeftOut, ...]:
+        return self.examples.dropped
 
     @property
     def longest(self) -> int:

@@ -4,6 +4,7 @@
 
     runs/<name>/
       recipe.yaml                    the resolved recipe
+      left_out.json                  rows of the data that are not used, and why
       metrics.jsonl                  a line a step (posttrain.tracking)
       rollouts/step-000010.parquet   a row a completion
       tensorboard/
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from posttrain.data.left_out import LeftOut, as_plain
 from posttrain.errors import UserError
 from posttrain.tracking import truncate_metrics
 
@@ -131,6 +133,13 @@ def write_recipe(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
     temporary = folder.path / ".recipe.yaml.writing"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder.recipe)
+
+
+def write_left_out(folder: RunFolder, dropped: Mapping[str, Sequence[LeftOut]]) -> None:
+    """Writes ``left_out.json``: what a run does not use of its data, and why; nothing where it uses all."""
+    if dropped:
+        plain = {name: as_plain(entries) for name, entries in dropped.items()}
+        (folder.path / "left_out.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
 def changed_settings(folder: RunFolder, resolved: Mapping[str, Any]) -> list[str]:

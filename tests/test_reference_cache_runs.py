@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 from runs import environment, launch
 from safetensors.numpy import load_file
-from test_reference_cache import PAIRS, shards, write
+from test_reference_cache import PAIRS, rows, shards, write
 
 from posttrain.loading import load_recipe
 from posttrain.online import train
@@ -124,3 +125,12 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path, tiny_model_folder
         assert abs(mine[i] - theirs[i]).max() < 1e-5
     losses = [[row["loss"] for row in read_metrics(f / "run")] for f in (tmp_path, tmp_path / "alone")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_what_is_left_out_is_printed_and_stored(tmp_path, tiny_model_folder, capsys):
+    data = [*rows(), {"prompt": "q", "chosen": "same", "rejected": "same"}]
+    train(load_recipe(write(tmp_path, tiny_model_folder, data, steps=1)))
+    place = f"{tmp_path / 'pairs.jsonl'}:{PAIRS + 1}"
+    assert f"left out: 1 row: the completions are all the same ({place})" in capsys.readouterr().out.replace("\n", "")
+    stored = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    assert stored == {"data": [{"reason": "the completions are all the same", "count": 1, "first": [place]}]}

@@ -16,6 +16,7 @@ from trl.data_utils import apply_chat_template
 
 from posttrain import options
 from posttrain.data.checks import prompt_problem
+from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.problems import Problems
 from posttrain.data.read import Source, read
 from posttrain.errors import DataError
@@ -34,6 +35,7 @@ class Rows:
 
     columns: tuple[str, ...]
     left_out: int  # prompts longer than ``max_prompt_tokens``
+    dropped: tuple[LeftOut, ...]  # the same, with where they are
     longest_prompt: int  # tokens
     source: Source
     _rows: datasets.Dataset
@@ -89,6 +91,11 @@ def tokenise_rows(source: Source, data: options.Data, tokenizer: PreTrainedToken
     return Rows(
         columns=tuple(source.rows.column_names),
         left_out=len(source.rows) - len(kept),
+        dropped=left_out(
+            f"a prompt of more than {data.max_prompt_tokens} tokens (`max_prompt_tokens`)",
+            np.setdiff1d(np.arange(len(lengths)), kept).tolist(),
+            source.place,
+        ),
         longest_prompt=int(lengths[kept].max()),
         source=source,
         _rows=source.rows,

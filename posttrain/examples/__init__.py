@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from posttrain.examples.rows import demonstrations, pairs, rated, stepwise
+from posttrain.examples.preferences import lists, pairs
+from posttrain.examples.rows import demonstrations, rated, stepwise
 from posttrain.examples.stored import rollouts
 
-__all__ = ["demonstrations", "pairs", "rated", "rollouts", "stepwise"]
+__all__ = ["demonstrations", "lists", "pairs", "rated", "rollouts", "stepwise"]

@@ -62,6 +62,59 @@ def read_numbers(rows: Rows, name: str) -> list[float]:
     return numbers
 
 
+def read_number_lists(
+    rows: Rows,
+    name: str,
+    *,
+    lengths: Sequence[int] | None = None,
+    within: tuple[float, float] | None = None,
+    null: bool = False,
+) -> list[list[float]]:
+    """A column of lists of numbers, or of true and false; NaN for null, where that is allowed.
+
+    Args:
+        lengths: how many there are to be in each row, those of the column ``completions``. Default: at least one.
+        within: what they may be.
+    """
+    need(rows, (name,))
+    problems, found = Problems(), []
+    low, high = within or (-math.inf, math.inf)
+    for i, numbers in enumerate(rows.column(name).to_pylist()):
+        if not isinstance(numbers, list) or not numbers:
+            problems.add(rows.place(i), f"column {name!r} is {shown(numbers)}; it is to be a list of numbers")
+            continue
+        if lengths is not None and len(numbers) != lengths[i]:
+            problems.add(
+                rows.place(i), f"column {name!r} has {len(numbers)} elements; there are {lengths[i]} in 'completions'"
+            )
+            continue
+        wrong = [number for number in numbers if not _is_number(number, low, high) and not (null and number is None)]
+        if wrong:
+            between = "" if within is None else f" from {low:g} to {high:g}"
+            problems.add(rows.place(i), f"column {name!r} holds {shown(wrong[0])}; each is to be a number{between}")
+            continue
+        found.append([math.nan if number is None else float(number) for number in numbers])
+    problems.raise_if_any()
+    return found
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, bool | int | float) and math.isfinite(value) and low <= value <= high
+
+
+def read_answers(rows: Rows) -> list[list[Any]]:
+    """The completions of each row, text or messages each."""
+    problems, found = Problems(), []
+    for i in range(len(rows)):
+        answers = rows[i]["completions"]
+        if not isinstance(answers, list) or not answers:
+            problems.add(rows.place(i), f"column 'completions' is {shown(answers)}; it is to be a list of completions")
+        else:
+            found.append([clean(answer) for answer in answers])
+    problems.raise_if_any()
+    return found
+
+
 def read_finishes(rows: Rows) -> list[Finish]:
     """How each completion ended, by the column ``finish``; all of them stopped where there is none."""
     if "finish" not in rows.columns:

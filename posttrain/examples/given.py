@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
+from posttrain.data.left_out import LeftOut
 from posttrain.data.problems import Problems, shown
 from posttrain.errors import DataError
 from posttrain.strictyaml import suggestion
@@ -23,7 +24,12 @@ class Examples(Protocol):
 
     @property
     def left_out(self) -> int:
-        """Rows of the data set that were too long."""
+        """Rows of the data set that are not used."""
+        ...
+
+    @property
+    def dropped(self) -> tuple[LeftOut, ...]:
+        """Why not, and what was cut."""
         ...
 
     @property
@@ -78,6 +84,7 @@ class GivenExamples:
     place_of: Callable[[int], str]  # of a row
     decode: Callable[[Sequence[int]], str]
     left_out: int
+    dropped: tuple[LeftOut, ...] = ()
 
     @property
     def longest(self) -> int:

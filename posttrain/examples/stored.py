@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain import options
 from posttrain.batch import OPTIONAL_FIELDS, Batch
+from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.read import find
 from posttrain.errors import DataError
 from posttrain.examples.given import Examples, fingerprint
@@ -28,6 +29,7 @@ class StoredExamples:
     files: Sequence[Path]
     groups: Sequence[tuple[int, torch.Tensor]]  # number of the batch, rows in it
     left_out: int
+    dropped: tuple[LeftOut, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -95,10 +97,17 @@ def rollouts(
         batches = [batch.set(step_id=steps_by_text(batch, _decoder(tokenizer), separator)) for batch in batches]
     everything = [(i, rows) for i, batch in enumerate(batches) for rows in _groups(batch)]
     everything = everything[: data.limit]
-    kept = [(i, rows) for i, rows in everything if not max_tokens or int(batches[i].length[rows].max()) <= max_tokens]
+
+    def fits(group: tuple[int, torch.Tensor]) -> bool:
+        return not max_tokens or int(batches[group[0]].length[group[1]].max()) <= max_tokens
+
+    kept = [group for group in everything if fits(group)]
     if not kept:
         raise DataError(f"{data.path}: every group has a completion of more than {max_tokens} tokens (`max_tokens`)")
-    return StoredExamples(batches, files, kept, left_out=len(everything) - len(kept))
+    places = [f"{files[i]}, row {int(rows[0]) + 1}" for i, rows in everything]
+    gone = [number for number, group in enumerate(everything) if not fits(group)]
+    reason = f"groups with a completion of more than {max_tokens} tokens (`max_tokens`)"
+    return StoredExamples(batches, files, kept, len(gone), left_out(reason, gone, places.__getitem__))
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

@@ -1,0 +1,139 @@
+"""Examples from the rows of a data set: preferences, as pairs, as lists, and by several annotators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from posttrain import options
+from posttrain.data.read import read
+from posttrain.data.rows import tokenise_rows, with_columns
+from posttrain.errors import DataError
+from posttrain.examples.build import Wanted, completions, given_of, make_examples
+from posttrain.examples.columns import (
+    converted,
+    explicit_prompt,
+    need,
+    read_answers,
+    read_finishes,
+    read_number_lists,
+    read_numbers,
+)
+from posttrain.examples.encode import Written, encode
+from posttrain.examples.given import Examples, GivenExamples, with_mismatched
+from posttrain.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
+
+
+def pairs(
+    data: options.Data,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path | None,
+    *,
+    scores: tuple[str, str] | None = None,
+    annotator: str | None = None,
+    votes: str | None = None,
+    per_annotator: Literal["soft", "each"] = "soft",
+    into: Into = "groups",
+    mismatched: bool = False,
+    max_tokens: int | None = None,
+    too_long: TooLong = "leave_out",
+) -> Examples:
+    """Preferences: columns ``chosen`` and ``rejected``, and ``prompt`` unless both begin with it, as in TRL's format.
+
+    A group has two completions: the chosen one with reward 1, then the rejected one with reward 0. Further columns,
+    such as a margin, stay in ``batch.rows``. Pairs of which both sides are the same are left out and counted.
+
+    Args:
+        scores: columns with the ratings of the chosen and of the rejected one, to be their rewards in place of 1 and 0.
+            Where they are equal, or the other way round, a loss goes by them.
+        annotator: column that says who judged, where several rows may be about the same two completions. With
+            ``per_annotator: soft`` these are one pair with the column ``probability``: how many prefer the chosen one.
+        votes: column with a list of what several annotators said of a row's pair: 1 for chosen, 0 for rejected, or a
+            probability; or true and false.
+        per_annotator: ``soft``: one pair with the column ``probability``, for the target of that name; ``each``: one
+            pair for each annotator.
+        into: ``single``: each completion is a group by itself, as unpaired preferences are.
+        mismatched: as in ``rated``; with ``into: single``.
+        max_tokens: prompt plus completion; what has more is treated as ``too_long`` says, and counted.
+        too_long: ``leave_out`` the pair; ``cut_prompt`` at its beginning, for both sides alike; ``cut_completion`` at
+            its end, but never so that both sides are the same.
+
+    Raises:
+        DataError: naming file, row and column of all that does not fit.
+    """
+    if mismatched and into != "single":
+        raise DataError("examples: `mismatched` is for completions without a partner: set `into: single`")
+    source = with_columns(read(data, base), data.columns)
+    need(source, ("chosen", "rejected", *(name for name in (annotator, votes) if name)))
+    rows = tokenise_rows(converted(source, explicit_prompt), data, tokenizer)
+    sides = []
+    for i, side in enumerate(("chosen", "rejected")):
+        rewards = [1.0 - i] * len(rows) if scores is None else read_numbers(rows, scores[i])
+        encoded = completions(rows, data, tokenizer, side)
+        sides.append([replace(given, reward=reward) for given, reward in zip(encoded, rewards, strict=True)])
+    said = read_number_lists(rows, votes, within=(0.0, 1.0)) if votes is not None else None
+    judged = by_annotators(list(zip(*sides, strict=True)), annotator, said.__getitem__ if said else None, per_annotator)
+    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, distinct=True, columns=judged.columns)
+    return with_others(make_examples(rows, judged.groups, tokenizer, wanted), mismatched, max_tokens, rows.source.name)
+
+
+def lists(
+    data: options.Data,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path | None,
+    *,
+    scores: str = "scores",
+    into: Into = "groups",
+    mismatched: bool = False,
+    max_tokens: int | None = None,
+    too_long: TooLong = "leave_out",
+) -> Examples:
+    """Several rated completions a row: columns ``prompt``, ``completions`` (a list) and ``scores`` (a list of numbers).
+
+    A group has the completions of a row, with their scores as rewards; a score of null is unknown.
+
+    Args:
+        scores: column of the ratings.
+        into: ``pairs``: a pair for each two completions with different scores; ``best_and_worst``: one pair a row;
+            ``single``: each completion by itself.
+        mismatched: as in ``rated``; with ``into: single``.
+        max_tokens: prompt plus completion; what has more is treated as ``too_long`` says, and counted.
+        too_long: as in ``pairs``, with the completions that a group is to hold.
+
+    Raises:
+        DataError: naming file, row and column of all that does not fit.
+    """
+    if mismatched and into != "single":
+        raise DataError("examples: `mismatched` is for completions without a partner: set `into: single`")
+    rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
+    need(rows, ("completions", scores))
+    answers, finishes = read_answers(rows), read_finishes(rows)
+    rewards = read_number_lists(rows, scores, lengths=[len(each) for each in answers], null=True)
+    written = [Written(i, answer, finishes[i], "completions") for i, its in enumerate(answers) for answer in its]
+    encoded = iter(zip(written, encode(rows, written, tokenizer, data.template), strict=True))
+    groups: list[Group] = [[replace(given_of(*next(encoded)), reward=reward) for reward in its] for its in rewards]
+    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, whole=into != "groups", distinct=True)
+    return with_others(make_examples(rows, groups, tokenizer, wanted), mismatched, max_tokens, rows.source.name)
+
+
+def by_annotators(
+    groups: Sequence[Group],
+    annotator: str | None,
+    votes: Callable[[int], Sequence[float]] | None,
+    per_annotator: Literal["soft", "each"],
+) -> Judged:
+    """Pairs as the annotators judged them, together or each by themselves."""
+    if votes is not None:
+        return Judged(repeat_votes(groups, votes), {}) if per_annotator == "each" else soften_votes(groups, votes)
+    if annotator is not None and per_annotator == "soft":
+        return merge_annotators(groups)
+    return Judged(list(groups), {})
+
+
+def with_others(examples: GivenExamples, mismatched: bool, longest: int | None, name: str) -> GivenExamples:
+    """The examples with completions of other prompts, if they are wanted."""
+    return replace(examples, groups=with_mismatched(examples.groups, longest, name)) if mismatched else examples

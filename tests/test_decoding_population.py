@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections import Counter
 
 import pytest
@@ -39,7 +40,7 @@ from posttrain.decoding.particles import (
 from posttrain.decoding.population import Population, log_z
 from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.prefixes import Prefix
-from posttrain.decoding.shaping import Shaped
+from posttrain.decoding.shaping import GuideWarning, Shaped
 from posttrain.engines.base import Sampling
 
 SMALL = make_world(3, vocabulary=2, length=3)
@@ -128,6 +129,15 @@ def test_the_mean_of_the_bounds_is_above_the_enumerated_kl(name: str, values: st
     assert exact > 1e-3
     assert exact <= bound + 1e-9
     assert bound < 3.5 * exact + 0.7  # and it says something
+
+
+def test_a_mean_value_does_not_make_the_tilted_law_and_the_population_says_so():
+    with pytest.warns(GuideWarning, match="the score is a mean value; only a soft value"):
+        Population(TINY.engine(), table_score(TINY.mean_values()), strength=1 / TINY.beta, pick=tilted, tilted=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuideWarning)
+        soft = table_score(TINY.soft_values(), "soft", TINY.beta)
+        Population(TINY.engine(), soft, strength=1 / TINY.beta, pick=tilted, tilted=True)
 
 
 def test_a_beam_has_no_bound():

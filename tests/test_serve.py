@@ -21,7 +21,7 @@ import pytest
 import torch
 import uvicorn
 import yaml
-from exact_world import PROMPT, make_world
+from exact_world import PROMPT, make_world, table_score
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -31,13 +31,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import options
 from posttrain.cli import main
-from posttrain.engines.base import Progress
+from posttrain.decoding.nodes import best_first
+from posttrain.decoding.particles import tilted
+from posttrain.decoding.population import Population
+from posttrain.decoding.prefix_scores import FunctionScore
+from posttrain.decoding.shaping import Shaped
+from posttrain.decoding.tree import TreeSearch
+from posttrain.engines.base import Progress, Sampling
+from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.heads import Head
 from posttrain.loading import load_as
 from posttrain.serve import ServeRecipe, application, listening
 from posttrain.serving.errors import ApiError
-from posttrain.serving.protocol import ChatRequest, CompletionRequest
+from posttrain.serving.limits import Limit
+from posttrain.serving.protocol import ChatRequest, CompletionRequest, Guide
 from posttrain.serving.served import Served
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Job, Worker
@@ -285,6 +293,25 @@ def test_a_client_that_hangs_up_is_sampled_for_no_longer(guided: Server):
     assert guided.idle()
 
 
+def test_a_score_that_fails_is_told_to_its_own_requests(guided: Server, monkeypatch: pytest.MonkeyPatch):
+    expected = guided.complete(seed=1, extra_body={"guide": False}).choices[0].text
+
+    def broken(prefixes: Any) -> list[float]:
+        raise ArithmeticError("no value")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guided.served.decoder, "score", FunctionScore(function=broken))
+        with ThreadPoolExecutor(2) as pool:
+            plain = pool.submit(guided.complete, seed=1, extra_body={"guide": False})
+            failing = pool.submit(guided.complete, seed=1)
+            with pytest.raises(openai.InternalServerError, match="ArithmeticError: no value"):
+                failing.result()
+            assert plain.result().choices[0].text == expected
+        with pytest.raises(openai.APIError, match="ArithmeticError: no value"):
+            list(guided.complete(seed=1, stream=True))
+    assert guided.complete(seed=1).choices[0].finish_reason == "length"
+
+
 # ------------------------------------------------------------------------------------------------------ the limit
 
 
@@ -413,6 +440,20 @@ def test_a_population_is_served_in_rounds(tiny_model_folder: Path, value_folder:
 
 
 @pytest.mark.engine
+def test_edited_hidden_states_are_not_those_of_plain_requests(
+    tiny_model_folder: Path, value_folder: Path, tmp_path: Path
+):
+    decoder = {"use": "edited", "model": str(value_folder), "step_size": 0.3, "steps": 5}
+    with serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder), "--engine.max_concurrent=2") as server:
+        asked = [{"seed": i // 2, "extra_body": {"guide": i % 2 == 0}} for i in range(12)]
+        alone = [server.complete(**request).choices[0].text for request in asked]
+        assert alone[0] != alone[1]
+        with ThreadPoolExecutor(12) as pool:
+            together = list(pool.map(lambda request: server.complete(**request).choices[0].text, asked))
+        assert together == alone
+
+
+@pytest.mark.engine
 def test_values_of_every_beginning(guided: Server, value_folder: Path):
     reply = httpx.post(f"{guided.url}/values", json={"model": "tiny", "prompt": "Hi", "completion": "abc"}).json()
     value = load_value(str(value_folder)).eval()
@@ -455,6 +496,25 @@ def test_recipes_are_servable(path: Path):
     recipe = load_as(ServeRecipe, path)
     assert recipe.model_name == "Qwen/Qwen2.5-1.5B-Instruct"
     assert "SyntaxError" in path.read_text(encoding="utf-8")
+
+
+def test_a_strength_is_refused_where_the_decoder_has_none():
+    world = make_world()
+    score = table_score(world.mean_values())
+    search = TreeSearch(engine=(engine := world.engine()), score=score, select=best_first)
+    shared: dict[str, Any] = {"name": "world", "tokenizer": None, "engine": engine, "sampling": world.sampling}
+    shared |= {"limit": Limit(1, 1), "worker": Worker(engine), "seeds": FreshSeeds(0)}
+    served = Served(decoder=search, **shared)
+    assert served.route(True, world.sampling) == (search, None)
+    assert served.route(False, world.sampling) == served.route(Guide(strength=0.0), world.sampling) == (engine, None)
+    with pytest.raises(ApiError, match="TreeSearch, has no strength"):
+        served.route(Guide(strength=1.0), world.sampling)
+    served = Served(decoder=Population(engine, score, branch=2, pick=tilted), **shared)
+    decoder, _ = served.route(Guide(strength=3.0), world.sampling)
+    assert isinstance(decoder, Population) and decoder.strength == 3.0
+    assert served.route(Guide(strength=3.0), world.sampling)[0] is decoder
+    with pytest.raises(ApiError, match="cut the law"):
+        Served(decoder=Shaped(engine, score), **shared).route(True, Sampling(top_p=0.5))
 
 
 # ------------------------------------------------------------------------------------------------------- the worker

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,9 @@ from posttrain.serving.errors import ApiError
 from posttrain.serving.limits import Limit
 from posttrain.serving.protocol import Guide
 from posttrain.serving.worker import Worker
+
+MOST_STRENGTHS = 64
+"""Decoders of other strengths that are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class Served:
     sampling: Sampling
     limit: Limit
     worker: Worker
-    seeds: FreshSeeds = field(default_factory=lambda: FreshSeeds(0))
+    seeds: FreshSeeds
+    _by_strength: dict[float, Engine] = field(default_factory=dict)  # requests of one strength are decoded together
 
     def check_model(self, name: str) -> None:
         """Raises ``ApiError`` for another model's name."""
@@ -62,10 +65,13 @@ class Served:
             return self.decoder, None
         if isinstance(self.decoder, Shaped):
             return self.decoder, strength
-        return _at_strength(self.decoder, strength), None
+        if strength not in self._by_strength:
+            if len(self._by_strength) >= MOST_STRENGTHS:
+                self._by_strength.clear()
+            self._by_strength[strength] = _at_strength(self.decoder, strength)
+        return self._by_strength[strength], None
 
 
-@functools.lru_cache(maxsize=64)  # requests of one strength are decoded together
 def _at_strength(decoder: Engine, strength: float) -> Engine:
     if not isinstance(decoder, Population) or isinstance(decoder.engine, Shaped):
         message = f"guide.strength: this server's decoder, {type(decoder).__name__}, has no strength to set"

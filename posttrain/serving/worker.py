@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.decoding.base import Decoder
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Aborted, Completion, Engine, Progress, Request, Sampling, sample_seed
 from posttrain.engines.stepping import SteppingEngine
@@ -49,7 +50,8 @@ class Worker:
 
     def __init__(self, engine: SteppingEngine) -> None:
         self._engine = engine
-        engine.before_step = lambda: self._obey(wait=False)
+        engine.before_step = self._between_steps
+        self._alone = False  # what is being decoded allows of no other requests
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []  # for a round
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -85,7 +87,7 @@ class Worker:
         try:
             while True:
                 self._obey(wait=not self._engine.in_flight and not self._waiting)
-                if self._waiting and not (getattr(self._waiting[0].decoder, "alone", False) and self._engine.in_flight):
+                if self._waiting and not (_alone(self._waiting[0]) and self._engine.in_flight):
                     self._round()
                 else:
                     self._engine.step()
@@ -96,6 +98,10 @@ class Worker:
             _tell_all(job, self.failure)
         while not isinstance(self.failure, _Closing) and (command := self._commands.get()) is not None:
             command()
+
+    def _between_steps(self) -> None:
+        if not self._alone:
+            self._obey(wait=False)
 
     def _obey(self, *, wait: bool) -> None:
         """Does what was asked for since the last step; with ``wait`` there is nothing else to do."""
@@ -158,6 +164,7 @@ class Worker:
             jobs[i].tell(sample, Progress(completion.tokens, completion.logps, completion))
 
         prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+        self._alone = _alone(first)
         try:
             first.decoder.generate(prompts, first.sampling, first.n, seeds=seeds, on_completion=ended)
         except Exception as error:  # told to those who asked
@@ -165,6 +172,12 @@ class Worker:
                 _tell_all(job, error)
             if isinstance(error, _Closing):
                 raise
+        finally:
+            self._alone = False
+
+
+def _alone(job: Job) -> bool:
+    return isinstance(job.decoder, Decoder) and job.decoder.alone
 
 
 def _terms(job: Job) -> tuple[Any, ...]:

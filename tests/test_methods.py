@@ -52,6 +52,7 @@ def described(recipe: Recipe) -> str:
     parts += [
         *recipe.select,
         *recipe.reward,
+        recipe.compare,
         recipe.regroup,
         recipe.baseline,
         recipe.advantage,

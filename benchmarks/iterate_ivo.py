@@ -2,10 +2,11 @@
 
     python benchmarks/iterate_ivo.py --json benchmarks/results/iterate_ivo.json
 
-The policy of ``guided.py``, and ``recipes/iterate/ivo*.yaml`` with sizes for a tiny model: three rounds with each of
-the three anchors. In a round the value model learns from completions that the guided policy of the round before has
-drawn (in the first round, the policy itself); then held-out prompts are decoded with it. Explained variance is that of
-the values before they learn from a step's completions, over the last ten steps of the round.
+The policy is the quickstart's warmed-up model, which works half of its additions out and guesses the others. Each of
+``recipes/iterate/ivo*.yaml`` runs three rounds with sizes for a tiny model. In a round the value model learns from
+completions that the guided policy of the round before has drawn (in the first round, the policy itself); then held-out
+prompts are decoded with it. Explained variance is that of the values before they learn from a step's completions, over
+the last ten steps of the round.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from guided_models import Training, make_policy
 from online_step import machine
 
 from posttrain.decode import run_decode
 from posttrain.iterate import IterateRecipe, read_rounds, run_iterate
 from posttrain.loading import load_as
+from posttrain.quickstart import story
+from posttrain.quickstart.start import Start
 from posttrain.report.rounds import column, stage_metrics
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -31,10 +33,10 @@ ANCHORS = {"fixed": "ivo", "moving": "ivo_moving", "fixed, soft values": "ivo_so
 
 def shared_settings(folder: Path, engine: str) -> str:
     """What is laid over all recipes: the tiny policy, its problems, and no long completions."""
-    data = f"{{path: {folder}/train.jsonl, name: null, columns: {{}}, system: null}}"
-    policy = f"{{model: {folder}/policy, dtype: float32}}"
+    data = f"{{path: {folder}/start/train.jsonl, name: null, columns: {{}}, system: null}}"
+    policy = f"{{model: {folder}/start/model, dtype: float32}}"
     engine_options = f"{{use: {engine}, max_concurrent: 256, cache_mb: 256}}"
-    return f"{{policy: {policy}, data: {data}, engine: {engine_options}, sampling: {{max_tokens: 64}}}}"
+    return f"{{policy: {policy}, data: {data}, engine: {engine_options}, sampling: {{max_tokens: 48}}}}"
 
 
 def settings(arguments: argparse.Namespace, name: str) -> list[str]:
@@ -48,7 +50,7 @@ def settings(arguments: argparse.Namespace, name: str) -> list[str]:
         "policy": "{gradient_checkpointing: false}",
         "run": "{rollouts_every: 0, trackers: [], save_every: 1000}",
     }
-    held_out = {"data": f"{{path: {folder}/held_out.jsonl, split: train, limit: {arguments.prompts}}}"}
+    held_out = {"data": f"{{path: {folder}/start/held_out.jsonl, split: train, limit: {arguments.prompts}}}"}
     stages = yaml.safe_load((RECIPES / "iterate" / f"{name}.yaml").read_text(encoding="utf-8"))["stages"]
     shaped = stages["values"]["later"]["decoder"] | {"k": 4, "every": 1, "strength": arguments.strength}
     if "target" in stages["values"].get("set", {}):
@@ -69,14 +71,14 @@ def plain_score(arguments: argparse.Namespace) -> float:
     folder = arguments.folder / "plain"
     recipe = folder.parent / "plain.yaml"
     recipe.write_text(
-        f"policy: {{model: {arguments.folder}/policy}}\ndata: {{path: held_out.jsonl}}\n", encoding="utf-8"
+        f"policy: {{model: {arguments.folder}/start/model}}\ndata: {{path: start/held_out.jsonl}}\n", encoding="utf-8"
     )
     run_decode(
         recipe,
         [
             f"--data.limit={arguments.prompts}",
             "--verify=[{use: math}]",
-            "--sampling={max_tokens: 64}",
+            "--sampling={max_tokens: 48}",
             f"--engine={{use: {arguments.engine}, max_concurrent: 256, cache_mb: 256}}",
             f"--output={folder / 'completions.jsonl'}",
         ],
@@ -106,8 +108,8 @@ def main() -> None:
     parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    if not (arguments.folder / "policy").exists():
-        make_policy(arguments.folder, Training())
+    if not Start(arguments.folder / "start").model.exists():
+        story.prepare(arguments.folder / "start", seed=0)
     found: dict[str, Any] = {"policy": {"score": plain_score(arguments)}}
     for anchor in arguments.anchors:
         name = ANCHORS[anchor]

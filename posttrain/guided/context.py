@@ -25,6 +25,12 @@ Score = Annotated[Callable[..., Any], Inner("posttrain.guided.scores", ("context
 
 OptionalScore = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.scores", ("context",))]
 
+TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
+"""A reward part that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
+
+Verifier = Annotated[Callable[..., Any], Inner("posttrain.verifiers", ("completion",))]
+"""``(completion) -> float``; columns of a data set are options here."""
+
 OptionalDecoder = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.decoders", ("engine", "context"))]
 """``(Engine, DecoderContext) -> Engine``."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from posttrain import options
@@ -11,10 +12,11 @@ from posttrain.decoding.model_scores import Law, LogRatio, ValueScore, model_law
 from posttrain.decoding.prefixes import PrefixScore
 from posttrain.engines.base import Sampling
 from posttrain.errors import RecipeError
-from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, Score
+from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, Score, TextReward, Verifier
 from posttrain.implicit_values import ImplicitValue
 from posttrain.models import load_model
 from posttrain.parts.ranges import NonNegative, Positive, PositiveCount
+from posttrain.recipe import Part
 from posttrain.value_checkpoints import load_value
 
 
@@ -129,6 +131,38 @@ def rollout(
         kind=kind,
         beta=beta,
     )
+
+
+def text(context: DecoderContext, *, of: TextReward) -> PrefixScore:
+    """What a judge, or a reward model with a tokenizer of its own, says of prompt and completion as text.
+
+    Args:
+        of: a part of ``reward_models`` that reads texts: ``outcome`` or ``judge``.
+
+    Raises:
+        RecipeError: for one that does not.
+    """
+    reward: Any = of.call if isinstance(of, Part) else of
+    if not hasattr(reward, "of_texts"):
+        raise RecipeError(f"decoder: text: {type(reward).__name__} does not read texts; outcome and judge do")
+    return prefix_scores.TextScore(function=reward.of_texts, decode=context.decode)
+
+
+def verifier(context: DecoderContext, *, of: Verifier) -> PrefixScore:
+    """What a verifier says of the completion so far, such as its form or length.
+
+    Args:
+        of: a verifier that answers at once; what it reads of a data set must be given as an option, for there is no row
+            behind a prefix.
+    """
+
+    def scores(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        found = [of(completion) for completion in completions]
+        if None in found:
+            raise ValueError("decoder: the verifier says that it does not apply, which is no score of a prefix")
+        return found
+
+    return prefix_scores.TextScore(function=scores, decode=context.decode)
 
 
 def path_logp(

@@ -1,4 +1,4 @@
-"""Scores that roll a prefix out, as decoders of recipes use them: TQ* and SVDD-PM on the exact world."""
+"""Scores that roll a prefix out, as decoders of recipes use them, TQ* and SVDD-PM on the exact world; scores of text."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from exact_world import PROMPT, String, World, distance, law_of, make_world, table_score, tokens_of
 from test_decoding_scores import Strata, as_world, expected, quarters
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain import options
 from posttrain.decode import DecodeRecipe
 from posttrain.decoding.particles import tilted
 from posttrain.decoding.population import Population
+from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.guided import decoders, scores
 from posttrain.guided.context import DecoderContext
+from posttrain.heads import Head
 from posttrain.loading import load_as
 from posttrain.recipe import Part
+from posttrain.value_checkpoints import save_value
+from posttrain.values import ValueModel, ValueSpec
+from reward_models import outcome
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "decode"
 
@@ -132,3 +140,56 @@ def test_a_rollout_is_of_the_engine_that_is_guided() -> None:
         score=Part.of(scores.rollout, reward=lambda context: table_score(world.reward), max_tokens=3, n=64),
     )
     assert built.score.engine is engine  # type: ignore[attr-defined]
+
+
+# ----------------------------------------------------------------------------------------- scores that are handed text
+
+
+def score_of(folder: Path, text: str) -> Part:
+    """The score of a decode recipe."""
+    path = folder / "r.yaml"
+    path.write_text(
+        f"policy: {{model: m}}\ndata: {{path: d.jsonl}}\ndecoder: {{use: population, score: {text}}}\n",
+        encoding="utf-8",
+    )
+    decoder = load_as(DecodeRecipe, path).decoder
+    assert decoder is not None
+    return decoder.options["score"]
+
+
+def prefix(tokenizer, prompt: str, completion: str) -> Prefix:
+    start = tokenizer.encode(prompt)
+    return Prefix(tokens=[*start, *tokenizer.encode(completion)], start=len(start))
+
+
+def test_a_verifier_scores_what_is_there_so_far(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
+    score = score_of(tmp_path, "{use: verifier, of: {use: length, minimum: 3, margin: 3, unit: words}}")(context)
+    prefixes = [prefix(tokenizer, "three words here", text) for text in ("", "one", "one two three")]
+    assert score.score(prefixes).tolist() == [0.25, 0.5, 1.0]
+    with pytest.raises(RecipeError, match=r"r.yaml:3:\d+: decoder.score.of: option 'answer' is missing"):
+        score_of(tmp_path, "{use: verifier, of: {use: exact}}")
+
+
+def test_a_reward_part_that_reads_no_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not read texts"):
+        score_of(tmp_path, "{use: text, of: {use: process, model: m}}")(context_of())
+
+
+@pytest.mark.engine
+def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = ValueSpec(head=options.Head(type="scalar"))
+    backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    head = Head(spec.head, 64, 261)
+    torch.nn.init.normal_(head.linear.weight, std=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    save_value(ValueModel(backbone, head, spec), tokenizer, tmp_path / "reward", step=1)
+    context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
+    score = score_of(tmp_path, f"{{use: text, of: {{use: outcome, model: {tmp_path / 'reward'}, input: text}}}}")(
+        context
+    )
+    found = score.score([prefix(tokenizer, "1+1=", "2"), prefix(tokenizer, "1+1=", "11")])
+    expected = outcome(model=str(tmp_path / "reward"), input="text").of_texts(["1+1=", "1+1="], ["2", "11"])
+    torch.testing.assert_close(found.float(), expected)
+    assert found[0] != found[1]

@@ -1,4 +1,4 @@
-"""Scores that roll a prefix out, as decoders of recipes use them, TQ* and SVDD-PM on the exact world; scores of text."""
+"""Scores of recipes: rollouts, TQ* and SVDD-PM on the exact world; verifiers and reward models that read text."""
 
 from __future__ import annotations
 

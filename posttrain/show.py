@@ -25,6 +25,7 @@ from posttrain.labelling import LabelRecipe
 from posttrain.loading import load_as, read_document
 from posttrain.recipe import SLOTS, Part, Recipe
 from posttrain.resolve import inner_slots, parameters, resolve
+from posttrain.serving.recipe import ServeRecipe
 from posttrain.strictyaml import Document, Overrides
 
 _PAPER = re.compile(r"arXiv:|\b(19|20)\d\d\b.*\b(eq|section|table|appendix|chapter)\b", re.IGNORECASE)
@@ -56,6 +57,8 @@ def kind_of(document: Document) -> type[Any]:
         return resolve(KINDS[suite_name(document)])
     if "label" in given:
         return LabelRecipe
+    if "server" in given:
+        return ServeRecipe
     return DecodeRecipe if "decoder" in given and not given & {"loss", "value_loss"} else Recipe
 
 

@@ -42,10 +42,11 @@ from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.heads import Head
 from posttrain.loading import load_as
-from posttrain.serve import ServeRecipe, application, listening
+from posttrain.serve import application, listening
 from posttrain.serving.errors import ApiError
 from posttrain.serving.limits import Limit
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, Guide
+from posttrain.serving.recipe import ServeRecipe
 from posttrain.serving.served import Served
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Job, Worker

@@ -177,7 +177,7 @@ def sampling_of(options: SamplingOptions) -> Sampling:
 
 def report(sampler: PromptSampler, runtime: Runtime, index: Sequence[int], batch: Batch) -> None:
     """Tells the prompt sampler how the prompts of every rank went, in the same order on all of them."""
-    scores = batch.score.where(~batch.greedy, float("nan"))
+    scores = batch.score.where(~batch.greedy & batch.by(Author.POLICY), float("nan"))
     outcomes = [scores[batch.group == group].tolist() for group in batch.group.unique().tolist()]
     for rows, theirs in runtime.gather((list(index), outcomes)):
         sampler.update(rows, theirs)

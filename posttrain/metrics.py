@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from posttrain.batch import Batch, Finish, Outputs, group_std
+from posttrain.batch import Author, Batch, Finish, Outputs, group_std
 from posttrain.parts.preference.summary import summarise
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.selection import mixed_groups
@@ -21,12 +21,12 @@ PREFERENCE_TERMS = (pairwise, pointwise, listwise)
 
 
 def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
-    """What the policy wrote and how it was rewarded; greedy baselines, and the blank row of a rank with none, are out.
+    """What the policy wrote and how it was rewarded; what others wrote is out, as are greedy baselines and blank rows.
 
     ``groups/mixed`` is the share of groups whose scores differ, the only ones that teach a group-centred method
     anything; ``groups/spread`` is the mean standard deviation of the scores in a group.
     """
-    batch = batch[~batch.greedy & batch.mask.any(-1)]
+    batch = batch[~batch.greedy & batch.mask.any(-1) & batch.by(Author.POLICY)]
     scored = batch.scored
     reward, score = batch.reward[scored], batch.score[scored]
     spread = group_std(batch.score, batch.group, scored)

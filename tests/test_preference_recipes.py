@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_random_batch
+from preference_cases import preferences
 from transformers import AutoTokenizer
 
 from posttrain import cli, examples, models, options
@@ -23,7 +24,7 @@ from posttrain.loading import load_recipe
 from posttrain.needs import find_needs
 from posttrain.options import Lora
 from posttrain.options import Policy as PolicyOptions
-from posttrain.parts.preference import games, scores
+from posttrain.parts.preference import games, regularisers, scores
 from posttrain.recipe import Recipe
 from posttrain.resolve import import_file
 from posttrain.runtime import Runtime, micro_batches
@@ -196,6 +197,41 @@ def test_win_rate_counts_wins_ties_and_losses_within_a_group() -> None:
     first = games.win_rate(batch.set(reward=torch.arange(12).float() % 4 * 4), temperature=2.0)[:2].tolist()
     sixth, fourth = 1 / (1 + math.exp(6.0)), 1 / (1 + math.exp(4.0))
     assert first == pytest.approx([(lower + fourth + sixth) / 3 - 0.5, (higher + lower + fourth) / 3 - 0.5])
+
+
+@pytest.mark.parametrize("against", ["group", "baselines"])
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_win_rate_in_scalar_loops(against: Any, itself: bool, temperature: float | None) -> None:
+    for seed in range(4):
+        batch = preferences(seed, groups=4, size=5)
+        rewards, groups = batch.reward.tolist(), batch.group.tolist()
+        there = [bool(m.any()) and not math.isnan(r) for m, r in zip(batch.mask, rewards, strict=True)]
+        ours = [t and not g for t, g in zip(there, batch.greedy.tolist(), strict=True)]
+        theirs = ours if against == "group" else [t and g for t, g in zip(there, batch.greedy.tolist(), strict=True)]
+        for i, found in enumerate(games.win_rate(batch, against=against, itself=itself, temperature=temperature)):
+            wins = []
+            for j in range(len(batch)):
+                if ours[i] and theirs[j] and i != j and groups[i] == groups[j]:
+                    gap = rewards[i] - rewards[j]
+                    wins.append(
+                        (gap > 0) + 0.5 * (gap == 0) if temperature is None else 1 / (1 + math.exp(-gap / temperature))
+                    )
+            if wins and itself:
+                wins.append(0.5)
+            assert float(found) == pytest.approx(sum(wins) / len(wins) - 0.5 if wins else 0.0, abs=1e-9)
+
+
+def test_the_given_completion_comes_first() -> None:
+    batch = make_random_batch(0, groups=2, size=3)
+    assert not games.given_first(batch).any()
+    author = torch.tensor([0, 3, 0, 3, 0, 0])
+    assert games.given_first(batch.set(author=author)).tolist() == [0, 1, 0, 1, 0, 0]
+    assert regularisers.optimism(
+        Outputs(logp=batch.logp_old),
+        batch.set(author=author - 2),
+        rows="opponent",  # type: ignore[arg-type]
+    ).any(-1).tolist() == [False, True, False, True, False, False]
 
 
 def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> GivenExamples:

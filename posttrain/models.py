@@ -391,11 +391,15 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path,
     """The policy in the Hugging Face format, adapters merged; adapters alone also in ``folder/adapter``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in policy.weights()}
-    model = AutoModelForCausalLM.from_config(policy.base.config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    with torch.device("meta"):  # its weights are those of the policy, not a copy
+        model = AutoModelForCausalLM.from_config(policy.base.config, dtype=dtype)
+    saved = model.state_dict().keys()
+    state |= {name: buffer.cpu() for name, buffer in policy.base.named_buffers() if name in saved}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"the saved model would differ: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
     model.config.use_cache = True
     if policy.base.generation_config is not None:
         model.generation_config = policy.base.generation_config

@@ -15,7 +15,7 @@ from posttrain.data.rows import Rows
 from posttrain.errors import DataError
 from posttrain.examples.columns import clean, need, read_finishes
 from posttrain.examples.encode import Encoded, Written, encode, turn_ids
-from posttrain.examples.given import Given, GivenExamples
+from posttrain.examples.given import Given, GivenExamples, with_mismatched
 from posttrain.examples.groups import Group, Into, TooLong, convert, distinct, fit
 
 
@@ -27,6 +27,7 @@ class Wanted:
     too_long: TooLong = "leave_out"
     whole: bool = True  # a completion that is left out takes its group with it
     distinct: bool = False  # groups whose completions are all the same are left out
+    mismatched: bool = False  # each group gets a completion of another prompt, as a baseline
     into: Into = "groups"
     columns: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # further columns of a row
 
@@ -69,10 +70,13 @@ def make_examples(
     gone = rows.dropped + sum((left_out(reason, found, rows.place) for reason, found in reasons.items()), ())
     if not fitted.groups:
         raise DataError(_nothing_left(rows, groups, gone, wanted.max_tokens, len(fitted.too_long)))
+    made = fitted.groups
+    if wanted.mismatched:
+        made = with_mismatched(made, wanted.max_tokens, rows.source.name)
     kept = {given.row for group in fitted.groups for given in group}
     used = {given.row for group in groups for given in group}
     return GivenExamples(
-        groups=fitted.groups,
+        groups=made,
         columns=lambda row: {**rows[row], **wanted.columns.get(row, {})},
         place_of=rows.place,
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),

@@ -162,7 +162,7 @@ def with_mismatched(groups: Sequence[Sequence[Given]], longest: int | None, name
         DataError: where all prompts are equal.
     """
     firsts = [group[0] for group in groups]
-    prompts = [given.tokens[: _prompt_tokens(given)].tobytes() for given in firsts]
+    prompts = [given.tokens[: prompt_tokens(given)].tobytes() for given in firsts]
     other = len(groups)  # the nearest group behind i, cyclically, with another prompt than i's
     found = [0] * len(groups)
     for i in reversed(range(2 * len(groups))):
@@ -176,13 +176,14 @@ def with_mismatched(groups: Sequence[Sequence[Given]], longest: int | None, name
     return [[*group, *([new] if not longest or len(new) <= longest else [])] for group, new in pairs]
 
 
-def _prompt_tokens(given: Given) -> int:
+def prompt_tokens(given: Given) -> int:
+    """Tokens before the first that the policy is to have written."""
     return int(given.mask.argmax())
 
 
 def _behind(prompt: Given, other: Given) -> Given:
     """The completion of the one behind the prompt of the other, without a rating."""
-    own, its = _prompt_tokens(prompt), _prompt_tokens(other)
+    own, its = prompt_tokens(prompt), prompt_tokens(other)
     tokens = np.concatenate([prompt.tokens[:own], other.tokens[its:]])
     mask = np.concatenate([prompt.mask[:own], other.mask[its:]])
     return Given(tokens, mask, prompt.row, other.finish, greedy=True)

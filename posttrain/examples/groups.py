@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from posttrain.batch import Finish
-from posttrain.examples.given import Given
+from posttrain.examples.given import Given, prompt_tokens
 
 Group = Sequence[Given]
 Into = Literal["groups", "pairs", "best_and_worst", "single"]
@@ -33,11 +33,6 @@ class Fitted(NamedTuple):
     cut: list[int]
     too_long: list[int]
     indistinct: list[int]  # would be alike if they were cut
-
-
-def prompt_tokens(given: Given) -> int:
-    """Tokens before the first that the policy is to have written."""
-    return int(given.mask.argmax())
 
 
 def grouped(given: Sequence[Given], keys: Sequence[Hashable]) -> list[list[Given]]:

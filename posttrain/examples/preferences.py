@@ -24,7 +24,7 @@ from posttrain.examples.columns import (
     read_numbers,
 )
 from posttrain.examples.encode import Written, encode
-from posttrain.examples.given import Examples, GivenExamples, with_mismatched
+from posttrain.examples.given import Examples
 from posttrain.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
 
 
@@ -77,8 +77,15 @@ def pairs(
         sides.append([replace(given, reward=reward) for given, reward in zip(encoded, rewards, strict=True)])
     said = read_number_lists(rows, votes, within=(0.0, 1.0)) if votes is not None else None
     judged = by_annotators(list(zip(*sides, strict=True)), annotator, said.__getitem__ if said else None, per_annotator)
-    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, distinct=True, columns=judged.columns)
-    return with_others(make_examples(rows, judged.groups, tokenizer, wanted), mismatched, max_tokens, rows.source.name)
+    wanted = Wanted(
+        max_tokens=max_tokens,
+        too_long=too_long,
+        into=into,
+        distinct=True,
+        mismatched=mismatched,
+        columns=judged.columns,
+    )
+    return make_examples(rows, judged.groups, tokenizer, wanted)
 
 
 def lists(
@@ -116,8 +123,15 @@ def lists(
     written = [Written(i, answer, finishes[i], "completions") for i, its in enumerate(answers) for answer in its]
     encoded = iter(zip(written, encode(rows, written, tokenizer, data.template), strict=True))
     groups: list[Group] = [[replace(given_of(*next(encoded)), reward=reward) for reward in its] for its in rewards]
-    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, whole=into != "groups", distinct=True)
-    return with_others(make_examples(rows, groups, tokenizer, wanted), mismatched, max_tokens, rows.source.name)
+    wanted = Wanted(
+        max_tokens=max_tokens,
+        too_long=too_long,
+        into=into,
+        whole=into != "groups",
+        distinct=True,
+        mismatched=mismatched,
+    )
+    return make_examples(rows, groups, tokenizer, wanted)
 
 
 def by_annotators(
@@ -132,8 +146,3 @@ def by_annotators(
     if annotator is not None and per_annotator == "soft":
         return merge_annotators(groups)
     return Judged(list(groups), {})
-
-
-def with_others(examples: GivenExamples, mismatched: bool, longest: int | None, name: str) -> GivenExamples:
-    """The examples with completions of other prompts, if they are wanted."""
-    return replace(examples, groups=with_mismatched(examples.groups, longest, name)) if mismatched else examples

@@ -34,7 +34,7 @@ from posttrain.examples.columns import (
     split_messages,
 )
 from posttrain.examples.encode import Written, encode, ends_of, last_columns, step_ids
-from posttrain.examples.given import Examples, Given, with_mismatched
+from posttrain.examples.given import Examples, Given
 from posttrain.examples.groups import Into, TooLong, grouped
 
 
@@ -104,11 +104,9 @@ def rated(
     if group is not None:
         need(rows, (group,))
     keys = [each.row if group is None else _key(rows[each.row][group]) for each in given]
-    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, whole=into != "groups")
-    examples = make_examples(rows, grouped(given, keys), tokenizer, wanted)
-    if mismatched:
-        examples = replace(examples, groups=with_mismatched(examples.groups, max_tokens, rows.source.name))
-    return examples
+    whole = into != "groups"
+    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, whole=whole, mismatched=mismatched)
+    return make_examples(rows, grouped(given, keys), tokenizer, wanted)
 
 
 def stepwise(

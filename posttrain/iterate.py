@@ -26,8 +26,11 @@ that is done, its outputs and its metrics.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,8 +47,7 @@ from posttrain.online import train
 from posttrain.recipe import PositiveInt, Recipe, RecipeConflict
 from posttrain.report.rounds import draw_rounds, rounds_table, stage_metrics
 from posttrain.run_folder import RunFolder, changed_settings, write_recipe
-from posttrain.runtime import Runtime
-from posttrain.strictyaml import Document, Location, Overrides, single, suggestion
+from posttrain.strictyaml import Document, Location, Overrides, dotted, single, suggestion
 
 Kind = Literal["train", "decode", "label", "eval"]
 KINDS: tuple[Kind, ...] = ("train", "decode", "label", "eval")
@@ -66,7 +68,7 @@ SUITE_FOLDERS: Mapping[str, Location] = {"value": ("report", "folder")}
 """The same of evaluation suites; of those that are not named it is ``folder``."""
 DRAWS: frozenset[Kind] = frozenset({"train", "label"})
 """Kinds of stages that draw new samples to learn from in each round."""
-FREE = ("rounds", "table", "folder")
+FREE = ("rounds", "table", "folder", "launch")
 """What may change between a run and its resumption."""
 
 
@@ -106,6 +108,7 @@ class IterateRecipe:
     set: dict[str, Any] = field(default_factory=dict)  # laid over the recipes of all stages
     table: dict[str, str] = field(default_factory=dict)  # column -> stage.metric, shown by round
     folder: str | None = None  # default: runs/<name of this file>
+    launch: str | None = None  # such as "accelerate launch --num_processes 8": stages as programs of their own
 
     name: str = "iterate"
     path: Path | None = None  # of the YAML file
@@ -242,22 +245,22 @@ def run_iterate(path: str | Path, overrides: Overrides = (), *, resume: bool = F
         UserError: for what a person can mend; what is wrong with the recipe of any stage shows before anything runs.
     """
     path = Path(path)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "posttrain iterate is one process, which starts the processes of each stage: leave the launcher out, and "
+            "name it in `--launch='accelerate launch --num_processes 8'`"
+        )
     plan = Plan(load_as(IterateRecipe, path, overrides), read_document(path, overrides))
     check_stages(plan)
-    with Runtime() as runtime:  # of this moment alone: each stage has its own
-        is_main = runtime.is_main
-        done = runtime.from_main(lambda: open_rounds(plan, resume=resume))
+    done = open_rounds(plan, resume=resume)
     for number in range(1, plan.recipe.rounds + 1):
         for name in plan.recipe.stages:
             if any((number, name) == each[:2] for each in done):
                 continue
-            if is_main:
-                print(f"\n== round {number} of {plan.recipe.rounds}, {name}: {plan.file(name).name}", flush=True)
+            print(f"\n== round {number} of {plan.recipe.rounds}, {name}: {plan.file(name).name}", flush=True)
             run_stage(plan, number, name)
-            if is_main:
-                done.append(note_done(plan, number, name))
-    if is_main:
-        show_rounds(plan.recipe, done)
+            done.append(note_done(plan, number, name))
+    show_rounds(plan.recipe, done)
     return plan.recipe.root
 
 
@@ -336,17 +339,46 @@ def run_stage(plan: Plan, number: int, name: str) -> None:
     """
     kind, file = plan.recipe.stages[name].kind, plan.file(name)
     settings, folder = plan.settings(number, name), plan.folder(number, name)
-    if kind == "train":
-        begun = RunFolder(folder).recipe.is_file()
-        if not begun:  # a kill may have left a folder without a recipe, which cannot be resumed
-            shutil.rmtree(folder, ignore_errors=True)
+    begun = kind == "train" and RunFolder(folder).recipe.is_file()
+    if not begun:  # a kill may have left a run folder without a recipe, which cannot be resumed
+        shutil.rmtree(folder, ignore_errors=True)
+    if plan.recipe.launch is not None:
+        launched(plan.recipe.launch, kind, file, [*as_arguments(settings), *["--resume"] * begun])
+    elif kind == "train":
         recipe = load_recipe(file, settings)
         try:
             train(recipe, resume=begun)
         except UserError as error:
             raise placed(error, file, settings) from error
-        return
-    {"decode": run_decode, "label": run_labels, "eval": run_suite}[kind](file, settings)
+    else:
+        {"decode": run_decode, "label": run_labels, "eval": run_suite}[kind](file, settings)
+
+
+def launched(launch: str, kind: Kind, file: Path, arguments: Sequence[str]) -> None:
+    """A stage as a program of its own, on the processes that a launcher starts.
+
+    Raises:
+        UserError: if it fails; what it says of that is on the screen already.
+    """
+    command = [*shlex.split(launch), "-m", "posttrain", kind, str(file), *arguments]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise UserError(f"{shlex.join(command)}: ended with exit code {code}; `--resume` goes on with this stage")
+
+
+def as_arguments(settings: Sequence[Document]) -> list[str]:
+    """What is laid over a recipe as ``--key.path=value``; a part as a whole, and relative paths as they are."""
+    found: dict[str, Any] = {}
+    for document in settings:
+        found |= _leaves(document.data)
+    return [f"--{key}={json.dumps(value)}" for key, value in found.items()]
+
+
+def _leaves(value: Any, at: Location = ()) -> dict[str, Any]:
+    whole = not isinstance(value, dict) or (at and not value) or (len(at) == 1 and "use" in value)
+    if whole:
+        return {dotted(at): value}
+    return {key: leaf for name, child in value.items() for key, leaf in _leaves(child, (*at, name)).items()}
 
 
 def note_done(plan: Plan, number: int, name: str) -> Done:

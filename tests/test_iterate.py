@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from posttrain.decoding.prefix_scores import weighted_sum
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
 from posttrain.guided.context import DecoderContext
-from posttrain.iterate import IterateRecipe, Plan, check_stages, run_iterate
+from posttrain.iterate import IterateRecipe, Plan, as_arguments, check_stages, run_iterate
 from posttrain.loading import load_as, read_document
 from posttrain.recipe import Part, Recipe
 from posttrain.rollout import Prompts, to_batch
@@ -313,3 +314,28 @@ def test_a_moving_anchor_goes_to_the_best_string_and_away_from_the_policy() -> N
     best = max(WORLD.reward, key=lambda y: WORLD.reward[y])
     assert rewards == sorted(rewards) and rounds.law[best] > 1 - 1e-6
     assert kl(rounds.law, WORLD.strings) == pytest.approx(-math.log(WORLD.strings[best]), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def test_settings_reach_a_program_of_its_own(tmp_path: Path) -> None:
+    """As arguments they make the recipe that they make as documents."""
+    plan = plan_of(write(tmp_path), f"--folder={tmp_path / 'all'}", "--set={sampling: {max_tokens: 7}}")
+    for number in (1, 2):
+        arguments = as_arguments(plan.settings(number, "values"))
+        assert load_recipe(plan.file("values"), arguments).resolved == recipe_of(plan, number, "values").resolved
+
+
+def test_a_stage_that_fails_stops_the_rounds(tmp_path: Path, capsys) -> None:
+    launch = f"--launch={sys.executable} -c 'raise SystemExit(3)'"
+    assert main(["iterate", str(write(tmp_path)), f"--folder={tmp_path / 'all'}", launch]) == 2
+    told = capsys.readouterr().err
+    assert "ended with exit code 3" in told and "-m posttrain train" in told
+    assert not (tmp_path / "all" / "rounds.jsonl").exists()
+
+
+def test_several_processes_are_refused_with_what_to_do(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["iterate", str(write(tmp_path)), f"--folder={tmp_path / 'all'}"]) == 2
+    assert "--launch='accelerate launch" in capsys.readouterr().err

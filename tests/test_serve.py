@@ -321,6 +321,7 @@ def held(server: Server, seed: int) -> Any:
     return server.complete(seed=seed, max_tokens=60, extra_body={"ignore_eos": True})
 
 
+@pytest.mark.engine
 def test_requests_over_the_limit_wait_or_are_refused_and_none_is_lost(plain: Server):
     alone = [held(plain, seed).choices[0].text for seed in range(3)]
     answers: dict[int, str] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chain_problems import draw
+from guided_models import draw
 from transformers import AutoModelForCausalLM
 
 from posttrain import options

@@ -1,21 +1,24 @@
-"""The policy and the value model of ``guided.py``: chains of additions, and the probability of being right.
+"""The policy and the value model of ``guided.py``: sums of several steps, some of which are guessed.
 
-The policy learns from demonstrations that forget a carry now and then, and go on from the wrong number: it errs in
-single lines, at places that repeat, and its wrong lines are hardly less probable than its right ones. (With slips to
-any number whatsoever log-probs alone would give errors away, and greedy decoding would hardly make any.) The value
-model is made by ``recipes/value/cd_fudge.yaml``: it starts as the policy and learns, at every token, whether the
-policy's completion was right.
+``7-2+3=?`` is worked out line by line, ``7-2=5`` and ``5+3#8``, and then boxed. Demonstrations guess one line in five,
+which can be seen (``5+3~7``): three guesses in four are wrong by one, and the lines after them go on from there. So a
+completion goes wrong in single lines, and a judge can tell the lines that it should rather not build on. Log-probs
+cannot: lines that are worked out are written in ten ways, so that each is about as probable as a wrong guess.
+
+The value model is made by ``recipes/value/cd_fudge.yaml``: it starts as the policy and learns, at every token, whether
+the policy's completion was right.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chain_problems import Chain, boxed, draw
+from chain_problems import Chain, boxed
 
 from posttrain import load_recipe, train
 from posttrain.models import Policy
@@ -27,15 +30,23 @@ from posttrain.quickstart.start import prompt_ids
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "value" / "cd_fudge.yaml"
 
 
+LARGEST = 9
+"""Numbers lie between 0 and 9."""
+SHORTEST, LONGEST = 3, 5
+SIGNS, GUESS = "=:>|;#@&%^", "~"
+"""How lines are written that are worked out, and that are guessed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How much of everything."""
 
-    demonstrations: int = 32000
-    policy_steps: int = 1000
-    forgotten: float = 0.4  # carries and borrows of demonstrations
-    problems: int = 16000  # that the value model learns on: each is seen once or twice, none can be learned by heart
-    value_steps: int = 300
+    demonstrations: int = 19200
+    policy_steps: int = 600
+    guessed: float = 0.2  # of the lines of a demonstration
+    wrong: float = 0.75  # of the guesses
+    problems: int = 6000  # that the value model learns on: each is seen once or twice, none can be learned by heart
+    value_steps: int = 100
     prompts_per_step: int = 64
     held_out: int = 512
     seed: int = 0
@@ -60,21 +71,42 @@ def make_policy(folder: Path, training: Training) -> None:
         del problems[:count]
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, training.seed)
-    examples = [demonstration(tokenizer, chain, worked_out(chain, training.forgotten, rng)) for chain in problems]
+    examples = [demonstration(tokenizer, chain, worked_out(chain, training, rng)) for chain in problems]
     optimizer = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
     fit(Policy(model), examples, steps=training.policy_steps, batch_size=32, optimizer=optimizer, seed=training.seed)
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
 
 
-def worked_out(chain: Chain, forgotten: float, rng: random.Random) -> str:
-    """A line a change and the boxed answer; of each carry or borrow the tens are left as they were now and then."""
+def draw(count: int, rng: random.Random) -> list[Chain]:
+    """Different problems."""
+    found: dict[Chain, None] = {}
+    while len(found) < count:
+        start = total = rng.randint(0, LARGEST)
+        changes = []
+        for _ in range(rng.randint(SHORTEST, LONGEST)):
+            changes.append(rng.choice(possible(total)))
+            total += changes[-1]
+        found.setdefault(Chain(start, tuple(changes)))
+    return list(found)
+
+
+def possible(now: int) -> Sequence[int]:
+    """Changes of a number that stay between 0 and 9."""
+    return [change for change in range(-now, LARGEST - now + 1) if change]
+
+
+def worked_out(chain: Chain, training: Training, rng: random.Random) -> str:
+    """A line a change, worked out or guessed, and the boxed answer."""
     lines, now = [], chain.start
     for change in chain.changes:
-        result = now + change
-        if result // 10 != now // 10 and rng.random() < forgotten:
-            result = now // 10 * 10 + result % 10
-        lines.append(f"{now:02d}{change:+d}={result:02d}")
+        result = (now + change) % (LARGEST + 1)  # a wrong number may lead beyond the ends
+        sign = rng.choice(SIGNS)
+        if rng.random() < training.guessed:
+            sign = GUESS
+            if rng.random() < training.wrong:
+                result = (result + rng.choice((-1, 1))) % (LARGEST + 1)
+        lines.append(f"{now}{change:+d}{sign}{result}")
         now = result
     return "\n".join([*lines, boxed(now)])
 

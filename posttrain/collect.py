@@ -44,7 +44,7 @@ class Collected:
     values: dict[str, list[float | None]]  # of each verifier, one a completion
     prompts_drawn: int  # over all ranks
     rounds: int
-    tokens: int  # generated on this rank, discarded ones too
+    tokens: int  # generated on this rank, discarded ones too; of given completions those of their prompts too
     seconds: dict[str, float]
 
 
@@ -150,7 +150,7 @@ def draw_examples(recipe: Recipe, runtime: Runtime, examples: Examples, sampler:
     for part in recipe.select:
         chosen &= part(batch)
     kept = batch[chosen] if bool(chosen.any()) else blank_row(batch)
-    return Collected(kept, {}, len(index), 1, 0, {"read": time.perf_counter() - start})
+    return Collected(kept, {}, len(index), 1, int(batch.length.sum()), {"read": time.perf_counter() - start})
 
 
 def in_order(size: int, each: int) -> list[list[int]]:

@@ -336,7 +336,7 @@ def introduction(run: Online) -> str:
     return (
         f"{recipe.name}: {models}, {processes} on {run.runtime.device.type}\n"
         f"  {size}, {recipe.steps} steps\n"
-        + "".join(f"  left out: {entry}\n" for entries in material.dropped.values() for entry in entries)
+        + "".join(f"  {entry}\n" for entries in material.dropped.values() for entry in entries)
         + f"  {engine}, run folder {run.folder.path}"
     )
 

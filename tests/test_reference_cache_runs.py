@@ -131,6 +131,8 @@ def test_what_is_left_out_is_printed_and_stored(tmp_path, tiny_model_folder, cap
     data = [*rows(), {"prompt": "q", "chosen": "same", "rejected": "same"}]
     train(load_recipe(write(tmp_path, tiny_model_folder, data, steps=1)))
     place = f"{tmp_path / 'pairs.jsonl'}:{PAIRS + 1}"
-    assert f"left out: 1 row: the completions are all the same ({place})" in capsys.readouterr().out.replace("\n", "")
+    assert f"1 row left out: the completions are all the same ({place})" in capsys.readouterr().out.replace("\n", "")
     stored = json.loads((tmp_path / "run" / "left_out.json").read_text())
-    assert stored == {"data": [{"reason": "the completions are all the same", "count": 1, "first": [place]}]}
+    assert stored == {
+        "data": [{"what": "left out", "reason": "the completions are all the same", "count": 1, "first": [place]}]
+    }

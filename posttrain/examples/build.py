@@ -81,7 +81,7 @@ def make_examples(
         place_of=rows.place,
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         left_out=rows.left_out + len(used - kept),
-        dropped=gone + left_out(f"cut, not left out: {limit}", fitted.cut, rows.place),
+        dropped=gone + left_out(limit, fitted.cut, rows.place, "cut"),
     )
 
 

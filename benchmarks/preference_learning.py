@@ -1,0 +1,271 @@
+"""What DPO, KTO, IPO and online DPO learn from the same start: held-out preferences, and the reward that is true.
+
+    python benchmarks/preference_learning.py --json benchmarks/results/preference_learning.json
+
+The start is the quickstart's warmed-up model, which works half of its additions out and estimates the others. Its own
+samples, told right from wrong by the verifier, become pairs (for DPO and IPO) and rated completions (for KTO); online
+DPO samples its own. Each method is its recipe with a model, data and sizes that fit. Measured before and after, on
+problems that none of them has seen:
+
+- accuracy: share of held-out pairs whose right completion the policy finds more likely; margin: by how many nats
+- reward: share of right answers among samples at temperature 1
+- kl: KL of the policy from the start in nats a completion, by the policy's own samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from online_step import machine
+from transformers import AutoTokenizer
+
+from posttrain import load_recipe
+from posttrain.engines.base import Completion, Sampling
+from posttrain.engines.transformers import TransformersEngine
+from posttrain.models import Policy, build_policy
+from posttrain.online import train
+from posttrain.options import Policy as PolicyOptions
+from posttrain.quickstart import story
+from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
+from posttrain.runtime import length_groups
+from posttrain.verifiers.mathematics import math as verify
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "preference"
+SAMPLING = Sampling(max_tokens=48)
+MICRO_BATCH_TOKENS = 16384
+
+
+class Method(NamedTuple):
+    """A recipe and what it learns from."""
+
+    recipe: str
+    data: str
+    overrides: tuple[str, ...]
+
+
+OFFLINE = ("--data.max_prompt_tokens=null", "--prompts_per_step=32", "--optimizer.schedule=linear")
+ONLINE = (
+    "--data.name=null",
+    "--data.columns={}",
+    "--data.system=null",
+    "--prompts_per_step=32",
+    "--engine.use=transformers",
+)
+METHODS = {
+    "DPO": Method("dpo", "pairs", OFFLINE),
+    "IPO": Method("ipo", "pairs", OFFLINE),
+    "KTO": Method("kto", "rated", OFFLINE),
+    "online DPO": Method("online_dpo", "train", (*ONLINE, "--sampling.max_tokens=48", "--completions=4")),
+}
+
+
+class Estimate(NamedTuple):
+    """A mean with its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Of independent values."""
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:7.3f} ± {self.error:.3f}"
+
+
+class Sampled(NamedTuple):
+    """Completions of a problem, and which of them are right."""
+
+    row: dict[str, str]
+    prompt: list[int]
+    completions: list[Completion]
+    texts: list[str]
+    right: list[bool]
+
+
+def sample(model: Path, rows: Sequence[dict[str, str]], n: int, seed: int) -> list[Sampled]:
+    """``n`` completions of each problem at temperature 1."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    engine = TransformersEngine(model, max_model_len=128, seed=seed)
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    groups = engine.generate(prompts, SAMPLING, n, seeds=[seed * 1_000_003 + i for i in range(len(rows))])
+    engine.close()
+    found = []
+    for row, prompt, group in zip(rows, prompts, groups, strict=True):
+        texts = [tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in group]
+        found.append(Sampled(row, prompt, group, texts, [bool(verify(text, answer=row["answer"])) for text in texts]))
+    return found
+
+
+def pairs_of(sampled: Sequence[Sampled]) -> list[dict[str, Any]]:
+    """The first right and the first wrong completion of each problem that has both."""
+    found = []
+    for each in sampled:
+        if any(each.right) and not all(each.right):
+            chosen, rejected = each.texts[each.right.index(True)], each.texts[each.right.index(False)]
+            found.append({"prompt": each.row["prompt"], "chosen": chosen, "rejected": rejected})
+    return found
+
+
+@torch.no_grad()
+def logp(model: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probs of whole completions."""
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    found = torch.zeros(len(lengths))
+    for rows in length_groups(lengths, MICRO_BATCH_TOKENS):
+        tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for at, row in enumerate(rows):
+            start, end = len(prompts[row]), int(lengths[row])
+            tokens[at, :end] = torch.tensor([*prompts[row], *completions[row]])
+            mask[at, start:end] = True
+        found[rows] = model(tokens, mask)[0].sum(-1)
+    return found.tolist()
+
+
+def judge_pairs(model: Path, pairs: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    """How often, and by how many nats, the policy prefers the right completion of a pair."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    policy = build_policy(PolicyOptions(model=str(model))).eval()
+    prompts = [prompt_ids(tokenizer, pair["prompt"]) for pair in pairs]
+    sides = []
+    for side in ("chosen", "rejected"):
+        ids = [[*tokenizer(pair[side])["input_ids"], tokenizer.eos_token_id] for pair in pairs]
+        sides.append(logp(policy, prompts, ids))
+    margins = [chosen - rejected for chosen, rejected in zip(*sides, strict=True)]
+    return {"accuracy": Estimate.of([float(m > 0) for m in margins]), "margin": Estimate.of(margins)}
+
+
+def measure(
+    model: Path, start: Path, pairs: Sequence[dict[str, Any]], rows: Sequence[dict[str, str]], n: int, seed: int
+) -> dict[str, Estimate]:
+    """A model on held-out pairs and problems; a problem's samples count as one value."""
+    sampled = sample(model, rows, n, seed)
+    reward = Estimate.of([statistics.fmean(each.right) for each in sampled])
+    prompts = [each.prompt for each in sampled for _ in each.completions]
+    tokens = [completion.tokens for each in sampled for completion in each.completions]
+    both = [logp(build_policy(PolicyOptions(model=str(path))).eval(), prompts, tokens) for path in (model, start)]
+    gaps = [now - before for now, before in zip(*both, strict=True)]
+    kl = Estimate.of([statistics.fmean(gaps[i : i + n]) for i in range(0, len(gaps), n)])
+    return judge_pairs(model, pairs) | {"reward": reward, "kl": kl}
+
+
+def prepare(start: Start, folder: Path, prompts: int, seed: int) -> dict[str, Path]:
+    """Files of pairs, rated completions and problems to train on, and pairs that are held out."""
+    sampled = sample(start.model, read_rows(start.train)[:prompts], 8, seed + 1)
+    rated = [
+        {"prompt": each.row["prompt"], "completion": text, "label": right}
+        for each in sampled
+        for text, right in list(zip(each.texts, each.right, strict=True))[:2]
+    ]
+    held_out = pairs_of(sample(start.model, read_rows(start.held_out), 8, seed + 2))
+    files = {name: folder / f"{name}-{seed}.jsonl" for name in ("pairs", "rated", "held_out")}
+    for name, rows in (("pairs", pairs_of(sampled)), ("rated", rated), ("held_out", held_out)):
+        write_rows(files[name], rows)
+    return files | {"train": start.train}
+
+
+def run(method: Method, start: Start, data: Path, folder: Path, options: argparse.Namespace, seed: int) -> float:
+    """Trains; the seconds it took."""
+    overrides = [
+        f"--policy.model={start.model}",
+        "--policy.dtype=float32",
+        "--policy.gradient_checkpointing=false",
+        f"--data.path={data}",
+        "--evaluate=null",
+        f"--optimizer.learning_rate={options.learning_rate}",
+        "--optimizer.warmup_steps=3",
+        f"--steps={options.steps}",
+        f"--seed={seed}",
+        f"--run.folder={folder}",
+        "--run.trackers=[]",
+        "--run.rollouts_every=0",
+        *method.overrides,
+    ]
+    began = time.perf_counter()
+    train(load_recipe(RECIPES / f"{method.recipe}.yaml", overrides))
+    return time.perf_counter() - began
+
+
+def one_seed(seed: int, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every method from the start of one seed, with the start itself."""
+    start = Start(work / f"start-{seed}")
+    if not start.model.exists():
+        story.prepare(start.path, seed)
+    files = prepare(start, work, options.prompts, seed)
+    pairs, rows = read_rows(files["held_out"]), read_rows(start.held_out)
+    results: dict[str, Any] = {"start": measure(start.model, start.model, pairs, rows, options.samples, seed)}
+    counts = {name: len(read_rows(path)) for name, path in files.items()}
+    for name in options.methods:
+        method, folder = METHODS[name], work / f"{name.replace(' ', '-')}-{seed}"
+        seconds = run(method, start, files[method.data], folder, options, seed)
+        after = measure(folder / "model", start.model, pairs, rows, options.samples, seed)
+        results[name] = after | {"seconds": seconds}
+    for name, found in results.items():
+        numbers = "  ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, Estimate))
+        print(f"seed {seed}  {name:11} {numbers}  {found.get('seconds', 0):.0f} s", flush=True)
+    return results | {"rows": counts}
+
+
+def learned(results: dict[str, Any], name: str) -> bool:
+    """Whether accuracy and reward both rose by more than twice the standard error of the difference."""
+    before, after = results["start"], results[name]
+    return all(
+        after[key].mean - before[key].mean > 2 * math.hypot(after[key].error, before[key].error)
+        for key in ("accuracy", "reward")
+    )
+
+
+def plain(value: Any) -> Any:
+    """As JSON: estimates with names."""
+    if isinstance(value, Estimate):
+        return value._asdict()
+    return {key: plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def main() -> int:
+    """Runs, prints the table and says whether every method has learned."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=800, help="problems that the start is sampled on")
+    parser.add_argument("--samples", type=int, default=4, help="of each held-out problem")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--folder", type=Path, help="where starts and runs are kept; default: a temporary one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (options.folder or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        seeds = {str(seed): one_seed(seed, work, options) for seed in options.seeds}
+    missed = [
+        f"{name}, seed {seed}" for seed, found in seeds.items() for name in options.methods if not learned(found, name)
+    ]
+    print("all have learned" if not missed else f"not beyond twice the standard error: {'; '.join(missed)}")
+    if options.json:
+        written = {
+            "date": datetime.date.today().isoformat(),
+            "machine": machine(),
+            "command": f"python benchmarks/preference_learning.py {' '.join(sys.argv[1:])}".strip(),
+            "options": {key: value for key, value in vars(options).items() if key not in ("json", "folder")},
+            "seeds": plain(seeds),
+        }
+        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

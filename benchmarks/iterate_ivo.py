@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "posttrain-ivo", help="kept")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of the value model in a round")
+    parser.add_argument("--steps", type=int, default=20, help="of the value model in a round")
     parser.add_argument("--strength", type=float, default=8.0, help="of the guide, in 1 / reward")
     parser.add_argument("--prompts", type=int, default=256, help="held-out ones")
     parser.add_argument("--anchors", nargs="+", choices=ANCHORS, default=list(ANCHORS))
@@ -117,10 +118,16 @@ def main() -> None:
         run_iterate(RECIPES / "iterate" / f"{name}.yaml", settings(arguments, name), resume=started)
         found[anchor] = of_rounds(name, arguments.folder / name)
         print(anchor, json.dumps(found[anchor]), flush=True)
+        if arguments.json is not None:
+            write(arguments, found)
+
+
+def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """What is measured so far."""
     sizes = {name: getattr(arguments, name) for name in ("rounds", "steps", "strength", "prompts", "engine")}
-    if arguments.json is not None:
-        result = {"command": "benchmarks/iterate_ivo.py", "sizes": sizes, **machine(), "rounds": found}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    command = f"python benchmarks/iterate_ivo.py --steps {arguments.steps} --json FILE"
+    result = {"date": date.today().isoformat(), "command": command, "sizes": sizes, **machine(), "rounds": found}
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -191,6 +191,12 @@ def test_a_base_is_merged_below_and_a_named_part_replaces_the_whole_part(recipe)
     assert load_recipe(recipe(option, base=GOOD)).advantage.options == {"center": "batch", "scale": "group"}
 
 
+def test_an_empty_mapping_empties_that_of_the_base(recipe):
+    base = GOOD + "reference: {model: other}\n"
+    assert load_recipe(recipe("base: base.yaml\nsteps: 3\n", base=base)).reference.model == "other"
+    assert load_recipe(recipe("base: base.yaml\nreference: {}\n", base=base)).reference.model is None
+
+
 def test_parts_of_ones_own_file(recipe):
     text = GOOD.replace("{use: outcome, scale: group}", "{use: 'parts.py:doubled', factor: 3}")
     text = text.replace(

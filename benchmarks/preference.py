@@ -148,7 +148,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     import yaml
 
-    from posttrain import load_recipe, reference_cache, train
+    from posttrain import load_recipe, online, reference_cache, train
 
     recipe = {
         "policy": {"model": str(settings.model), "dtype": "float32"},
@@ -172,6 +172,16 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     reference_cache.compute = reference
     samplers: list[Any] = []
 
+    def report() -> None:
+        turns.done(reference_seconds=reference.seconds, reference_cpu_seconds=reference.cpu_seconds)
+
+    def save_when_told(*arguments: Any) -> None:
+        report()
+        turns.wait()
+        save(*arguments)
+
+    save, online.save_checkpoint = online.save_checkpoint, save_when_told  # after the last step alone
+
     def waiting(**arguments: Any) -> Any:
         sampler = build_sampler(**arguments)
         samplers.append(sampler)
@@ -180,7 +190,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
         draw = sampler.draw
 
         def draw_when_told(n: int) -> list[int]:
-            turns.done(reference_seconds=reference.seconds, reference_cpu_seconds=reference.cpu_seconds)
+            report()
             turns.wait()
             return draw(n)
 
@@ -188,7 +198,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
         return sampler
 
     train(dataclasses.replace(loaded, prompts=dataclasses.replace(loaded.prompts, call=waiting)))
-    turns.done(reference_seconds=reference.seconds, reference_cpu_seconds=reference.cpu_seconds)
+    report()
 
 
 def work_trl(settings: Settings, turns: Turns, *, precompute: bool = False) -> None:
@@ -201,9 +211,8 @@ def work_trl(settings: Settings, turns: Turns, *, precompute: bool = False) -> N
         def on_step_begin(self, *arguments: Any, **keywords: Any) -> None:
             turns.wait()
 
-        def on_step_end(self, args: Any, state: Any, *arguments: Any, **keywords: Any) -> None:
-            if state.global_step < state.max_steps:  # the last turn ends when the model is saved
-                turns.done(**before)
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+            turns.done(**before)
 
     side = "trl_precomputed" if precompute else "trl"
     arguments = DPOConfig(
@@ -240,6 +249,7 @@ def work_trl(settings: Settings, turns: Turns, *, precompute: bool = False) -> N
     )
     before = {"reference_seconds": precomputing.seconds, "reference_cpu_seconds": precomputing.cpu_seconds}
     trainer.train()
+    turns.wait()
     trainer.save_model(str(settings.trained(side)))
     turns.done(**before)
 
@@ -298,10 +308,12 @@ def judged(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
         gaps.append(settings.beta * (chosen - rejected))
     torch.manual_seed(0)
     rewards, divergences = [], []
-    for line in settings.held_out.read_text().splitlines()[:8]:
+    for line in settings.held_out.read_text().splitlines()[:4]:
         prompt = torch.tensor([tokenizer(json.loads(line)["prompt"]).input_ids] * 8)
         length = prompt.shape[1]
-        tokens = policy.base.generate(prompt, do_sample=True, max_new_tokens=32, min_new_tokens=32, top_k=0, top_p=1.0)
+        tokens = policy.base.generate(
+            prompt, do_sample=True, max_new_tokens=32, min_new_tokens=32, top_k=0, top_p=1.0, use_cache=True
+        )
         mask = (torch.arange(tokens.shape[1]) >= length).expand(tokens.shape)
         divergences += (policy(tokens, mask)[0] - reference(tokens, mask)[0]).sum(-1).tolist()
         rewards += [early_words(tokenizer.decode(row[length:].tolist())) for row in tokens]
@@ -350,6 +362,8 @@ def measure(settings: Settings) -> dict[str, list[dict[str, Any]]]:
                     f"  {name:16s}{turn['seconds']:8.2f} s{sum(lengths) / turn['seconds']:8.0f} tokens/s{warm}",
                     flush=True,
                 )
+        for name in SIDES:  # one more turn, to save the model
+            turns[name].append(workers[name].turn() | {"tokens": 0})
     finally:
         for worker in workers.values():
             worker.stop()
@@ -358,7 +372,7 @@ def measure(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 
 def summary(turns: Sequence[dict[str, Any]], settings: Settings) -> dict[str, float]:
     """Tokens a second of the measured steps, with their share of a reference pass made before; peak memory."""
-    measured = turns[settings.warmup :]
+    measured = turns[settings.warmup : -1]
     tokens = sum(turn["tokens"] for turn in measured)
     part = tokens / sum(turn["tokens"] for turn in turns)
     found: dict[str, float] = {}

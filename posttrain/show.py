@@ -21,6 +21,7 @@ from rich.text import Text
 from posttrain.decode import DecodeRecipe
 from posttrain.decode_suite import DecodeSuite, Variant, read_suite
 from posttrain.evaluation_suite import KINDS, suite_name
+from posttrain.iterate import IterateRecipe
 from posttrain.labelling import LabelRecipe
 from posttrain.loading import load_as, read_document
 from posttrain.recipe import SLOTS, Part, Recipe
@@ -33,7 +34,8 @@ _EQUATION = re.compile(r"^[^.:]{1,60}?\s(=|:=|<=)\s")
 
 
 def show_file(path: Path, overrides: Overrides = (), console: Console | None = None) -> None:
-    """Prints what a file describes: a recipe for training, decoding or labels, or an evaluation suite.
+    """Prints what a file describes: a recipe for training, decoding, labels or outer loops, or an
+    evaluation suite.
 
     Raises:
         RecipeError: one line for each problem, with its place and a suggestion.
@@ -55,6 +57,8 @@ def kind_of(document: Document) -> type[Any]:
     given = set(document.data)
     if "suite" in given:
         return resolve(KINDS[suite_name(document)])
+    if "stages" in given:
+        return IterateRecipe
     if "label" in given:
         return LabelRecipe
     if "server" in given:

@@ -26,6 +26,13 @@ def test_recipes_of_decoders_and_labels(path, capsys):
     assert ("decoder    " in shown) == (path.parent.name == "decode")
 
 
+def test_outer_loops(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["show", str(ROOT / "recipes" / "iterate" / "ivo.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("ivo ") and "* stages" in shown and "rounds" in shown
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_evaluation_suites(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")

@@ -1,4 +1,4 @@
-"""Values of candidate tokens with a key-value cache: one forward pass over the candidates alone.
+"""Values of prefixes and of candidate tokens with a key-value cache: one forward pass over what is new.
 
 While a completion is decoded token by token, each prefix is the last one and one of its candidates. Its keys and values
 are then known: those of the last prefix, and those of the candidate that was drawn.
@@ -7,24 +7,19 @@ are then known: those of the last prefix, and those of the candidate that was dr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from posttrain.decoding.growing import BesideLayer, GrowingReader, Memory, forward_hidden
 from posttrain.decoding.model_scores import NextTokenValueScore, ValueScore, head_value, padded
 from posttrain.decoding.prefixes import Kind, Prefix
-from posttrain.models import active_adapter
 
 ROOM = 32
 """Columns that a cache has to spare when it is made."""
-
-Memory = tuple[Float[Tensor, "M heads columns size"], Float[Tensor, "M heads columns size"]]
-"""Keys and values of one layer."""
 
 
 def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenValueScore:
@@ -57,14 +52,14 @@ class CachedValueScore:
         self.beta: float | None = model.spec.beta
         self.scale: float = model.spec.scale
         self.reader = Reader(model)
+        self.growing = GrowingReader(model)
         self._value = head_value(model)
-        self._uncached = ValueScore(model, kind=self.kind, beta=self.beta, scale=self.scale)
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
         hidden = self.reader.known([tuple(prefix.tokens) for prefix in prefixes])
-        return self._uncached.score(prefixes) if hidden is None else self._value(hidden)
+        return self._value(self.growing.read(prefixes) if hidden is None else hidden)
 
     @torch.inference_mode()
     def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
@@ -198,7 +193,7 @@ class Reader:
         device = next(self.model.parameters()).device
         tokens, lengths = padded([Prefix(tokens=prefix, start=0) for prefix in prefixes], device)
         cache = DynamicCache(config=self.model.decoder.config)
-        hidden = self._forward(input_ids=tokens, past_key_values=cache, use_cache=True)
+        hidden = forward_hidden(self.model, input_ids=tokens, past_key_values=cache, use_cache=True)
         read: list[Memory] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
         memory = memory or [(_room(keys, rows, width), _room(values, rows, width)) for keys, values in read]
         for layer, added in zip(memory, read, strict=True):
@@ -210,10 +205,11 @@ class Reader:
     def _read_candidates(self, candidates: Int[Tensor, "M K"], lengths: Int[Tensor, " M"]) -> Float[Tensor, "M K H"]:
         """Each candidate sees its prefix and itself, and stands right after the prefix."""
         width = int(lengths.max())
-        layers = [_CandidateLayer(keys[:, :, :width], values[:, :, :width]) for keys, values in self._memory]
+        layers = [BesideLayer(keys[:, :, :width], values[:, :, :width]) for keys, values in self._memory]
         cache = DynamicCache()
         cache.layers.extend(layers)
-        hidden = self._forward(
+        hidden = forward_hidden(
+            self.model,
             input_ids=candidates,
             position_ids=lengths[:, None].expand_as(candidates),
             attention_mask=_visible(lengths, width, candidates.shape[1]),
@@ -222,13 +218,6 @@ class Reader:
         )
         self._candidate_memory = [layer.added for layer in layers]
         return hidden
-
-    def _forward(self, **inputs: Any) -> Float[Tensor, "M columns H"]:
-        adapter: AbstractContextManager[None] = nullcontext()
-        if self.model.adapter is not None:
-            adapter = active_adapter(self.model.backbone, self.model.adapter)
-        with adapter:
-            return self.model.decoder(**inputs).last_hidden_state
 
 
 def _visible(lengths: Int[Tensor, " M"], width: int, candidates: int) -> Bool[Tensor, "M 1 K columns"]:
@@ -241,19 +230,3 @@ def _visible(lengths: Int[Tensor, " M"], width: int, candidates: int) -> Bool[Te
 
 def _room(like: Float[Tensor, "m heads columns size"], rows: int, width: int) -> Float[Tensor, "rows heads room size"]:
     return like.new_zeros(rows, like.shape[1], width + ROOM, like.shape[3])
-
-
-class _CandidateLayer(DynamicLayer):
-    """Keys and values of prefixes that stay as they are; those of candidates are put beside them."""
-
-    def __init__(self, keys: Float[Tensor, "M heads P size"], values: Float[Tensor, "M heads P size"]) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self._held: Memory = (keys, values)
-        self.added: Memory = (keys[:, :, :0], values[:, :, :0])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and all values, of prefixes and candidates."""
-        self.added = key_states, value_states
-        keys, values = self._held
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)

@@ -17,17 +17,17 @@ from posttrain.collect import Source, in_order
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
-from posttrain.engines import make_engine
 from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.errors import UserError
 from posttrain.examples.columns import read_numbers
 from posttrain.examples.given import Examples, GivenExamples
 from posttrain.learner import Learner
-from posttrain.models import DTYPES, Policy, build_policy, context_length, load_model
+from posttrain.models import DTYPES, Policy, build_policy, load_model
 from posttrain.needs import Needs
 from posttrain.options import Value
 from posttrain.parts.value_losses import SOFT
 from posttrain.players import Players, adapted_copy, check_twins
+from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import Part, Recipe
 from posttrain.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.run_folder import RunFolder, changed_settings, open_run
@@ -275,29 +275,10 @@ def build_engine(recipe: Recipe, material: Material) -> Engine:
     Raises:
         UserError: where that is more than ``engine.max_model_len`` or the model's positions.
     """
-    needed: list[tuple[int, int, str]] = []
+    needed: list[Room] = []
     if material.rows is not None:
-        needed.append((material.rows.longest_prompt, recipe.sampling.max_tokens, "sampling.max_tokens"))
+        needed.append(Room(material.rows.longest_prompt, recipe.sampling.max_tokens))
     if recipe.evaluate is not None and material.evaluation_rows is not None:
-        of_evaluation = (recipe.evaluate.sampling.max_tokens, "evaluate.sampling.max_tokens")
-        needed.append((material.evaluation_rows.longest_prompt, *of_evaluation))
-    prompt, completion, name = max(needed, key=lambda each: each[0] + each[1])
-    length, limit = recipe.engine.max_model_len or prompt + completion, context_length(recipe.policy)
-    for room, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):
-        if room is not None and prompt + completion > room:
-            raise UserError(
-                f"the longest prompt ({prompt} tokens) and {name} ({completion}) need {prompt + completion} positions; "
-                f"{whose} has {room}. Lower {name} or set data.max_prompt_tokens."
-            )
-    if limit is not None and length > limit:
-        raise UserError(f"engine.max_model_len: {length} is more than the {limit} positions of {recipe.policy.model}")
-    dtype = recipe.policy.dtype if recipe.engine.dtype == "auto" else recipe.engine.dtype
-    return make_engine(
-        recipe.policy.model,
-        recipe.engine,
-        dtype=dtype,
-        max_model_len=length,
-        seed=recipe.seed,
-        revision=recipe.policy.revision,
-        trust_remote_code=recipe.policy.trust_remote_code,
-    )
+        most = recipe.evaluate.sampling.max_tokens
+        needed.append(Room(material.evaluation_rows.longest_prompt, most, "evaluate.sampling.max_tokens"))
+    return policy_engine(recipe.policy, recipe.engine, needed, seed=recipe.seed)

@@ -146,9 +146,7 @@ def draw_examples(recipe: Recipe, runtime: Runtime, examples: Examples, sampler:
     batch = runtime.together(lambda: examples.batch(mine))
     group = batch.group.unique(return_inverse=True)[1] + runtime.rank * len(mine)
     batch = batch.set(group=group, step=step, all_sum=runtime.all_sum)
-    chosen = torch.ones(len(batch), dtype=torch.bool)
-    for part in recipe.select:
-        chosen &= part(batch)
+    chosen = _select(recipe.select, batch)
     kept = batch[chosen] if bool(chosen.any()) else blank_row(batch)
     return Collected(kept, {}, len(index), 1, int(batch.length.sum()), {"read": time.perf_counter() - start})
 

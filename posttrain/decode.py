@@ -22,13 +22,13 @@ from posttrain import options
 from posttrain.batch import Finish
 from posttrain.collect import make_prompts, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
-from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Engine
 from posttrain.errors import DataError, UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.guided.checks import decoder_conflicts
 from posttrain.loading import load_as, placed
-from posttrain.models import context_length, load_tokenizer
+from posttrain.models import load_tokenizer
+from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import Part, PositiveInt, RecipeConflict
 from posttrain.rollout import Prompts, prompt_seeds
 from posttrain.runtime import Runtime
@@ -143,24 +143,8 @@ class Decodes(Protocol):
 
 def engine_of(recipe: Decodes, rows: Rows) -> Engine:
     """The engine, with room for the longest prompt and completion."""
-    room = rows.longest_prompt + recipe.sampling.max_tokens
-    length, limit = recipe.engine.max_model_len or room, context_length(recipe.policy)
-    for positions, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):
-        if positions is not None and room > positions:
-            raise UserError(
-                f"sampling.max_tokens: the longest prompt ({rows.longest_prompt} tokens) and "
-                f"{recipe.sampling.max_tokens} more need {room} positions; {whose} has {positions}. Lower it, or set "
-                "data.max_prompt_tokens."
-            )
-    return make_engine(
-        recipe.policy.model,
-        recipe.engine,
-        dtype=recipe.policy.dtype,
-        max_model_len=length,
-        seed=recipe.seed,
-        revision=recipe.policy.revision,
-        trust_remote_code=recipe.policy.trust_remote_code,
-    )
+    room = Room(rows.longest_prompt, recipe.sampling.max_tokens)
+    return policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)
 
 
 def completed(

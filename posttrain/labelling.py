@@ -17,12 +17,12 @@ from posttrain import options
 from posttrain.batch import Batch
 from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
-from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import DataError, UserError
 from posttrain.examples import rollouts
 from posttrain.loading import load_as
-from posttrain.models import context_length, load_tokenizer
+from posttrain.models import load_tokenizer
+from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import Part, PositiveInt, RecipeConflict
 from posttrain.report.branches import BUCKETS
 from posttrain.rollout import prompt_seeds, single_turn
@@ -159,14 +159,5 @@ def _sample(recipe: LabelRecipe, rows: Rows, source: Source, runtime: Runtime) -
 def _engine(recipe: LabelRecipe, longest_prompt: int) -> Engine:
     """The engine, with room for what exceeds a branch's own limit in a call for several."""
     most = recipe.sampling.max_tokens
-    room, limit = longest_prompt + most + math.ceil(most / BUCKETS), context_length(recipe.policy)
-    length = recipe.engine.max_model_len or room
-    for positions, whose in ((length, "engine.max_model_len"), (limit, recipe.policy.model)):
-        if positions is not None and room > positions:
-            raise UserError(
-                f"sampling.max_tokens: the longest prompt ({longest_prompt} tokens), {most} more, and an eighth of "
-                f"those for the branches need {room} positions; {whose} has {positions}. Lower it."
-            )
-    return make_engine(
-        recipe.policy.model, recipe.engine, dtype=recipe.policy.dtype, max_model_len=length, seed=recipe.seed
-    )
+    room = Room(longest_prompt, most, branches=math.ceil(most / BUCKETS))
+    return policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)

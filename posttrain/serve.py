@@ -11,13 +11,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.collect import sampling_of
-from posttrain.engines import make_engine
 from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.loading import load_as, placed
 from posttrain.models import context_length, load_tokenizer
+from posttrain.policy_engine import long_engine
 from posttrain.runtime import Runtime
 from posttrain.serving.app import make_app
 from posttrain.serving.limits import Limit
@@ -90,17 +90,7 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
 def _engine(recipe: ServeRecipe) -> SteppingEngine:
     limit = context_length(recipe.policy) or LONGEST
     length = recipe.engine.max_model_len or min(limit, LONGEST)
-    if length > limit:
-        raise UserError(f"engine.max_model_len: {recipe.policy.model} has {limit} positions, not {length}")
-    engine = make_engine(
-        recipe.policy.model,
-        recipe.engine,
-        dtype=recipe.policy.dtype,
-        max_model_len=length,
-        seed=recipe.seed,
-        revision=recipe.policy.revision,
-        trust_remote_code=recipe.policy.trust_remote_code,
-    )
+    engine = long_engine(recipe.policy, recipe.engine, length, seed=recipe.seed)
     assert isinstance(engine, SteppingEngine)
     return engine
 

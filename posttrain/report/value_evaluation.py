@@ -24,12 +24,12 @@ from posttrain import options
 from posttrain.batch import Batch, Finish
 from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
-from posttrain.engines import make_engine
 from posttrain.engines.base import Engine, Sampling
 from posttrain.errors import DataError, UserError
 from posttrain.evaluation_suite import ValueSuite
 from posttrain.model_card import versions
-from posttrain.models import context_length, load_tokenizer
+from posttrain.models import load_tokenizer
+from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import Part
 from posttrain.report import values
 from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
@@ -156,18 +156,8 @@ def _completions(suite: ValueSuite, rows: Rows, source: Source, sampling: Sampli
 def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:
     assert suite.policy is not None
     most = suite.sampling.max_tokens
-    room = longest_prompt + most + (math.ceil(most / BUCKETS) if suite.branches.prompts else 0)
-    limit = context_length(suite.policy)
-    length = suite.engine.max_model_len or room
-    for most_positions, whose in ((length, "engine.max_model_len"), (limit, suite.policy.model)):
-        if most_positions is not None and room > most_positions:
-            raise UserError(
-                f"the longest prompt ({longest_prompt} tokens), sampling.max_tokens ({most}) and an eighth of it for "
-                f"`branches` need {room} positions; {whose} has {most_positions}. Lower sampling.max_tokens."
-            )
-    return make_engine(
-        suite.policy.model, suite.engine, dtype=suite.policy.dtype, max_model_len=length, seed=suite.seed
-    )
+    room = Room(longest_prompt, most, branches=math.ceil(most / BUCKETS) if suite.branches.prompts else 0)
+    return policy_engine(suite.policy, suite.engine, [room], seed=suite.seed)
 
 
 @torch.no_grad()

@@ -1,0 +1,73 @@
+"""The engine that samples from a policy, with room for what it is to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from posttrain import options
+from posttrain.engines import make_engine
+from posttrain.engines.base import Engine
+from posttrain.errors import UserError
+from posttrain.models import context_length
+
+
+class Room(NamedTuple):
+    """What a call of the engine needs positions for, in tokens."""
+
+    prompt: int
+    """The longest one."""
+    completion: int
+    setting: str = "sampling.max_tokens"
+    """What limits the completion."""
+    branches: int = 0
+    """What a call for several branches takes beyond that."""
+
+    @property
+    def positions(self) -> int:
+        """All together."""
+        return self.prompt + self.completion + self.branches
+
+    def __str__(self) -> str:
+        parts = [f"the longest prompt ({self.prompt} tokens)", f"{self.setting} ({self.completion})"]
+        parts += [f"what branches take beyond it ({self.branches})"] if self.branches else []
+        return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def policy_engine(
+    policy: options.Policy, engine: options.EngineOptions, needed: Sequence[Room], *, seed: int
+) -> Engine:
+    """The engine of a policy, as long as ``engine.max_model_len`` says or the largest room needs.
+
+    Raises:
+        UserError: where that is more than ``engine.max_model_len`` or the model's positions.
+    """
+    most = max(needed, key=lambda room: room.positions)
+    length, limit = engine.max_model_len or most.positions, context_length(policy)
+    for positions, whose in ((length, "engine.max_model_len"), (limit, policy.model)):
+        if positions is not None and most.positions > positions:
+            raise UserError(
+                f"{most} need {most.positions} positions; {whose} has {positions}. Lower {most.setting} or set "
+                "data.max_prompt_tokens."
+            )
+    return long_engine(policy, engine, length, seed=seed)
+
+
+def long_engine(policy: options.Policy, engine: options.EngineOptions, length: int, *, seed: int) -> Engine:
+    """The engine of a policy for prompts and completions of at most ``length`` tokens together.
+
+    Raises:
+        UserError: where the model has fewer positions.
+    """
+    limit = context_length(policy)
+    if limit is not None and length > limit:
+        raise UserError(f"engine.max_model_len: {length} is more than the {limit} positions of {policy.model}")
+    return make_engine(
+        policy.model,
+        engine,
+        dtype=policy.dtype,
+        max_model_len=length,
+        seed=seed,
+        revision=policy.revision,
+        trust_remote_code=policy.trust_remote_code,
+    )

@@ -127,13 +127,16 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     prepare(folder, Training(value_steps=arguments.value_steps, policy_steps=arguments.policy_steps), arguments.engine)
     seconds["models"] = time.perf_counter() - start
-    points = measure_accuracy(folder, arguments.prompts, arguments.engine)
-    seconds["accuracy"] = time.perf_counter() - start - seconds["models"]
-    compared = compare(points)
-    print_comparison(compared)
-    costs = None if arguments.no_costs else measure_costs(folder / "policy", folder / "value_run" / "value", Sizes())
-    seconds["costs"] = time.perf_counter() - start - sum(seconds.values())
-    return {"compared": compared, "costs": costs, "points": points, "seconds": seconds}
+    result: dict[str, Any] = {"seconds": seconds}
+    if "accuracy" in arguments.parts:
+        points = measure_accuracy(folder, arguments.prompts, arguments.engine)
+        result |= {"compared": compare(points), "points": points}
+        print_comparison(result["compared"])
+        seconds["accuracy"] = time.perf_counter() - start - seconds["models"]
+    if "costs" in arguments.parts:
+        result["costs"] = measure_costs(folder / "policy", folder / "value_run" / "value", Sizes())
+        seconds["costs"] = time.perf_counter() - start - sum(seconds.values())
+    return result
 
 
 def main() -> None:
@@ -144,7 +147,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--policy-steps", type=int, default=Training.policy_steps)
     parser.add_argument("--value-steps", type=int, default=Training.value_steps)
-    parser.add_argument("--no-costs", action="store_true", help="accuracy alone")
+    parser.add_argument("--parts", nargs="+", choices=("accuracy", "costs"), default=["accuracy", "costs"])
     parser.add_argument("--folder", type=Path, help="where models are kept and found again; default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -158,7 +161,8 @@ def main() -> None:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-        draw(result["points"], arguments.json.with_name(f"{arguments.json.stem}_accuracy.png"))
+        if "points" in result:
+            draw(result["points"], arguments.json.with_name(f"{arguments.json.stem}_accuracy.png"))
 
 
 if __name__ == "__main__":

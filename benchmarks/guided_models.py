@@ -45,8 +45,8 @@ class Training:
     policy_steps: int = 600
     guessed: float = 0.2  # of the lines of a demonstration
     wrong: float = 0.75  # of the guesses
-    problems: int = 6000  # that the value model learns on: each is seen once or twice, none can be learned by heart
-    value_steps: int = 100
+    problems: int = 6000  # that the value model learns on, each about three times
+    value_steps: int = 300
     prompts_per_step: int = 64
     held_out: int = 512
     seed: int = 0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from posttrain.decoding.prefixes import Prefix
@@ -46,8 +46,47 @@ def forward_hidden(model: Any, **inputs: Any) -> Float[Tensor, "M columns H"]:
     adapter: AbstractContextManager[None] = nullcontext()
     if model.adapter is not None:
         adapter = active_adapter(model.backbone, model.adapter)
-    with adapter:
+    grouped = _grouped(model.decoder.config) if "attention_mask" in inputs else nullcontext()
+    with adapter, grouped:
         return model.decoder(**inputs).last_hidden_state
+
+
+@contextmanager
+def _grouped(config: Any) -> Iterator[None]:
+    """Attention with :func:`grouped_attention` in place of transformers' own call of the same PyTorch function."""
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = GROUPED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Float[Tensor, "m heads columns size"],
+    key: Float[Tensor, "m groups all size"],
+    value: Float[Tensor, "m groups all size"],
+    attention_mask: Bool[Tensor, "m 1 columns all"],
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "m columns heads size"], None]:
+    """Attention of several heads to shared keys and values, which are not copied for each head.
+
+    Heads that share them (Ainslie et al. 2023, arXiv:2305.13245) stand beside each other as more queries: where there
+    are few queries and many keys the copies would take most of the time.
+    """
+    rows, heads, columns, size = query.shape
+    sharing = heads // key.shape[1]
+    queries = query.reshape(rows, key.shape[1], sharing * columns, size)
+    mask = attention_mask.repeat(1, 1, sharing, 1)
+    out = nn.functional.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, heads, columns, size).transpose(1, 2).contiguous(), None
+
+
+GROUPED = "posttrain_grouped"
+AttentionInterface.register(GROUPED, grouped_attention)
 
 
 @dataclass(slots=True)

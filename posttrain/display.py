@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from posttrain.interrupts import uninterrupted
 from posttrain.tracking import as_number
 
 
@@ -85,27 +86,30 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live is not None:
-            for handler, stream in self._moved_handlers:
-                handler.setStream(stream)
-            self._live.update(self._view())
-            self._live.stop()
-            self._live = None
+        with uninterrupted():
+            if self._live is not None:
+                for handler, stream in self._moved_handlers:
+                    handler.setStream(stream)
+                self._live.update(self._view())
+                self._live.stop()
+                self._live = None
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows that ``step`` has ended. Metrics that belong to no column are ignored."""
         shown = {column.metric: _number(metrics[column.metric]) for column in self.columns if column.metric in metrics}
         self.step = step
         self.history.append((step, shown))
-        if self._live is not None:
-            self._live.update(self._view())
-        elif self.active:
-            self._print_line(step, shown)
+        with uninterrupted():
+            if self._live is not None:
+                self._live.update(self._view())
+            elif self.active:
+                self._print_line(step, shown)
 
     def note(self, message: str) -> None:
         """One line for the person who watches, above the live table."""
-        if self.active:
-            self._write(message)
+        with uninterrupted():
+            if self.active:
+                self._write(message)
 
     @property
     def eta(self) -> float:

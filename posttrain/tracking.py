@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from posttrain.errors import RecipeError, UserError
+from posttrain.interrupts import uninterrupted
 
 TIMING = "time/"  # prefix of the metrics that differ from one run to the next
 
@@ -72,13 +73,15 @@ class Trackers:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes and flushes the metrics of one step; tensors and NumPy scalars become plain numbers."""
         plain = {name: as_number(value) for name, value in metrics.items()}
-        for sink in self._sinks:
-            sink.log(step, plain)
+        with uninterrupted():
+            for sink in self._sinks:
+                sink.log(step, plain)
 
     def close(self) -> None:
         """Closes all trackers. Closing twice is harmless."""
-        while self._sinks:
-            self._sinks.pop().close()
+        with uninterrupted():
+            while self._sinks:
+                self._sinks.pop().close()
 
     def __enter__(self) -> Trackers:
         return self

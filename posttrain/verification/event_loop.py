@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
+from posttrain.interrupts import uninterrupted
 from posttrain.verification.worker import Failed, describe
 
 GRACE = 5.0  # seconds that a loop may take to answer before it counts as blocked
@@ -26,7 +27,8 @@ class EventLoop:
 
     def submit(self, call: Callable[[], Awaitable[Any]], limit: float) -> Future[Any]:
         """A future of the call's value, of a :class:`Failed`, or of ``TimeoutError``."""
-        return asyncio.run_coroutine_threadsafe(self._run(call, limit), self._loop)
+        with uninterrupted():
+            return asyncio.run_coroutine_threadsafe(self._run(call, limit), self._loop)
 
     async def _run(self, call: Callable[[], Awaitable[Any]], limit: float) -> Any | Failed:
         async with self._slots:

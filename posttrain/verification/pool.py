@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pebble import ProcessExpired, ProcessPool
 
 from posttrain.errors import VerifierError
+from posttrain.interrupts import uninterrupted
 from posttrain.verification import worker
 from posttrain.verification.event_loop import EventLoop
 from posttrain.verification.signature import Signature, batch_arguments, signature_of
@@ -128,13 +129,14 @@ class VerifierPool:
 
     def close(self) -> None:
         """Ends the worker processes, whatever they are doing. Closing twice is harmless."""
-        if self._processes is not None:
-            self._processes.stop()
-            self._processes.join()
-            self._processes = None
-        if self._event_loop is not None:
-            self._event_loop.close()
-            self._event_loop = None
+        with uninterrupted():
+            if self._processes is not None:
+                self._processes.stop()
+                self._processes.join()
+                self._processes = None
+            if self._event_loop is not None:
+                self._event_loop.close()
+                self._event_loop = None
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -179,7 +181,8 @@ class VerifierPool:
                 initargs=([verifier.source for verifier in self.verifiers],),
                 context=multiprocessing.get_context("spawn"),
             )
-        return self._processes.schedule(function, args=arguments, timeout=limit)
+        with uninterrupted():
+            return self._processes.schedule(function, args=arguments, timeout=limit)
 
     @property
     def _loop(self) -> EventLoop:

@@ -40,7 +40,7 @@ OUTPUTS = (".jsonl", ".parquet")
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class DecodeRecipe:
+class DecodeRecipe(DecodeSettings):
     """Which prompts are completed, by which decoder, and where the completions go.
 
     Raises:
@@ -51,32 +51,23 @@ class DecodeRecipe:
     data: options.Data
     decoder: InstanceOf[Part] | None = None  # default: plain samples
     verify: tuple[InstanceOf[Part], ...] = ()
-    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
-    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
     completions: PositiveInt = 1  # a prompt
     output: str | None = None  # .jsonl or .parquet; default: completions/<name of this file>.jsonl
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     name: str = "decode"
-    path: Path | None = None  # of the YAML file
 
     @property
     def file(self) -> Path:
         """Where the completions go."""
         return Path(self.output or Path("completions") / f"{self.name}.jsonl")
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
-
-
-def _conflicts(recipe: DecodeRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if recipe.file.suffix not in OUTPUTS:
-        yield ("output",), f"{recipe.output!r} should end with {' or '.join(OUTPUTS)}"
-    if recipe.decoder is not None:
-        yield from decoder_conflicts(recipe.decoder, recipe.sampling, recipe.engine)
-    elif recipe.sampling.temperature == 0 and recipe.completions > 1:
-        yield ("completions",), f"at temperature 0 all {recipe.completions} completions of a prompt are equal"
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        if self.file.suffix not in OUTPUTS:
+            yield ("output",), f"{self.output!r} should end with {' or '.join(OUTPUTS)}"
+        if self.decoder is not None:
+            yield from decoder_conflicts(self.decoder, self.sampling, self.engine)
+        elif self.sampling.temperature == 0 and self.completions > 1:
+            yield ("completions",), f"at temperature 0 all {self.completions} completions of a prompt are equal"
 
 
 def run_decode(path: str | Path, overrides: Overrides = ()) -> Path:
@@ -201,7 +192,7 @@ def _storable(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
 
 
-MEANS = {"tokens": 1, "generated": 1, "scored": 1, "kl": 3, "kl_bound": 3}
+MEANS = {"tokens": 1, "generated": 1, "scored": 1, "accepted": 2, "kl": 3, "kl_bound": 3, "log_z": 3, "log_z_upper": 3}
 """What is averaged over completions for the table, and its decimals."""
 
 

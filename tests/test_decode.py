@@ -91,6 +91,12 @@ MISTAKES = {
     "{use: shaped, " + SCORE + ", k: 2, head: 0.1}": ("recipe.yaml:3:55: decoder.head", "not both"),
     "{use: population, " + SCORE + ", pick: {use: softmax}}": ("decoder.pick.use", "passes (families, choose)"),
     "{use: population, " + SCORE + ", branch: 2, pick: {use: keep}}": ("decoder.pick", "top, tilted or resample"),
+    "{use: rejection, population: {use: population, " + SCORE + "}}": ("decoder.population.pick", "resample or keep"),
+    "{use: rejection, population: {use: population, pick: {use: resample}, branch: 2, " + SCORE + "}}": (
+        "recipe.yaml:3:72: decoder.population.branch",
+        "has one continuation",
+    ),
+    "{use: rejection, population: {use: shaped, " + SCORE + "}}": ("decoder.population.use", "of a `population`"),
 }
 
 
@@ -246,6 +252,7 @@ SMALL = {
         "--decoder.score.n=2",
         "--decoder.score.max_tokens=8",
     ],
+    "smc_bounds": ["--decoder.highest=4", "--decoder.population.particles=3", "--decoder.population.strength=0.5"],
     "svdd_pm": ["--decoder.block=4", "--decoder.score.max_tokens=8"],
 }
 

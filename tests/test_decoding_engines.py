@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from posttrain.decoding.population import Population
 from posttrain.decoding.prefix_scores import FunctionScore, RolloutScore, next_scores
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.refine import jacobi, model_greedy
+from posttrain.decoding.rejection import Rejection
 from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch, sampled_steps, top_tokens
 from posttrain.engines import make_engine
@@ -206,9 +208,23 @@ def test_smc_with_a_shaped_proposal(engine: Engine, model, tuned):
     for (completion,) in decoder.generate(PROMPTS[:2], SAMPLING, seeds=[1, 2]):
         assert completion.measured["log_z"] == pytest.approx(0.0, abs=1e-3)
         assert completion.measured["log_weight"] == pytest.approx(0.0, abs=1e-3)
-    particles = decoder.populations(PROMPTS[:1], SAMPLING, seeds=[1], pinned=[[5, 6, 7, 8, 9, 10, 11, 12]])[0]
+    (outcome,) = decoder.populations(PROMPTS[:1], SAMPLING, seeds=[1], pinned=[[5, 6, 7, 8, 9, 10, 11, 12]])
+    particles = outcome.particles
     assert [particle.log_weight for particle in particles] == pytest.approx([0.0] * 3, abs=1e-3)
     assert particles[0].prefix.generated == [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_exact_draws_and_bounds_of_log_z(engine: Engine, model):
+    """Low tokens make at most 1; 64 completions are enough to see which estimate of log Z lies on which side."""
+    decoder = Rejection(engine, Population(engine, LOW, particles=2, block=2, pick=resample, strength=3.0), rounds=8)
+    check_base_log_probs(model, check_repeats(decoder))
+    (found,) = decoder.generate(PROMPTS[:1], SAMPLING, 64, seeds=[7])
+    assert all(one.measured["accepted"] == 1.0 for one in found)
+    lower, upper = (sum(one.measured[name] for one in found) / 64 for name in ("log_z", "log_z_upper"))
+    plain = engine.generate(PROMPTS[:1], SAMPLING, 512, seeds=[8])
+    weights = [math.exp(3.0 * low_tokens([Prefix(tokens=one.tokens, start=0)])[0]) for one in plain[0]]
+    assert lower < math.log(sum(weights) / 512) < upper
+    assert mean_score([found]) > mean_score(plain)
 
 
 STEPS = functools.partial(sampled_steps, width=3, tokens=3)

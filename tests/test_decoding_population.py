@@ -37,7 +37,7 @@ from posttrain.decoding.particles import (
     vote,
     weighted,
 )
-from posttrain.decoding.population import Population, log_z
+from posttrain.decoding.population import Outcome, Population
 from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.shaping import GuideWarning, Shaped
@@ -220,10 +220,10 @@ def estimates(world: World, twists, *, shaped: bool, particles: int = 2, pinned=
             block=1,
             strength=1 / world.beta,
             make_chooser=choosers,
-            pick=functools.partial(resample, pinned=pinned is not None, **options),
+            pick=functools.partial(resample, **options),
         )
         given = None if pinned is None else [pinned]
-        return round(log_z(decoder.populations([PROMPT], world.sampling, pinned=given)[0]), 13)
+        return round(decoder.populations([PROMPT], world.sampling, pinned=given)[0].log_z, 13)
 
     return law_of(run)
 
@@ -302,7 +302,7 @@ def test_branches_share_their_parents_weight():
             pick=resample,
             make_chooser=choosers,
         )
-        return round(log_z(decoder.populations([PROMPT], TINY.sampling)[0]), 13)
+        return round(decoder.populations([PROMPT], TINY.sampling)[0].log_z, 13)
 
     found = law_of(run)
     assert abs(sum(p * math.exp(value) for value, p in found.items()) - math.exp(TINY.log_z())) < 1e-10
@@ -334,7 +334,7 @@ def test_weights_of_zero():
     dead = [[Particle(prefix=Prefix(tokens=[0], start=1), version=0, log_weight=-math.inf)] for _ in range(2)]
     assert [one.log_weight for one in resample(dead, list, threshold=1.0)] == [-math.inf] * 2
     assert effective_size([0.0, -math.inf]) == pytest.approx(1.0)
-    assert log_z([family[0] for family in dead]) == -math.inf
+    assert Outcome([family[0] for family in dead], 0, 0).log_z == -math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------- the answer

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
-import yaml
 from exact_world import PROMPT, make_world, table_score
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from runs import environment
+from served import MESSAGES, Server, recipe_file, serving
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +41,7 @@ from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.heads import Head
 from posttrain.loading import load_as
-from posttrain.serve import application, listening
+from posttrain.serve import listening
 from posttrain.serving.errors import ApiError
 from posttrain.serving.limits import Limit
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, Guide
@@ -54,7 +53,6 @@ from posttrain.value_checkpoints import load_value, save_value
 from posttrain.values import ValueModel, ValueSpec
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-MESSAGES: Any = [{"role": "user", "content": "2+2"}]
 LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
 
 
@@ -70,55 +68,6 @@ def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("value")
     save_value(ValueModel(backbone, head, spec), tokenizer, folder, step=1)
     return folder
-
-
-def recipe_file(folder: Path, model: Path, **sections: Any) -> Path:
-    recipe = {
-        "policy": {"model": str(model)},
-        "sampling": {"max_tokens": 12},
-        "engine": {"use": "transformers", "cache_mb": 64, "max_model_len": 160},
-        "server": {"port": 0, "name": "tiny"},
-    } | sections
-    path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
-
-
-class Server:
-    """A server that runs, and clients of it."""
-
-    def __init__(self, url: str, served: Served) -> None:
-        self.url, self.served = url, served
-        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-
-    def complete(self, prompt: Any = "Hello", **request: Any) -> Any:
-        return self.client.completions.create(model="tiny", prompt=prompt, **request)
-
-    def chat(self, **request: Any) -> Any:
-        return self.client.chat.completions.create(model="tiny", messages=MESSAGES, **request)
-
-    def idle(self, seconds: float = 5.0) -> bool:
-        """Whether nothing is sampled any more, after a while."""
-        until = time.monotonic() + seconds
-        while self.served.engine.in_flight and time.monotonic() < until:
-            time.sleep(0.02)
-        return not self.served.engine.in_flight
-
-
-@contextmanager
-def serving(path: Path, *overrides: str) -> Iterator[Server]:
-    recipe = load_as(ServeRecipe, path, overrides)
-    with closing(listening(recipe.server)) as listener, application(recipe) as app:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", app.state.served)
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Decoders: an engine and a score of prefixes make an engine.
 
-``Shaped`` tilts the law of every token, ``Population`` lets particles grow and picks survivors, ``TreeSearch``
-searches, ``Edited`` moves hidden states. All have the interface of :class:`posttrain.engines.base.Engine`.
+``Shaped`` tilts the law of every token, ``Population`` lets particles grow and picks survivors, ``Rejection`` draws
+from the law that a population aims at, ``TreeSearch`` searches, ``Edited`` moves hidden states. All have the interface
+of :class:`posttrain.engines.base.Engine`.
 
 Log-probs of a completion are those of the law its tokens were drawn from where that law is known: the shaped or edited
 one, or the engine's own for populations and trees, whose samples follow no law with log-probs in closed form. What
@@ -14,4 +15,6 @@ decoders write into ``Completion.measured``:
   completions is the sequence KL
 * ``kl_bound``: nats; the mean over completions is an upper bound of the KL of a blockwise best-of-n
 * ``log_weight``, ``log_z``: of the answer's particle, and of its population's unbiased estimate of Z
+* ``accepted``, ``log_z_upper``: by rejection sampling: whether the completion is an exact draw of the tilted law, and
+  then an estimate of log Z that is too high on average, as ``log_z`` is too low
 """

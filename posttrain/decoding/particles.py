@@ -28,6 +28,7 @@ class Particle:
     potential: float = 0.0  # log ψ: strength · score; 0 before anything was generated
     log_weight: float = 0.0  # log importance weight
     fresh: bool = False  # has grown and is not scored yet
+    pinned: bool = False  # follows a given completion, and survives
 
     @property
     def ended(self) -> bool:
@@ -88,19 +89,19 @@ def resample(
     *,
     threshold: float = 0.5,
     scheme: Literal["multinomial", "systematic"] = "systematic",
-    pinned: bool = False,
 ) -> list[Particle]:
     """Sequential Monte Carlo: as many draws with probability proportional to the weights, which then are all equal.
 
     Nothing is drawn while the effective sample size (Σ w)² / Σ w² is above ``threshold`` · particles; 0 never draws
     (sequential importance sampling), 1 always does. The sum of the weights stays an unbiased estimate.
 
+    Where the first particle is a pinned one, that survives, and the others are drawn independently (conditional SMC,
+    Andrieu et al. 2010).
+
     Zhao et al. 2024, arXiv:2404.17546; threshold: Liu and Chen 1998; systematic: Kitagawa 1996.
 
     Args:
         scheme: systematic draws take one random number and have less variance than independent ones.
-        pinned: the first particle is a given one and survives; the others are drawn independently (conditional SMC,
-            Andrieu et al. 2010).
     """
     count = len(families)
     pool = [particle for family in families for particle in family]
@@ -112,6 +113,7 @@ def resample(
     if total == -math.inf:
         return pool[:count]
     shares = softmax(log_weights)
+    pinned = pool[0].pinned
     if pinned:
         drawn = [0, *(choose(shares) for _ in range(count - 1))]
     elif scheme == "multinomial":
@@ -119,7 +121,10 @@ def resample(
     else:
         drawn = systematic(shares, count, choose)
     equal = total - math.log(count)
-    return [dataclasses.replace(pool[index], log_weight=equal) for index in drawn]
+    return [
+        dataclasses.replace(pool[index], log_weight=equal, pinned=pinned and place == 0)
+        for place, index in enumerate(drawn)
+    ]
 
 
 def systematic(shares: Sequence[float], count: int, choose: Chooser) -> list[int]:

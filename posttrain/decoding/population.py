@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from posttrain.batch import Finish
 from posttrain.decoding.base import Decoder
@@ -42,6 +43,20 @@ CHOICES = 1 << 32
 """Added to a seed's place: choices among particles do not share random numbers with the engine."""
 
 
+class Outcome(NamedTuple):
+    """What one population ended as."""
+
+    particles: list[Particle]
+    generated: int  # tokens
+    scored: int  # prefixes
+
+    @property
+    def log_z(self) -> float:
+        """log of the mean weight: of an unbiased estimate of Z = E[exp(λ r)] where the pick was ``resample`` or
+        ``keep``, so that its own mean is at most log Z."""
+        return logsumexp([one.log_weight for one in self.particles]) - math.log(len(self.particles))
+
+
 @dataclass(slots=True)
 class _Group:
     """The particles of one completion to be made."""
@@ -59,6 +74,10 @@ class _Group:
     @property
     def ended(self) -> bool:
         return all(particle.ended for particle in self.particles)
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(self.particles, self.generated, self.scored)
 
 
 class Population(Decoder):
@@ -139,27 +158,35 @@ class Population(Decoder):
         *,
         seeds: Sequence[int] | None = None,
         pinned: Sequence[Sequence[int]] | None = None,
-    ) -> list[list[Particle]]:
+    ) -> list[Outcome]:
         """All final particles of one population for each prompt, with their weights.
-
-        log (1/P) Σ exp(log_weight), :func:`log_z`, is the log of an unbiased estimate of Z = E[exp(λ r)]: a lower bound
-        of log Z on average.
 
         Args:
             pinned: one whole completion a prompt, drawn from the tilted law, that takes the place of the first particle
-                and survives: with ``resample(pinned=True)`` the same estimate is an upper bound of log Z on average
-                (Zhao et al. 2024, arXiv:2404.17546; Grosse et al. 2015).
+                and survives: then ``log_z`` is an upper bound of log Z on average, else a lower one (Zhao et al. 2024,
+                arXiv:2404.17546; Grosse et al. 2015, arXiv:1511.02543).
 
         Raises:
-            ValueError: for ``pinned`` with more than one branch.
+            ValueError: for ``pinned`` where :meth:`check_pinned` raises it.
         """
-        if pinned is not None and self.branch > 1:
-            raise ValueError("a pinned particle has one continuation: set branch to 1")
+        if pinned is not None:
+            self.check_pinned()
         groups = self._groups(prompts, 1, seeds)
         for group, completion in zip(groups, pinned or [None] * len(groups), strict=True):
             group.pinned = completion
+            group.particles[0] = dataclasses.replace(group.particles[0], pinned=completion is not None)
         self._run(groups, sampling, lambda group: None)
-        return [group.particles for group in groups]
+        return [group.outcome for group in groups]
+
+    def check_pinned(self) -> None:
+        """
+        Raises:
+            ValueError: for a population that a given particle cannot live in.
+        """
+        if self.branch > 1:
+            raise ValueError("a pinned particle has one continuation: `branch` is 1")
+        if rule_of(self.pick) not in (resample, keep):
+            raise ValueError("a pinned particle bounds Z where particles are weighted: `pick` is resample or keep")
 
     def _groups(self, prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int] | None) -> list[_Group]:
         seeds = self._fresh_seeds.unless(seeds, len(prompts))
@@ -276,7 +303,7 @@ class Population(Decoder):
             "generated": float(group.generated),
             "scored": float(group.scored),
             "log_weight": chosen.log_weight,
-            "log_z": log_z(group.particles),
+            "log_z": group.outcome.log_z,
         }
         bound = self._kl_bound(group, chosen)
         measured |= {} if bound is None else {"kl_bound": bound}
@@ -287,14 +314,9 @@ class Population(Decoder):
     def _kl_bound(self, group: _Group, chosen: Particle) -> float | None:
         """What the completion adds to the mean that bounds the divergence; None where no bound is known."""
         if rule_of(self.final) is weighted and rule_of(self.pick) in (resample, keep):
-            return weighted_kl_bound(chosen.potential, log_z(group.particles))
+            return weighted_kl_bound(chosen.potential, group.outcome.log_z)
         if isinstance(self.engine, Shaped):
             return None  # the bounds below are to the law that particles grow by
         if self.block is None and not self.block_ends:
             return best_of_n_kl_bound(self.particles * self.branch)
         return blockwise_kl_bound(self.branch, float(group.rounds)) if self.particles == 1 else None
-
-
-def log_z(particles: Sequence[Particle]) -> float:
-    """log of the mean weight: of an unbiased estimate of Z where the pick was ``resample`` or ``keep``."""
-    return logsumexp([particle.log_weight for particle in particles]) - math.log(len(particles))

@@ -32,15 +32,10 @@ def decoder_conflicts(decoder: Any, sampling: Any, engine: Any) -> Iterator[tupl
         sampling: ``options.SamplingOptions``.
         engine: ``options.EngineOptions``.
     """
-    chosen = decoder.every_option
-    kinds = set(_names(decoder))
-    if chosen.get("k") is not None and chosen.get("head") is not None:
-        yield ("decoder", "head"), "candidates are the `k` most probable tokens or the `head` of the law, not both"
-    if chosen.get("branch", 1) > 1 and getattr(chosen.get("pick"), "name", "") == "keep":
-        yield ("decoder", "pick"), "keep leaves nothing out: of several branches choose with top, tilted or resample"
+    kinds = set()
     for place, part in _parts(decoder, ("decoder",)):
-        if part.target.__name__ == "rollout" and part.every_option["max_tokens"] > sampling.max_tokens:
-            yield (*place, "max_tokens"), f"a completion ends after `sampling.max_tokens: {sampling.max_tokens}`"
+        kinds.add(part.target.__name__)
+        yield from ((place + key, problem) for key, problem in _part_conflicts(part, sampling))
     if "edited" in kinds and engine.use == "vllm":
         yield ("engine", "use"), "vLLM keeps hidden states to itself, which `edited` needs: transformers"
     if "shaped" in kinds:
@@ -53,11 +48,33 @@ def decoder_conflicts(decoder: Any, sampling: Any, engine: Any) -> Iterator[tupl
                 )
 
 
-def _names(decoder: Any) -> Iterator[str]:
-    """Of the decoder, and of the one that it grows particles by."""
-    while decoder is not None:
-        yield decoder.target.__name__
-        decoder = decoder.every_option.get("proposal")
+def _part_conflicts(part: Any, sampling: Any) -> Iterator[tuple[Location, str]]:
+    """Of one of the parts that a decoder is made of, by its own keys."""
+    chosen = part.every_option
+    if chosen.get("k") is not None and chosen.get("head") is not None:
+        yield ("head",), "candidates are the `k` most probable tokens or the `head` of the law, not both"
+    if chosen.get("branch", 1) > 1 and _name(chosen.get("pick")) == "keep":
+        yield ("pick",), "keep leaves nothing out: of several branches choose with top, tilted or resample"
+    if part.target.__name__ == "rollout" and chosen["max_tokens"] > sampling.max_tokens:
+        yield ("max_tokens",), f"a completion ends after `sampling.max_tokens: {sampling.max_tokens}`"
+    if part.target.__name__ == "rejection":
+        yield from _pinning_conflicts(chosen["population"])
+
+
+def _pinning_conflicts(population: Any) -> Iterator[tuple[Location, str]]:
+    """What keeps a population from holding a pinned particle."""
+    if population.target.__name__ != "population":
+        yield ("population", "use"), "only the particles of a `population` bound Z"
+        return
+    chosen = population.every_option
+    if chosen["branch"] > 1:
+        yield ("population", "branch"), "a pinned particle has one continuation: leave it at 1"
+    if _name(chosen["pick"]) not in ("resample", "keep"):
+        yield ("population", "pick"), "particles bound Z where they have weights: resample or keep"
+
+
+def _name(part: Any) -> str:
+    return getattr(part, "name", getattr(part, "__name__", ""))
 
 
 def named_models(part: Any, place: Location = ("decoder",)) -> Iterator[tuple[Location, str]]:

@@ -34,6 +34,9 @@ Verifier = Annotated[Callable[..., Any], Inner("posttrain.verifiers", ("completi
 OptionalDecoder = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.decoders", ("engine", "context"))]
 """``(Engine, DecoderContext) -> Engine``."""
 
+TargetDecoder = Annotated[Callable[..., Any], Inner("posttrain.guided.decoders", ("engine", "context"))]
+"""One that must be there."""
+
 Pick = Annotated[Callable[..., Any], Inner("posttrain.decoding.particles", ("families", "choose"))]
 """``(families, choose) -> particles``: who survives a round."""
 

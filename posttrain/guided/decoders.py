@@ -10,6 +10,7 @@ from typing import Any, Literal
 from posttrain.decoding import nodes, particles
 from posttrain.decoding.model_scores import head_value
 from posttrain.decoding.population import Population
+from posttrain.decoding.rejection import Rejection
 from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch, sampled_steps
 from posttrain.engines.base import Engine, ShapingEngine
@@ -29,6 +30,7 @@ from posttrain.guided.context import (
     Propose,
     Score,
     Select,
+    TargetDecoder,
 )
 from posttrain.parts.ranges import Count, OpenFraction, Positive, PositiveCount
 from posttrain.recipe import Part
@@ -121,6 +123,31 @@ def population(
         final_score=None if final_score is None else final_score(context),
         tilted=tilted,
     )
+
+
+def rejection(
+    engine: Engine,
+    context: DecoderContext,
+    *,
+    population: TargetDecoder,
+    highest: float = 1.0,
+    width: PositiveCount = 16,
+    rounds: PositiveCount = 16,
+) -> Engine:
+    """Exact draws of the tilted law p0 · exp(strength · final score) / Z that a population aims at, and bounds of log Z
+    from below and, with the draw as its pinned particle, from above.
+
+    Zhao et al. 2024, arXiv:2404.17546. See :class:`posttrain.decoding.rejection.Rejection`.
+
+    Args:
+        population: the particles: a ``population`` that resamples or keeps, without branches.
+        highest: no completion has a higher final score.
+        width: completions that are drawn at once.
+        rounds: how often, at most, until one is accepted.
+    """
+    made = population(engine, context)
+    assert isinstance(made, Population)  # posttrain.guided.checks has looked
+    return Rejection(engine, made, highest=highest, width=width, rounds=rounds)
 
 
 def tree(

@@ -1,0 +1,186 @@
+"""Exact draws of the law that a population aims at, and bounds of its log Z from both sides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posttrain.decoding.base import Decoder
+from posttrain.decoding.kl import weighted_kl_bound
+from posttrain.decoding.particles import softmax
+from posttrain.decoding.population import CHOICES, Outcome, Population
+from posttrain.decoding.prefixes import Prefix, derived_seed, grown
+from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling, sample_seed
+from posttrain.engines.choice import Chooser, FreshSeeds, MakeChooser, seeded_chooser
+from posttrain.errors import UserError
+
+ROUNDING = 1e-5  # by which a score may pass its highest
+LOWER, UPPER = 1 << 33, 1 << 34  # added to a seed's place: the populations share no random numbers with the draws
+
+
+@dataclass(slots=True)
+class _Draws:
+    """Of one completion to be made."""
+
+    prompt: int
+    sample: int
+    seed: int
+    choose: Chooser
+    candidates: list[tuple[Completion, Prefix, float]]  # with their potential
+    accepted: int | None = None
+
+    def consider(self, drawn: Sequence[tuple[Completion, Prefix, float]], highest: float) -> None:
+        """Accepts the first that chance, with probability exp(potential - highest), lets pass."""
+        for one in drawn:
+            self.candidates.append(one)
+            share = math.exp(min(0.0, one[2] - highest))
+            if self.accepted is None and self.choose([share, 1 - share]) == 0:
+                self.accepted = len(self.candidates) - 1
+
+
+class Rejection(Decoder):
+    """Rejection sampling from the tilted law of a population, p0(y) exp(λ r(y)) / Z, which then is pinned in it.
+
+    A completion of the engine is accepted with probability exp(λ (r - ``highest``)): what is accepted has exactly the
+    tilted law, and on average one in Z / exp(λ ``highest``) is. An exact draw makes the estimate of Z two-sided: the
+    population's own log Ẑ is at most log Z on average, and with the draw as the pinned first particle it is at least
+    log Z on average (bidirectional SMC, Zhao et al. 2024, arXiv:2404.17546; Grosse et al. 2015, arXiv:1511.02543). How
+    far apart both are tells how far SMC's samples may be from the law they aim at: their divergences, one in each
+    direction, sum to no more.
+
+    ``measured`` holds ``accepted`` (1 or 0), ``generated``, ``scored``, and where a draw was accepted ``log_z``,
+    ``log_z_upper`` and ``kl_bound``, λ r - log Ẑ: its mean is an upper bound of the divergence of the tilted law from
+    the engine's. Where ``rounds`` accept nothing, the answer is one of the draws, by weight, and these are absent.
+
+    Args:
+        engine: draws completions.
+        population: what its completions are scored by when they have ended, and the particles; on the same engine, or
+            on a shaped one of it.
+        highest: no completion scores more.
+        width: draws a round.
+        rounds: most rounds.
+        make_chooser: where the choices come from.
+        seed: of the seeds drawn where ``generate`` is given none.
+
+    Raises:
+        ValueError: for a population that cannot hold a pinned particle.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        population: Population,
+        *,
+        highest: float = 1.0,
+        width: int = 16,
+        rounds: int = 16,
+        make_chooser: MakeChooser = seeded_chooser,
+        seed: int = 0,
+    ) -> None:
+        population.check_pinned()
+        self.engine, self.population = engine, population
+        self.highest, self.width, self.rounds = highest, width, rounds
+        self._make_chooser = make_chooser
+        self._fresh_seeds = FreshSeeds(seed)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_completion: OnCompletion | None = None,
+    ) -> list[list[Completion]]:
+        """See :meth:`posttrain.engines.base.Engine.generate`.
+
+        Raises:
+            UserError: for a completion that scores more than ``highest``.
+        """
+        groups = self._drawn(prompts, sampling, n, self._fresh_seeds.unless(seeds, len(prompts)))
+        bounds = self._bounds(prompts, sampling, [group for group in groups if group.accepted is not None])
+        done: list[list[Completion]] = [[] for _ in prompts]
+        for group in groups:
+            completion = self._completion(group, bounds.get((group.prompt, group.sample)))
+            done[group.prompt].append(completion)
+            if on_completion is not None:
+                on_completion(group.prompt, group.sample, completion)
+        return done
+
+    def _drawn(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seeds: Sequence[int]
+    ) -> list[_Draws]:
+        """Rounds of draws for all completions that have accepted none yet, each round in one call of the engine."""
+        groups = []
+        for i in range(len(prompts)):
+            for j in range(n):
+                seed = sample_seed(seeds[i], j)
+                groups.append(_Draws(i, j, seed, self._make_chooser(sample_seed(seed, CHOICES)), []))
+        highest = self.population.strength * self.highest
+        for number in range(self.rounds):
+            waiting = [group for group in groups if group.accepted is None]
+            if not waiting:
+                break
+            roots = [Prefix(tokens=list(prompts[group.prompt]), start=len(prompts[group.prompt])) for group in waiting]
+            drawn = self.engine.generate(
+                [root.tokens for root in roots],
+                sampling,
+                self.width,
+                seeds=[derived_seed(group.seed, number) for group in waiting],
+            )
+            ended = [[grown(root, one, sampling, ()) for one in own] for root, own in zip(roots, drawn, strict=True)]
+            potentials = self._potentials([prefix for own in ended for prefix in own])
+            for row, group in enumerate(waiting):
+                own = potentials[row * self.width : (row + 1) * self.width]
+                group.consider(list(zip(drawn[row], ended[row], own, strict=True)), highest)
+        return groups
+
+    def _potentials(self, prefixes: Sequence[Prefix]) -> list[float]:
+        scores = self.population.final_score.score(prefixes).tolist()
+        if max(scores) > self.highest + ROUNDING:
+            raise UserError(
+                f"decoder.highest: a completion scores {max(scores):g}, more than {self.highest:g}: rejection sampling "
+                "is exact only under the highest score there is"
+            )
+        return [self.population.strength * score for score in scores]
+
+    def _bounds(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, groups: Sequence[_Draws]
+    ) -> dict[tuple[int, int], tuple[Outcome, Outcome]]:
+        """Populations without and with the accepted completion among their particles, by prompt and sample."""
+        if not groups:
+            return {}
+        own = [prompts[group.prompt] for group in groups]
+        pinned = [group.candidates[group.accepted or 0][1].generated for group in groups]
+        lower, upper = (
+            self.population.populations(
+                own, sampling, seeds=[sample_seed(group.seed, place) for group in groups], pinned=given
+            )
+            for place, given in ((LOWER, None), (UPPER, pinned))
+        )
+        return {
+            (group.prompt, group.sample): both
+            for group, both in zip(groups, zip(lower, upper, strict=True), strict=True)
+        }
+
+    def _completion(self, group: _Draws, bounds: tuple[Outcome, Outcome] | None) -> Completion:
+        """The accepted draw or else one by weight, with what is measured."""
+        chosen = group.accepted
+        if chosen is None:
+            chosen = group.choose(softmax([potential for _, _, potential in group.candidates]))
+        completion, prefix, potential = group.candidates[chosen]
+        measured = {
+            "accepted": float(bounds is not None),
+            "generated": float(sum(len(one.tokens) for one, _, _ in group.candidates)),
+            "scored": float(len(group.candidates)),
+        }
+        if bounds is not None:
+            lower, upper = bounds
+            measured["generated"] += lower.generated + upper.generated
+            measured["scored"] += lower.scored + upper.scored
+            measured |= {"log_z": lower.log_z, "log_z_upper": upper.log_z}
+            measured["kl_bound"] = weighted_kl_bound(potential, lower.log_z)
+        assert prefix.finish is not None
+        return dataclasses.replace(completion, finish=prefix.finish, measured=measured)

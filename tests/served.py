@@ -1,0 +1,70 @@
+"""Helpers for tests that ask ``posttrain serve``: a recipe, the server in a thread, clients of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import uvicorn
+import yaml
+
+from posttrain.loading import load_as
+from posttrain.serve import application, listening
+from posttrain.serving.recipe import ServeRecipe
+from posttrain.serving.served import Served
+
+MESSAGES: Any = [{"role": "user", "content": "2+2"}]
+
+
+def recipe_file(folder: Path, model: Path, **sections: Any) -> Path:
+    recipe = {
+        "policy": {"model": str(model)},
+        "sampling": {"max_tokens": 12},
+        "engine": {"use": "transformers", "cache_mb": 64, "max_model_len": 160},
+        "server": {"port": 0, "name": "tiny"},
+    } | sections
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+class Server:
+    """A server that runs, and clients of it."""
+
+    def __init__(self, url: str, served: Served) -> None:
+        self.url, self.served = url, served
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+    def complete(self, prompt: Any = "Hello", **request: Any) -> Any:
+        return self.client.completions.create(model="tiny", prompt=prompt, **request)
+
+    def chat(self, **request: Any) -> Any:
+        return self.client.chat.completions.create(model="tiny", messages=MESSAGES, **request)
+
+    def idle(self, seconds: float = 5.0) -> bool:
+        """Whether nothing is sampled any more, after a while."""
+        until = time.monotonic() + seconds
+        while self.served.engine.in_flight and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self.served.engine.in_flight
+
+
+@contextmanager
+def serving(path: Path, *overrides: str) -> Iterator[Server]:
+    recipe = load_as(ServeRecipe, path, overrides)
+    with closing(listening(recipe.server)) as listener, application(recipe) as app:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", app.state.served)
+        finally:
+            server.should_exit = True
+            thread.join()

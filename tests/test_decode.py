@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from exact_world import PROMPT, law_of, make_world, table_score
 from runs import write_run
+from served import recipe_file, serving
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -301,12 +303,29 @@ def overrides(path: Path, folder: Path, saved: dict[str, str]) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tiny_model_folder: Path) -> Iterator[list[str]]:
+    """A judge that can be reached: the tiny model, served, in whose answer the last digit is the rating."""
+    server = {"port": 0, "name": "tiny", "requests": 64}
+    with serving(recipe_file(tmp_path_factory.mktemp("judge"), tiny_model_folder, server=server)) as made:
+        of = {
+            "use": "judge",
+            "url": made.url,
+            "model": "tiny",
+            "template": "{prompt}{completion}",
+            "pattern": "([0-9])",
+        }
+        of |= {"low": 0, "high": 9, "temperature": 1.0, "max_tokens": 64, "retries": 9, "backoff": 0.0}
+        yield [f"--decoder.score.of={json.dumps(of)}"]
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_decodes(tmp_path, saved, capsys, path):
+def test_every_recipe_decodes(tmp_path, saved, capsys, request, path):
+    its_own = request.getfixturevalue("judge") if path.stem == "judge" else []
     with warnings.catch_warnings():
         warnings.simplefilter("error", GuideWarning)  # soft values, with the strength that they need
-        assert main(["decode", str(path), *overrides(path, tmp_path, saved)]) == 0, capsys.readouterr().err
+        assert main(["decode", str(path), *overrides(path, tmp_path, saved), *its_own]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["answer"] for row in rows] == ["1", "2", "3", "4"]
     for row in rows:

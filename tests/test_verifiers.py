@@ -5,6 +5,7 @@ from __future__ import annotations
 import math as maths
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -280,6 +281,36 @@ def test_a_dead_worker_is_an_error_not_a_hang(part) -> None:
     found, failures = verdicts([part("dies", on_error="skip")], ["die", "live", "live"])
     assert found[1].score == found[2].score != os.getpid()
     assert failures == {"dies": 1}
+
+
+@pytest.mark.engine
+def test_idle_workers_that_are_killed_are_replaced(part) -> None:
+    with VerifierPool([part("counts")], workers=2) as pool:
+        pool.submit(0, "a b", [], {"word": "b"})
+        assert pool.collect()[0].score == 1.0
+        signal_workers(signal.SIGKILL)
+        assert pool._processes is not None
+        while pool._processes.active:
+            time.sleep(0.01)
+        pool.submit(1, "b b", [], {"word": "b"})
+        assert pool.collect()[1].score == 2.0
+
+
+@pytest.mark.engine
+def test_calls_that_wait_for_workers_which_are_killed_are_failures(part) -> None:
+    with VerifierPool([part("counts")], workers=1) as pool:
+        pool.submit(0, "a b", [], {"word": "b"})
+        pool.collect()
+        signal_workers(signal.SIGSTOP)
+        pool.submit(1, "b b", [], {"word": "b"})
+        signal_workers(signal.SIGKILL)
+        with pytest.raises(VerifierError, match="verifier 'counts' lost its worker processes"):
+            pool.collect()
+
+
+def signal_workers(number: signal.Signals) -> None:
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, number)
 
 
 def test_async_verifiers_wait_together(part) -> None:

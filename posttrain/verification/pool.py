@@ -9,6 +9,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +131,16 @@ class VerifierPool:
     def close(self) -> None:
         """Ends the worker processes, whatever they are doing. Closing twice is harmless."""
         with uninterrupted():
-            if self._processes is not None:
-                self._processes.stop()
-                self._processes.join()
-                self._processes = None
+            self._stop_processes()
             if self._event_loop is not None:
                 self._event_loop.close()
                 self._event_loop = None
+
+    def _stop_processes(self) -> None:
+        if self._processes is not None:
+            self._processes.stop()
+            self._processes.join()
+            self._processes = None
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -173,6 +177,8 @@ class VerifierPool:
             item.outcomes[verifier.name] = _Element(whole, position)
 
     def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float | None) -> Future[Any]:
+        if self._processes is not None and not self._processes.active:  # it ends with its workers, idle ones too
+            self._stop_processes()
         if self._processes is None:
             self._processes = ProcessPool(
                 max_workers=self._workers,
@@ -234,6 +240,8 @@ class VerifierPool:
             return Failed(f"took longer than {limit} (`time_limit` in the recipe)"), True
         except ProcessExpired as error:
             return Failed(f"ended its worker process (exit code {error.exitcode})"), True
+        except BrokenProcessPool:
+            return Failed("lost its worker processes, which ended without a call (killed, for want of memory?)"), False
         except PICKLING_ERRORS as error:
             return Failed(f"cannot be sent to a worker process: {error}"), False
 

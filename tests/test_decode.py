@@ -95,7 +95,7 @@ MISTAKES = {
     "{use: population, " + SCORE + ", branch: 2, pick: {use: keep}}": ("decoder.pick", "top, tilted or resample"),
     "{use: rejection, population: {use: population, " + SCORE + "}}": ("decoder.population.pick", "resample or keep"),
     "{use: rejection, population: {use: population, pick: {use: resample}, branch: 2, " + SCORE + "}}": (
-        "recipe.yaml:3:72: decoder.population.branch",
+        "recipe.yaml:3:80: decoder.population.branch",
         "has one continuation",
     ),
     "{use: rejection, population: {use: shaped, " + SCORE + "}}": ("decoder.population.use", "of a `population`"),

@@ -14,12 +14,13 @@ from torch import Tensor
 from posttrain.batch import Author, Batch, blank_row
 from posttrain.data import PromptSampler, Rows
 from posttrain.engines.base import Engine, Sampling
-from posttrain.errors import NothingSelected
+from posttrain.errors import DataError, NothingSelected
 from posttrain.examples.given import Examples
 from posttrain.options import SamplingOptions
 from posttrain.recipe import Part, Recipe
 from posttrain.rollout import Context, Prompts, prompt_seeds
 from posttrain.runtime import Runtime
+from posttrain.sampling_recipe import SamplingRecipe
 from posttrain.verification import VerifierPool
 
 
@@ -90,6 +91,31 @@ def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], see
         group=list(positions),
         seeds=list(seeds),
     )
+
+
+def complete_all(recipe: SamplingRecipe, rows: Rows, source: Source, runtime: Runtime) -> Batch:
+    """Completions of this rank's share of all rows, with their scores."""
+    prompts = share_of_prompts(rows, recipe.seed, runtime)
+    sampling = sampling_of(recipe.sampling)
+    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
+    return batch
+
+
+def share_of_prompts(rows: Rows, seed: int, runtime: Runtime) -> Prompts:
+    """This rank's share of all rows as prompts."""
+    mine = every_nth(len(rows), runtime, "data")
+    return make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 0, mine))
+
+
+def every_nth(prompts: int, runtime: Runtime, setting: str) -> range:
+    """This rank's share of so many prompts from a setting such as ``data``: every ``world``-th of them.
+
+    Raises:
+        DataError: on all ranks, where one would have none.
+    """
+    if prompts < runtime.world:
+        raise DataError(f"{setting}: {prompts} prompts cannot be shared by {runtime.world} processes")
+    return range(runtime.rank, prompts, runtime.world)
 
 
 def collect(

@@ -6,52 +6,54 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import field
-from functools import partial
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, NamedTuple
 
 import datasets
-from pydantic import ConfigDict, Field, InstanceOf
+from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from posttrain import options
 from posttrain.batch import Finish
-from posttrain.collect import make_prompts, sampling_of
-from posttrain.data import Rows, check_columns, load_rows
+from posttrain.collect import sampling_of, share_of_prompts
+from posttrain.data import check_columns, load_rows
 from posttrain.engines.base import Completion, Engine
-from posttrain.errors import DataError, UserError
+from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.guided.checks import decoder_conflicts
 from posttrain.loading import load_as, placed
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
-from posttrain.recipe import Part, PositiveInt, RecipeConflict
-from posttrain.rollout import Prompts, prompt_seeds
+from posttrain.recipe import Part
+from posttrain.rollout import Prompts
 from posttrain.runtime import Runtime
+from posttrain.sampling_recipe import SamplingRecipe
 from posttrain.step_labels import write_rows
-from posttrain.strictyaml import Overrides
+from posttrain.strictyaml import Location, Overrides
 from posttrain.verification import VerifierPool
 
 OUTPUTS = (".jsonl", ".parquet")
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class DecodeRecipe(DecodeSettings):
-    """Which prompts are completed, by which decoder, and where the completions go.
-
-    Raises:
-        RecipeConflict: when built from settings that do not go together.
-    """
+class DecodeSettings(SamplingRecipe):
+    """What is completed and verified, whatever decodes it."""
 
     policy: options.Policy
     data: options.Data
+    verify: tuple[InstanceOf[Part], ...]
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class DecodeRecipe(DecodeSettings):
+    """Which prompts are completed, by which decoder, and where the completions go."""
+
     decoder: InstanceOf[Part] | None = None  # default: plain samples
     verify: tuple[InstanceOf[Part], ...] = ()
-    completions: PositiveInt = 1  # a prompt
     output: str | None = None  # .jsonl or .parquet; default: completions/<name of this file>.jsonl
 
     name: str = "decode"
@@ -93,20 +95,12 @@ def decode(recipe: DecodeRecipe) -> Path:
         UserError: for what a person can mend.
     """
     check_models(recipe.decoder)
-    tokenizer = load_tokenizer(recipe.policy)
-    rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.path.parent if recipe.path else None)
-    check_columns(rows, recipe.verify)
-    with Runtime(dtype=recipe.policy.dtype) as runtime:
-        mine = range(runtime.rank, len(rows), runtime.world)
-        if not mine:
-            raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
-        with VerifierPool(recipe.verify) as pool, closing(engine_of(recipe, rows)) as engine:
-            decoder = build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy) or engine
-            prompts = make_prompts(rows, mine, mine, prompt_seeds(recipe.seed, 0, 0, mine))
-            text = partial(tokenizer.decode, skip_special_tokens=True)
-            start = time.perf_counter()
-            found = runtime.together(lambda: completed(recipe, decoder, prompts, pool, text))
-            seconds = time.perf_counter() - start
+    with session(recipe) as on:
+        runtime = on.runtime
+        decoder = build_decoder(recipe.decoder, on.engine, on.tokenizer, runtime, recipe.policy) or on.engine
+        start = time.perf_counter()
+        found = runtime.together(lambda: completed(recipe, decoder, on))
+        seconds = time.perf_counter() - start
         everything = [row for part in runtime.gather(found) for row in part]
         if runtime.is_main:
             _write(recipe.file, everything)
@@ -115,43 +109,50 @@ def decode(recipe: DecodeRecipe) -> Path:
     return recipe.file
 
 
-class Decodes(Protocol):
-    """What a decode recipe and a decode suite have in common."""
+class Session(NamedTuple):
+    """What a rank completes its prompts with."""
 
-    @property
-    def policy(self) -> options.Policy: ...
-    @property
-    def sampling(self) -> options.SamplingOptions: ...
-    @property
-    def engine(self) -> options.EngineOptions: ...
-    @property
-    def verify(self) -> tuple[Part, ...]: ...
-    @property
-    def completions(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
+    runtime: Runtime
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    verifiers: VerifierPool
+    prompts: Prompts
 
 
-def engine_of(recipe: Decodes, rows: Rows) -> Engine:
-    """The engine, with room for the longest prompt and completion."""
+@contextmanager
+def session(recipe: DecodeSettings) -> Iterator[Session]:
+    """A rank's share of the prompts with all that it takes to complete and verify them.
+
+    The engine has room for the longest prompt and completion.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    tokenizer = load_tokenizer(recipe.policy)
+    rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
+    check_columns(rows, recipe.verify)
     room = Room(rows.longest_prompt, recipe.sampling.max_tokens)
-    return policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)
+    with Runtime(dtype=recipe.policy.dtype) as runtime:
+        prompts = share_of_prompts(rows, recipe.seed, runtime)
+        with (
+            VerifierPool(recipe.verify) as verifiers,
+            closing(policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)) as engine,
+        ):
+            yield Session(runtime, tokenizer, engine, verifiers, prompts)
 
 
-def completed(
-    recipe: Decodes, decoder: Engine, prompts: Prompts, pool: VerifierPool, text: Any
-) -> list[dict[str, Any]]:
+def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict[str, Any]]:
     """A row for each completion; verifiers work while others are still decoded."""
-    texts: dict[tuple[int, int], str] = {}
+    prompts, texts = on.prompts, dict[tuple[int, int], str]()
 
     def ended(prompt: int, sample: int, completion: Completion) -> None:
-        texts[prompt, sample] = text(completion.tokens)
+        texts[prompt, sample] = text = str(on.tokenizer.decode(completion.tokens, skip_special_tokens=True))
         row, place = prompts.rows[prompt], prompts.places[prompt]
-        pool.submit((prompt, sample), texts[prompt, sample], completion.tokens, row, place=place)
+        on.verifiers.submit((prompt, sample), text, completion.tokens, row, place=place)
 
     sampling = sampling_of(recipe.sampling)
     groups = decoder.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)
-    verdicts = pool.collect()
+    verdicts = on.verifiers.collect()
     found = []
     for i, group in enumerate(groups):
         for j, completion in enumerate(group):

@@ -7,19 +7,19 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from posttrain import options
 from posttrain.data.read import find
-from posttrain.decode import DecodeRecipe
+from posttrain.decode import DecodeRecipe, DecodeSettings
 from posttrain.errors import RecipeError, UserError
 from posttrain.guided.checks import decoder_conflicts
 from posttrain.loading import load_as, placed, read_document, read_part
-from posttrain.recipe import Part, PositiveInt, RecipeConflict
-from posttrain.strictyaml import Document, Overrides
+from posttrain.recipe import Part
+from posttrain.strictyaml import Document, Location, Overrides
 
 PLAIN = "plain samples"
 """What the policy's own completions are called in tables and pictures."""
@@ -45,30 +45,31 @@ class DecodeReport:
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class DecodeSuite:
-    """What decoders make of a policy on held-out prompts: reward, KL to the policy, tokens, scorer calls, seconds.
-
-    Raises:
-        RecipeConflict: when built from settings that do not go together.
-    """
+class DecodeSuite(DecodeSettings):
+    """What decoders make of a policy on held-out prompts: reward, KL to the policy, tokens, scorer calls, seconds."""
 
     suite: Literal["decode"]
-    policy: options.Policy
-    data: options.Data
-    verify: tuple[InstanceOf[Part], ...]
     decode: tuple[Decoding, ...] = ()  # beside plain samples
-    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
-    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
-    completions: PositiveInt = 1  # a prompt, of each decoder
     report: DecodeReport = field(default_factory=DecodeReport)
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     name: str = "decode"
-    path: Path | None = None  # of the YAML file
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        if not self.verify:
+            yield ("verify",), "is empty: nothing says which completions are good"
+        if self.sampling.temperature == 0 and self.completions > 1:
+            yield ("completions",), f"at temperature 0 all {self.completions} completions of a prompt are equal"
+        for index, entry in enumerate(self.decode):
+            if (entry.recipe is None) == (entry.decoder is None):
+                yield ("decode", index), "names a `recipe` or has a `decoder` of its own: give one of both"
+            if len(entry.sweep) > 1:
+                yield (
+                    ("decode", index, "sweep"),
+                    f"one option takes several values, here are {len(entry.sweep)} options",
+                )
+            for knob, values in entry.sweep.items():
+                if not values:
+                    yield ("decode", index, "sweep", knob), "is empty"
 
     @property
     def folder(self) -> Path:
@@ -78,10 +79,8 @@ class DecodeSuite:
     @property
     def resolved(self) -> dict[str, Any]:
         """Plain data of the settings, defaults included."""
-        names = ("suite", "policy", "data", "decode", "sampling", "engine", "completions", "report", "seed")
-        plain = {name: TypeAdapter(Any).dump_python(getattr(self, name), mode="json") for name in names}
-        plain["verify"] = [{"use": part.name, **part.options} for part in self.verify]
-        return plain
+        names = ("suite", "policy", "data", "decode", "sampling", "engine", "completions", "report", "seed", "verify")
+        return self.plain(*names)
 
 
 class Variant(NamedTuple):
@@ -101,21 +100,6 @@ class Variant(NamedTuple):
 def written(value: Any) -> str:
     """A value as in the suite."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _conflicts(suite: DecodeSuite) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if not suite.verify:
-        yield ("verify",), "is empty: nothing says which completions are good"
-    if suite.sampling.temperature == 0 and suite.completions > 1:
-        yield ("completions",), f"at temperature 0 all {suite.completions} completions of a prompt are equal"
-    for index, entry in enumerate(suite.decode):
-        if (entry.recipe is None) == (entry.decoder is None):
-            yield ("decode", index), "names a `recipe` or has a `decoder` of its own: give one of both"
-        if len(entry.sweep) > 1:
-            yield ("decode", index, "sweep"), f"one option takes several values, here are {len(entry.sweep)} options"
-        for knob, values in entry.sweep.items():
-            if not values:
-                yield ("decode", index, "sweep", knob), "is empty"
 
 
 def read_suite(path: Path, overrides: Overrides = ()) -> tuple[DecodeSuite, list[Variant]]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
+from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from posttrain import options
 from posttrain.errors import RecipeError, UserError
 from posttrain.loading import load_as, placed, read_document
-from posttrain.recipe import Part, PositiveInt, RecipeConflict
+from posttrain.recipe import Part, PositiveInt
 from posttrain.resolve import resolve
-from posttrain.strictyaml import Document, Overrides, suggestion
+from posttrain.sampling_recipe import SamplingRecipe
+from posttrain.strictyaml import Document, Location, Overrides, suggestion
 
 
 @dataclass(config=options.CONFIG, kw_only=True, frozen=True)
@@ -49,12 +50,8 @@ class Report:
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class ValueSuite:
-    """Whether a value model's numbers are right: on fresh completions of held-out prompts, or on stored rollouts.
-
-    Raises:
-        RecipeConflict: when built from settings that do not go together.
-    """
+class ValueSuite(SamplingRecipe):
+    """Whether a value model's numbers are right: on fresh completions of held-out prompts, or on stored rollouts."""
 
     suite: Literal["value"]
     value: ValueModelOptions
@@ -62,20 +59,32 @@ class ValueSuite:
     data: options.Data | None = None
     rollouts: str | None = None  # a Parquet file that a run stored, or a folder of them, instead of sampling
     verify: tuple[InstanceOf[Part], ...] = ()
-    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
-    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
     completions: PositiveInt = 4  # a prompt
     branches: Branches = field(default_factory=Branches)
     report: Report = field(default_factory=Report)
     micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     name: str = "value"
-    path: Path | None = None  # of the YAML file
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        branching = self.branches.prompts > 0
+        if self.rollouts is not None and self.data is not None:
+            yield ("data",), "completions come from `rollouts`, prompts and columns with them: leave one of both out"
+        if self.rollouts is None and self.data is None:
+            yield (), "nothing says which completions to look at: give `data` (prompts to sample from) or `rollouts`"
+        for name in ("policy", "verify"):
+            if not getattr(self, name) and (self.rollouts is None or branching):
+                what = (
+                    "samples and verifies completions" if self.rollouts is None else "continues prefixes (`branches`)"
+                )
+                hint = "" if self.rollouts is None else "; `branches: {prompts: 0}` does without"
+                yield (), f"the section {name!r} is missing: the suite {what}{hint}"
+        if self.sampling.temperature == 0 and (branching or self.rollouts is None and self.completions > 1):
+            yield (
+                ("sampling", "temperature"),
+                "0 decodes greedily: all completions of a prefix are equal. A value is a mean over what the policy "
+                "samples; use the temperature it was trained for",
+            )
 
     @property
     def folder(self) -> Path:
@@ -85,30 +94,8 @@ class ValueSuite:
     @property
     def resolved(self) -> dict[str, Any]:
         """Plain data of the settings, defaults included."""
-        names = ("suite", "value", "policy", "data", "rollouts", "sampling", "engine", "completions", "branches")
-        plain = {name: TypeAdapter(Any).dump_python(getattr(self, name), mode="json") for name in names}
-        plain["verify"] = [{"use": part.name, **part.options} for part in self.verify]
-        plain |= {"report": TypeAdapter(Any).dump_python(self.report, mode="json"), "seed": self.seed}
-        return {name: value for name, value in plain.items() if value is not None}
-
-
-def _conflicts(suite: ValueSuite) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    branching = suite.branches.prompts > 0
-    if suite.rollouts is not None and suite.data is not None:
-        yield ("data",), "completions come from `rollouts`, prompts and columns with them: leave one of both out"
-    if suite.rollouts is None and suite.data is None:
-        yield (), "nothing says which completions to look at: give `data` (prompts to sample from) or `rollouts`"
-    for name in ("policy", "verify"):
-        if not getattr(suite, name) and (suite.rollouts is None or branching):
-            what = "samples and verifies completions" if suite.rollouts is None else "continues prefixes (`branches`)"
-            hint = "" if suite.rollouts is None else "; `branches: {prompts: 0}` does without"
-            yield (), f"the section {name!r} is missing: the suite {what}{hint}"
-    if suite.sampling.temperature == 0 and (branching or suite.rollouts is None and suite.completions > 1):
-        yield (
-            ("sampling", "temperature"),
-            "0 decodes greedily: all completions of a prefix are equal. A value is a mean over what the policy "
-            "samples; use the temperature it was trained for",
-        )
+        of_samples = ("policy", "data", "rollouts", "sampling", "engine", "completions")
+        return self.plain("suite", "value", *of_samples, "branches", "verify", "report", "seed")
 
 
 def run_value_suite(path: str | Path, overrides: Overrides = ()) -> Path:

@@ -44,7 +44,7 @@ from posttrain.evaluation_suite import SUITES, run_suite
 from posttrain.labelling import LabelRecipe, run_labels
 from posttrain.loading import load_as, load_recipe, placed, read_document
 from posttrain.online import train
-from posttrain.recipe import PositiveInt, Recipe, RecipeConflict
+from posttrain.recipe import Checked, PositiveInt, Recipe
 from posttrain.report.rounds import draw_rounds, rounds_table, stage_metrics
 from posttrain.run_folder import RunFolder, changed_settings, write_recipe
 from posttrain.strictyaml import Document, Location, Overrides, dotted, single, suggestion
@@ -96,12 +96,8 @@ class Stage:
 
 
 @checked_dataclass(config=ConfigDict(extra="forbid"), kw_only=True, frozen=True)
-class IterateRecipe:
-    """Recipes that feed each other.
-
-    Raises:
-        RecipeConflict: when built from settings that do not go together.
-    """
+class IterateRecipe(Checked):
+    """Recipes that feed each other."""
 
     stages: dict[str, Stage]
     rounds: PositiveInt
@@ -113,38 +109,33 @@ class IterateRecipe:
     name: str = "iterate"
     path: Path | None = None  # of the YAML file
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        if not self.stages:
+            yield ("stages",), "is empty: there is nothing to run"
+        for name, stage in self.stages.items():
+            at = ("stages", name)
+            if not name.replace("_", "").replace("-", "").isalnum():
+                yield at, "is the name of a folder too: letters, digits, _ and - alone"
+            kinds = [kind for kind in KINDS if getattr(stage, kind) is not None]
+            if len(kinds) != 1:
+                said = f"has {' and '.join(kinds)}" if kinds else "has no recipe"
+                yield at, f"{said}: give one of train, decode, label, eval"
+        if any(sum(getattr(stage, kind) is not None for kind in KINDS) != 1 for stage in self.stages.values()):
+            return
+        for name, stage in self.stages.items():
+            for key, taken in (("from", stage.newest), ("from_all", stage.from_all)):
+                for setting, source in taken.items():
+                    if problem := _no_output(self, source):
+                        yield ("stages", name, key, setting), problem
+        for column, source in self.table.items():
+            stage, _, metric = source.partition(".")
+            if stage not in self.stages or not metric:
+                yield ("table", column), f"should be stage.metric, not {source!r}; {suggestion(stage, self.stages)}"
 
     @property
     def root(self) -> Path:
         """Where everything goes."""
         return Path(self.folder or Path("runs") / self.name).resolve()
-
-
-def _conflicts(recipe: IterateRecipe) -> Iterator[tuple[Location, str]]:
-    if not recipe.stages:
-        yield ("stages",), "is empty: there is nothing to run"
-    for name, stage in recipe.stages.items():
-        at = ("stages", name)
-        if not name.replace("_", "").replace("-", "").isalnum():
-            yield at, "is the name of a folder too: letters, digits, _ and - alone"
-        kinds = [kind for kind in KINDS if getattr(stage, kind) is not None]
-        if len(kinds) != 1:
-            said = f"has {' and '.join(kinds)}" if kinds else "has no recipe"
-            yield at, f"{said}: give one of train, decode, label, eval"
-    if any(sum(getattr(stage, kind) is not None for kind in KINDS) != 1 for stage in recipe.stages.values()):
-        return
-    for name, stage in recipe.stages.items():
-        for key, taken in (("from", stage.newest), ("from_all", stage.from_all)):
-            for setting, source in taken.items():
-                if problem := _no_output(recipe, source):
-                    yield ("stages", name, key, setting), problem
-    for column, source in recipe.table.items():
-        stage, _, metric = source.partition(".")
-        if stage not in recipe.stages or not metric:
-            yield ("table", column), f"should be stage.metric, not {source!r}; {suggestion(stage, recipe.stages)}"
 
 
 def _no_output(recipe: IterateRecipe, source: str) -> str:

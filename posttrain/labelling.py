@@ -8,69 +8,54 @@ from contextlib import closing
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field, InstanceOf
+from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from posttrain import options
 from posttrain.batch import Batch
-from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
-from posttrain.data import Rows, check_columns, load_rows
+from posttrain.collect import Source, complete_all, every_nth, sampling_of
+from posttrain.data import check_columns, load_rows
 from posttrain.engines.base import Engine
-from posttrain.errors import DataError, UserError
+from posttrain.errors import UserError
 from posttrain.examples import rollouts
 from posttrain.loading import load_as
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
-from posttrain.recipe import Part, PositiveInt, RecipeConflict
+from posttrain.recipe import Part, PositiveInt
 from posttrain.report.branches import BUCKETS
-from posttrain.rollout import prompt_seeds, single_turn
+from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
+from posttrain.sampling_recipe import SamplingRecipe
 from posttrain.step_labels import StepLabels, make_step_labels, to_row, write_rows
-from posttrain.strictyaml import Overrides
+from posttrain.strictyaml import Location, Overrides
 from posttrain.verification import VerifierPool
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class LabelRecipe:
-    """Which completions are labelled step by step, how, and where the labels go.
-
-    Raises:
-        RecipeConflict: when built from settings that do not go together.
-    """
+class LabelRecipe(SamplingRecipe):
+    """Which completions are labelled step by step, how, and where the labels go."""
 
     policy: options.Policy  # samples the branches, and the completions unless they are stored
     data: options.Data | None = None  # prompts to sample completions of
     rollouts: str | None = None  # what a run stored, instead: a file, or a folder of them
     verify: tuple[InstanceOf[Part], ...]
-    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
-    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
     completions: PositiveInt = 4  # a prompt
     label: StepLabels = field(default_factory=StepLabels)
     output: str = "step_labels.jsonl"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     name: str = "labels"
-    path: Path | None = None  # of the YAML file
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
-
-
-def _conflicts(recipe: LabelRecipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if recipe.data is not None and recipe.rollouts is not None:
-        yield ("data",), "completions come from `rollouts`, prompts and columns with them: leave one of both out"
-    if recipe.data is None and recipe.rollouts is None:
-        yield (), "nothing says which completions to label: give `data` (prompts to sample from) or `rollouts`"
-    if not recipe.verify:
-        yield ("verify",), "is empty: nothing says which branches are right"
-    if recipe.sampling.temperature == 0:
-        yield (
-            ("sampling", "temperature"),
-            "0 decodes greedily: all branches of a step are equal; use 1.0",
-        )
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        if self.data is not None and self.rollouts is not None:
+            yield ("data",), "completions come from `rollouts`, prompts and columns with them: leave one of both out"
+        if self.data is None and self.rollouts is None:
+            yield (), "nothing says which completions to label: give `data` (prompts to sample from) or `rollouts`"
+        if not self.verify:
+            yield ("verify",), "is empty: nothing says which branches are right"
+        if self.sampling.temperature == 0:
+            yield ("sampling", "temperature"), "0 decodes greedily: all branches of a step are equal; use 1.0"
 
 
 def run_labels(path: str | Path, overrides: Overrides = ()) -> Path:
@@ -92,8 +77,7 @@ def label(recipe: LabelRecipe) -> Path:
         UserError: for what a person can mend.
     """
     tokenizer = load_tokenizer(recipe.policy)
-    base = recipe.path.parent if recipe.path else None
-    rows = None if recipe.data is None else load_rows(recipe.data, tokenizer=tokenizer, base=base)
+    rows = None if recipe.data is None else load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
     if rows is not None:
         check_columns(rows, recipe.verify)
 
@@ -101,11 +85,11 @@ def label(recipe: LabelRecipe) -> Path:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     with Runtime(dtype=recipe.policy.dtype) as runtime:
-        stored = _stored(recipe, tokenizer, base, runtime)
+        stored = _stored(recipe, tokenizer, runtime)
         longest = rows.longest_prompt if rows is not None else int(stored.mask.int().argmax(-1).max())  # type: ignore
         with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, longest)) as engine:
             source = Source(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
-            batch = stored if rows is None else _sample(recipe, rows, source, runtime)
+            batch = stored if rows is None else complete_all(recipe, rows, source, runtime)
             assert batch is not None
             sampling = sampling_of(recipe.sampling)
             make = partial(make_step_labels, source, batch, decode, recipe.label, sampling, seed=recipe.seed)
@@ -135,25 +119,12 @@ def summary(completions: int, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _stored(recipe: LabelRecipe, tokenizer: Any, base: Path | None, runtime: Runtime) -> Batch | None:
+def _stored(recipe: LabelRecipe, tokenizer: Any, runtime: Runtime) -> Batch | None:
     """This rank's share of the stored completions."""
     if recipe.rollouts is None:
         return None
-    examples = rollouts(options.Data(path=recipe.rollouts), tokenizer, base)
-    mine = range(runtime.rank, len(examples), runtime.world)
-    if not mine:
-        raise DataError(f"rollouts: {len(examples)} prompts cannot be shared by {runtime.world} processes")
-    return examples.batch(mine)
-
-
-def _sample(recipe: LabelRecipe, rows: Rows, source: Source, runtime: Runtime) -> Batch:
-    mine = range(runtime.rank, len(rows), runtime.world)
-    if not mine:
-        raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
-    prompts = make_prompts(rows, mine, mine, prompt_seeds(recipe.seed, 0, 0, mine))
-    sampling = sampling_of(recipe.sampling)
-    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
-    return batch
+    examples = rollouts(options.Data(path=recipe.rollouts), tokenizer, recipe.base)
+    return examples.batch(every_nth(len(examples), runtime, "rollouts"))
 
 
 def _engine(recipe: LabelRecipe, longest_prompt: int) -> Engine:

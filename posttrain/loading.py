@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -380,9 +381,10 @@ def _hint_for(location: Location, kind: type[Any]) -> Any:
 @functools.cache
 def _all_settings(kind: type[Any]) -> tuple[Location, ...]:
     def inside(cls: Any, location: Location) -> Iterable[Location]:
-        for name, annotation in typing.get_type_hints(cls).items():
+        hints = typing.get_type_hints(cls)
+        for name in dict.fromkeys([*inspect.get_annotations(cls), *hints]):  # its own before those of its base
             yield (*location, name)
-            if (nested := dataclass_in(annotation)) is not None and nested is not Part:
+            if (nested := dataclass_in(hints[name])) is not None and nested is not Part:
                 yield from inside(nested, (*location, name))
 
     return tuple(inside(kind, ()))

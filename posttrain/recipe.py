@@ -17,7 +17,7 @@ from posttrain import options
 from posttrain.errors import RecipeError
 from posttrain.guided.checks import decoder_conflicts
 from posttrain.resolve import default_options, inner_slots, required, resolve
-from posttrain.strictyaml import dotted
+from posttrain.strictyaml import Location, dotted
 from posttrain.validation import Problems
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -128,8 +128,24 @@ class RecipeConflict(RecipeError):
         super().__init__(f"{dotted(location)}: {message}" for location, message in conflicts)
 
 
+class Checked:
+    """Settings that must go together.
+
+    Raises:
+        RecipeConflict: when built from settings that do not.
+    """
+
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        """Where they do not, and why."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        if conflicts := list(self.conflicts()):
+            raise RecipeConflict(conflicts)
+
+
 @checked_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """All of a run. Slots: see ``posttrain show`` for each slot's signature.
 
     Raises:
@@ -180,9 +196,9 @@ class Recipe:
     name: str = "recipe"
     path: Path | None = None  # of the YAML file, if it came from one
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        """What is wrong with the recipe as a whole."""
+        return _conflicts(self)
 
     @property
     def others_write(self) -> bool:
@@ -241,7 +257,7 @@ def _plain_inner(value: Any, name: str, place: Slot) -> Any:
     return _plain_part(value if isinstance(value, Part) else Part.of(value), name, place)
 
 
-def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     yield from _sampling_conflicts(recipe)
     yield from _group_conflicts(recipe)
     rows = recipe.prompts_per_step * recipe.completions
@@ -268,7 +284,7 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
         yield ("baseline",), "needs completions of other prompts: `examples: {use: rated, mismatched: true}`"
 
 
-def _evaluation_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _evaluation_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     evaluate = recipe.evaluate
     if evaluate is None:
         return
@@ -278,7 +294,7 @@ def _evaluation_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...
         yield ("evaluate", "examples"), "are read by the recipe's `examples` part, and there is none: give `data`"
 
 
-def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _value_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     value = recipe.value or options.Value()
     if recipe.value_loss and recipe.target is None:
         yield ("value_loss",), "needs a `target` to learn, such as `target: {use: lambda_return}`"
@@ -305,7 +321,7 @@ def _value_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
         yield ("value", "ready_at"), "makes the policy wait for the value model: both must be trained"
 
 
-def _player_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _player_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     moving, lora = recipe.reference.every is not None, recipe.policy.lora is not None
     averaged = "averages of adapters' factors are not averages of their products, so not of the policies' weights"
     if moving and lora and recipe.reference.rate < 1:
@@ -328,7 +344,7 @@ def _player_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], s
         yield ("extragradient",), "is about the policy's own samples: it needs a `loss`, no `examples`, no `value_loss`"
 
 
-def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     full = options.SamplingOptions()
     for name in ("top_p", "top_k", "min_p"):
         value, neutral = getattr(recipe.sampling, name), getattr(full, name)
@@ -362,7 +378,7 @@ def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...],
         )
 
 
-def _group_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def _group_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     if recipe.completions > 1 or recipe.others_write:
         return
     reason = "compares the completions of a prompt with each other, and `completions: 1` leaves nothing to compare"

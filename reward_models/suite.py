@@ -20,20 +20,16 @@ from posttrain.batch import Batch, seq_sum
 from posttrain.data.read import find
 from posttrain.errors import DataError, RecipeError
 from posttrain.loading import load_as
-from posttrain.recipe import Part, RecipeConflict
+from posttrain.recipe import Checked, Part
 from posttrain.stored_rollouts import read_rollouts
-from posttrain.strictyaml import Overrides
+from posttrain.strictyaml import Location, Overrides
 from reward_models.accuracy import accuracy, compare_pairs, read_pairs, score_pairs
 from reward_models.curves import best_of_n_curve, draw_curve, moments, overoptimisation
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class RewardSuite:
-    """How good reward models are; several are added up with their weights, as in a recipe.
-
-    Raises:
-        RecipeConflict: when built from settings that do not go together.
-    """
+class RewardSuite(Checked):
+    """How good reward models are; several are added up with their weights, as in a recipe."""
 
     suite: Literal["reward"]
     reward: tuple[InstanceOf[Part], ...]
@@ -47,18 +43,13 @@ class RewardSuite:
     name: str = "reward"
     path: Path | None = None  # of the YAML file
 
-    def __post_init__(self) -> None:
-        if conflicts := list(_conflicts(self)):
-            raise RecipeConflict(conflicts)
-
-
-def _conflicts(suite: RewardSuite) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if not suite.reward:
-        yield ("reward",), "is empty: there is no reward model to measure"
-    if suite.data is None and suite.rollouts is None:
-        yield (), "nothing to measure on: give `data` (pairs), `rollouts` (completions with scores) or both"
-    if 1 not in suite.sizes:
-        yield ("sizes",), "must hold 1: the reward of the policy itself, which the others are compared with"
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        if not self.reward:
+            yield ("reward",), "is empty: there is no reward model to measure"
+        if self.data is None and self.rollouts is None:
+            yield (), "nothing to measure on: give `data` (pairs), `rollouts` (completions with scores) or both"
+        if 1 not in self.sizes:
+            yield ("sizes",), "must hold 1: the reward of the policy itself, which the others are compared with"
 
 
 def run_reward_suite(path: str | Path, overrides: Overrides = ()) -> Path:

@@ -8,8 +8,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,20 +18,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.collect import make_prompts
-from posttrain.data import check_columns, load_rows
-from posttrain.decode import completed, engine_of
+from posttrain.decode import Session, completed, session
 from posttrain.decode_suite import PLAIN, DecodeSuite, Variant, written
 from posttrain.engines.base import Engine
 from posttrain.errors import DataError
 from posttrain.guided.build import check_models, decoder_context
 from posttrain.model_card import versions
-from posttrain.models import load_tokenizer
 from posttrain.report.frontier_plots import draw_frontiers
 from posttrain.report.page import document, embedded_picture, html_table
-from posttrain.rollout import Prompts, prompt_seeds
-from posttrain.runtime import Runtime
-from posttrain.verification import VerifierPool
 
 KlKind = Literal["exact", "bound", "unknown"]
 
@@ -91,36 +84,26 @@ def measure_all(suite: DecodeSuite, variants: Sequence[Variant]) -> Path:
     """
     for variant in variants:
         check_models(variant.decoder)
-    tokenizer = load_tokenizer(suite.policy)
-    rows = load_rows(suite.data, tokenizer=tokenizer, base=suite.path.parent if suite.path else None)
-    check_columns(rows, suite.verify)
-    with Runtime(dtype=suite.policy.dtype) as runtime:
-        mine = range(runtime.rank, len(rows), runtime.world)
-        if not mine:
-            raise DataError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
-        with VerifierPool(suite.verify) as pool, closing(engine_of(suite, rows)) as engine:
-            prompts = make_prompts(rows, mine, mine, prompt_seeds(suite.seed, 0, 0, mine))
-            context = decoder_context(tokenizer, runtime, suite.policy)
-            points = []
-            for variant in variants:
-                decoder = engine if variant.decoder is None else variant.decoder(engine, context)
-                run = partial(_decoded, suite, decoder, prompts, pool, context.decode)
-                shares = runtime.gather(runtime.together(run))
-                points.append(to_point(variant, shares))
-                if runtime.is_main:
-                    print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
+    with session(suite) as on:
+        runtime = on.runtime
+        context = decoder_context(on.tokenizer, runtime, suite.policy)
+        points = []
+        for variant in variants:
+            decoder = on.engine if variant.decoder is None else variant.decoder(on.engine, context)
+            shares = runtime.gather(runtime.together(partial(_decoded, suite, decoder, on)))
+            points.append(to_point(variant, shares))
+            if runtime.is_main:
+                print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
         return runtime.from_main(lambda: write_report(suite, points))
 
 
-def _decoded(
-    suite: DecodeSuite, decoder: Engine, prompts: Prompts, pool: VerifierPool, text: Callable[[Sequence[int]], str]
-) -> tuple[list[list[dict[str, Any]]], float]:
+def _decoded(suite: DecodeSuite, decoder: Engine, on: Session) -> tuple[list[list[dict[str, Any]]], float]:
     """Rows of each prompt's completions, and the seconds that they took."""
     start = time.perf_counter()
-    rows = completed(suite, decoder, prompts, pool, text)
+    rows = completed(suite, decoder, on)
     seconds = time.perf_counter() - start
     each = suite.completions
-    return [rows[i * each : (i + 1) * each] for i in range(len(prompts))], seconds
+    return [rows[i * each : (i + 1) * each] for i in range(len(on.prompts))], seconds
 
 
 def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[str, Any]]], float]]) -> Point:

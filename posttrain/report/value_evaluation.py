@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain import options
 from posttrain.batch import Batch, Finish
-from posttrain.collect import Source, generate_and_verify, make_prompts, sampling_of
+from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
-from posttrain.engines.base import Engine, Sampling
+from posttrain.engines.base import Engine
 from posttrain.errors import DataError, UserError
 from posttrain.evaluation_suite import ValueSuite
 from posttrain.model_card import versions
@@ -36,7 +36,7 @@ from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue
 from posttrain.report.page import Example, figure, write_page
 from posttrain.report.plots import PICTURES, draw_all
 from posttrain.report.tokens import Decode, pieces, steps_by_text
-from posttrain.rollout import prompt_seeds, single_turn
+from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime, length_groups
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.value_checkpoints import load_value
@@ -85,7 +85,7 @@ def decoder(tokenizer: Any, *, special: bool = True) -> Decode:
 def _rows(suite: ValueSuite, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
     if suite.data is None:
         return None
-    rows = load_rows(suite.data, tokenizer=tokenizer, base=suite.path.parent if suite.path else None)
+    rows = load_rows(suite.data, tokenizer=tokenizer, base=suite.base)
     check_columns(rows, suite.verify)
     return rows
 
@@ -110,10 +110,8 @@ def stored_batch(suite: ValueSuite, runtime: Runtime) -> Batch:
     whole = Batch.concatenate(batches)
     if not torch.isfinite(whole.score).any():
         raise DataError(f"rollouts: no completion in {place} has a score")
-    mine = whole[whole.group % runtime.world == runtime.rank]
-    if not len(mine):
-        raise UserError(f"rollouts: {groups} prompts cannot be shared by {runtime.world} processes")
-    return mine.trim()
+    mine = torch.tensor(every_nth(groups, runtime, "rollouts"))
+    return whole[torch.isin(whole.group, mine)].trim()
 
 
 def _sampled_fields(batch: Batch) -> Batch:
@@ -138,19 +136,10 @@ def sample(
         )
         if batch is None:
             assert rows is not None
-            batch = _completions(suite, rows, source, sampling, runtime)
+            batch = complete_all(suite, rows, source, runtime)
         prefixes = choose_prefixes(batch, prompts=few.prompts, per_prompt=few.prefixes, seed=suite.seed)
         scores = runtime.together(partial(continue_prefixes, source, prefixes, few.completions, sampling))
     return batch, prefixes, scores
-
-
-def _completions(suite: ValueSuite, rows: Rows, source: Source, sampling: Sampling, runtime: Runtime) -> Batch:
-    if len(rows) < runtime.world:
-        raise UserError(f"data: {len(rows)} prompts cannot be shared by {runtime.world} processes")
-    mine = range(runtime.rank, len(rows), runtime.world)
-    prompts = make_prompts(rows, mine, mine, prompt_seeds(suite.seed, 0, 0, mine))
-    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, suite.completions, sampling, {}))
-    return batch
 
 
 def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:

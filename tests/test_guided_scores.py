@@ -11,7 +11,7 @@ import torch
 from conftest import make_tokenizer
 from exact_world import PROMPT, String, World, distance, law_of, make_world, table_score, tokens_of
 from test_decoding_scores import Strata, as_world, expected, quarters
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from posttrain import options
 from posttrain.decode import DecodeRecipe
@@ -193,3 +193,40 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Pat
     expected = outcome(model=str(tmp_path / "reward"), input="text").of_texts(["1+1=", "1+1="], ["2", "11"])
     torch.testing.assert_close(found.float(), expected)
     assert found[0] != found[1]
+
+
+@pytest.mark.engine
+def test_a_process_model_scores_completions_by_their_steps(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """At the last token of every step: what a plain forward pass says of the text that ends there."""
+    spec = ValueSpec(head=options.Head(type="bernoulli"))
+    backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    head = Head(spec.head, 64, 261)
+    torch.nn.init.normal_(head.linear.weight, std=0.03)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    save_value(ValueModel(backbone, head, spec), tokenizer, tmp_path / "prm", step=1)
+    context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
+
+    def scores_by(aggregate: str, completions: list[str]) -> list[float]:
+        text = f"{{use: process, model: {tmp_path / 'prm'}, aggregate: {aggregate}}}"
+        return score_of(tmp_path, text)(context).score([prefix(tokenizer, "1+1=", one) for one in completions]).tolist()
+
+    steps = ["1 + 1\n", "is\n\n", "2\n"]
+    ends = ["".join(steps[: count + 1]) for count in range(3)]
+    values = scores_by("last", ends)
+    assert len(set(values)) == 3 and all(0 < value < 1 for value in values)
+    whole = [ends[-1], ends[0], ends[0] + "is"]
+    first, unfinished = values[0], scores_by("last", [ends[0] + "is"])[0]
+    assert scores_by("last", whole) == pytest.approx([values[-1], first, unfinished], rel=1e-4)
+    assert scores_by("product", whole) == pytest.approx([math.prod(values), first, first * unfinished], rel=1e-4)
+    assert scores_by("min", whole) == pytest.approx([min(values), first, min(first, unfinished)], rel=1e-4)
+    assert scores_by("mean", whole) == pytest.approx([sum(values) / 3, first, (first + unfinished) / 2], rel=1e-4)
+    plain = scores_of_text(tmp_path / "prm", ["1+1=" + end for end in ends], tokenizer)
+    assert values == pytest.approx(plain, rel=1e-4)
+
+
+@torch.inference_mode()
+def scores_of_text(folder: Path, texts: list[str], tokenizer) -> list[float]:
+    """The probability at the last token, by transformers alone."""
+    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32)
+    logits = [model(torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits[0, -1] for text in texts]
+    return [float(one.sigmoid() if one.numel() == 1 else one.softmax(-1)[1]) for one in logits]

@@ -5,7 +5,8 @@ Tokens are padded on the right, where causal attention cannot see them. M prefix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,52 @@ class ValueScore:
             value = outputs[0] if isinstance(outputs, tuple) else outputs
             values.append(value[states])
         return torch.cat(values)
+
+
+AGGREGATES: Mapping[str, Callable[[Float[Tensor, " K"]], Float[Tensor, ""]]] = {
+    "product": torch.prod,
+    "min": torch.min,
+    "mean": torch.mean,
+    "last": lambda values: values[-1],
+}
+
+
+@dataclass(frozen=True)
+class StepScore:
+    """What a process model says of the steps of a completion, each at its last token, as one number.
+
+    Args:
+        model: as for :class:`ValueScore`.
+        steps: the step of each token that was generated, from 0 on.
+        aggregate: of ``AGGREGATES``.
+    """
+
+    model: nn.Module
+    steps: Callable[[Sequence[int]], Int[Tensor, " L"]]
+    aggregate: str
+    kind: Kind = "other"
+    beta: None = None
+    scale: float = 1.0
+
+    @torch.inference_mode()
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`. A prompt alone counts as a step."""
+        found = []
+        for rows in _chunks(prefixes):
+            tokens, _ = padded(rows, _device(self.model))
+            at = torch.zeros_like(tokens, dtype=torch.bool)
+            for row, prefix in zip(at, rows, strict=True):
+                row[self._ends(prefix)] = True
+            outputs = self.model(tokens, at)
+            value = outputs[0] if isinstance(outputs, tuple) else outputs
+            found += [AGGREGATES[self.aggregate](own[ends]) for own, ends in zip(value, at, strict=True)]
+        return torch.stack(found)
+
+    def _ends(self, prefix: Prefix) -> list[int]:
+        """The columns of the last token of every step."""
+        numbers = self.steps(prefix.generated).tolist() if prefix.generated else []
+        inner = [column for column, (one, following) in enumerate(itertools.pairwise(numbers)) if one != following]
+        return [*(prefix.start + column for column in inner), len(prefix.tokens) - 1]
 
 
 class NextTokenValueScore(ValueScore):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from posttrain import options
 from posttrain.decoding import prefix_scores
 from posttrain.decoding.cached_values import value_score
-from posttrain.decoding.model_scores import Law, LogRatio, ValueScore, model_law
+from posttrain.decoding.model_scores import Law, LogRatio, StepScore, ValueScore, model_law
 from posttrain.decoding.prefixes import PrefixScore
 from posttrain.engines.base import Sampling
 from posttrain.errors import RecipeError
@@ -17,6 +18,7 @@ from posttrain.implicit_values import ImplicitValue
 from posttrain.models import load_model
 from posttrain.parts.ranges import NonNegative, Positive, PositiveCount
 from posttrain.recipe import Part
+from posttrain.report.tokens import step_numbers
 from posttrain.value_checkpoints import load_value
 
 
@@ -50,6 +52,28 @@ def values(context: DecoderContext, *, models: tuple[ModelPath, ...]) -> PrefixS
     if not models:
         raise RecipeError("decoder: values needs `models`, one at least")
     return prefix_scores.weighted_sum(*((1.0, value(context, model=model)) for model in models))
+
+
+def process(
+    context: DecoderContext,
+    *,
+    model: ModelPath,
+    separator: str = "\n",
+    aggregate: Literal["product", "min", "mean", "last"] = "product",
+) -> PrefixScore:
+    """What a process model says of the steps so far, each at its last token, as one number.
+
+    Lightman et al. 2024, arXiv:2305.20050 (product: the probability that all are right); Wang et al. 2024
+    (Math-Shepherd), arXiv:2312.08935 (min); Snell et al. 2024, arXiv:2408.03314 (last).
+
+    Args:
+        model: hub name or local folder of a process model that reads the policy's token ids.
+        separator: what a step ends with.
+        aggregate: of the steps' values.
+    """
+    loaded: Any = context.loaded("value", model, lambda: load_value(model, dtype=context.dtype))
+    steps = functools.partial(step_numbers, decode=context.decode, separator=separator)
+    return StepScore(loaded, steps, aggregate, scale=loaded.spec.scale)
 
 
 def log_ratio(

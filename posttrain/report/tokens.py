@@ -36,14 +36,21 @@ def steps_by_text(batch: Batch, decode: Decode, separator: str) -> Int[Tensor, "
     """
     steps = torch.full_like(batch.step_id, -1)
     for row, mask in enumerate(batch.mask):
-        text, starts = "", []
-        for piece in pieces(batch.tokens[row][mask].tolist(), decode):
-            starts.append(len(text))
-            text += piece
-        ends = _ends(text.rstrip(separator), separator)
-        numbers = torch.bucketize(torch.tensor(starts), torch.tensor(ends, dtype=torch.long), right=True)
-        steps[row, mask] = numbers
+        steps[row, mask] = step_numbers(batch.tokens[row][mask].tolist(), decode, separator)
     return steps
+
+
+def step_numbers(ids: Sequence[int], decode: Decode, separator: str) -> Int[Tensor, " L"]:
+    """The step of each token of one completion, from 0 on: that in which its first character is.
+
+    A run of separators ends one step; at the end of the completion it belongs to the last step.
+    """
+    text, starts = "", []
+    for piece in pieces(ids, decode):
+        starts.append(len(text))
+        text += piece
+    ends = _ends(text.rstrip(separator), separator)
+    return torch.bucketize(torch.tensor(starts, dtype=torch.long), torch.tensor(ends, dtype=torch.long), right=True)
 
 
 def _ends(text: str, separator: str) -> list[int]:

@@ -33,9 +33,9 @@ from posttrain.batch import Batch
 from posttrain.examples import stepwise
 from posttrain.labelling import run_labels
 from posttrain.models import Policy
-from posttrain.offline import Example, fit
 from posttrain.options import Optimizer
 from posttrain.parts.credit import step_ends
+from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 from posttrain.value_checkpoints import load_value

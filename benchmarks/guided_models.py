@@ -22,8 +22,8 @@ from chain_problems import Chain, boxed
 
 from posttrain import load_recipe, train
 from posttrain.models import Policy
-from posttrain.offline import Example, fit
 from posttrain.options import Optimizer
+from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 

@@ -1,4 +1,4 @@
-"""The quickstart: problems, tokenizer, model, files; the offline loop under its warm-up; its recipe, run short."""
+"""The quickstart: problems, tokenizer, model, files; the steps of its warm-up; its recipe, run short."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain import load_recipe
 from posttrain.errors import UserError
 from posttrain.models import Policy
-from posttrain.offline import Example, fit, negative_log_likelihood, pad, shuffled_batches
 from posttrain.options import Optimizer
 from posttrain.quickstart.__main__ import clear, find_recipe, start_folder
+from posttrain.quickstart.imitation import Example, fit, negative_log_likelihood, pad, shuffled_batches
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.problems import Problem, draw, estimated, worked_out
 from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, read_rows, write_problems
@@ -120,7 +120,7 @@ def test_fresh_start_removes_only_what_a_quickstart_made(tmp_path: Path):
     assert (foreign / "thesis.txt").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- offline loop
+# ---------------------------------------------------------------------------------------------------------- imitation
 
 
 EXAMPLES = [Example([4, 5, 6], [7, 8, 1]), Example([4], [9, 1]), Example([5, 5], [6, 7, 8, 9, 1])]

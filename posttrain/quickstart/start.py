@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.display import Column, Progress
 from posttrain.models import Policy
-from posttrain.offline import Example, fit
 from posttrain.options import Optimizer
+from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END
 from posttrain.quickstart.problems import Problem, demonstrations, draw
 

@@ -1,4 +1,4 @@
-"""The offline loop: given completions, no sampling. So far supervised fine-tuning on prompts with completions."""
+"""Supervised steps on demonstrations: what makes the models that the quickstart and the benchmarks start from."""
 
 from __future__ import annotations
 

@@ -15,56 +15,26 @@ import argparse
 import dataclasses
 import datetime
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import workload
-from sides import SHARES, Settings, run_worker
+from sides import SHARES, WORKERS, Settings
+from turns import Worker
 
 CASES = ("even", "heavy_tailed")
 
 
-class Worker:
-    """A worker process, seen from outside."""
-
-    def __init__(self, name: str, settings: Any, entry: Callable[..., None] = run_worker) -> None:
-        self.name = name
-        self.log = Path(settings.folder, f"{name}-{getattr(settings, 'lengths', 'given')}.log")
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=entry, args=(name, settings, theirs, str(self.log)))
-        self._process.start()
-        theirs.close()
-
-    def turn(self) -> dict[str, Any]:
-        """Lets the worker take one turn.
-
-        Raises:
-            RuntimeError: with the end of its log, if it died.
-        """
-        try:
-            self._connection.send("go")
-            return self._connection.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            tail = self.log.read_text(errors="replace")[-3000:]
-            raise RuntimeError(f"{self.name} ended with exit code {self._process.exitcode}:\n{tail}") from None
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-
 def take_turns(names: Sequence[str], settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """The turns after warm-up of several workers that alternate step by step."""
-    workers = {name: Worker(name, settings) for name in names}
+    logs = {name: Path(settings.folder, f"{name}-{settings.lengths}.log") for name in names}
+    workers = {name: Worker(WORKERS[name], settings, log) for name, log in logs.items()}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     try:
         for number in range(settings.warmup + settings.steps):
@@ -175,6 +145,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """A result with what it ran on, when and by which command; nothing without a file."""
+    made = {"machine": machine(), "date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result | made, indent=1) + "\n", encoding="utf-8")
+
+
 def print_table(result: dict[str, Any]) -> None:
     """The figures a reader wants first."""
     for lengths, value in result["ratio_to_trl"].items():
@@ -236,12 +214,9 @@ def main() -> None:
         result = side_by_side(settings)
         engine = engine_against_bare(settings) if settings.engine == "vllm" else None
     result["engine_over_bare_vllm"] = engine[settings.cases[0]]["ratio"] if engine else None
-    result |= {"engine_detail": engine, "parameters": parameters, "settings": arguments, "machine": machine()}
-    result |= {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+    result |= {"engine_detail": engine, "parameters": parameters, "settings": arguments}
     print_table(result)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(path, result)
 
 
 if __name__ == "__main__":

@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import random
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import workload
-from online_step import Worker, machine
-from sides import Turns
+from online_step import write_result
+from turns import Timed, Turns, Worker
 
 WORDS = 2048  # tokens that the texts are made of; the model's vocabulary is larger, as it would be
 SIZE = workload.Size(hidden=256, layers=6, heads=4, kv_heads=2, intermediate=768, vocabulary=151936)
@@ -69,6 +65,10 @@ class Settings:
     def trained(self, side: str) -> Path:
         """Where a side puts its model."""
         return Path(self.folder, side, "model")
+
+    def worker(self, name: str) -> Worker:
+        """The worker process of a side, or the judge's."""
+        return Worker(WORKERS[name], self, Path(self.folder, f"{name}.log"))
 
 
 # ------------------------------------------------------------------------------------------------------------- workload
@@ -259,21 +259,6 @@ def work_trl_precomputed(settings: Settings, turns: Turns) -> None:
     work_trl(settings, turns, precompute=True)
 
 
-class Timed:
-    """A function that adds up the seconds spent in it."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call, self.seconds, self.cpu_seconds = call, 0.0, 0.0
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        start, cpu = time.perf_counter(), time.process_time()
-        try:
-            return self.call(*arguments, **keywords)
-        finally:
-            self.seconds += time.perf_counter() - start
-            self.cpu_seconds += time.process_time() - cpu
-
-
 def work_judge(settings: Settings, turns: Turns) -> None:
     """Each turn: what one more of the trained models has become, beside the one that they all began as."""
     import torch
@@ -332,24 +317,13 @@ SIDES = ("trl", "trl_precomputed", "posttrain")
 WORKERS = {"posttrain": work_posttrain, "trl": work_trl, "trl_precomputed": work_trl_precomputed, "judge": work_judge}
 
 
-def run_side(name: str, settings: Settings, connection: Connection, log: str) -> None:
-    """Entry point of a worker process; what it prints goes to ``log``."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    import torch
-
-    torch.set_num_threads(settings.threads)
-    WORKERS[name](settings, Turns(connection))
-
-
 # -------------------------------------------------------------------------------------------------------------- results
 
 
 def measure(settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """The turns of each side, the warm-up too, step by step after each other."""
     tokens = tokens_of_steps(settings)
-    workers = {name: Worker(name, settings, run_side) for name in SIDES}
+    workers = {name: settings.worker(name) for name in SIDES}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     try:
         for number, lengths in enumerate(tokens):
@@ -393,7 +367,7 @@ def ratios(sides: dict[str, dict[str, float]], other: str) -> dict[str, float]:
 
 def judge(settings: Settings) -> dict[str, dict[str, float]]:
     """What each side's model has become; ``start`` is the one that they all began as."""
-    worker = Worker("judge", settings, run_side)
+    worker = settings.worker("judge")
     names = ("held_out_accuracy", "held_out_margin", "reward", "kl_from_reference")
     try:
         turns = {side: worker.turn() for side in ("start", *SIDES)}
@@ -451,12 +425,9 @@ def main() -> None:
     sides = {side: summary(its, settings) for side, its in turns.items()}
     result: dict[str, Any] = {"ratio": {other: ratios(sides, other) for other in ("trl", "trl_precomputed")}}
     result |= {"sides": sides, "quality": quality, "parameters": parameters, "vocabulary": SIZE.vocabulary}
-    result |= {"settings": arguments, "machine": machine()}
-    result |= {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+    result |= {"settings": arguments}
     print_table(result)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(path, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ joint backward pass through policy and value model, and an AdamW step; the same 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import workload
-from online_step import machine
+from online_step import write_result
 from torch import Tensor
 
 from posttrain import options
@@ -184,11 +183,7 @@ def main() -> None:
                     f"({seconds['least']:.2f} to {seconds['most']:.2f}) of processor time",
                     flush=True,
                 )
-    results |= {"parameters": parameters, "settings": {"size": size, **arguments}, "machine": machine()}
-    results |= {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_result(path, results | {"parameters": parameters, "settings": {"size": size, **arguments}})
 
 
 if __name__ == "__main__":

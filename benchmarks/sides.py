@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import workload
+from turns import Timed, Turns
 
 SHARES = ("generate", "verify", "score", "update", "load", "other")
 """What posttrain's loop tells of the time of a step."""
@@ -59,39 +58,6 @@ class Settings:
     @property
     def data(self) -> Path:
         return Path(self.folder, "prompts.jsonl")
-
-
-class Turns:
-    """A worker's side of taking turns: ``wait`` for the go-ahead, then ``done`` with what the turn brought."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._started: float | None = None
-        self._cpu = 0.0
-
-    def wait(self) -> None:
-        self._connection.recv()
-        self._cpu, self._started = time.process_time(), time.perf_counter()
-
-    def done(self, **extra: Any) -> None:
-        """Reports the turn that ``wait`` began; does nothing before the first."""
-        if self._started is None:
-            return
-        seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
-        self._started = None
-        self._connection.send({"seconds": seconds, "cpu_seconds": cpu, "peak_memory_mb": peak_memory_mb(), **extra})
-
-
-def peak_memory_mb() -> float:
-    """Most memory that this process has held: on the GPU where there is one, else resident. MiB."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):  # unlike ru_maxrss, this starts anew at exec
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def work_posttrain(settings: Settings, turns: Turns) -> None:
@@ -180,9 +146,9 @@ def work_trl(settings: Settings, turns: Turns) -> None:
             turns.wait()  # TRL generates after this
 
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-            turns.done(lengths=list(lengths), times={"generate": generate.total, "step": 0.0})
+            turns.done(lengths=list(lengths), times={"generate": generate.seconds, "step": 0.0})
             lengths.clear()
-            generate.total = 0.0
+            generate.seconds = 0.0
 
     arguments = GRPOConfig(
         output_dir=str(Path(settings.folder, f"trl-{settings.lengths}")),
@@ -220,20 +186,6 @@ def work_trl(settings: Settings, turns: Turns) -> None:
     generate = Timed(trainer._generate_single_turn)
     trainer._generate_single_turn = generate
     trainer.train()
-
-
-class Timed:
-    """A function that adds up the seconds spent in it."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call, self.total = call, 0.0
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return self.call(*arguments, **keywords)
-        finally:
-            self.total += time.perf_counter() - start
 
 
 def work_engine(settings: Settings, turns: Turns) -> None:
@@ -305,14 +257,3 @@ def _has_gpu() -> bool:
 
 
 WORKERS = {"posttrain": work_posttrain, "trl": work_trl, "engine": work_engine, "bare_vllm": work_bare_vllm}
-
-
-def run_worker(name: str, settings: Settings, connection: Connection, log: str) -> None:
-    """Entry point of a worker process; what it prints goes to ``log``."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    import torch
-
-    torch.set_num_threads(settings.threads)
-    WORKERS[name](settings, Turns(connection))

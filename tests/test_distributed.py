@@ -42,6 +42,19 @@ PPO = {
     "minibatches": 2,
     "steps": 3,
 }
+NASH_MD = {
+    # each completion is compared with those of the prompt's that a mixture of policy and reference draws
+    "opponent": {"share": 0.125},
+    "rollout": {"use": "against", "role": "baseline"},
+    "compare": {"use": "win_rate", "against": "baselines"},
+    "reward": [{"use": "kl_penalty", "level": "token", "weight": 0.008}],
+    "advantage": {"use": "returns"},
+    "loss": [{"use": "reinforce"}],
+    "normaliser": {"use": "seq_mean_of_token_sum"},
+    "completions": 2,
+    "prompts_per_step": 6,
+    "steps": 2,
+}
 MULTI = ("--multi_gpu", "--num_processes", "2")
 ZERO = ("--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--gradient_accumulation_steps", "1")
 
@@ -94,6 +107,19 @@ def test_two_processes_with_a_critic_equal_one(flags, single_ppo, tmp_path, tiny
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3]
     for ours, theirs in zip(one, two, strict=True):
         for name in names:
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+
+
+def test_two_processes_with_an_opponent_equal_one(tmp_path, tiny_model_folder):
+    done = command("-m", "posttrain", str(write_run(tmp_path / "one", tiny_model_folder, **NASH_MD)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    recipe = write_run(tmp_path / "two", tiny_model_folder, **NASH_MD)
+    done = launch(*MULTI, str(recipe), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    one, two = (read_metrics(tmp_path / name / "run", timing=False) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("loss", "loss/reinforce", "grad_norm", "reward/mean"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
 
 

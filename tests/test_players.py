@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 
 from posttrain.batch import Author
 from posttrain.decoding.mixture import Mixture, mixed
+from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
 from posttrain.engines.tabular import TabularEngine
-from posttrain.engines.transformers import TransformersEngine
 from posttrain.errors import DataError, RecipeError, UserError
 from posttrain.loading import load_recipe
 from posttrain.models import Policy, build_policy
 from posttrain.online import ids_of
-from posttrain.options import Lora
+from posttrain.options import EngineOptions, Lora
 from posttrain.options import Policy as PolicyOptions
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
 from posttrain.recipe import Recipe
@@ -204,8 +204,10 @@ def test_a_mixture_of_laws_is_the_normalised_product_of_their_powers(share: floa
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("lora", [False, True])
-def test_completions_of_a_mixture_have_the_mixture_s_log_probs(lora: bool, tiny_model_folder: Path) -> None:
+@pytest.mark.parametrize(("library", "lora"), [("transformers", False), ("transformers", True), ("vllm", False)])
+def test_completions_of_a_mixture_have_the_mixture_s_log_probs(
+    library: Any, lora: bool, tiny_model_folder: Path
+) -> None:
     """Of every token, as two full forward passes give them; a share of 1 samples what the reference would."""
     reference = build_policy(PolicyOptions(model=str(tiny_model_folder)))
     if lora:
@@ -217,7 +219,9 @@ def test_completions_of_a_mixture_have_the_mixture_s_log_probs(lora: bool, tiny_
         with torch.no_grad():
             for weight in policy.parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
-    engine = TransformersEngine(tiny_model_folder, max_model_len=64)
+    engine = make_engine(
+        tiny_model_folder, EngineOptions(use=library, cache_mb=16, max_concurrent=16), dtype="float32", max_model_len=64
+    )
     engine.load(policy.weights(), 1)
     sampling, prompts = Sampling(max_tokens=8, temperature=0.8), [[5, 6, 7], [8, 9], [10]]
     mixture = Mixture(engine, other, share=0.3, without_adapters=lora)
@@ -238,6 +242,7 @@ def test_completions_of_a_mixture_have_the_mixture_s_log_probs(lora: bool, tiny_
     engine.load(reference.weights(), 2)
     of_reference = engine.generate(prompts, sampling, 2, seeds=[1, 2, 3])
     assert [[c.tokens for c in group] for group in alone] == [[c.tokens for c in group] for group in of_reference]
+    engine.close()
 
 
 # ---- Rollouts with others

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise UserError(f"command line: {' '.join(unknown)}: an override looks like --section.key=value")
-        return _COMMANDS[options.command](options, overrides)
+        _COMMANDS[options.command](options, overrides)
+        return 0
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -67,13 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    # Before torch is imported. Threads that wait for each other shall sleep: where cores are shared with verifiers and
-    # with other people, spinning costs far more than it saves.
+def _set_up() -> None:
+    """Before torch is imported. Threads that wait for each other shall sleep: where cores are shared with verifiers and
+    with other people, spinning costs far more than it saves."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from posttrain.quiet import quiet
 
     quiet()
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    _set_up()
     from posttrain.loading import load_recipe, placed
 
     recipe = load_recipe(options.recipe, overrides)
@@ -83,61 +88,43 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         train(recipe, resume=options.resume)
     except UserError as error:
         raise placed(error, options.recipe, overrides) from error
-    return 0
 
 
-def _show(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _show(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from posttrain.show import show_file
 
     show_file(options.recipe, overrides)
-    return 0
 
 
-def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from posttrain.quiet import quiet
-
-    quiet()
+def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    _set_up()
     from posttrain.evaluation_suite import run_suite
 
     run_suite(options.suite, overrides)
-    return 0
 
 
-def _label(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from posttrain.quiet import quiet
-
-    quiet()
+def _label(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    _set_up()
     from posttrain.labelling import run_labels
 
     run_labels(options.recipe, overrides)
-    return 0
 
 
-def _decode(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from posttrain.quiet import quiet
-
-    quiet()
+def _decode(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    _set_up()
     from posttrain.decode import run_decode
 
     run_decode(options.recipe, overrides)
-    return 0
 
 
-def _iterate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from posttrain.quiet import quiet
-
-    quiet()
+def _iterate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    _set_up()
     from posttrain.iterate import run_iterate
 
     run_iterate(options.recipe, overrides, resume=options.resume)
-    return 0
 
 
-def _serve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _serve(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from posttrain.quiet import quiet
 
     quiet()
@@ -146,7 +133,6 @@ def _serve(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"posttrain serve: {error.name} is not installed: pip install 'posttrain[serve]'") from error
     run_serve(options.recipe, overrides)
-    return 0
 
 
 _COMMANDS = {

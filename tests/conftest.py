@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -129,6 +130,30 @@ def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns:
         target=noise(1.0),
         weight=mask / mask.sum(),
     )
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path):
+    """``family_folder("Llama")`` -> a saved tiny model of the family."""
+    from tiny_values import save_family
+
+    return functools.cache(lambda family: save_family(family, tmp_path_factory.mktemp(family), tiny_model_folder))
+
+
+@pytest.fixture(scope="session")
+def policy_options(tiny_model_folder: Path):
+    """The tiny model as a recipe's ``policy:``."""
+    from posttrain.options import Policy
+
+    return Policy(model=str(tiny_model_folder))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_folder: Path):
+    """Of the tiny model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 @pytest.fixture

@@ -24,13 +24,6 @@ QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i), "level": i}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Bye"}]
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tiny_model_folder: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
-
-
 @pytest.fixture
 def load(tokenizer, tmp_path: Path) -> Callable[..., Rows]:
     """``load("file.jsonl", chat=False, ...)``: paths are relative to the test's folder, as if the recipe lay there."""

@@ -16,8 +16,8 @@ import yaml
 from exact_world import PROMPT, law_of, make_world, table_score
 from runs import write_run
 from served import recipe_file, serving
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_values import save_random_value
+from transformers import AutoTokenizer
 
 from posttrain import options
 from posttrain.batch import Finish, Outputs
@@ -32,15 +32,13 @@ from posttrain.guided import decoders, scores
 from posttrain.guided.checks import named_models
 from posttrain.guided.context import DecoderContext
 from posttrain.guided.finals import mathematics, vote
-from posttrain.heads import Head
 from posttrain.loading import load_as, load_recipe
 from posttrain.needs import find_needs
 from posttrain.parts.weighting import truncated_importance
 from posttrain.recipe import Part, Recipe
 from posttrain.rollout import Context, Prompts, single_turn
 from posttrain.stored_rollouts import read_rollouts
-from posttrain.value_checkpoints import save_value
-from posttrain.values import ValueModel, ValueSpec
+from posttrain.values import ValueSpec
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))
 SCORE = "score: {use: path_logp}"
@@ -263,15 +261,9 @@ SMALL = {
 def saved(tmp_path_factory, tiny_model_folder: Path) -> dict[str, str]:
     """The tiny model, and value models on it: one number for a prefix, or one for every next token."""
     folder = tmp_path_factory.mktemp("values")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     found = {"model": str(tiny_model_folder)}
     for name, spec in SPECS.items():
-        head = Head(spec.head, 64, 261)
-        torch.manual_seed(2)
-        nn.init.normal_(head.linear.weight, std=0.3)
-        backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-        save_value(ValueModel(backbone, head, spec), tokenizer, folder / name, step=1)
-        found[name] = str(folder / name)
+        found[name] = str(save_random_value(folder / name, tiny_model_folder, spec))
     return found
 
 

@@ -59,6 +59,13 @@ MULTI = ("--multi_gpu", "--num_processes", "2")
 ZERO = ("--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--gradient_accumulation_steps", "1")
 
 
+def check_equal(one: list[dict], two: list[dict], *names: str) -> None:
+    """These metrics of two runs, at every step."""
+    for ours, theirs in zip(one, two, strict=True):
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, tiny_model_folder) -> Path:
     folder = tmp_path_factory.mktemp("single")
@@ -75,9 +82,7 @@ def test_two_processes_equal_one(flags, single, tmp_path, tiny_model_folder):
     assert "2 processes" in done.stdout
     one, two = read_metrics(single, timing=False), read_metrics(tmp_path / "run", timing=False)
     assert [line["step"] for line in two] == [0, 1, 2, 3]
-    for ours, theirs in zip(one[1:], two[1:], strict=True):
-        for name in ("loss", "loss/clip", "loss/kl", "grad_norm", "reward/mean", "policy/entropy"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+    check_equal(one[1:], two[1:], "loss", "loss/clip", "loss/kl", "grad_norm", "reward/mean", "policy/entropy")
     assert one[3]["eval/score"] == pytest.approx(two[3]["eval/score"], abs=1e-6)
     weights = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in (single, tmp_path / "run")]
     for name in weights[0]:
@@ -105,9 +110,7 @@ def test_two_processes_with_a_critic_equal_one(flags, single_ppo, tmp_path, tiny
     names = ["loss", "loss/clip", "value_loss/mse", "value/explained_variance", "value/rmse", "reward/mean"]
     names += ["grad_norm", "value/grad_norm"] if flags is MULTI else []  # DeepSpeed has one norm of both models
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3]
-    for ours, theirs in zip(one, two, strict=True):
-        for name in names:
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+    check_equal(one, two, *names)
 
 
 def test_two_processes_with_an_opponent_equal_one(tmp_path, tiny_model_folder):
@@ -118,9 +121,7 @@ def test_two_processes_with_an_opponent_equal_one(tmp_path, tiny_model_folder):
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     one, two = (read_metrics(tmp_path / name / "run", timing=False) for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
-    for ours, theirs in zip(one, two, strict=True):
-        for name in ("loss", "loss/reinforce", "grad_norm", "reward/mean"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+    check_equal(one, two, "loss", "loss/reinforce", "grad_norm", "reward/mean")
 
 
 def test_two_processes_with_vllm_resume_under_zero(tmp_path, tiny_model_folder):

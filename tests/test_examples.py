@@ -24,11 +24,6 @@ GENERATION = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_folder: Path):
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
-
-
 @pytest.fixture
 def make(tmp_path: Path, tokenizer):
     """``make(part, rows, **options)``: the part's examples of these rows, written as JSON lines."""

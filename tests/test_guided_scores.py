@@ -11,7 +11,8 @@ import torch
 from conftest import make_tokenizer
 from exact_world import PROMPT, String, World, distance, law_of, make_world, table_score, tokens_of
 from test_decoding_scores import Strata, as_world, expected, quarters
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from tiny_values import save_random_value
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from posttrain import options
 from posttrain.decode import DecodeRecipe
@@ -22,11 +23,9 @@ from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.guided import decoders, scores
 from posttrain.guided.context import DecoderContext
-from posttrain.heads import Head
 from posttrain.loading import load_as
 from posttrain.recipe import Part
-from posttrain.value_checkpoints import save_value
-from posttrain.values import ValueModel, ValueSpec
+from posttrain.values import ValueSpec
 from reward_models import outcome
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "decode"
@@ -179,12 +178,8 @@ def test_a_reward_part_that_reads_no_texts_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Path, tiny_model_folder: Path) -> None:
-    spec = ValueSpec(head=options.Head(type="scalar"))
-    backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    head = Head(spec.head, 64, 261)
-    torch.nn.init.normal_(head.linear.weight, std=0.3)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    save_value(ValueModel(backbone, head, spec), tokenizer, tmp_path / "reward", step=1)
+    save_random_value(tmp_path / "reward", tiny_model_folder, ValueSpec(head=options.Head(type="scalar")))
     context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
     score = score_of(tmp_path, f"{{use: text, of: {{use: outcome, model: {tmp_path / 'reward'}, input: text}}}}")(
         context
@@ -198,12 +193,8 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Pat
 @pytest.mark.engine
 def test_a_process_model_scores_completions_by_their_steps(tmp_path: Path, tiny_model_folder: Path) -> None:
     """At the last token of every step: what a plain forward pass says of the text that ends there."""
-    spec = ValueSpec(head=options.Head(type="bernoulli"))
-    backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    head = Head(spec.head, 64, 261)
-    torch.nn.init.normal_(head.linear.weight, std=0.03)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    save_value(ValueModel(backbone, head, spec), tokenizer, tmp_path / "prm", step=1)
+    save_random_value(tmp_path / "prm", tiny_model_folder, ValueSpec(head=options.Head(type="bernoulli")), std=0.03)
     context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
 
     def scores_by(aggregate: str, completions: list[str]) -> list[float]:

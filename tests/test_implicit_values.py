@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import write_run
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from posttrain import load_recipe, load_value, models, train
 from posttrain.assembly import build_learner
@@ -35,16 +35,6 @@ from posttrain.values import ValueModel, polyak, target_copy
 
 BETA = 0.3
 HEAD = Head(type="implicit", beta=BETA)
-
-
-@pytest.fixture
-def policy_options(tiny_model_folder: Path) -> PolicyOptions:
-    return PolicyOptions(model=str(tiny_model_folder))
-
-
-@pytest.fixture
-def tokenizer(tiny_model_folder: Path):
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 @pytest.fixture

@@ -11,18 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from posttrain import cli, examples, options
 from posttrain.batch import Finish
 from posttrain.errors import DataError
 from posttrain.examples.given import Given
 from posttrain.examples.groups import convert, cut_completions, fit, merge_annotators, pairs_of, repeat_votes
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_folder: Path):
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 @pytest.fixture

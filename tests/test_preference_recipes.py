@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import make_random_batch
 from preference_cases import preferences
-from transformers import AutoTokenizer
 
 from posttrain import cli, examples, models, options
 from posttrain.assembly import build_learner
@@ -32,11 +31,6 @@ from posttrain.trained import forward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in (RECIPES / "preference").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 def recipe_of(folder: Path, text: str) -> Recipe:

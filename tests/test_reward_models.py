@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
 )
 
 import reward_models
@@ -38,11 +37,6 @@ from reward_models.process import step_columns
 from reward_models.suite import run_reward_suite
 
 TEXTS = ("4 it is", "well\nit is\n5", "six")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_folder: Path):
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 @pytest.fixture(scope="module")

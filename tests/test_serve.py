@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from runs import environment
 from served import MESSAGES, Server, recipe_file, serving
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_values import save_random_value
+from transformers import AutoModelForCausalLM
 
 from posttrain import options
 from posttrain.cli import main
@@ -39,7 +39,6 @@ from posttrain.decoding.tree import TreeSearch
 from posttrain.engines.base import Progress, Sampling
 from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
-from posttrain.heads import Head
 from posttrain.loading import load_as
 from posttrain.serve import listening
 from posttrain.serving.errors import ApiError
@@ -49,8 +48,8 @@ from posttrain.serving.recipe import ServeRecipe
 from posttrain.serving.served import Served
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Job, Worker
-from posttrain.value_checkpoints import load_value, save_value
-from posttrain.values import ValueModel, ValueSpec
+from posttrain.value_checkpoints import load_value
+from posttrain.values import ValueSpec
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
@@ -60,14 +59,7 @@ LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
 def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A value model on the tiny decoder, with random weights in its head."""
     spec = ValueSpec(head=options.Head(type="scalar"), shift=0.5, scale=2.0)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    head = Head(spec.head, 64, len(tokenizer))
-    torch.manual_seed(2)
-    nn.init.normal_(head.linear.weight, std=0.3)
-    backbone = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    folder = tmp_path_factory.mktemp("value")
-    save_value(ValueModel(backbone, head, spec), tokenizer, folder, step=1)
-    return folder
+    return save_random_value(tmp_path_factory.mktemp("value"), tiny_model_folder, spec)
 
 
 @pytest.fixture(scope="module")

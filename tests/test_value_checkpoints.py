@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny_values import FAMILIES, save_family, shared_pair, stirred
+from tiny_values import FAMILIES, shared_pair, stirred
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
 )
 
 from posttrain.errors import RecipeError, UserError
@@ -28,22 +26,6 @@ from posttrain.values import (
 )
 
 TYPES = ("scalar", "categorical", "quantile", "bernoulli", "per_token")
-
-
-@pytest.fixture(scope="module")
-def family_folder(tmp_path_factory, tiny_model_folder):
-    """``family_folder("Llama")`` -> a saved tiny model of the family."""
-    return functools.cache(lambda family: save_family(family, tmp_path_factory.mktemp(family), tiny_model_folder))
-
-
-@pytest.fixture
-def policy_options(tiny_model_folder) -> PolicyOptions:
-    return PolicyOptions(model=str(tiny_model_folder))
-
-
-@pytest.fixture
-def tokenizer(tiny_model_folder):
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- on disk

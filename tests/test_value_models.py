@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import reference_value_models as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_values import FAMILIES, save_family, shared_pair, stirred
+from tiny_values import FAMILIES, shared_pair, stirred
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
 )
 
 from posttrain import models
@@ -29,22 +26,6 @@ from posttrain.values import (
     polyak,
     target_copy,
 )
-
-
-@pytest.fixture(scope="module")
-def family_folder(tmp_path_factory, tiny_model_folder):
-    """``family_folder("Llama")`` -> a saved tiny model of the family."""
-    return functools.cache(lambda family: save_family(family, tmp_path_factory.mktemp(family), tiny_model_folder))
-
-
-@pytest.fixture
-def policy_options(tiny_model_folder) -> PolicyOptions:
-    return PolicyOptions(model=str(tiny_model_folder))
-
-
-@pytest.fixture
-def tokenizer(tiny_model_folder):
-    return AutoTokenizer.from_pretrained(tiny_model_folder)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.heads import Head
 from posttrain.models import Policy, build_policy
 from posttrain.options import Lora, Value
 from posttrain.options import Policy as PolicyOptions
-from posttrain.value_checkpoints import build_value
-from posttrain.values import ValueModel
+from posttrain.value_checkpoints import build_value, save_value
+from posttrain.values import ValueModel, ValueSpec
 
 SMALL = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -32,6 +33,17 @@ def save_family(family: str, folder: Path, tokenizer_folder: Path) -> Path:
     name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     getattr(transformers, name)(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def save_random_value(folder: Path, model_folder: Path, spec: ValueSpec, std: float = 0.3) -> Path:
+    """A value model on a saved language model's decoder, with random weights in its head."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    backbone = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    head = Head(spec.head, backbone.config.hidden_size, backbone.config.vocab_size)
+    torch.manual_seed(2)
+    torch.nn.init.normal_(head.linear.weight, std=std)
+    save_value(ValueModel(backbone, head, spec), tokenizer, folder, step=1)
     return folder
 
 

@@ -143,7 +143,7 @@ def main() -> None:
     """Runs, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results; a picture goes beside it")
-    parser.add_argument("--prompts", type=int, default=384, help="held-out problems, decoded at once")
+    parser.add_argument("--prompts", type=int, default=1024, help="held-out problems, decoded at once")
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--policy-steps", type=int, default=Training.policy_steps)
     parser.add_argument("--value-steps", type=int, default=Training.value_steps)

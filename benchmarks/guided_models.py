@@ -48,7 +48,7 @@ class Training:
     problems: int = 6000  # that the value model learns on, each about three times
     value_steps: int = 300
     prompts_per_step: int = 64
-    held_out: int = 512
+    held_out: int = 1024
     seed: int = 0
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from posttrain.decoding.growing import BesideLayer, GrowingReader, Memory, forward_hidden
+from posttrain.decoding.growing import BesideLayer, GrowingReader, Memory, forward_hidden, visible
 from posttrain.decoding.model_scores import NextTokenValueScore, ValueScore, head_value, padded
 from posttrain.decoding.prefixes import Kind, Prefix
 
@@ -208,24 +208,17 @@ class Reader:
         layers = [BesideLayer(keys[:, :, :width], values[:, :, :width]) for keys, values in self._memory]
         cache = DynamicCache()
         cache.layers.extend(layers)
+        itself = torch.eye(candidates.shape[1], dtype=torch.bool, device=candidates.device)
         hidden = forward_hidden(
             self.model,
             input_ids=candidates,
             position_ids=lengths[:, None].expand_as(candidates),
-            attention_mask=_visible(lengths, width, candidates.shape[1]),
+            attention_mask=visible(lengths, width, itself),
             past_key_values=cache,
             use_cache=True,
         )
         self._candidate_memory = [layer.added for layer in layers]
         return hidden
-
-
-def _visible(lengths: Int[Tensor, " M"], width: int, candidates: int) -> Bool[Tensor, "M 1 K columns"]:
-    """What each candidate attends to: the columns of its prefix, and itself."""
-    column = torch.arange(width, device=lengths.device)
-    past = (column < lengths[:, None])[:, None, None].expand(-1, 1, candidates, -1)
-    own = torch.eye(candidates, dtype=torch.bool, device=lengths.device).expand(len(lengths), 1, -1, -1)
-    return torch.cat([past, own], -1)
 
 
 def _room(like: Float[Tensor, "m heads columns size"], rows: int, width: int) -> Float[Tensor, "rows heads room size"]:

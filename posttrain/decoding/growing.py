@@ -89,6 +89,20 @@ GROUPED = "posttrain_grouped"
 AttentionInterface.register(GROUPED, grouped_attention)
 
 
+def visible(
+    stems: Int[Tensor, " m"], past: int, among_new: Bool[Tensor, "new new"]
+) -> Bool[Tensor, "m 1 new past+new"]:
+    """What each new token attends to: the columns of its row's stem, and the new tokens that it may see.
+
+    Args:
+        stems: how many of the ``past`` columns are a row's own.
+        among_new: which new token sees which.
+    """
+    column = torch.arange(past, device=stems.device)
+    before = (column < stems[:, None])[:, None, None].expand(-1, 1, len(among_new), -1)
+    return torch.cat([before, among_new.expand(len(stems), 1, -1, -1)], -1)
+
+
 @dataclass(slots=True)
 class Kept:
     """What was read of prefixes that go on."""
@@ -181,7 +195,8 @@ class GrowingReader:
             cache = DynamicCache()
             cache.layers.extend(BesideLayer(*layer) for layer in held)
             inputs["position_ids"] = stems[:, None] + torch.arange(width, device=device)
-            inputs["attention_mask"] = _visible(stems, held[0][0].shape[2], width)
+            causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+            inputs["attention_mask"] = visible(stems, held[0][0].shape[2], causal)
         hidden = forward_hidden(self.model, past_key_values=cache, **inputs)
         added: list[Memory] = [
             layer.added if isinstance(layer, BesideLayer) else (layer.keys, layer.values)  # type: ignore[misc]
@@ -206,14 +221,6 @@ class GrowingReader:
             for _ in range(config.num_hidden_layers)
         ]
         return Kept(rows, list(prefixes), memory)
-
-
-def _visible(stems: Int[Tensor, " m"], past: int, width: int) -> Bool[Tensor, "m 1 width columns"]:
-    """What each new token attends to: its stem, and the new tokens up to itself."""
-    column = torch.arange(past, device=stems.device)
-    before = (column < stems[:, None])[:, None, None].expand(-1, 1, width, -1)
-    own = torch.ones(width, width, dtype=torch.bool, device=stems.device).tril()
-    return torch.cat([before, own.expand(len(stems), 1, -1, -1)], -1)
 
 
 def _remember(

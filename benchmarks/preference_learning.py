@@ -34,11 +34,11 @@ from posttrain import load_recipe
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.models import Policy, build_policy
-from posttrain.online import train
 from posttrain.options import Policy as PolicyOptions
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
 from posttrain.runtime import length_groups
+from posttrain.training import train
 from posttrain.verifiers.mathematics import math as verify
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "preference"

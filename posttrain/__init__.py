@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Outputs
     from posttrain.loading import load_recipe
-    from posttrain.online import train
     from posttrain.recipe import Part, Recipe
+    from posttrain.training import train
     from posttrain.value_checkpoints import load_value
     from posttrain.values import ValueModel
 
@@ -27,7 +27,7 @@ _HOME = {
     "ValueModel": "posttrain.values",
     "load_recipe": "posttrain.loading",
     "load_value": "posttrain.value_checkpoints",
-    "train": "posttrain.online",
+    "train": "posttrain.training",
 }
 
 

@@ -60,7 +60,7 @@ class Material:
 
 
 @dataclass
-class Online:
+class Run:
     """Everything that lives as long as a run."""
 
     recipe: Recipe

@@ -82,7 +82,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from posttrain.loading import load_recipe, placed
 
     recipe = load_recipe(options.recipe, overrides)
-    from posttrain.online import train  # after loading: mistakes in a recipe show at once
+    from posttrain.training import train  # after loading: mistakes in a recipe show at once
 
     try:
         train(recipe, resume=options.resume)

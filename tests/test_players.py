@@ -23,12 +23,12 @@ from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError, RecipeError, UserError
 from posttrain.loading import load_recipe
 from posttrain.models import Policy, build_policy
-from posttrain.online import ids_of
 from posttrain.options import EngineOptions, Lora
 from posttrain.options import Policy as PolicyOptions
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
 from posttrain.recipe import Recipe
 from posttrain.rollout import Context, Prompts, against, beside_given
+from posttrain.training import ids_of
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "preference"
 

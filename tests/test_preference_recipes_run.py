@@ -17,10 +17,10 @@ from posttrain.batch import seq_mean
 from posttrain.examples import pairs
 from posttrain.loading import load_recipe
 from posttrain.models import build_policy
-from posttrain.online import train
 from posttrain.options import Data, Policy
 from posttrain.recipe import Recipe
 from posttrain.tracking import read_metrics
+from posttrain.training import train
 
 pytestmark = pytest.mark.engine
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -170,8 +170,8 @@ def test_every_row_comes_once_before_any_comes_again():
 @pytest.mark.engine
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_recipe_runs_two_steps_from_the_start_it_was_given(start: Start, tmp_path: Path, engine: str):
-    from posttrain.online import train
     from posttrain.quickstart.story import answers, compare
+    from posttrain.training import train
 
     if engine == "vllm":
         pytest.importorskip("vllm")

@@ -13,10 +13,10 @@ from runs import write_run
 from safetensors.torch import load_file
 
 from posttrain.loading import load_recipe
-from posttrain.online import train
 from posttrain.recipe import Recipe
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
+from posttrain.training import train
 
 pytestmark = pytest.mark.engine
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -27,11 +27,11 @@ from posttrain.errors import UserError, VerifierError
 from posttrain.loading import load_recipe
 from posttrain.metrics import rollout_metrics
 from posttrain.models import load_tokenizer
-from posttrain.online import train
 from posttrain.run_folder import step_name
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
+from posttrain.training import train
 
 pytestmark = pytest.mark.engine
 

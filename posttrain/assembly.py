@@ -60,7 +60,7 @@ class Material:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything that lives as long as a run."""
 
     recipe: Recipe

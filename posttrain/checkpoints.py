@@ -1,4 +1,4 @@
-"""What a checkpoint of an online run holds, so that a resumed run repeats one that was never stopped."""
+"""What a checkpoint of a training run holds, so that a resumed run repeats one that was never stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from posttrain.assembly import Run
+from posttrain.assembly import TrainingRun
 from posttrain.errors import UserError
 from posttrain.learner import Learner
 from posttrain.recipe import Part, Recipe
@@ -33,7 +33,7 @@ def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
     return {path: part.call for path, part in slots.items() if hasattr(part.call, "state")}
 
 
-def states(run: Run) -> dict[str, Any]:
+def states(run: TrainingRun) -> dict[str, Any]:
     """All that changes from step to step beside weights and optimiser, as plain data."""
     return json.loads(
         json.dumps(
@@ -56,7 +56,7 @@ def slow_weights(learner: Learner) -> Mapping[str, torch.Tensor]:
     return {} if learner.slow_value is None else learner.slow_value.own_parameters()
 
 
-def save_checkpoint(run: Run, state: dict[str, Any]) -> None:
+def save_checkpoint(run: TrainingRun, state: dict[str, Any]) -> None:
     """A checkpoint that is whole or absent."""
     runtime = run.runtime
     with write_checkpoint(run.folder, run.step, main=runtime.is_main, barrier=runtime.barrier) as folder:
@@ -70,7 +70,7 @@ def save_checkpoint(run: Run, state: dict[str, Any]) -> None:
         prune_checkpoints(run.folder, run.recipe.run.keep)
 
 
-def load_checkpoint(run: Run, checkpoint: Path) -> None:
+def load_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
     """Puts a run where a checkpoint left it.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from posttrain.assembly import (
-    Run,
+    TrainingRun,
     build_learner,
     build_opponent,
     engine_for,
@@ -77,7 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             learner = build_learner(recipe, needs, runtime)
             material = with_cached_reference(learner, material)
             with engine_for(recipe, material) as engine:
-                run = Run(
+                run = TrainingRun(
                     recipe=recipe,
                     runtime=runtime,
                     folder=folder,
@@ -121,7 +121,7 @@ def ids_of(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode
 
 
-def loop(run: Run) -> None:
+def loop(run: TrainingRun) -> None:
     """Steps until the recipe has all of them, with what goes around a step: metrics, evaluation, checkpoints."""
     recipe, runtime = run.recipe, run.runtime
     hand_over(run)
@@ -163,7 +163,7 @@ def loop(run: Run) -> None:
                 save_checkpoint(run, states(run))
 
 
-def guarded_step(run: Run) -> tuple[dict[str, float], Batch, Collected]:
+def guarded_step(run: TrainingRun) -> tuple[dict[str, float], Batch, Collected]:
     """A step; if a verifier fails or nothing is selected, the state before it is saved and then the error goes on."""
     before = states(run)
     try:
@@ -175,7 +175,7 @@ def guarded_step(run: Run) -> tuple[dict[str, float], Batch, Collected]:
         raise
 
 
-def run_step(run: Run) -> tuple[dict[str, float], Batch, Collected]:
+def run_step(run: TrainingRun) -> tuple[dict[str, float], Batch, Collected]:
     """One step of the loop: its metrics, the batch as the update saw it, and what was collected."""
     recipe, runtime = run.recipe, run.runtime
     seconds: dict[str, float] = {}
@@ -208,7 +208,7 @@ def run_step(run: Run) -> tuple[dict[str, float], Batch, Collected]:
     return metrics, batch, collected
 
 
-def take(run: Run) -> Collected:
+def take(run: TrainingRun) -> Collected:
     """What a step learns from: sampled completions, or given ones."""
     recipe, material = run.recipe, run.material
     if material.examples is not None:
@@ -217,7 +217,7 @@ def take(run: Run) -> Collected:
     return collect(recipe, run.runtime, run.source, material.rows, run.sampler, run.step)
 
 
-def with_branches(run: Run, batch: Batch) -> Batch:
+def with_branches(run: TrainingRun, batch: Batch) -> Batch:
     """The batch with values from branches, if the recipe takes them from there."""
     branches = run.recipe.value.branches if run.recipe.value is not None else None
     if branches is None:
@@ -237,7 +237,7 @@ def good_enough(recipe: Recipe, judged: dict[str, float]) -> bool:
     return threshold is None or judged["value/explained_variance"] >= threshold
 
 
-def hand_over(run: Run) -> None:
+def hand_over(run: TrainingRun) -> None:
     """Gives the engine the weights that the next step samples with, unless it has them already."""
     engine = run.source.engine
     if engine is not None and (run.recipe.loss or run.weights_version < 0):
@@ -247,7 +247,7 @@ def hand_over(run: Run) -> None:
 
 
 @contextmanager
-def looking_ahead(run: Run) -> Iterator[None]:
+def looking_ahead(run: TrainingRun) -> Iterator[None]:
     """Of every two steps of an extragradient the first is undone after its end: weights and optimiser are as before.
 
     Korpelevich 1976. For preferences: Zhou et al. 2025 (EGPO), algorithm 1, arXiv:2503.08942.
@@ -264,14 +264,14 @@ def looking_ahead(run: Run) -> Iterator[None]:
     optimizer.load_state_dict(moments)
 
 
-def failures(run: Run) -> dict[str, float]:
+def failures(run: TrainingRun) -> dict[str, float]:
     """Verifier calls of this step that failed under ``on_error: skip``, on all ranks."""
     counted, of = run.source.verifiers.failures, run.source.verifiers.names
     totals = run.runtime.all_sum(torch.tensor([float(counted[name]) for name in of])).tolist()
     return {f"failures/{name}": total for name, total in zip(of, totals, strict=True) if total}
 
 
-def measure(run: Run) -> dict[str, float]:
+def measure(run: TrainingRun) -> dict[str, float]:
     """How the policy as it is does on the evaluation rows, and how it judges the held-out examples."""
     rows, examples = run.material.evaluation_rows, run.material.evaluation_examples
     found = {} if examples is None else judge(run.learner, examples)
@@ -284,7 +284,7 @@ def measure(run: Run) -> dict[str, float]:
     return found | evaluate(run.recipe.evaluate, run.runtime, source, rows, seed=run.recipe.seed)
 
 
-def stop_if_broken(run: Run, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:
+def stop_if_broken(run: TrainingRun, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:
     """Stops a run whose loss or gradients stay non-finite.
 
     Raises:
@@ -301,12 +301,12 @@ def stop_if_broken(run: Run, metrics: dict[str, float], batch: Batch, collected:
     )
 
 
-def store_rollouts(run: Run, batch: Batch, collected: Collected) -> None:
+def store_rollouts(run: TrainingRun, batch: Batch, collected: Collected) -> None:
     """The step's completions as a Parquet file, one file a rank."""
     write_batch(run, run.folder.rollouts(run.step, run.runtime.rank), batch, collected)
 
 
-def write_batch(run: Run, path: Path, batch: Batch, collected: Collected) -> None:
+def write_batch(run: TrainingRun, path: Path, batch: Batch, collected: Collected) -> None:
     """A batch with its prompts as text and each verifier's values."""
     starts = batch.mask.int().argmax(-1).tolist()
     prompts = [run.tokenizer.decode(row[:start].tolist()) for row, start in zip(batch.tokens, starts, strict=True)]
@@ -321,7 +321,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def introduction(run: Run) -> str:
+def introduction(run: TrainingRun) -> str:
     """What is about to run, in a few lines."""
     recipe, material = run.recipe, run.material
     processes = "1 process" if run.runtime.world == 1 else f"{run.runtime.world} processes"
@@ -341,13 +341,13 @@ def introduction(run: Run) -> str:
     )
 
 
-def standing(run: Run) -> str:
+def standing(run: TrainingRun) -> str:
     """How far a run is that was stopped, and where it can go on."""
     latest = run.folder.latest_checkpoint()
     return f"stopped at step {run.step}; --resume goes on from step {step_of(latest) if latest else 0}"
 
 
-def finish(run: Run) -> None:
+def finish(run: TrainingRun) -> None:
     """The trained models in the Hugging Face format, with their cards."""
     recipe, learner = run.recipe, run.learner
     if run.runtime.is_main:

@@ -21,6 +21,7 @@ from posttrain import options
 from posttrain.batch import Finish
 from posttrain.collect import sampling_of, share_of_prompts
 from posttrain.data import check_columns, load_rows
+from posttrain.display import TABLE_WIDTH
 from posttrain.engines.base import Completion, Engine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
@@ -105,7 +106,7 @@ def decode(recipe: DecodeRecipe) -> Path:
         if runtime.is_main:
             _write(recipe.file, everything)
             print(f"{recipe.name}: {len(everything)} completions in {recipe.file}")
-            Console().print(summary(recipe, everything, seconds))
+            Console(width=TABLE_WIDTH).print(summary(recipe, everything, seconds))
     return recipe.file
 
 

@@ -37,6 +37,7 @@ COLUMNS = (
     Column("time/step", "s/step", "{:.2f}"),
     Column("time/peak_memory_mb", "memory MB", "{:,.0f}"),
 )
+TABLE_WIDTH = 160  # of tables with many columns, on whatever terminal: a cell that is cut says nothing
 ROWS = 8  # steps shown in the live table
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from posttrain.decode import Session, completed, session
 from posttrain.decode_suite import PLAIN, DecodeSuite, Variant, written
+from posttrain.display import TABLE_WIDTH
 from posttrain.engines.base import Engine
 from posttrain.errors import DataError
 from posttrain.guided.build import check_models, decoder_context
@@ -50,9 +51,6 @@ class Point:
     completions: int
     unscored: int  # completions that no verifier applied to
 
-
-WIDTH = 160
-"""Columns of the printed table at most: cells that are cut say nothing."""
 
 HEADINGS = {
     "method": "decoder",
@@ -193,7 +191,7 @@ def write_report(suite: DecodeSuite, points: Sequence[Point]) -> Path:
         writer.writerows(plain)
     pictures = draw_frontiers(plain, folder)
     page = write_page(folder, suite, settings, points, pictures)
-    Console(width=WIDTH).print(table(points))
+    Console(width=TABLE_WIDTH).print(table(points))
     print(f"report: {page}")
     return folder
 

@@ -148,7 +148,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     import yaml
 
-    from posttrain import load_recipe, online, reference_cache, train
+    from posttrain import load_recipe, reference_cache, train, training
 
     recipe = {
         "policy": {"model": str(settings.model), "dtype": "float32"},
@@ -180,7 +180,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
         turns.wait()
         save(*arguments)
 
-    save, online.save_checkpoint = online.save_checkpoint, save_when_told  # after the last step alone
+    save, training.save_checkpoint = training.save_checkpoint, save_when_told  # after the last step alone
 
     def waiting(**arguments: Any) -> Any:
         sampler = build_sampler(**arguments)

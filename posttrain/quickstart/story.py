@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from posttrain import load_recipe, online
+from posttrain import load_recipe, training
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.start import (
     HELD_OUT,
@@ -70,7 +70,7 @@ def train(recipe: Path, start: Start, folder: Path, engine: str, seed: int) -> N
     if engine == "vllm":
         overrides.append("--engine.options.use_tqdm_on_load=false")
     with chapter(f"3. GRPO by {recipe.name}: the math verifier rewards right answers to completions of the engine"):
-        online.train(load_recipe(recipe, overrides))
+        training.train(load_recipe(recipe, overrides))
 
 
 def compare(start: Start, folder: Path, seed: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -49,6 +50,19 @@ def test_parts_know_batches_and_no_configuration():
     for path in (ROOT / "posttrain" / "parts").glob("*.py"):
         known = ("posttrain.batch", "posttrain.parts")
         assert {name for name in imports(path) if not name.startswith(known)} == set(), path.name
+
+
+def test_names_that_are_imported_from_the_package_exist():
+    """Also in benchmarks and inside functions, where no test and no type checker comes."""
+    for path in (*PACKAGE, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "posttrain":
+                module = importlib.import_module(node.module or "")
+                for name in {alias.name for alias in node.names} - set(dir(module)):
+                    is_module = (
+                        importlib.util.find_spec(f"{node.module}.{name}") if hasattr(module, "__path__") else None
+                    )
+                    assert is_module or hasattr(module, name), f"{path.name}: {node.module} has no {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

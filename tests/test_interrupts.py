@@ -80,11 +80,11 @@ def test_in_other_threads_it_does_nothing():
 
 
 def test_trackers_close_after_ctrl_c_at_any_moment(tmp_path):
-    """Without the block about one close in ten waits for ever for TensorBoard's writer, or raises RuntimeError."""
+    """Without the block a few closes in a hundred wait for ever for TensorBoard's writer."""
     moments = random.Random(0)
     before = signal.signal(signal.SIGALRM, lambda number, frame: ctrl_c())
     try:
-        for trial in range(60):
+        for trial in range(150):
             step, trackers = 0, Trackers(["tensorboard"], tmp_path / str(trial))
             with pytest.raises(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, moments.uniform(0.002, 0.006))

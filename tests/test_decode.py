@@ -96,6 +96,10 @@ MISTAKES = {
         "recipe.yaml:3:80: decoder.population.branch",
         "has one continuation",
     ),
+    "{use: rejection, population: {use: population, strength: 0.0, pick: {use: keep}, " + SCORE + "}}": (
+        "decoder.population.strength",
+        "must be above 0",
+    ),
     "{use: rejection, population: {use: shaped, " + SCORE + "}}": ("decoder.population.use", "of a `population`"),
 }
 

@@ -204,7 +204,9 @@ def test_distinct_beams_differ():
 # ----------------------------------------------------------------------------------------------- row 7 of the test bed
 
 
-def estimates(world: World, twists, *, shaped: bool, particles: int = 2, pinned=None, **options) -> dict:
+def estimates(
+    world: World, twists, *, shaped: bool, particles: int = 2, pinned=None, block: int | None = 1, ends=(), **options
+) -> dict:
     """The law of log Ẑ."""
 
     def run(choosers):
@@ -217,7 +219,8 @@ def estimates(world: World, twists, *, shaped: bool, particles: int = 2, pinned=
             score,
             final_score=final,
             particles=particles,
-            block=1,
+            block=block,
+            block_ends=ends,
             strength=1 / world.beta,
             make_chooser=choosers,
             pick=functools.partial(resample, **options),
@@ -268,14 +271,17 @@ def test_a_pinned_particle_makes_an_upper_bound(twists: str, shaped: bool, thres
     assert (upper - lower < 1e-12) is exact
 
 
-def test_the_bound_is_exact_in_expectation_of_its_inverse():
-    """E over tilted samples and conditional SMC of 1 / Ẑ is 1 / Z."""
+@pytest.mark.parametrize(("block", "ends"), [(1, ()), (None, (0,)), (2, (1,))])
+@pytest.mark.parametrize("world", [TINY, SMALL])
+def test_the_bound_is_exact_in_expectation_of_its_inverse(world: World, block: int | None, ends: tuple[int, ...]):
+    """E over tilted samples and conditional SMC of 1 / Ẑ is 1 / Z, also where blocks end with a token."""
+    twists, options = world.mean_values(), {"block": block, "ends": ends, "threshold": 1.0}
     mean = sum(
         probability * p * math.exp(-value)
-        for string, probability in TINY.tilted().items()
-        for value, p in estimates(TINY, TWISTS["mean"], shaped=False, pinned=string, threshold=1.0).items()
+        for string, probability in world.tilted().items()
+        for value, p in estimates(world, twists, shaped=False, pinned=string, **options).items()
     )
-    assert abs(mean - math.exp(-TINY.log_z())) < 1e-10
+    assert abs(mean - math.exp(-world.log_z())) < 1e-10
 
 
 @pytest.mark.parametrize("world", [SMALL, TINY])

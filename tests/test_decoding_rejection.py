@@ -24,9 +24,8 @@ def decoder_of(world: World, choosers, *, values=None, width: int = 1, rounds: i
         engine,
         table_score(values or world.reward),
         final_score=table_score(world.reward),
-        strength=1 / world.beta,
         make_chooser=choosers,
-        **population,
+        **{"strength": 1 / world.beta, **population},
     )
     highest = max(world.reward.values()) if highest is None else highest
     return Rejection(engine, particles, highest=highest, width=width, rounds=rounds, make_chooser=choosers)

@@ -5,8 +5,8 @@ from the law that a population aims at, ``TreeSearch`` searches, ``Edited`` move
 of :class:`posttrain.engines.base.Engine`.
 
 Log-probs of a completion are those of the law its tokens were drawn from where that law is known: the shaped or edited
-one, or the engine's own for populations and trees, whose samples follow no law with log-probs in closed form. What
-decoders write into ``Completion.measured``:
+one, or the engine's own for populations, rejection and trees, whose samples follow no law with log-probs in closed
+form. What decoders write into ``Completion.measured``:
 
 * ``generated``: tokens sampled for this completion, discarded ones included
 * ``scored``: prefixes scored for it; a vocabulary vector counts as one

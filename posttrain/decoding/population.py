@@ -249,7 +249,7 @@ class Population(Decoder):
             if group.pinned is None or first.ended:
                 continue
             begun = len(first.prefix.generated)
-            block = list(group.pinned[begun:][: self.block])
+            block = self._next_block(group.pinned[begun:])
             over = begun + len(block) == len(group.pinned)
             cut = len(group.pinned) == sampling.max_tokens  # by length, if not by its last token: its score knows
             finish = Finish.STOPPED if over and not cut else Finish.LENGTH
@@ -259,6 +259,12 @@ class Population(Decoder):
             else:
                 completion = Completion(block, [math.nan] * len(block), finish, self.version)  # nobody asks for them
             families[row][0] = [self._child(first, dataclasses.replace(completion, finish=finish), sampling)]
+
+    def _next_block(self, left: Sequence[int]) -> list[int]:
+        """The tokens of a round, where the engine would have stopped as well."""
+        block = list(left[: self.block])
+        end = next((place for place, token in enumerate(block) if token in self.block_ends), len(block))
+        return block[: end + 1]
 
     def _child(self, parent: Particle, continuation: Completion, sampling: Sampling) -> Particle:
         """The particle with a continuation; its weight takes in the proposal, its score is the parent's still."""

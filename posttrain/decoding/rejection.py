@@ -65,7 +65,7 @@ class Rejection(Decoder):
         seed: of the seeds drawn where ``generate`` is given none.
 
     Raises:
-        ValueError: for a population that cannot hold a pinned particle.
+        ValueError: for a population that cannot hold a pinned particle, or a strength that is not above 0.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class Rejection(Decoder):
         seed: int = 0,
     ) -> None:
         population.check_pinned()
+        if population.strength <= 0:
+            raise ValueError(f"rejection needs a highest weight: strength {population.strength:g} is not above 0")
         self.engine, self.population = engine, population
         self.highest, self.width, self.rounds = highest, width, rounds
         self._make_chooser = make_chooser

@@ -69,6 +69,8 @@ def _pinning_conflicts(population: Any) -> Iterator[tuple[Location, str]]:
     chosen = population.every_option
     if chosen["branch"] > 1:
         yield ("population", "branch"), "a pinned particle has one continuation: leave it at 1"
+    if chosen["strength"] <= 0:
+        yield ("population", "strength"), "must be above 0: the highest score is then the most probable to be accepted"
     if _name(chosen["pick"]) not in ("resample", "keep"):
         yield ("population", "pick"), "particles bound Z where they have weights: resample or keep"
 

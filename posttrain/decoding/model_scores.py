@@ -97,14 +97,23 @@ class ValueScore:
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
-        values = []
-        for rows in _chunks(prefixes):
-            tokens, lengths = padded(rows, _device(self.model))
-            states = last_token(tokens, lengths)
-            outputs = self.model(tokens, states)
-            value = outputs[0] if isinstance(outputs, tuple) else outputs
-            values.append(value[states])
-        return torch.cat(values)
+        return torch.cat(values_at(self.model, prefixes, [[len(prefix.tokens) - 1] for prefix in prefixes]))
+
+
+def values_at(
+    model: nn.Module, prefixes: Sequence[Prefix], columns: Sequence[Sequence[int]]
+) -> list[Float[Tensor, " C"]]:
+    """The values of the beginnings of each prefix that end with the given columns, in ascending order."""
+    found: list[Tensor] = []
+    for start in range(0, len(prefixes), ROWS):
+        tokens, _ = padded(prefixes[start : start + ROWS], _device(model))
+        at = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, its in zip(at, columns[start : start + ROWS], strict=True):
+            row[list(its)] = True
+        outputs = model(tokens, at)
+        values = outputs[0] if isinstance(outputs, tuple) else outputs
+        found += [own[ends] for own, ends in zip(values, at, strict=True)]
+    return found
 
 
 AGGREGATES: Mapping[str, Callable[[Float[Tensor, " K"]], Float[Tensor, ""]]] = {
@@ -135,16 +144,8 @@ class StepScore:
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`. A prompt alone counts as a step."""
-        found = []
-        for rows in _chunks(prefixes):
-            tokens, _ = padded(rows, _device(self.model))
-            at = torch.zeros_like(tokens, dtype=torch.bool)
-            for row, prefix in zip(at, rows, strict=True):
-                row[self._ends(prefix)] = True
-            outputs = self.model(tokens, at)
-            value = outputs[0] if isinstance(outputs, tuple) else outputs
-            found += [AGGREGATES[self.aggregate](own[ends]) for own, ends in zip(value, at, strict=True)]
-        return torch.stack(found)
+        values = values_at(self.model, prefixes, [self._ends(prefix) for prefix in prefixes])
+        return torch.stack([AGGREGATES[self.aggregate](own) for own in values])
 
     def _ends(self, prefix: Prefix) -> list[int]:
         """The columns of the last token of every step."""

@@ -1,0 +1,252 @@
+"""The rule of imports: the rooms of the house stand in one order, and a module imports from its own room or from the left.
+
+Every import counts: at the top of a file, inside a function, under ``TYPE_CHECKING``, and by a name in a string, as slots
+and suites give it (``Slot("posttrain.parts.losses", ...)``). Between files of a room there is no circle of imports.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (
+    *("errors", "option_types", "batch", "seeds", "micro_batches"),
+    *("system", "recipe", "parts", "models", "verify", "engines", "data", "reward_models", "decoding", "rollout"),
+    *("output", "training", "serving", "reports", "commands", "quickstart"),
+)
+DOORS = ("posttrain", "posttrain.__main__")  # the public names and the command: they open to all rooms
+OUTSIDE = ("recipes", "benchmarks", "examples", "scripts")  # scripts that use the package; no room imports them
+NAME = re.compile(r"(posttrain|reward_models)(\.\w+)*")
+
+# BEGIN LISTS
+HOMELESS: set[str] = {
+    "posttrain.assembly",
+    "posttrain.branching",
+    "posttrain.checkpoints",
+    "posttrain.cli",
+    "posttrain.collect",
+    "posttrain.compose",
+    "posttrain.decode",
+    "posttrain.decode_suite",
+    "posttrain.display",
+    "posttrain.evaluate",
+    "posttrain.evaluation_suite",
+    "posttrain.guided",
+    "posttrain.guided.build",
+    "posttrain.guided.checks",
+    "posttrain.guided.context",
+    "posttrain.guided.decoders",
+    "posttrain.guided.finals",
+    "posttrain.guided.scores",
+    "posttrain.heads",
+    "posttrain.implicit_values",
+    "posttrain.inner",
+    "posttrain.interrupts",
+    "posttrain.iterate",
+    "posttrain.labelling",
+    "posttrain.learner",
+    "posttrain.loading",
+    "posttrain.metrics",
+    "posttrain.model_card",
+    "posttrain.needs",
+    "posttrain.options",
+    "posttrain.output_layer",
+    "posttrain.players",
+    "posttrain.policy_engine",
+    "posttrain.quiet",
+    "posttrain.reference_cache",
+    "posttrain.report",
+    "posttrain.report.branches",
+    "posttrain.report.frontier",
+    "posttrain.report.frontier_plots",
+    "posttrain.report.page",
+    "posttrain.report.plots",
+    "posttrain.report.rounds",
+    "posttrain.report.tokens",
+    "posttrain.report.value_evaluation",
+    "posttrain.report.values",
+    "posttrain.resolve",
+    "posttrain.run_folder",
+    "posttrain.runtime",
+    "posttrain.sampling_recipe",
+    "posttrain.serve",
+    "posttrain.show",
+    "posttrain.step_labels",
+    "posttrain.stored_rollouts",
+    "posttrain.strictyaml",
+    "posttrain.tracking",
+    "posttrain.trained",
+    "posttrain.validation",
+    "posttrain.value_checkpoints",
+    "posttrain.values",
+    "posttrain.verification",
+    "posttrain.verification.event_loop",
+    "posttrain.verification.pool",
+    "posttrain.verification.signature",
+    "posttrain.verification.worker",
+    "posttrain.verifiers",
+    "posttrain.verifiers.mathematics",
+    "posttrain.verifiers.text",
+}
+"""Modules that have no room yet."""
+EXCEPTIONS: set[tuple[str, str]] = {
+    ("posttrain.data.read", "posttrain"),
+    ("posttrain.data.rows", "posttrain"),
+    ("posttrain.quickstart.story", "posttrain"),
+    ("posttrain.recipe", "posttrain"),
+    ("posttrain.recipe", "posttrain.data"),
+    ("posttrain.recipe", "posttrain.examples"),
+    ("posttrain.recipe", "posttrain.parts.advantages"),
+    ("posttrain.recipe", "posttrain.parts.losses"),
+    ("posttrain.recipe", "posttrain.parts.normalisers"),
+    ("posttrain.recipe", "posttrain.parts.preference.baselines"),
+    ("posttrain.recipe", "posttrain.parts.preference.games"),
+    ("posttrain.recipe", "posttrain.parts.rewards"),
+    ("posttrain.recipe", "posttrain.parts.selection"),
+    ("posttrain.recipe", "posttrain.parts.targets"),
+    ("posttrain.recipe", "posttrain.parts.value_losses"),
+    ("posttrain.recipe", "posttrain.parts.weighting"),
+    ("posttrain.recipe", "posttrain.rollout"),
+    ("posttrain.serving.recipe", "posttrain"),
+    ("reward_models.accuracy", "posttrain"),
+    ("reward_models.implicit", "posttrain"),
+    ("reward_models.suite", "posttrain"),
+}
+"""Pairs (module, imported module) that break the rule today."""
+# END LISTS
+
+
+class Import(NamedTuple):
+    """A module that another one names."""
+
+    name: str
+    line: int
+    by_string: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    """The text of every module that counts, by the module's name."""
+    folders = ("posttrain", "reward_models", *OUTSIDE)
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    texts = {module_name(path): path.read_text(encoding="utf-8") for path in paths}
+    return {module: text for module, text in texts.items() if module not in HOMELESS}
+
+
+def imports(text: str, modules: set[str]) -> Iterator[Import]:
+    """All that a source text imports from these modules, wherever in the file, by statement or by string."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                member = f"{node.module}.{alias.name}"
+                name = member if member in modules else node.module
+                if name in modules:
+                    yield Import(name, node.lineno, False)
+        elif isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, False) for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
+            name = node.value if node.value in modules else node.value.rpartition(".")[0]
+            if name in modules and name != "posttrain":  # the package's name alone is the command's
+                yield Import(name, node.lineno, True)
+
+
+def room(module: str) -> str:
+    first, _, rest = module.partition(".")
+    return rest.partition(".")[0] if first == "posttrain" else first
+
+
+def place(module: str) -> int:
+    """Where a module's room stands in the order; what is outside comes after all rooms."""
+    return len(ROOMS) if room(module) in OUTSIDE else ROOMS.index(room(module))
+
+
+def violations(texts: dict[str, str]) -> list[str]:
+    """Each import of a room to the right, as ``file:line`` with both names."""
+    broken = []
+    for module, text in texts.items():
+        if module in DOORS or room(module) in OUTSIDE:
+            continue
+        for other, line, _ in imports(text, set(texts)):
+            reaches_right = other in DOORS or place(other) > place(module)
+            if reaches_right and (module, other) not in EXCEPTIONS:
+                broken.append(f"{module}:{line} imports {other}, which stands to the right of room {room(module)!r}")
+    return broken
+
+
+def circle(texts: dict[str, str]) -> list[str]:
+    """The modules of a circle of import statements; empty if there is none.
+
+    Names in strings are left out here: an option of a decoder may be a decoder, which no import has to follow.
+    """
+    graph = {
+        module: {other for other, _, by_string in imports(text, set(texts)) if not by_string and other != module}
+        for module, text in texts.items()
+        if module not in DOORS
+    }
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_every_module_has_a_room() -> None:
+    homeless = {m for m in sources() if m not in DOORS and room(m) not in (*ROOMS, *OUTSIDE)}
+    assert not homeless, f"no room of the import rule: {sorted(homeless)}"
+
+
+def test_a_room_imports_from_itself_and_from_rooms_to_its_left() -> None:
+    assert not violations(sources())
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    assert not circle(sources())
+
+
+@pytest.mark.parametrize(
+    ("module", "lines"),
+    [
+        ("posttrain.parts.losses", "def f():\n    from posttrain.training.loop import train"),
+        (
+            "posttrain.parts.losses",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import posttrain.training.loop",
+        ),
+        ("posttrain.recipe.part", 'SLOT = "posttrain.parts.losses"'),
+        ("posttrain.recipe.part", 'DEFAULT = "posttrain.parts.normalisers.token_mean"'),
+        ("posttrain.data.rows", "import reward_models"),
+        ("reward_models.outcome", "def f():\n    from posttrain.rollout.collect import collect"),
+        ("posttrain.system.files", "from posttrain import load_recipe"),
+    ],
+)
+def test_the_rule_sees_imports_in_functions_in_typing_blocks_and_in_strings(module: str, lines: str) -> None:
+    """The test of the test: a line that breaks the rule, added to a module that keeps it."""
+    texts = dict(sources())
+    before = violations(texts)
+    texts[module] += f"\n{lines}\n"
+    assert len(violations(texts)) > len(before)
+
+
+def test_a_circle_of_two_files_is_found() -> None:
+    texts = dict(sources())
+    texts["posttrain.data.arrow"] += "\ndef f():\n    from posttrain.data.read import read\n"
+    assert {"posttrain.data.arrow", "posttrain.data.read"} <= set(circle(texts))
+
+
+def test_parts_know_batches_and_option_types_alone() -> None:
+    for module, text in sources().items():
+        if room(module) == "parts":
+            known = ("posttrain.batch", "posttrain.option_types", "posttrain.parts")
+            assert {name for name, *_ in imports(text, set(sources())) if not name.startswith(known)} == set(), module

@@ -25,8 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from posttrain.engines import make_engine
-from posttrain.engines.base import Completion, Engine, Sampling, sample_seed
+from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.options import EngineOptions
+from posttrain.seeds import sample_seed
 
 SIZES = {  # parameters: hidden size, layers, vocabulary
     "0.1M": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 261},

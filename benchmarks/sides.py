@@ -210,7 +210,7 @@ def work_bare_vllm(settings: Settings, turns: Turns) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
-    from posttrain.engines.base import sample_seed
+    from posttrain.seeds import sample_seed
 
     ids, seeds = requests(settings)
     llm = LLM(

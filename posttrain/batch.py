@@ -204,19 +204,6 @@ class Outputs:
     collision: Float[Tensor, "N L"] | None = None  # log Σ_v π(v)², of two draws of the next token being equal
 
 
-def blank_row(batch: Batch) -> Batch:
-    """The first completion with nothing in it to train on: for a rank that has no rows where all must take part."""
-    row = batch[[0]]
-    nothing = torch.zeros_like(row.mask)
-    changes: dict[str, Any] = {"mask": nothing, "step_id": torch.full_like(row.step_id, -1)}
-    for name in ("score", "reward"):
-        changes[name] = torch.full_like(row.reward, float("nan"))
-    for name in ("logp_sampler", "step_reward", "term_weight", *OPTIONAL_FIELDS):
-        if getattr(row, name) is not None:
-            changes[name] = torch.zeros_like(getattr(row, name))
-    return row.set(**changes)
-
-
 def broadcast(values: Float[Tensor, " N"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """The completion's number at each of its chosen tokens, 0 elsewhere."""
     return values[:, None] * mask

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.batch import Author, Batch, blank_row
+from posttrain.batch import Author, Batch
 from posttrain.data import PromptSampler, Rows
 from posttrain.engines.base import Engine, Sampling
 from posttrain.errors import DataError, NothingSelected
 from posttrain.examples.given import Examples
+from posttrain.micro_batches import blank_row
 from posttrain.options import SamplingOptions
 from posttrain.recipe import Part, Recipe
-from posttrain.rollout import Context, Prompts, prompt_seeds
+from posttrain.rollout import Context, Prompts
 from posttrain.runtime import Runtime
 from posttrain.sampling_recipe import SamplingRecipe
+from posttrain.seeds import prompt_seeds
 from posttrain.verification import VerifierPool
 
 

@@ -14,8 +14,8 @@ from posttrain.examples.given import Examples
 from posttrain.learner import Learner, policy_logp, reference_logp
 from posttrain.metrics import add_sums, mean_sums, preference_sums
 from posttrain.options import Evaluation
-from posttrain.rollout import prompt_seeds
 from posttrain.runtime import Runtime
+from posttrain.seeds import prompt_seeds
 
 
 def evaluate(options: Evaluation, runtime: Runtime, source: Source, rows: Rows, *, seed: int) -> dict[str, float]:

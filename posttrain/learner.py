@@ -10,16 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.batch import Batch, blank_row
+from posttrain.batch import Batch
 from posttrain.compose import taught_states, total_loss, total_value_loss, value_target
-from posttrain.engines.base import sample_seed
 from posttrain.metrics import add_sums, preference_sums, reduce_means, update_sums
+from posttrain.micro_batches import blank_row, length_groups, micro_batches
 from posttrain.models import Policy
 from posttrain.needs import Needs
 from posttrain.options import Optimizer, Value
 from posttrain.players import Players
 from posttrain.recipe import Recipe
-from posttrain.runtime import Runtime, Update, learning_rate, length_groups, micro_batches
+from posttrain.runtime import Runtime, Update, learning_rate
+from posttrain.seeds import sample_seed
 from posttrain.trained import forward
 from posttrain.values import ValueModel, backed_up, polyak
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.inner import Inner, LocalPath
+from posttrain.option_types import Inner, LocalPath
 from posttrain.strictyaml import suggestion
 from posttrain.validation import Problems, validate
 

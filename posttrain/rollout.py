@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Author, Batch, Finish
-from posttrain.engines.base import Completion, Engine, Sampling, sample_seed
+from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import DataError
-from posttrain.parts.ranges import PositiveCount
+from posttrain.option_types import PositiveCount
 from posttrain.report.tokens import steps_by_text
+from posttrain.seeds import OPPONENTS, sample_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,6 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.tokens)
 
-
-OPPONENTS = 1 << 33
-"""Added to a seed's place: the opponent's samples do not share random numbers with the policy's."""
 
 OnText = Callable[[int, int, str, list[int]], None]
 """Called as a completion ends: prompt's position, sample's index, text and token ids. Verification starts there."""
@@ -199,9 +197,3 @@ def to_batch(
 
 def _integers(values: Any) -> Tensor:
     return torch.tensor(list(values), dtype=torch.long)
-
-
-def prompt_seeds(seed: int, step: int, round_: int, positions: Sequence[int]) -> list[int]:
-    """A seed a prompt, from its place in the step alone: the same rollouts on one process as on several."""
-    base = sample_seed(sample_seed(seed, step), round_)
-    return [sample_seed(base, position) for position in positions]

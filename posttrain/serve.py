@@ -11,7 +11,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.collect import sampling_of
-from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
@@ -19,6 +18,7 @@ from posttrain.loading import load_as, placed
 from posttrain.models import context_length, load_tokenizer
 from posttrain.policy_engine import long_engine
 from posttrain.runtime import Runtime
+from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app
 from posttrain.serving.limits import Limit
 from posttrain.serving.recipe import Server, ServeRecipe

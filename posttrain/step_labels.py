@@ -21,11 +21,12 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Finish
 from posttrain.collect import Source
-from posttrain.engines.base import Sampling, sample_seed
+from posttrain.engines.base import Sampling
 from posttrain.errors import DataError
 from posttrain.options import CONFIG
 from posttrain.report.branches import Prefix, continue_prefixes
 from posttrain.report.tokens import Decode, steps_by_text
+from posttrain.seeds import sample_seed
 
 Branch = Callable[[Sequence[Prefix]], Float[Tensor, "P K"]]
 """Scores of K continuations of each of P prefixes; NaN where one could not be scored."""

@@ -28,7 +28,6 @@ from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.compose import compared, credit, reward_batch, with_baseline
 from posttrain.display import Progress
-from posttrain.engines.base import sample_seed
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate, judge
 from posttrain.guided.build import build_decoder
@@ -42,6 +41,7 @@ from posttrain.report.values import value_metrics
 from posttrain.rollout import single_turn
 from posttrain.run_folder import step_name, step_of, write_left_out
 from posttrain.runtime import Runtime
+from posttrain.seeds import sample_seed
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.tracking import Trackers, check_trackers
 from posttrain.value_checkpoints import save_value

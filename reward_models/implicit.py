@@ -11,8 +11,8 @@ from torch import Tensor
 
 from posttrain import options
 from posttrain.batch import Batch, seq_sum
+from posttrain.micro_batches import length_groups
 from posttrain.models import DTYPES, Policy, load_model
-from posttrain.runtime import length_groups
 from reward_models.loading import check_model, check_vocabulary, device
 
 

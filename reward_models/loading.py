@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain.batch import Batch
 from posttrain.errors import RecipeError, UserError
+from posttrain.micro_batches import length_groups
 from posttrain.models import DTYPES, not_found
-from posttrain.runtime import length_groups
 from posttrain.value_checkpoints import load_value
 from posttrain.values import ValueModel
 

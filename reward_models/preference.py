@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
+from posttrain.micro_batches import length_groups
 from posttrain.parts.preference.games import Rivals
-from posttrain.runtime import length_groups
 from reward_models.comparing import Comparer
 from reward_models.implicit import language_model
 from reward_models.judge import as_text, check_template, filled

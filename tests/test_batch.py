@@ -6,17 +6,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from posttrain.batch import (
-    Batch,
-    Finish,
-    blank_row,
-    broadcast,
-    group_mean,
-    group_std,
-    group_sum,
-    seq_mean,
-    seq_sum,
-)
+from posttrain.batch import Batch, Finish, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
+from posttrain.micro_batches import blank_row
 
 
 def test_set_leaves_the_original_alone(random_batch):

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from posttrain.batch import Finish
 from posttrain.engines import make_engine, vllm_cpu
-from posttrain.engines.base import Completion, Engine, Sampling, WeightMismatch, sample_seed
+from posttrain.engines.base import Completion, Engine, Sampling, WeightMismatch
 from posttrain.engines.requests import end_of_sequence_ids
 from posttrain.engines.sampling import draw, filters, inverse_cdf, uniforms
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.engines.weights import checksum, load_verified
 from posttrain.errors import RecipeError
 from posttrain.options import EngineOptions
+from posttrain.seeds import sample_seed
 
 MAX_MODEL_LEN = 160
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 90)), [5, 6, 7, 8, 200]]

@@ -1,7 +1,7 @@
-"""The rule of imports: the rooms of the house stand in one order, and a module imports from its own room or from the left.
+"""The rule of imports: the rooms stand in one order, and a module imports from its own room or from those to the left.
 
-Every import counts: at the top of a file, inside a function, under ``TYPE_CHECKING``, and by a name in a string, as slots
-and suites give it (``Slot("posttrain.parts.losses", ...)``). Between files of a room there is no circle of imports.
+Every import counts: at the top of a file, inside a function, under ``TYPE_CHECKING``, and by a name in a string, as
+slots and suites give it (``Slot("posttrain.parts.losses", ...)``). Between files of a room there is no circle.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ HOMELESS: set[str] = {
     "posttrain.guided.scores",
     "posttrain.heads",
     "posttrain.implicit_values",
-    "posttrain.inner",
     "posttrain.interrupts",
     "posttrain.iterate",
     "posttrain.labelling",

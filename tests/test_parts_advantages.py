@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, halves, on_ranks, pad, rough_batch, seeds, with_greedy
 
-from posttrain.batch import Batch, blank_row
+from posttrain.batch import Batch
+from posttrain.micro_batches import blank_row
 from posttrain.parts.advantages import outcome, returns, whiten
 
 CENTERS = ["none", "group", "leave_one_out", "greedy", "length", "batch"]

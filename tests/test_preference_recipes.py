@@ -20,13 +20,14 @@ from posttrain.errors import DataError, RecipeError
 from posttrain.examples.given import GivenExamples
 from posttrain.learner import score
 from posttrain.loading import load_recipe
+from posttrain.micro_batches import micro_batches
 from posttrain.needs import find_needs
 from posttrain.options import Lora
 from posttrain.options import Policy as PolicyOptions
 from posttrain.parts.preference import games, regularisers, scores
 from posttrain.recipe import Recipe
 from posttrain.resolve import import_file
-from posttrain.runtime import Runtime, micro_batches
+from posttrain.runtime import Runtime
 from posttrain.trained import forward
 
 RECIPES = Path(__file__).parent.parent / "recipes"

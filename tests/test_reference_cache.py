@@ -17,10 +17,11 @@ from posttrain.collect import draw_examples
 from posttrain.errors import UserError
 from posttrain.learner import score
 from posttrain.loading import load_recipe
+from posttrain.micro_batches import micro_batches
 from posttrain.needs import find_needs
 from posttrain.parts.preference.scores import log_ratio
 from posttrain.reference_cache import ReferencedExamples, first_draws, schedule_of
-from posttrain.runtime import Runtime, micro_batches
+from posttrain.runtime import Runtime
 from posttrain.trained import forward
 
 PAIRS = 12

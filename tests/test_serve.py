@@ -37,9 +37,9 @@ from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch
 from posttrain.engines.base import Progress, Sampling
-from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.loading import load_as
+from posttrain.seeds import FreshSeeds
 from posttrain.serve import listening
 from posttrain.serving.errors import ApiError
 from posttrain.serving.limits import Limit

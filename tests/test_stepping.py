@@ -11,8 +11,9 @@ from exact_world import PROMPT, make_world, table_score
 from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
-from posttrain.engines.base import Aborted, Completion, Progress, Request, Sampling, sample_seed
+from posttrain.engines.base import Aborted, Completion, Progress, Request, Sampling
 from posttrain.options import EngineOptions
+from posttrain.seeds import sample_seed
 
 WORLD = make_world()
 

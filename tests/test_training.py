@@ -21,11 +21,12 @@ from runs import VERIFIER, command, environment, write_run
 from transformers import AutoModelForCausalLM
 
 from posttrain.assembly import build_engine, load_material
-from posttrain.batch import Batch, blank_row
+from posttrain.batch import Batch
 from posttrain.cli import main
 from posttrain.errors import UserError, VerifierError
 from posttrain.loading import load_recipe
 from posttrain.metrics import rollout_metrics
+from posttrain.micro_batches import blank_row
 from posttrain.models import load_tokenizer
 from posttrain.run_folder import step_name
 from posttrain.runtime import Runtime

@@ -15,7 +15,8 @@ from parts_cases import close, examples, halves, on_ranks, seeds
 from torch import Tensor
 from value_cases import pad_values, value_batch
 
-from posttrain.batch import Batch, Finish, blank_row
+from posttrain.batch import Batch, Finish
+from posttrain.micro_batches import blank_row
 from posttrain.parts import advantages, targets
 from posttrain.parts.credit import row_lambda, step_ends, step_starts
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from posttrain.decoding.particles import Particle, vote
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.choice import Chooser
-from posttrain.inner import Inner
+from posttrain.option_types import Inner
 
 
 @dataclass(slots=True, eq=False)

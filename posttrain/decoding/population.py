@@ -34,13 +34,11 @@ from posttrain.decoding.particles import (
     top,
     weighted,
 )
-from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
+from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, grown
 from posttrain.decoding.shaping import Shaped, warn_unless_tilted
-from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling, sample_seed
-from posttrain.engines.choice import Chooser, FreshSeeds, MakeChooser, seeded_chooser
-
-CHOICES = 1 << 32
-"""Added to a seed's place: choices among particles do not share random numbers with the engine."""
+from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
+from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
+from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Completion, Engine, Sampling, sample_seed
+from posttrain.engines.base import Completion, Engine, Sampling
+from posttrain.seeds import derived_seed
 
 Kind = Literal["mean", "soft", "max", "greedy", "other"]
 """What a score estimates of the reward r of completions of a prefix s under the base policy:
@@ -144,13 +145,6 @@ def grown(prefix: Prefix, continuation: Completion, sampling: Sampling, ends: Se
     block_over = continuation.finish is Finish.LENGTH or (continuation.finish is Finish.STOPPED and step_over)
     after = prefix.extended(continuation, goes_on=block_over)
     return dataclasses.replace(after, finish=Finish.LENGTH) if block_over and room == 0 else after
-
-
-def derived_seed(seed: int, *places: int) -> int:
-    """A seed for a place within a search: round, particle, node."""
-    for place in places:
-        seed = sample_seed(seed, place)
-    return seed
 
 
 def prefix_seed(prefix: Prefix) -> int:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from posttrain.decoding.base import Decoder
 from posttrain.decoding.kl import weighted_kl_bound
 from posttrain.decoding.particles import softmax
-from posttrain.decoding.population import CHOICES, Outcome, Population
-from posttrain.decoding.prefixes import Prefix, derived_seed, grown
-from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling, sample_seed
-from posttrain.engines.choice import Chooser, FreshSeeds, MakeChooser, seeded_chooser
+from posttrain.decoding.population import Outcome, Population
+from posttrain.decoding.prefixes import Prefix, grown
+from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
+from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
 from posttrain.errors import UserError
+from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 ROUNDING = 1e-5  # by which a score may pass its highest
 LOWER, UPPER = 1 << 33, 1 << 34  # added to a seed's place: the populations share no random numbers with the draws

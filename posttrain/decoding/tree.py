@@ -21,10 +21,10 @@ from torch import Tensor
 
 from posttrain.decoding.base import Decoder
 from posttrain.decoding.nodes import Backup, Decide, Node, Select, Tree, average, best_ending
-from posttrain.decoding.population import CHOICES
-from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, derived_seed, grown
-from posttrain.engines.base import Completion, Engine, OnCompletion, Row, Sampling, ShapingEngine, sample_seed
-from posttrain.engines.choice import FreshSeeds, MakeChooser, seeded_chooser
+from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, grown
+from posttrain.engines.base import Completion, Engine, OnCompletion, Row, Sampling, ShapingEngine
+from posttrain.engines.choice import MakeChooser, seeded_chooser
+from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 Propose = Callable[[Engine, Sequence[Prefix], Sampling, Sequence[int]], list[list[tuple[Prefix, Completion]]]]
 """Continuations of each prefix by one step, and the prefixes they make; the seeds are one a prefix."""

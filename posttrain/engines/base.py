@@ -168,12 +168,3 @@ class Request:
     stream: bool = False  # tell of every token, not only of the end
     shaper: Shaper | None = None
     place: tuple[int, int] = (0, 0)  # indices of prompt and sample, as the shaper is told them
-
-
-def sample_seed(seed: int, sample: int) -> int:
-    """Seed of one sample of a prompt: a fixed 63-bit mix of both (SplitMix64), equal on every machine and engine."""
-    mask = (1 << 64) - 1
-    x = (seed * 0x9E3779B97F4A7C15 + sample * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return (x ^ (x >> 31)) >> 1

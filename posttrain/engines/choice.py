@@ -28,14 +28,3 @@ def seeded_chooser(seed: int) -> Chooser:
         return last
 
     return choose
-
-
-class FreshSeeds:
-    """Seeds of prompts where a caller gives none: a stream that depends on its own seed alone."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def unless(self, given: Sequence[int] | None, count: int) -> Sequence[int]:
-        """The seeds that were given, or ``count`` new ones."""
-        return [self._random.getrandbits(63) for _ in range(count)] if given is None else given

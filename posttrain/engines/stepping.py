@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Aborted, Completion, OnCompletion, Progress, Request, Sampling, Shaper, sample_seed
-from posttrain.engines.choice import FreshSeeds
+from posttrain.engines.base import Aborted, Completion, OnCompletion, Progress, Request, Sampling, Shaper
 from posttrain.engines.requests import check_prompts, check_shaper
+from posttrain.seeds import FreshSeeds, sample_seed
 
 _numbers = itertools.count(1)  # of requests: no two of a process are equal
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.inner import Inner, LocalPath
+from posttrain.option_types import Inner, LocalPath
 from posttrain.options import EngineOptions
 
 ModelPath = Annotated[str, LocalPath()]

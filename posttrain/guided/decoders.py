@@ -32,7 +32,7 @@ from posttrain.guided.context import (
     Select,
     TargetDecoder,
 )
-from posttrain.parts.ranges import Count, OpenFraction, Positive, PositiveCount
+from posttrain.option_types import Count, OpenFraction, Positive, PositiveCount
 from posttrain.recipe import Part
 from posttrain.value_checkpoints import load_value
 

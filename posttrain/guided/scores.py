@@ -16,7 +16,7 @@ from posttrain.errors import RecipeError
 from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, Score, TextReward, Verifier
 from posttrain.implicit_values import ImplicitValue
 from posttrain.models import load_model
-from posttrain.parts.ranges import NonNegative, Positive, PositiveCount
+from posttrain.option_types import NonNegative, Positive, PositiveCount
 from posttrain.recipe import Part
 from posttrain.report.tokens import step_numbers
 from posttrain.value_checkpoints import load_value

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
+from posttrain.option_types import Count, Fraction, NonNegative, Positive
 from posttrain.parts.credit import (
     Truncated,
     accumulate,
@@ -29,7 +30,6 @@ from posttrain.parts.credit import (
     token_rewards,
 )
 from posttrain.parts.credit import valid_rows as _valid
-from posttrain.parts.ranges import Count, Fraction, NonNegative, Positive
 from posttrain.parts.ratio import needed
 
 Center = Literal["none", "group", "leave_one_out", "greedy", "length", "batch"]

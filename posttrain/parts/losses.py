@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, broadcast, seq_mean
+from posttrain.option_types import AboveOne, AtLeastOne, Fraction, NonNegative, Positive
 from posttrain.parts.credit import (
     accumulate,
     at_following,
@@ -26,7 +27,6 @@ from posttrain.parts.credit import (
 )
 from posttrain.parts.preference.regularisers import nll, optimism, reference_kl
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
-from posttrain.parts.ranges import AboveOne, AtLeastOne, Fraction, NonNegative, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 __all__ = [

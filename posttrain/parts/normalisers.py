@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch
-from posttrain.parts.ranges import PositiveCount
+from posttrain.option_types import PositiveCount
 
 
 def token_mean(batch: Batch, *, of: Literal["all", "positive"] = "all") -> Float[Tensor, "N L"]:

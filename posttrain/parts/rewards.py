@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
+from posttrain.option_types import PositiveCount
 from posttrain.parts.credit import at_state, step_ends
-from posttrain.parts.ranges import PositiveCount
 from posttrain.parts.ratio import needed
 
 

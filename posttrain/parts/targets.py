@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, broadcast
+from posttrain.option_types import Fraction, NonNegative, Positive
 from posttrain.parts.credit import (
     Truncated,
     accumulate,
@@ -30,7 +31,6 @@ from posttrain.parts.credit import (
     token_rewards,
     valid_rows,
 )
-from posttrain.parts.ranges import Fraction, NonNegative, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 Backup = Literal["mean", "soft", "max", "greedy"]

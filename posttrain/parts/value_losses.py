@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posttrain.batch import Batch, Outputs, broadcast, group_sum
+from posttrain.option_types import BelowHalf, Fraction, NonNegative, OpenFraction, Positive
 from posttrain.parts import categorical
 from posttrain.parts.credit import (
     Truncated,
@@ -28,7 +29,6 @@ from posttrain.parts.credit import (
     token_rewards,
     valid_rows,
 )
-from posttrain.parts.ranges import BelowHalf, Fraction, NonNegative, OpenFraction, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 SOFT = frozenset({"soft_path", "contrastive_twist", "noise_contrastive", "soft_return"})

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, broadcast, group_mean, seq_mean, seq_sum
-from posttrain.parts.ranges import AtLeastOne, Fraction, Positive
+from posttrain.option_types import AtLeastOne, Fraction, Positive
 from posttrain.parts.ratio import log_ratio, needed
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.collect import Source
-from posttrain.engines.base import Completion, Sampling, sample_seed
+from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import UserError
+from posttrain.seeds import sample_seed
 
 BUCKETS = 8
 """Calls of the engine: in each, prefixes that have about equally many tokens left."""

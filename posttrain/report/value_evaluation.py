@@ -27,6 +27,7 @@ from posttrain.data import Rows, check_columns, load_rows
 from posttrain.engines.base import Engine
 from posttrain.errors import DataError, UserError
 from posttrain.evaluation_suite import ValueSuite
+from posttrain.micro_batches import length_groups
 from posttrain.model_card import versions
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
@@ -37,7 +38,7 @@ from posttrain.report.page import Example, figure, write_page
 from posttrain.report.plots import PICTURES, draw_all
 from posttrain.report.tokens import Decode, pieces, steps_by_text
 from posttrain.rollout import single_turn
-from posttrain.runtime import Runtime, length_groups
+from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.value_checkpoints import load_value
 from posttrain.values import ValueModel

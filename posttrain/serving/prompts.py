@@ -9,7 +9,6 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
 
-from posttrain.decoding.prefixes import derived_seed
 from posttrain.engines.base import Sampling
 from posttrain.serving.errors import ApiError
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, Sampled
@@ -95,8 +94,3 @@ def sampling_for(request: Sampled, default: Sampling, prompts: Sequence[Sequence
         stop_token_ids=tuple(request.stop_token_ids or ()),
         ignore_eos=request.ignore_eos,
     )
-
-
-def seeds_of(seed: int, prompts: int) -> list[int]:
-    """A seed for each prompt of a request; the first one's is the request's own."""
-    return [seed, *(derived_seed(seed, place) for place in range(1, prompts))]

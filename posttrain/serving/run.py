@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from posttrain.engines.base import Aborted, Progress
+from posttrain.seeds import seeds_of
 from posttrain.serving.errors import ApiError, of_failure
-from posttrain.serving.prompts import sampling_for, seeds_of
+from posttrain.serving.prompts import sampling_for
 from posttrain.serving.replies import Asked, Choice, Writer
 from posttrain.serving.served import Served
 from posttrain.serving.text import TextStream

@@ -12,8 +12,8 @@ from posttrain.decoding.particles import rule_of, top
 from posttrain.decoding.population import Population
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.choice import FreshSeeds
 from posttrain.engines.stepping import SteppingEngine
+from posttrain.seeds import FreshSeeds
 from posttrain.serving.errors import ApiError
 from posttrain.serving.limits import Limit
 from posttrain.serving.protocol import Guide

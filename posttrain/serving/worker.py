@@ -14,8 +14,9 @@ from typing import Any
 
 from posttrain.decoding.base import Decoder
 from posttrain.decoding.shaping import Shaped
-from posttrain.engines.base import Aborted, Completion, Engine, Progress, Request, Sampling, sample_seed
+from posttrain.engines.base import Aborted, Completion, Engine, Progress, Request, Sampling
 from posttrain.engines.stepping import SteppingEngine
+from posttrain.seeds import sample_seed
 
 Tell = Callable[[int, Progress], None]
 """Called by the worker's thread with a sample's index and what became of it; must not raise."""

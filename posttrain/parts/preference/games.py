@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Author, Batch
+from posttrain.option_types import Positive
 from posttrain.parts.preference.groups import labelled
-from posttrain.parts.ranges import Positive
 
 Rivals = Literal["group", "baselines"]
 

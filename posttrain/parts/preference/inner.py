@@ -7,7 +7,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from posttrain.inner import Inner
+from posttrain.option_types import Inner
 
 Score = Annotated[Callable[..., Tensor], Inner("posttrain.parts.preference.scores", ("outputs", "batch"))]
 """``(Outputs, Batch) -> [N]``: how much more (or less) the policy likes a completion; 0 where it is the reference."""

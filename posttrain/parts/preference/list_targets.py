@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.parts.ranges import BelowHalf, Positive
+from posttrain.option_types import BelowHalf, Positive
 
 
 def softmax(

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import seq_sum
+from posttrain.option_types import Fraction, NonNegative
 from posttrain.parts.preference.groups import Pairs, column
-from posttrain.parts.ranges import Fraction, NonNegative
 
 
 def constant(pairs: Pairs, *, gamma: float = 1.6) -> Float[Tensor, " P"]:

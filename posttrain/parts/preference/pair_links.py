@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from posttrain.parts.ranges import NonNegative, Positive
+from posttrain.option_types import NonNegative, Positive
 
 MAX_EXPONENT = 80.0  # e^80 is still a float32
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from posttrain.option_types import BelowHalf, Positive
 from posttrain.parts.preference.groups import Pairs, column
-from posttrain.parts.ranges import BelowHalf, Positive
 
 
 def hard(pairs: Pairs) -> Float[Tensor, " P"]:

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import seq_mean
+from posttrain.option_types import Positive
 from posttrain.parts.preference.groups import Pairs, column
-from posttrain.parts.ranges import Positive
 
 
 def given(pairs: Pairs, *, name: str = "weight") -> Float[Tensor, " P"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from posttrain.parts.ranges import Fraction, NonNegative
+from posttrain.option_types import Fraction, NonNegative
 
 
 def sigmoid(

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, seq_sum
+from posttrain.option_types import Positive
 from posttrain.parts.preference.groups import Rows, at_first_token, column, labelled, present, rows_of, share
-from posttrain.parts.ranges import Positive
 from posttrain.parts.ratio import needed
 
 

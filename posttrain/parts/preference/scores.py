@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from posttrain.batch import Batch, Outputs, seq_mean
+from posttrain.option_types import Fraction
 from posttrain.parts.preference.groups import labelled
-from posttrain.parts.ranges import Fraction
 from posttrain.parts.ratio import needed
 
 Level = Literal["sum", "mean"]

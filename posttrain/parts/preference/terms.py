@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, group_sum
+from posttrain.option_types import Positive
 from posttrain.parts.preference import list_links, list_targets, pair_links, pair_targets, point_links, scores
 from posttrain.parts.preference.groups import (
     Pairs,
@@ -34,7 +35,6 @@ from posttrain.parts.preference.inner import (
     PointLink,
     Score,
 )
-from posttrain.parts.ranges import Positive
 
 
 def pairwise(

@@ -72,7 +72,7 @@ def _set_up() -> None:
     """Before torch is imported. Threads that wait for each other shall sleep: where cores are shared with verifiers and
     with other people, spinning costs far more than it saves."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from posttrain.quiet import quiet
+    from posttrain.system.quiet import quiet
 
     quiet()
 
@@ -125,7 +125,7 @@ def _iterate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _serve(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from posttrain.quiet import quiet
+    from posttrain.system.quiet import quiet
 
     quiet()
     try:

@@ -33,8 +33,8 @@ from posttrain.recipe import Part
 from posttrain.rollout import Prompts
 from posttrain.runtime import Runtime
 from posttrain.sampling_recipe import SamplingRecipe
-from posttrain.step_labels import write_rows
 from posttrain.strictyaml import Location, Overrides
+from posttrain.system.files import write_rows
 from posttrain.verification import VerifierPool
 
 OUTPUTS = (".jsonl", ".parquet")

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from posttrain.interrupts import uninterrupted
+from posttrain.system.interrupts import uninterrupted
 from posttrain.tracking import as_number
 
 

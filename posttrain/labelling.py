@@ -28,8 +28,9 @@ from posttrain.report.branches import BUCKETS
 from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
 from posttrain.sampling_recipe import SamplingRecipe
-from posttrain.step_labels import StepLabels, make_step_labels, to_row, write_rows
+from posttrain.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.strictyaml import Location, Overrides
+from posttrain.system.files import write_rows
 from posttrain.verification import VerifierPool
 
 

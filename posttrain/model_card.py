@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -16,10 +15,10 @@ from huggingface_hub import ModelCardData
 
 from posttrain.options import Value
 from posttrain.recipe import Part, Recipe
+from posttrain.system.versions import versions
 from posttrain.tracking import TIMING
 
 ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
-PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "vllm")
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,24 +142,6 @@ def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) ->
 
     rows = [f"| {name} | {cell(before, name)} | {cell(after, name)} |" for name in names]
     return "\n".join(["| metric | before | after |", "|---|---:|---:|", *rows])
-
-
-def versions() -> dict[str, str]:
-    """The packages that made the model, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        for distribution in (name, f"{name}-cpu"):
-            try:
-                found.setdefault(name, importlib.metadata.version(distribution))
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return found
-
-
-def engine_name(engine: object) -> str:
-    """The library that samples with its version, as ``vllm 0.32.0``; of an engine without one, the class."""
-    library = getattr(engine, "library", None)
-    return f"{library} {versions()[library]}" if library else type(engine).__name__
 
 
 def _section(title: str, text: str) -> list[str]:

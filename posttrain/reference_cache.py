@@ -39,7 +39,7 @@ from posttrain.examples.given import Examples
 from posttrain.learner import Learner, reference_logp
 from posttrain.needs import Needs
 from posttrain.recipe import Recipe
-from posttrain.run_folder import sync
+from posttrain.system.files import sync
 
 SHARD_SECONDS = 30.0  # between shards: what a run that is stopped loses
 FORMAT = 1  # of the shards and of the key

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ import yaml
 
 from posttrain.data.left_out import LeftOut, as_plain
 from posttrain.errors import UserError
+from posttrain.system.files import sync, sync_tree
 from posttrain.tracking import truncate_metrics
 
 MARKER = "complete.json"  # the last file written into a checkpoint
@@ -240,20 +240,3 @@ def remove_checkpoint(path: Path) -> None:
         hidden = path.with_name(f".{path.name}.removing")
         path.rename(hidden)
         shutil.rmtree(hidden)
-
-
-def sync_tree(directory: Path) -> None:
-    """Flushes all files and directories below ``directory``, and itself, to disk."""
-    for root, _, names in os.walk(directory):
-        for name in names:
-            sync(Path(root, name))
-        sync(Path(root))
-
-
-def sync(path: Path) -> None:
-    """Flushes one file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,12 +6,10 @@ together. A state is a prompt with the first steps of a solution; MC(s) is the s
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -214,13 +212,6 @@ def to_row(labelled: Labelled, threshold: float = 0.0) -> dict[str, Any]:
         "branches": labelled.branches,
         "reward": float(solution.score > threshold),
     }
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A JSON object a line; what JSON does not know becomes text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _estimates(

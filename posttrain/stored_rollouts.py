@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Finish
 from posttrain.errors import DataError
-from posttrain.run_folder import sync
+from posttrain.system.files import sync
 
 _NUMBERS = ("group", "version", "greedy", "score", "reward")
 _LISTS = {

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.interrupts import uninterrupted
+from posttrain.system.interrupts import uninterrupted
 
 TIMING = "time/"  # prefix of the metrics that differ from one run to the next
 

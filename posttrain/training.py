@@ -33,7 +33,7 @@ from posttrain.evaluate import evaluate, judge
 from posttrain.guided.build import build_decoder
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
-from posttrain.model_card import engine_name, write_model_card
+from posttrain.model_card import write_model_card
 from posttrain.models import DTYPES, describe, load_tokenizer, save_model
 from posttrain.needs import find_needs
 from posttrain.recipe import Part, Recipe
@@ -43,6 +43,7 @@ from posttrain.run_folder import step_name, step_of, write_left_out
 from posttrain.runtime import Runtime
 from posttrain.seeds import sample_seed
 from posttrain.stored_rollouts import write_rollouts
+from posttrain.system.versions import engine_name
 from posttrain.tracking import Trackers, check_trackers
 from posttrain.value_checkpoints import save_value
 from posttrain.verification import VerifierPool

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from posttrain.interrupts import uninterrupted
+from posttrain.system.interrupts import uninterrupted
 from posttrain.tracking import Trackers, read_metrics
 
 

@@ -23,17 +23,9 @@ from posttrain.loading import RecipeError
 from posttrain.models import load_tokenizer
 from posttrain.recipe import Part
 from posttrain.rollout import Prompts, single_turn, to_batch
-from posttrain.step_labels import (
-    Solution,
-    StepLabels,
-    binary_search,
-    cut,
-    find_solutions,
-    make_step_labels,
-    to_row,
-    write_rows,
-)
+from posttrain.step_labels import Solution, StepLabels, binary_search, cut, find_solutions, make_step_labels, to_row
 from posttrain.stored_rollouts import write_rollouts
+from posttrain.system.files import write_rows
 from posttrain.verification import VerifierPool
 from posttrain.verifiers import exact
 

@@ -24,9 +24,9 @@ from posttrain.display import TABLE_WIDTH
 from posttrain.engines.base import Engine
 from posttrain.errors import DataError
 from posttrain.guided.build import check_models, decoder_context
-from posttrain.model_card import versions
 from posttrain.report.frontier_plots import draw_frontiers
 from posttrain.report.page import document, embedded_picture, html_table
+from posttrain.system.versions import versions
 
 KlKind = Literal["exact", "bound", "unknown"]
 

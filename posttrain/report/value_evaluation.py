@@ -28,7 +28,6 @@ from posttrain.engines.base import Engine
 from posttrain.errors import DataError, UserError
 from posttrain.evaluation_suite import ValueSuite
 from posttrain.micro_batches import length_groups
-from posttrain.model_card import versions
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import Part
@@ -40,6 +39,7 @@ from posttrain.report.tokens import Decode, pieces, steps_by_text
 from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
+from posttrain.system.versions import versions
 from posttrain.value_checkpoints import load_value
 from posttrain.values import ValueModel
 from posttrain.verification import VerifierPool

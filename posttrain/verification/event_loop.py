@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from posttrain.interrupts import uninterrupted
+from posttrain.system.interrupts import uninterrupted
 from posttrain.verification.worker import Failed, describe
 
 GRACE = 5.0  # seconds that a loop may take to answer before it counts as blocked

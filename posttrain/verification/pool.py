@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pebble import ProcessExpired, ProcessPool
 
 from posttrain.errors import VerifierError
-from posttrain.interrupts import uninterrupted
+from posttrain.system.interrupts import uninterrupted
 from posttrain.verification import worker
 from posttrain.verification.event_loop import EventLoop
 from posttrain.verification.signature import Signature, batch_arguments, signature_of

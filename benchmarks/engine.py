@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Engine, Sampling
-from posttrain.options import EngineOptions
+from posttrain.recipe.sections import EngineOptions
 from posttrain.seeds import sample_seed
 
 SIZES = {  # parameters: hidden size, layers, vocabulary

@@ -28,16 +28,17 @@ from typing import Any
 import torch
 from chain_problems import Chain, draw, first_wrong, parse, worked_out
 
-from posttrain import load_recipe, options, train
+from posttrain import load_recipe, train
 from posttrain.batch import Batch
 from posttrain.examples import stepwise
 from posttrain.labelling import run_labels
 from posttrain.models import Policy
-from posttrain.options import Optimizer
 from posttrain.parts.credit import step_ends
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
+from posttrain.recipe import sections
+from posttrain.recipe.sections import Optimizer
 from posttrain.value_checkpoints import load_value
 
 MODELS = {
@@ -179,7 +180,7 @@ def read_solutions(path: Path) -> list[Solution]:
 
 def score_steps(model: Path, solutions: Path, batch_size: int = 128) -> list[list[float]]:
     """The value at the end of every step of every solution."""
-    examples = stepwise(options.Data(path=str(solutions)), make_tokenizer(), None)
+    examples = stepwise(sections.Data(path=str(solutions)), make_tokenizer(), None)
     value_model, scores = load_value(model), []
     with torch.inference_mode():
         for start in range(0, len(examples), batch_size):

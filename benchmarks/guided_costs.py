@@ -21,7 +21,6 @@ import torch
 from guided_models import draw
 from transformers import AutoModelForCausalLM
 
-from posttrain import options
 from posttrain.decoding.cached_values import value_score
 from posttrain.decoding.population import Population
 from posttrain.decoding.shaping import Shaped
@@ -29,6 +28,7 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.quickstart.model import make_tokenizer
 from posttrain.quickstart.start import prompt_ids
+from posttrain.recipe import sections
 from posttrain.value_checkpoints import load_value
 
 LIMITS = {"token_wise_over_plain": 2.9, "blockwise_over_best_of_n": 1.5, "over_plain_loop": 10.0}
@@ -74,7 +74,7 @@ def measure_costs(policy: Path, value: Path, sizes: Sizes) -> dict[str, Any]:
     chains = draw(max(*sizes.concurrent, sizes.prompts), random.Random(1))
     prompts = [prompt_ids(tokenizer, chain.prompt) for chain in chains]
     value_model = load_value(value).eval().requires_grad_(False)
-    section = options.EngineOptions(use="vllm", cache_mb=512, max_concurrent=512)
+    section = sections.EngineOptions(use="vllm", cache_mb=512, max_concurrent=512)
     room = max(map(len, prompts)) + sizes.tokens
     with closing(make_engine(policy, section, dtype="float32", max_model_len=room)) as engine:
         result: dict[str, Any] = {"token_wise": {}}

@@ -22,10 +22,10 @@ from chain_problems import Chain, boxed
 
 from posttrain import load_recipe, train
 from posttrain.models import Policy
-from posttrain.options import Optimizer
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
+from posttrain.recipe.sections import Optimizer
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "value" / "cd_fudge.yaml"
 

@@ -23,9 +23,9 @@ from online_step import machine
 
 from posttrain.decode import run_decode
 from posttrain.iterate import IterateRecipe, read_rounds, run_iterate
-from posttrain.loading import load_as
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start
+from posttrain.recipe.loading import load_as
 from posttrain.report.rounds import column, stage_metrics
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

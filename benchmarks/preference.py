@@ -148,7 +148,8 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     import yaml
 
-    from posttrain import load_recipe, reference_cache, train, training
+    from posttrain import load_recipe, reference_cache, train
+    from posttrain.training import loop as training
 
     recipe = {
         "policy": {"model": str(settings.model), "dtype": "float32"},
@@ -264,7 +265,7 @@ def work_judge(settings: Settings, turns: Turns) -> None:
     import torch
 
     from posttrain.models import build_policy
-    from posttrain.options import Policy
+    from posttrain.recipe.sections import Policy
 
     reference = build_policy(Policy(model=str(settings.model))).eval()
     for side in (None, *SIDES):
@@ -280,7 +281,7 @@ def judged(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from posttrain.examples import pairs
-    from posttrain.options import Data
+    from posttrain.recipe.sections import Data
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     examples = pairs(Data(path=str(settings.held_out)), tokenizer, None)

@@ -35,10 +35,10 @@ from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.micro_batches import length_groups
 from posttrain.models import Policy, build_policy
-from posttrain.options import Policy as PolicyOptions
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
-from posttrain.training import train
+from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.training.loop import train
 from posttrain.verifiers.mathematics import math as verify
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "preference"

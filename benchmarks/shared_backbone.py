@@ -28,8 +28,8 @@ import workload
 from online_step import write_result
 from torch import Tensor
 
-from posttrain import options
 from posttrain.models import Policy, build_policy, load_model
+from posttrain.recipe import sections
 from posttrain.trained import Trained
 from posttrain.value_checkpoints import build_value
 
@@ -54,12 +54,12 @@ class Settings:
 
 def build_models(settings: Settings) -> tuple[Trained, Policy]:
     """Policy and value model to be trained, and the reference: the policy itself where adapters allow it."""
-    lora = None if settings.setup == "three_full" else options.Lora(rank=settings.rank, alpha=2 * settings.rank)
-    section = options.Policy(model=settings.model, lora=lora, gradient_checkpointing=settings.checkpointing)
+    lora = None if settings.setup == "three_full" else sections.Lora(rank=settings.rank, alpha=2 * settings.rank)
+    section = sections.Policy(model=settings.model, lora=lora, gradient_checkpointing=settings.checkpointing)
     policy = build_policy(section)
     if settings.setup == "shared":
-        return Trained(policy, build_value(options.Value(share=True), section, policy)), policy
-    value = build_value(options.Value(lora=lora), section, policy)
+        return Trained(policy, build_value(sections.Value(share=True), section, policy)), policy
+    value = build_value(sections.Value(lora=lora), section, policy)
     reference = Policy(load_model(section, dtype=torch.float32)).requires_grad_(False).eval()
     return Trained(policy, value), reference
 

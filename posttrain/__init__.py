@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Outputs
-    from posttrain.loading import load_recipe
-    from posttrain.recipe import Part, Recipe
-    from posttrain.training import train
+    from posttrain.recipe.loading import load_recipe
+    from posttrain.recipe.part import Part
+    from posttrain.training.loop import train
+    from posttrain.training.recipe import Recipe
     from posttrain.value_checkpoints import load_value
     from posttrain.values import ValueModel
 
@@ -22,12 +23,12 @@ __all__ = ["Batch", "Outputs", "Part", "Recipe", "ValueModel", "load_recipe", "l
 _HOME = {
     "Batch": "posttrain.batch",
     "Outputs": "posttrain.batch",
-    "Part": "posttrain.recipe",
-    "Recipe": "posttrain.recipe",
+    "Part": "posttrain.training.recipe",
+    "Recipe": "posttrain.training.recipe",
     "ValueModel": "posttrain.values",
-    "load_recipe": "posttrain.loading",
+    "load_recipe": "posttrain.recipe.loading",
     "load_value": "posttrain.value_checkpoints",
-    "train": "posttrain.training",
+    "train": "posttrain.training.loop",
 }
 
 

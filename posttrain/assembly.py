@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain import options
 from posttrain.collect import Source, in_order
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.data.left_out import LeftOut
@@ -24,15 +23,17 @@ from posttrain.examples.given import Examples, GivenExamples
 from posttrain.learner import Learner
 from posttrain.models import DTYPES, Policy, build_policy, load_model
 from posttrain.needs import Needs
-from posttrain.options import Value
 from posttrain.parts.value_losses import SOFT
 from posttrain.players import Players, adapted_copy, check_twins
 from posttrain.policy_engine import Room, policy_engine
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe import sections
+from posttrain.recipe.part import Part
+from posttrain.recipe.sections import Value
 from posttrain.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
 from posttrain.trained import Trained
+from posttrain.training.recipe import Recipe
 from posttrain.value_checkpoints import build_value
 from posttrain.values import target_copy
 
@@ -102,7 +103,7 @@ def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -
 
 
 def load_examples(
-    part: Part, data: options.Data, tokenizer: Any, base: Path | None, numbers: Sequence[str]
+    part: Part, data: sections.Data, tokenizer: Any, base: Path | None, numbers: Sequence[str]
 ) -> Examples:
     """Given completions, with the columns of numbers that other parts read."""
     examples = part(data, tokenizer, base)

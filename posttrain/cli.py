@@ -79,10 +79,10 @@ def _set_up() -> None:
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     _set_up()
-    from posttrain.loading import load_recipe, placed
+    from posttrain.recipe.loading import load_recipe, placed
 
     recipe = load_recipe(options.recipe, overrides)
-    from posttrain.training import train  # after loading: mistakes in a recipe show at once
+    from posttrain.training.loop import train  # after loading: mistakes in a recipe show at once
 
     try:
         train(recipe, resume=options.resume)

@@ -17,12 +17,13 @@ from posttrain.engines.base import Engine, Sampling
 from posttrain.errors import DataError, NothingSelected
 from posttrain.examples.given import Examples
 from posttrain.micro_batches import blank_row
-from posttrain.options import SamplingOptions
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.part import Part
+from posttrain.recipe.sampling import SamplingRecipe
+from posttrain.recipe.sections import SamplingOptions
 from posttrain.rollout import Context, Prompts
 from posttrain.runtime import Runtime
-from posttrain.sampling_recipe import SamplingRecipe
 from posttrain.seeds import prompt_seeds
+from posttrain.training.recipe import Recipe
 from posttrain.verification import VerifierPool
 
 

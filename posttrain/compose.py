@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.part import Part
+from posttrain.training.recipe import Recipe
 
 
 def reward_batch(recipe: Recipe, batch: Batch) -> Batch:

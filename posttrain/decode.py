@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.batch import Finish
 from posttrain.collect import sampling_of, share_of_prompts
 from posttrain.data import check_columns, load_rows
@@ -26,14 +25,15 @@ from posttrain.engines.base import Completion, Engine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.guided.checks import decoder_conflicts
-from posttrain.loading import load_as, placed
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
-from posttrain.recipe import Part
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as, placed
+from posttrain.recipe.part import Part
+from posttrain.recipe.sampling import SamplingRecipe
+from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.rollout import Prompts
 from posttrain.runtime import Runtime
-from posttrain.sampling_recipe import SamplingRecipe
-from posttrain.strictyaml import Location, Overrides
 from posttrain.system.files import write_rows
 from posttrain.verification import VerifierPool
 
@@ -44,8 +44,8 @@ OUTPUTS = (".jsonl", ".parquet")
 class DecodeSettings(SamplingRecipe):
     """What is completed and verified, whatever decodes it."""
 
-    policy: options.Policy
-    data: options.Data
+    policy: sections.Policy
+    data: sections.Data
     verify: tuple[InstanceOf[Part], ...]
 
 

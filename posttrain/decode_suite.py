@@ -12,20 +12,20 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from posttrain import options
 from posttrain.data.read import find
 from posttrain.decode import DecodeRecipe, DecodeSettings
 from posttrain.errors import RecipeError, UserError
 from posttrain.guided.checks import decoder_conflicts
-from posttrain.loading import load_as, placed, read_document, read_part
-from posttrain.recipe import Part
-from posttrain.strictyaml import Document, Location, Overrides
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as, placed, read_document, read_part
+from posttrain.recipe.part import Part
+from posttrain.recipe.yaml_reader import Document, Location, Overrides
 
 PLAIN = "plain samples"
 """What the policy's own completions are called in tables and pictures."""
 
 
-@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+@dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class Decoding:
     name: str | None = None
     """In tables and pictures. Default: the name of the recipe's file, or of the decoder."""
@@ -38,7 +38,7 @@ class Decoding:
     1]}``."""
 
 
-@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+@dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class DecodeReport:
     folder: str | None = None
     """Default: ``reports/<suite's name>``. A report that is there is replaced."""

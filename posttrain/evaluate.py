@@ -13,7 +13,7 @@ from posttrain.data import Rows
 from posttrain.examples.given import Examples
 from posttrain.learner import Learner, policy_logp, reference_logp
 from posttrain.metrics import add_sums, mean_sums, preference_sums
-from posttrain.options import Evaluation
+from posttrain.recipe.sections import Evaluation
 from posttrain.runtime import Runtime
 from posttrain.seeds import prompt_seeds
 

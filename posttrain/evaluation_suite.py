@@ -10,22 +10,22 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from posttrain import options
 from posttrain.errors import RecipeError, UserError
-from posttrain.loading import load_as, placed, read_document
-from posttrain.recipe import Part, PositiveInt
-from posttrain.resolve import resolve
-from posttrain.sampling_recipe import SamplingRecipe
-from posttrain.strictyaml import Document, Location, Overrides, suggestion
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as, placed, read_document
+from posttrain.recipe.part import Part, PositiveInt
+from posttrain.recipe.resolve import resolve
+from posttrain.recipe.sampling import SamplingRecipe
+from posttrain.recipe.yaml_reader import Document, Location, Overrides, suggestion
 
 
-@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+@dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class ValueModelOptions:
     model: str
     """A value model saved by a run, or a reward or process model: local folder or hub name."""
 
 
-@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+@dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class Branches:
     """Monte-Carlo continuations of prefixes of the completions."""
 
@@ -37,7 +37,7 @@ class Branches:
     """Continuations a prefix."""
 
 
-@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+@dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class Report:
     folder: str | None = None
     """Default: ``reports/<suite's name>``. A report that is there is replaced."""
@@ -55,8 +55,8 @@ class ValueSuite(SamplingRecipe):
 
     suite: Literal["value"]
     value: ValueModelOptions
-    policy: options.Policy | None = None  # samples the completions and the branches
-    data: options.Data | None = None
+    policy: sections.Policy | None = None  # samples the completions and the branches
+    data: sections.Data | None = None
     rollouts: str | None = None  # a Parquet file that a run stored, or a folder of them, instead of sampling
     verify: tuple[InstanceOf[Part], ...] = ()
     completions: PositiveInt = 4  # a prompt

@@ -42,12 +42,13 @@ from posttrain.decode import DecodeRecipe, run_decode
 from posttrain.errors import RecipeError, UserError
 from posttrain.evaluation_suite import SUITES, run_suite
 from posttrain.labelling import LabelRecipe, run_labels
-from posttrain.loading import load_as, load_recipe, placed, read_document
-from posttrain.recipe import Checked, PositiveInt, Recipe
+from posttrain.recipe.loading import load_as, load_recipe, placed, read_document
+from posttrain.recipe.part import Checked, PositiveInt
+from posttrain.recipe.yaml_reader import Document, Location, Overrides, dotted, single, suggestion
 from posttrain.report.rounds import draw_rounds, rounds_table, stage_metrics
 from posttrain.run_folder import RunFolder, changed_settings, write_recipe
-from posttrain.strictyaml import Document, Location, Overrides, dotted, single, suggestion
-from posttrain.training import train
+from posttrain.training.loop import train
+from posttrain.training.recipe import Recipe
 
 Kind = Literal["train", "decode", "label", "eval"]
 KINDS: tuple[Kind, ...] = ("train", "decode", "label", "eval")

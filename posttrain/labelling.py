@@ -13,23 +13,23 @@ from typing import Any
 from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from posttrain import options
 from posttrain.batch import Batch
 from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import check_columns, load_rows
 from posttrain.engines.base import Engine
 from posttrain.errors import UserError
 from posttrain.examples import rollouts
-from posttrain.loading import load_as
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
-from posttrain.recipe import Part, PositiveInt
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as
+from posttrain.recipe.part import Part, PositiveInt
+from posttrain.recipe.sampling import SamplingRecipe
+from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.report.branches import BUCKETS
 from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
-from posttrain.sampling_recipe import SamplingRecipe
 from posttrain.step_labels import StepLabels, make_step_labels, to_row
-from posttrain.strictyaml import Location, Overrides
 from posttrain.system.files import write_rows
 from posttrain.verification import VerifierPool
 
@@ -38,8 +38,8 @@ from posttrain.verification import VerifierPool
 class LabelRecipe(SamplingRecipe):
     """Which completions are labelled step by step, how, and where the labels go."""
 
-    policy: options.Policy  # samples the branches, and the completions unless they are stored
-    data: options.Data | None = None  # prompts to sample completions of
+    policy: sections.Policy  # samples the branches, and the completions unless they are stored
+    data: sections.Data | None = None  # prompts to sample completions of
     rollouts: str | None = None  # what a run stored, instead: a file, or a folder of them
     verify: tuple[InstanceOf[Part], ...]
     completions: PositiveInt = 4  # a prompt
@@ -124,7 +124,7 @@ def _stored(recipe: LabelRecipe, tokenizer: Any, runtime: Runtime) -> Batch | No
     """This rank's share of the stored completions."""
     if recipe.rollouts is None:
         return None
-    examples = rollouts(options.Data(path=recipe.rollouts), tokenizer, recipe.base)
+    examples = rollouts(sections.Data(path=recipe.rollouts), tokenizer, recipe.base)
     return examples.batch(every_nth(len(examples), runtime, "rollouts"))
 
 

@@ -16,12 +16,12 @@ from posttrain.metrics import add_sums, preference_sums, reduce_means, update_su
 from posttrain.micro_batches import blank_row, length_groups, micro_batches
 from posttrain.models import Policy
 from posttrain.needs import Needs
-from posttrain.options import Optimizer, Value
 from posttrain.players import Players
-from posttrain.recipe import Recipe
+from posttrain.recipe.sections import Optimizer, Value
 from posttrain.runtime import Runtime, Update, learning_rate
 from posttrain.seeds import sample_seed
 from posttrain.trained import forward
+from posttrain.training.recipe import Recipe
 from posttrain.values import ValueModel, backed_up, polyak
 
 

@@ -13,7 +13,7 @@ from posttrain.batch import Author, Batch, Finish, Outputs, group_std
 from posttrain.parts.preference.summary import summarise
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.selection import mixed_groups
-from posttrain.recipe import Part
+from posttrain.recipe.part import Part
 from posttrain.runtime import Runtime
 
 PREFERENCE_TERMS = (pairwise, pointwise, listwise)

@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from posttrain.options import Value
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.part import Part
+from posttrain.recipe.sections import Value
 from posttrain.system.versions import versions
 from posttrain.tracking import TIMING
+from posttrain.training.recipe import Recipe
 
 ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
 

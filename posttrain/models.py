@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RecipeError
-from posttrain.options import Lora
-from posttrain.options import Policy as PolicyOptions
 from posttrain.output_layer import Shape, log_probs
+from posttrain.recipe.sections import Lora
+from posttrain.recipe.sections import Policy as PolicyOptions
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at once, in float32 elements: rows of a chunk = this / vocabulary."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from posttrain.batch import Batch, Finish, Outputs
 from posttrain.errors import RecipeError
 from posttrain.guided.checks import law_is_known
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.part import Part
+from posttrain.training.recipe import Recipe
 
 _FIELDS = frozenset(f.name for f in fields(Batch)) | frozenset(f.name for f in fields(Outputs))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import UserError
 from posttrain.models import Policy, adapter_parameters, add_adapter
-from posttrain.recipe import Recipe
+from posttrain.training.recipe import Recipe
 
 REFERENCE_ADAPTER = "reference"
 

@@ -38,8 +38,8 @@ from posttrain.errors import UserError
 from posttrain.examples.given import Examples
 from posttrain.learner import Learner, reference_logp
 from posttrain.needs import Needs
-from posttrain.recipe import Recipe
 from posttrain.system.files import sync
+from posttrain.training.recipe import Recipe
 
 SHARD_SECONDS = 30.0  # between shards: what a run that is stopped loses
 FORMAT = 1  # of the shards and of the key

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.errors import UserError
-from posttrain.options import Optimizer
+from posttrain.recipe.sections import Optimizer
 
 STATE_FILE = "trainer.pt"
 DEEPSPEED_TAG = "deepspeed"

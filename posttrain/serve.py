@@ -14,9 +14,10 @@ from posttrain.collect import sampling_of
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
-from posttrain.loading import load_as, placed
 from posttrain.models import context_length, load_tokenizer
 from posttrain.policy_engine import long_engine
+from posttrain.recipe.loading import load_as, placed
+from posttrain.recipe.yaml_reader import Overrides
 from posttrain.runtime import Runtime
 from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app
@@ -24,7 +25,6 @@ from posttrain.serving.limits import Limit
 from posttrain.serving.recipe import Server, ServeRecipe
 from posttrain.serving.served import Served
 from posttrain.serving.worker import Worker
-from posttrain.strictyaml import Overrides
 
 LONGEST = 8192
 """Default of ``engine.max_model_len`` where the model's own context is longer."""

@@ -21,7 +21,7 @@ from posttrain.batch import Batch, Finish
 from posttrain.collect import Source
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError
-from posttrain.options import CONFIG
+from posttrain.recipe.sections import CONFIG
 from posttrain.report.branches import Prefix, continue_prefixes
 from posttrain.report.tokens import Decode, steps_by_text
 from posttrain.seeds import sample_seed

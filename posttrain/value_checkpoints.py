@@ -26,20 +26,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from posttrain import options
 from posttrain.errors import RecipeError, UserError
 from posttrain.heads import Head
 from posttrain.implicit_values import ImplicitValue
 from posttrain.models import DTYPES, Policy, enable_checkpointing, load_model, merged, not_found, with_adapter
 from posttrain.parts.targets import Backup
+from posttrain.recipe import sections
 from posttrain.values import VALUE_ADAPTER, ValueModel, ValueSpec
 
 PLACE = "value.model"
 
 
 def build_value(
-    settings: options.Value,
-    policy_settings: options.Policy,
+    settings: sections.Value,
+    policy_settings: sections.Policy,
     policy: Policy | None = None,
     kind: Backup | None = None,
     beta: float | None = None,
@@ -76,7 +76,7 @@ def build_value(
     return value
 
 
-def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> ValueModel:
+def _of_its_own(settings: sections.Value, policy_settings: sections.Policy) -> ValueModel:
     source = policy_settings
     if settings.model is not None:
         source = dataclasses.replace(policy_settings, model=settings.model, revision=None)
@@ -108,9 +108,9 @@ def _of_its_own(settings: options.Value, policy_settings: options.Policy) -> Val
     return value
 
 
-def _new(model: Any, settings: options.Value, config: Any, source: options.Policy) -> ValueModel:
+def _new(model: Any, settings: sections.Value, config: Any, source: sections.Policy) -> ValueModel:
     """On a language model, or PEFT's wrapper of one, which most heads need without its output layer."""
-    text, head = config.get_text_config(), settings.head or options.Head()
+    text, head = config.get_text_config(), settings.head or sections.Head()
     spec = ValueSpec(
         head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=source.model
     )
@@ -122,7 +122,7 @@ def _new(model: Any, settings: options.Value, config: Any, source: options.Polic
     return ValueModel(backbone, Head(head, text.hidden_size, text.vocab_size, settings.members), spec)
 
 
-def _fit(value: ValueModel, settings: options.Value, name: str) -> None:
+def _fit(value: ValueModel, settings: sections.Value, name: str) -> None:
     saved = value.spec
     if settings.head is not None and settings.head != saved.head:
         raise RecipeError(
@@ -131,7 +131,7 @@ def _fit(value: ValueModel, settings: options.Value, name: str) -> None:
         )
     if settings.members not in (1, saved.members):
         raise RecipeError(f"value.members: {settings.members}, but {name!r} has {saved.members}")
-    standard = options.Value()
+    standard = sections.Value()
     changes = {
         key: getattr(settings, key)
         for key in ("reduce", "deviations")
@@ -144,8 +144,8 @@ def _fit(value: ValueModel, settings: options.Value, name: str) -> None:
     value.spec = dataclasses.replace(saved, **changes, step=None)
 
 
-def _refuse_contradictions(settings: options.Value, policy_settings: options.Policy) -> None:
-    head = settings.head or options.Head()
+def _refuse_contradictions(settings: sections.Value, policy_settings: sections.Policy) -> None:
+    head = settings.head or sections.Head()
     problems = {
         "value.share: needs `policy.lora`: the adapters stand on weights that nobody trains": (
             settings.share and policy_settings.lora is None
@@ -180,7 +180,7 @@ def _refuse_contradictions(settings: options.Value, policy_settings: options.Pol
         raise RecipeError(found)
 
 
-def _refuse_other_tokens(model: str, policy_settings: options.Policy) -> None:
+def _refuse_other_tokens(model: str, policy_settings: sections.Policy) -> None:
     """A value model reads the policy's token ids, so these must mean the same to both."""
     trust = policy_settings.trust_remote_code
     try:
@@ -225,7 +225,7 @@ def load_value(
     Raises:
         UserError: where there is no such model, or it has no value head.
     """
-    source = options.Policy(
+    source = sections.Policy(
         model=str(path),
         attention=attention,  # pyright: ignore[reportArgumentType]  # checked by pydantic
         revision=revision,
@@ -241,7 +241,7 @@ def load_value(
 
 
 def _with_its_head(
-    source: options.Policy, dtype: torch.dtype, wanted: options.Head | None, place: str
+    source: sections.Policy, dtype: torch.dtype, wanted: sections.Head | None, place: str
 ) -> ValueModel | None:
     """A model with the head it brings; None for a language model, which brings none. ``place``: where it was named."""
     try:
@@ -275,7 +275,7 @@ def _with_its_head(
     return _assembled(model, spec, weight, bias, f"{place}: {source.model!r}")
 
 
-def _base_of(spec: ValueSpec, source: options.Policy, dtype: torch.dtype, place: str) -> Policy:
+def _base_of(spec: ValueSpec, source: sections.Policy, dtype: torch.dtype, place: str) -> Policy:
     """The model that an implicit value is compared with."""
     where = f"{place}: what the implicit value {source.model!r} is compared with"
     if spec.base is None:
@@ -284,7 +284,7 @@ def _base_of(spec: ValueSpec, source: options.Policy, dtype: torch.dtype, place:
     return Policy(load_model(of_base, dtype=dtype, place=where))
 
 
-def _load(kind: Any, source: options.Policy, dtype: torch.dtype, place: str) -> PreTrainedModel:
+def _load(kind: Any, source: sections.Policy, dtype: torch.dtype, place: str) -> PreTrainedModel:
     try:
         return kind.from_pretrained(
             source.model,
@@ -320,14 +320,14 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _foreign_spec(
-    weight: Tensor, bias: Tensor, wanted: options.Head | None, whose: str
+    weight: Tensor, bias: Tensor, wanted: sections.Head | None, whose: str
 ) -> tuple[ValueSpec, Tensor, Tensor]:
     if len(weight) == 2:  # wrong, right: the probability of right is the sigmoid of the logits' difference
-        return ValueSpec(head=options.Head(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
+        return ValueSpec(head=sections.Head(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
     if len(weight) != 1:
         raise RecipeError(f"{whose} puts out {len(weight)} numbers a token; a process model has 1 or 2")
     one_output = wanted is not None and wanted.type in ("scalar", "bernoulli")
-    return ValueSpec(head=wanted if one_output and wanted is not None else options.Head()), weight, bias
+    return ValueSpec(head=wanted if one_output and wanted is not None else sections.Head()), weight, bias
 
 
 def _assembled(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, whose: str) -> ValueModel:

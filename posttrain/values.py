@@ -23,21 +23,21 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from posttrain import options
 from posttrain.batch import identity
 from posttrain.heads import Head, bin_centres
 from posttrain.models import Policy, active_adapter, adapter_parameters, add_adapter, chunk_rows
 from posttrain.parts.targets import Backup, Reduction, backup, reduce_members
+from posttrain.recipe import sections
 
 VALUE_ADAPTER = "value"
 """Name of a value model's adapter, on weights of its own or the policy's."""
 
 
-@dataclass(config=options.CONFIG, kw_only=True, frozen=True)
+@dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class ValueSpec:
     """What a value model's numbers mean; saved with it."""
 
-    head: options.Head = field(default_factory=options.Head)
+    head: sections.Head = field(default_factory=sections.Head)
     kind: Backup = "mean"
     """How the value of a state follows from those of the next states: their mean, beta log E exp(./beta), ..."""
     beta: float | None = None

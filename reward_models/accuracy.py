@@ -10,12 +10,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain import options
 from posttrain.data.problems import Problems, shown
 from posttrain.data.read import Source, read
 from posttrain.data.rows import with_columns
 from posttrain.errors import DataError
-from posttrain.strictyaml import suggestion
+from posttrain.recipe import sections
+from posttrain.recipe.yaml_reader import suggestion
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -59,7 +59,7 @@ Comparer = Callable[[Sequence[tuple[Any, str, str]]], Float[Tensor, " P"]]
 """Pairs to the probability that the first is better, such as ``pairwise_judge(...).probabilities``."""
 
 
-def read_pairs(data: options.Data, base: Path | None = None) -> list[dict[str, Any]]:
+def read_pairs(data: sections.Data, base: Path | None = None) -> list[dict[str, Any]]:
     """Rows of a preference set in RewardBench's format; without ``subset`` all are of one.
 
     Raises:

@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain import options
 from posttrain.batch import Batch, seq_sum
 from posttrain.micro_batches import length_groups
 from posttrain.models import DTYPES, Policy, load_model
+from posttrain.recipe import sections
 from reward_models.loading import check_model, check_vocabulary, device
 
 
 @functools.cache
 def language_model(model: str, dtype: str) -> Policy:
     """A language model on this process's device, frozen."""
-    loaded = load_model(options.Policy(model=model), dtype=DTYPES[dtype])
+    loaded = load_model(sections.Policy(model=model), dtype=DTYPES[dtype])
     return Policy(loaded).requires_grad_(False).eval().to(device())
 
 

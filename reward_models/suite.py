@@ -15,14 +15,14 @@ from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from posttrain import options
 from posttrain.batch import Batch, seq_sum
 from posttrain.data.read import find
 from posttrain.errors import DataError, RecipeError
-from posttrain.loading import load_as
-from posttrain.recipe import Checked, Part
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as
+from posttrain.recipe.part import Checked, Part
+from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.stored_rollouts import read_rollouts
-from posttrain.strictyaml import Location, Overrides
 from reward_models.accuracy import accuracy, compare_pairs, read_pairs, score_pairs
 from reward_models.curves import best_of_n_curve, draw_curve, moments, overoptimisation
 
@@ -33,7 +33,7 @@ class RewardSuite(Checked):
 
     suite: Literal["reward"]
     reward: tuple[InstanceOf[Part], ...]
-    data: options.Data | None = None  # pairs in RewardBench's format: prompt, chosen, rejected, subset
+    data: sections.Data | None = None  # pairs in RewardBench's format: prompt, chosen, rejected, subset
     rollouts: str | None = None  # completions with the verifiers' scores, the gold rewards: a file, or a folder of them
     sizes: tuple[int, ...] = field(
         default=(1, 2, 4, 8, 16, 32, 64)

@@ -143,7 +143,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: P
 @pytest.fixture(scope="session")
 def policy_options(tiny_model_folder: Path):
     """The tiny model as a recipe's ``policy:``."""
-    from posttrain.options import Policy
+    from posttrain.recipe.sections import Policy
 
     return Policy(model=str(tiny_model_folder))
 

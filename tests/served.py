@@ -13,7 +13,7 @@ import openai
 import uvicorn
 import yaml
 
-from posttrain.loading import load_as
+from posttrain.recipe.loading import load_as
 from posttrain.serve import application, listening
 from posttrain.serving.recipe import ServeRecipe
 from posttrain.serving.served import Served

@@ -11,9 +11,10 @@ from parts_cases import close, moved_outputs, rough_batch
 
 from posttrain.batch import Batch
 from posttrain.compose import credit, reward_batch, total_loss
-from posttrain.loading import load_recipe
 from posttrain.parts import losses, normalisers, rewards, weighting
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.loading import load_recipe
+from posttrain.recipe.part import Part
+from posttrain.training.recipe import Recipe
 
 GRPO = Path(__file__).parent.parent / "recipes" / "rl" / "grpo.yaml"
 

@@ -16,8 +16,8 @@ import pytest
 from posttrain import cli, verifiers
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.errors import DataError
-from posttrain.options import Data
-from posttrain.recipe import Part
+from posttrain.recipe.part import Part
+from posttrain.recipe.sections import Data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i), "level": i} for i in range(5)]
@@ -469,7 +469,7 @@ def takes_all(completions, **columns):
 
 
 def test_the_example_data_fits_the_example_verifiers(tokenizer) -> None:
-    from posttrain.loading import load_recipe
+    from posttrain.recipe.loading import load_recipe
 
     recipe = load_recipe(EXAMPLES / "own_verifier.yaml")
     rows = load_rows(recipe.data, base=EXAMPLES, tokenizer=tokenizer)

@@ -19,7 +19,6 @@ from served import recipe_file, serving
 from tiny_values import save_random_value
 from transformers import AutoTokenizer
 
-from posttrain import options
 from posttrain.batch import Finish, Outputs
 from posttrain.cli import main
 from posttrain.decode import DecodeRecipe, run_decode, to_row
@@ -32,12 +31,14 @@ from posttrain.guided import decoders, scores
 from posttrain.guided.checks import named_models
 from posttrain.guided.context import DecoderContext
 from posttrain.guided.finals import mathematics, vote
-from posttrain.loading import load_as, load_recipe
 from posttrain.needs import find_needs
 from posttrain.parts.weighting import truncated_importance
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as, load_recipe
+from posttrain.recipe.part import Part
 from posttrain.rollout import Context, Prompts, single_turn
 from posttrain.stored_rollouts import read_rollouts
+from posttrain.training.recipe import Recipe
 from posttrain.values import ValueSpec
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))
@@ -239,8 +240,8 @@ def test_a_training_recipe_with_a_decoder_is_written_and_read_again(tmp_path):
 # ------------------------------------------------------------------------------------------------- on real engines
 
 SPECS = {
-    "scalar": ValueSpec(head=options.Head(type="scalar"), shift=2.0, scale=0.1),  # above 0, as FUDGE needs it
-    "per_token": ValueSpec(head=options.Head(type="per_token"), kind="soft", beta=0.5),
+    "scalar": ValueSpec(head=sections.Head(type="scalar"), shift=2.0, scale=0.1),  # above 0, as FUDGE needs it
+    "per_token": ValueSpec(head=sections.Head(type="per_token"), kind="soft", beta=0.5),
 }
 SOFT = ("smc", "svdd", "twisted_smc", "sis")
 PER_TOKEN = (*SOFT, "cd_token")
@@ -355,7 +356,7 @@ def test_a_mean_value_where_the_tilted_law_is_promised_is_told(tmp_path, saved, 
 @pytest.fixture(scope="module")
 def vllm_engine(tiny_model_folder: Path):
     pytest.importorskip("vllm")
-    engine_options = options.EngineOptions(use="vllm", cache_mb=64, max_concurrent=64)
+    engine_options = sections.EngineOptions(use="vllm", cache_mb=64, max_concurrent=64)
     made = make_engine(tiny_model_folder, engine_options, dtype="float32", max_model_len=96)
     yield made
     made.close()

@@ -18,7 +18,7 @@ from posttrain.decode import to_row
 from posttrain.decode_suite import PLAIN, Variant, read_suite
 from posttrain.guided import decoders
 from posttrain.guided.context import DecoderContext
-from posttrain.recipe import Part
+from posttrain.recipe.part import Part
 from posttrain.report.frontier import cells, grouped_mean, to_point
 
 ROOT = Path(__file__).parent.parent

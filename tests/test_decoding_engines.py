@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from posttrain import options
 from posttrain.batch import Finish
 from posttrain.decoding.cached_values import CachedValueScore, value_score
 from posttrain.decoding.editing import Edited
@@ -29,7 +28,8 @@ from posttrain.decoding.tree import TreeSearch, sampled_steps, top_tokens
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine, Sampling
 from posttrain.heads import Head
-from posttrain.options import EngineOptions
+from posttrain.recipe import sections
+from posttrain.recipe.sections import EngineOptions
 from posttrain.values import ValueModel, ValueSpec
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 60)), [5, 6, 7, 8, 200]]
@@ -71,7 +71,7 @@ def tuned(model):
 
 def make_value_model(folder: Path, kind: str = "scalar") -> ValueModel:
     """A value model on the tiny decoder, with random weights in its head."""
-    spec = ValueSpec(head=options.Head(type=kind), shift=0.5, scale=2.0)
+    spec = ValueSpec(head=sections.Head(type=kind), shift=0.5, scale=2.0)
     head = Head(spec.head, 64, 261)
     torch.manual_seed(2)
     nn.init.normal_(head.linear.weight, std=0.3)

@@ -26,7 +26,7 @@ from posttrain.engines.sampling import draw, filters, inverse_cdf, uniforms
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.engines.weights import checksum, load_verified
 from posttrain.errors import RecipeError
-from posttrain.options import EngineOptions
+from posttrain.recipe.sections import EngineOptions
 from posttrain.seeds import sample_seed
 
 MAX_MODEL_LEN = 160
@@ -532,7 +532,7 @@ import sys
 import torch
 from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
-from posttrain.options import EngineOptions
+from posttrain.recipe.sections import EngineOptions
 
 def greedy(model, **source):
     options = EngineOptions(use=sys.argv[1], cache_mb=16, max_concurrent=8)

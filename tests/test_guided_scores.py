@@ -14,7 +14,6 @@ from test_decoding_scores import Strata, as_world, expected, quarters
 from tiny_values import save_random_value
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from posttrain import options
 from posttrain.decode import DecodeRecipe
 from posttrain.decoding.particles import tilted
 from posttrain.decoding.population import Population
@@ -23,8 +22,9 @@ from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.guided import decoders, scores
 from posttrain.guided.context import DecoderContext
-from posttrain.loading import load_as
-from posttrain.recipe import Part
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as
+from posttrain.recipe.part import Part
 from posttrain.values import ValueSpec
 from reward_models import outcome
 
@@ -179,7 +179,7 @@ def test_a_reward_part_that_reads_no_texts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Path, tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    save_random_value(tmp_path / "reward", tiny_model_folder, ValueSpec(head=options.Head(type="scalar")))
+    save_random_value(tmp_path / "reward", tiny_model_folder, ValueSpec(head=sections.Head(type="scalar")))
     context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
     score = score_of(tmp_path, f"{{use: text, of: {{use: outcome, model: {tmp_path / 'reward'}, input: text}}}}")(
         context
@@ -194,7 +194,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Pat
 def test_a_process_model_scores_completions_by_their_steps(tmp_path: Path, tiny_model_folder: Path) -> None:
     """At the last token of every step: what a plain forward pass says of the text that ends there."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    save_random_value(tmp_path / "prm", tiny_model_folder, ValueSpec(head=options.Head(type="bernoulli")), std=0.03)
+    save_random_value(tmp_path / "prm", tiny_model_folder, ValueSpec(head=sections.Head(type="bernoulli")), std=0.03)
     context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
 
     def scores_by(aggregate: str, completions: list[str]) -> list[float]:

@@ -21,12 +21,12 @@ from posttrain.errors import RecipeError, UserError
 from posttrain.implicit_values import ImplicitValue
 from posttrain.models import build_policy, save_model
 from posttrain.needs import find_needs
-from posttrain.options import Head, Lora, Value
-from posttrain.options import Policy as PolicyOptions
 from posttrain.parts.credit import last_chosen
 from posttrain.parts.rewards import value_gain
 from posttrain.parts.targets import outcome_label
 from posttrain.parts.value_losses import bce
+from posttrain.recipe.sections import Head, Lora, Value
+from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics

@@ -9,8 +9,8 @@ import pytest
 
 from posttrain.decode import DecodeRecipe
 from posttrain.iterate import IterateRecipe, Stage
-from posttrain.loading import load_as, load_recipe
-from posttrain.recipe import Recipe
+from posttrain.recipe.loading import load_as, load_recipe
+from posttrain.training.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"

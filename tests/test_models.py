@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain import models
 from posttrain.errors import RecipeError
 from posttrain.models import Policy, build_policy, load_tokenizer, save_model
-from posttrain.options import Lora
-from posttrain.options import Policy as PolicyOptions
+from posttrain.recipe.sections import Lora
+from posttrain.recipe.sections import Policy as PolicyOptions
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 
 from posttrain.errors import RecipeError
 from posttrain.needs import find_needs
-from posttrain.options import Data, Policy
 from posttrain.parts import advantages, losses, normalisers, rewards
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.part import Part
+from posttrain.recipe.sections import Data, Policy
+from posttrain.training.recipe import Recipe
 
 
 def part(function, **options) -> Part:

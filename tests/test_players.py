@@ -21,14 +21,14 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
 from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError, RecipeError, UserError
-from posttrain.loading import load_recipe
 from posttrain.models import Policy, build_policy
-from posttrain.options import EngineOptions, Lora
-from posttrain.options import Policy as PolicyOptions
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
-from posttrain.recipe import Recipe
+from posttrain.recipe.loading import load_recipe
+from posttrain.recipe.sections import EngineOptions, Lora
+from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.rollout import Context, Prompts, against, beside_given
-from posttrain.training import ids_of
+from posttrain.training.loop import ids_of
+from posttrain.training.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "preference"
 

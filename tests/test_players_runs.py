@@ -14,10 +14,10 @@ from test_preference_recipes_run import small
 
 from posttrain.errors import UserError
 from posttrain.models import build_policy
-from posttrain.options import Policy
 from posttrain.players import weights_of
+from posttrain.recipe.sections import Policy
 from posttrain.tracking import read_metrics
-from posttrain.training import train
+from posttrain.training.loop import train
 
 pytestmark = pytest.mark.engine
 

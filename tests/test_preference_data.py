@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain import cli, examples, options
+from posttrain import cli, examples
 from posttrain.batch import Finish
 from posttrain.errors import DataError
 from posttrain.examples.given import Given
 from posttrain.examples.groups import convert, cut_completions, fit, merge_annotators, pairs_of, repeat_votes
+from posttrain.recipe import sections
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def make(tmp_path: Path, tokenizer):
     def make(part, rows, *, data=None, **chosen):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return part(options.Data(path=str(path), **(data or {})), tokenizer, None, **chosen)
+        return part(sections.Data(path=str(path), **(data or {})), tokenizer, None, **chosen)
 
     return make
 

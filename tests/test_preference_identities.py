@@ -26,7 +26,7 @@ from posttrain.parts.preference import (
     scores,
 )
 from posttrain.parts.preference.terms import listwise, pairwise
-from posttrain.resolve import check_options, positional
+from posttrain.recipe.resolve import check_options, positional
 
 
 @pytest.mark.parametrize(

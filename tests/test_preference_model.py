@@ -12,14 +12,14 @@ from conftest import make_random_batch
 from posttrain.batch import Batch, Outputs
 from posttrain.compose import total_loss
 from posttrain.models import Policy, build_policy
-from posttrain.options import Lora
-from posttrain.options import Policy as PolicyOptions
 from posttrain.parts.normalisers import group_mean_of_token_sum
 from posttrain.parts.preference import list_targets, pair_links, pair_targets, point_links, scores
 from posttrain.parts.preference.regularisers import nll
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
-from posttrain.recipe import Part
-from posttrain.resolve import inner_slots, positional
+from posttrain.recipe.part import Part
+from posttrain.recipe.resolve import inner_slots, positional
+from posttrain.recipe.sections import Lora
+from posttrain.recipe.sections import Policy as PolicyOptions
 
 RECIPES = {
     "DPO": [Part.of(pairwise, beta=0.1)],

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reward_models
 from posttrain.errors import DataError, RecipeError
-from posttrain.resolve import import_file
-from posttrain.training import train
+from posttrain.recipe.resolve import import_file
+from posttrain.training.loop import train
 from reward_models.preference import question
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "preference"

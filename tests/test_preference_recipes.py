@@ -12,23 +12,24 @@ import torch
 from conftest import make_random_batch
 from preference_cases import preferences
 
-from posttrain import cli, examples, models, options
+from posttrain import cli, examples, models
 from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.compose import with_baseline
 from posttrain.errors import DataError, RecipeError
 from posttrain.examples.given import GivenExamples
 from posttrain.learner import score
-from posttrain.loading import load_recipe
 from posttrain.micro_batches import micro_batches
 from posttrain.needs import find_needs
-from posttrain.options import Lora
-from posttrain.options import Policy as PolicyOptions
 from posttrain.parts.preference import games, regularisers, scores
-from posttrain.recipe import Recipe
-from posttrain.resolve import import_file
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_recipe
+from posttrain.recipe.resolve import import_file
+from posttrain.recipe.sections import Lora
+from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
 from posttrain.trained import forward
+from posttrain.training.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in (RECIPES / "preference").glob("*.yaml"))
@@ -232,7 +233,7 @@ def test_the_given_completion_comes_first() -> None:
 def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> GivenExamples:
     rows = [{"prompt": p, "completion": f"{p}{i}" * (i + 1), "label": i % 2 == 0} for i, p in enumerate(prompts)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = options.Data(path=str(folder / "rows.jsonl"))
+    data = sections.Data(path=str(folder / "rows.jsonl"))
     found = examples.rated(data, tokenizer, None, mismatched=True, **chosen)
     assert isinstance(found, GivenExamples)
     return found
@@ -292,7 +293,7 @@ def test_a_step_is_a_pair_behind_the_steps_before_it(tmp_path: Path, tokenizer: 
     found = module.pair(row)
     assert found["prompt"].endswith("<|im_start|>assistant\nStep 1: 1+1=2.\nStep 2: ") and "{}" in found["prompt"]
     (tmp_path / "rows.jsonl").write_text(json.dumps(found) + "\n")
-    data = options.Data(path=str(tmp_path / "rows.jsonl"), chat=False)
+    data = sections.Data(path=str(tmp_path / "rows.jsonl"), chat=False)
     batch = examples.pairs(data, tokenizer, None).batch([0])
     chosen = batch.tokens[0][batch.mask[0]].tolist()
     assert tokenizer.decode(chosen) == "2+1=3." and tokenizer.eos_token_id not in chosen
@@ -300,7 +301,7 @@ def test_a_step_is_a_pair_behind_the_steps_before_it(tmp_path: Path, tokenizer: 
 
 def test_ratings_may_be_the_rewards_of_a_pair(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(PLAIN[0] | {"good": 4, "bad": 2.5}) + "\n")
-    data = options.Data(path=str(tmp_path / "rows.jsonl"))
+    data = sections.Data(path=str(tmp_path / "rows.jsonl"))
     batch: Batch = examples.pairs(data, tokenizer, None, scores=("good", "bad")).batch([0])
     assert batch.reward.tolist() == batch.score.tolist() == [4.0, 2.5]
 

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 
 from posttrain.batch import seq_mean
 from posttrain.examples import pairs
-from posttrain.loading import load_recipe
 from posttrain.models import build_policy
-from posttrain.options import Data, Policy
-from posttrain.recipe import Recipe
+from posttrain.recipe.loading import load_recipe
+from posttrain.recipe.sections import Data, Policy
 from posttrain.tracking import read_metrics
-from posttrain.training import train
+from posttrain.training.loop import train
+from posttrain.training.recipe import Recipe
 
 pytestmark = pytest.mark.engine
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain import load_recipe
 from posttrain.errors import UserError
 from posttrain.models import Policy
-from posttrain.options import Optimizer
 from posttrain.quickstart.__main__ import clear, find_recipe, start_folder
 from posttrain.quickstart.imitation import Example, fit, negative_log_likelihood, pad, shuffled_batches
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.problems import Problem, draw, estimated, worked_out
 from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, read_rows, write_problems
+from posttrain.recipe.sections import Optimizer
 from posttrain.verifiers.mathematics import math
 
 TOKENIZER = make_tokenizer()
@@ -171,7 +171,7 @@ def test_every_row_comes_once_before_any_comes_again():
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_recipe_runs_two_steps_from_the_start_it_was_given(start: Start, tmp_path: Path, engine: str):
     from posttrain.quickstart.story import answers, compare
-    from posttrain.training import train
+    from posttrain.training.loop import train
 
     if engine == "vllm":
         pytest.importorskip("vllm")

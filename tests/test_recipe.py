@@ -17,14 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import posttrain
-from posttrain import options
 from posttrain.cli import main
 from posttrain.errors import RecipeError
-from posttrain.loading import load_recipe
 from posttrain.parts import advantages, losses
-from posttrain.recipe import Part, Recipe, RecipeConflict
-from posttrain.resolve import resolve
-from posttrain.strictyaml import parse
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_recipe
+from posttrain.recipe.part import Part, RecipeConflict
+from posttrain.recipe.resolve import resolve
+from posttrain.recipe.yaml_reader import parse
+from posttrain.training.recipe import Recipe
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 TRAINING = sorted(path for folder in (".", "rl", "value", "preference") for path in (SHIPPED / folder).glob("*.yaml"))
@@ -168,7 +169,7 @@ def test_overrides_win_and_enter_lists(recipe):
     r = load_recipe(recipe(), [*arguments, "--advantage={use: returns, gamma: 0.9}"])
     assert r.loss[0].options == {"low": 0.2, "high": 0.3}
     assert r.optimizer.betas == (0.9, 0.95)
-    assert r.policy.lora == options.Lora(rank=8)
+    assert r.policy.lora == sections.Lora(rank=8)
     assert r.data.system == "a b"
     assert r.advantage.name == "returns" and r.advantage.options == {"gamma": 0.9}
 
@@ -261,18 +262,18 @@ def test_a_recipe_in_python_is_the_one_in_yaml(recipe):
     from posttrain.verifiers import math as math_verifier
 
     r = Recipe(
-        policy=options.Policy(model="some/model"),
-        data=options.Data(path="some/data"),
+        policy=sections.Policy(model="some/model"),
+        data=sections.Data(path="some/data"),
         verify=(Part.of(math_verifier),),
         advantage=Part.of(advantages.outcome, scale="group"),
         loss=(Part.of(losses.clip, low=0.2, high=0.28), Part.of(losses.kl, settings={"coef": 1e-3})),
-        sampling=options.SamplingOptions(max_tokens=64),
-        optimizer=options.Optimizer(learning_rate=1e-5),
+        sampling=sections.SamplingOptions(max_tokens=64),
+        optimizer=sections.Optimizer(learning_rate=1e-5),
         steps=3,
     )
     assert r.resolved == load_recipe(recipe()).resolved
     with pytest.raises(RecipeConflict, match=r"sampling\.top_p: 0\.9 cuts the distribution"):
-        dataclasses.replace(r, sampling=options.SamplingOptions(top_p=0.9))
+        dataclasses.replace(r, sampling=sections.SamplingOptions(top_p=0.9))
     with pytest.raises(ValueError, match="steps"):
         dataclasses.replace(r, steps=0)
 

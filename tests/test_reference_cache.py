@@ -16,10 +16,10 @@ from posttrain.assembly import build_learner, load_material, with_cached_referen
 from posttrain.collect import draw_examples
 from posttrain.errors import UserError
 from posttrain.learner import score
-from posttrain.loading import load_recipe
 from posttrain.micro_batches import micro_batches
 from posttrain.needs import find_needs
 from posttrain.parts.preference.scores import log_ratio
+from posttrain.recipe.loading import load_recipe
 from posttrain.reference_cache import ReferencedExamples, first_draws, schedule_of
 from posttrain.runtime import Runtime
 from posttrain.trained import forward

@@ -13,18 +13,18 @@ from runs import environment, launch
 from safetensors.numpy import load_file
 from test_reference_cache import PAIRS, rows, shards, write
 
-from posttrain.loading import load_recipe
+from posttrain.recipe.loading import load_recipe
 from posttrain.reference_cache import read_shards
 from posttrain.tracking import read_metrics
-from posttrain.training import train
+from posttrain.training.loop import train
 
 pytestmark = pytest.mark.engine
 
 KILLED = """
 import sys, time
 from posttrain import reference_cache
-from posttrain.loading import load_recipe
-from posttrain.training import train
+from posttrain.recipe.loading import load_recipe
+from posttrain.training.loop import train
 reference_cache.SHARD_SECONDS = 0.0
 original = reference_cache.reference_logp
 def slowly(*arguments):

@@ -19,14 +19,14 @@ from transformers import (
 )
 
 import reward_models
-from posttrain import options
 from posttrain.batch import Batch, Finish
 from posttrain.engines.base import Completion
 from posttrain.errors import RecipeError, UserError
 from posttrain.heads import Head
-from posttrain.loading import load_recipe
 from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_recipe
 from posttrain.rollout import Prompts, to_batch
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.value_checkpoints import save_value
@@ -70,7 +70,7 @@ def folders(tiny_model_folder: Path, tmp_path_factory, tokenizer):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
     language_model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    spec = ValueSpec(head=options.Head(type="bernoulli"))
+    spec = ValueSpec(head=sections.Head(type="bernoulli"))
     head = Head(spec.head, 64, len(tokenizer))
     torch.nn.init.normal_(head.linear.weight, std=0.3)
     save_value(ValueModel(language_model.get_decoder(), head, spec), tokenizer, home / "value")

@@ -12,11 +12,11 @@ import torch
 from runs import write_run
 from safetensors.torch import load_file
 
-from posttrain.loading import load_recipe
-from posttrain.recipe import Recipe
+from posttrain.recipe.loading import load_recipe
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
-from posttrain.training import train
+from posttrain.training.loop import train
+from posttrain.training.recipe import Recipe
 
 pytestmark = pytest.mark.engine
 RECIPES = Path(__file__).parent.parent / "recipes"

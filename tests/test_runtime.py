@@ -9,7 +9,7 @@ import torch
 
 from posttrain.errors import UserError, VerifierError
 from posttrain.micro_batches import length_groups, micro_batches
-from posttrain.options import Optimizer
+from posttrain.recipe.sections import Optimizer
 from posttrain.runtime import Runtime, _portable, learning_rate, refuse_hidden_single_process, refuse_lost_processes
 
 

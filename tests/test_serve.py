@@ -28,7 +28,6 @@ from served import MESSAGES, Server, recipe_file, serving
 from tiny_values import save_random_value
 from transformers import AutoModelForCausalLM
 
-from posttrain import options
 from posttrain.cli import main
 from posttrain.decoding.nodes import best_first
 from posttrain.decoding.particles import tilted
@@ -38,7 +37,8 @@ from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch
 from posttrain.engines.base import Progress, Sampling
 from posttrain.engines.stepping import SteppingEngine
-from posttrain.loading import load_as
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as
 from posttrain.seeds import FreshSeeds
 from posttrain.serve import listening
 from posttrain.serving.errors import ApiError
@@ -58,7 +58,7 @@ LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
 @pytest.fixture(scope="module")
 def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A value model on the tiny decoder, with random weights in its head."""
-    spec = ValueSpec(head=options.Head(type="scalar"), shift=0.5, scale=2.0)
+    spec = ValueSpec(head=sections.Head(type="scalar"), shift=0.5, scale=2.0)
     return save_random_value(tmp_path_factory.mktemp("value"), tiny_model_folder, spec)
 
 

@@ -12,16 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain import examples, options
+from posttrain import examples
 from posttrain.batch import Finish
 from posttrain.collect import Source
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError
 from posttrain.labelling import run_labels
-from posttrain.loading import RecipeError
 from posttrain.models import load_tokenizer
-from posttrain.recipe import Part
+from posttrain.recipe import sections
+from posttrain.recipe.loading import RecipeError
+from posttrain.recipe.part import Part
 from posttrain.rollout import Prompts, single_turn, to_batch
 from posttrain.step_labels import Solution, StepLabels, binary_search, cut, find_solutions, make_step_labels, to_row
 from posttrain.stored_rollouts import write_rollouts
@@ -161,8 +162,8 @@ def test_labels_from_a_file_to_examples(tmp_path: Path, tiny_model_folder: Path,
     path = run_labels("labels.yaml", ["--label.estimate=soft"])
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert f"{len(written)} of 24 completions labelled" in capsys.readouterr().out
-    tokenizer = load_tokenizer(options.Policy(model=str(tiny_model_folder)))
-    found = examples.stepwise(options.Data(path=str(path)), tokenizer, None, separator=" ")
+    tokenizer = load_tokenizer(sections.Policy(model=str(tiny_model_folder)))
+    found = examples.stepwise(sections.Data(path=str(path)), tokenizer, None, separator=" ")
     batch = found.batch(range(len(found)))
     for i, row in enumerate(written):
         assert len(row["completions"]) == len(row["labels"]) == len(row["estimates"]) == len(row["branches"])

@@ -12,7 +12,7 @@ from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
 from posttrain.engines.base import Aborted, Completion, Progress, Request, Sampling
-from posttrain.options import EngineOptions
+from posttrain.recipe.sections import EngineOptions
 from posttrain.seeds import sample_seed
 
 WORLD = make_world()

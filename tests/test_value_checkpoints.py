@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.options import Head as HeadOptions
-from posttrain.options import Lora, Value
-from posttrain.options import Policy as PolicyOptions
+from posttrain.recipe.sections import Head as HeadOptions
+from posttrain.recipe.sections import Lora, Value
+from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.value_checkpoints import build_value, load_value, save_value
 from posttrain.values import (
     ValueSpec,

@@ -14,10 +14,10 @@ from transformers import (
 
 from posttrain import models
 from posttrain.models import Policy, active_adapter, build_policy, save_model, selected_adapter
-from posttrain.options import Head as HeadOptions
-from posttrain.options import Lora, Value
-from posttrain.options import Policy as PolicyOptions
 from posttrain.parts.targets import backup, reduce_members
+from posttrain.recipe.sections import Head as HeadOptions
+from posttrain.recipe.sections import Lora, Value
+from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.value_checkpoints import build_value
 from posttrain.values import (
     Moments,

@@ -77,12 +77,12 @@ def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFacto
     """A saved value model of the tiny policy, with a head of random weights."""
     from transformers import AutoTokenizer
 
-    from posttrain import options
+    from posttrain.recipe import sections
     from posttrain.value_checkpoints import build_value, save_value
 
     torch.manual_seed(1)
-    head = options.Head(type="bernoulli")
-    model = build_value(options.Value(head=head), options.Policy(model=str(tiny_model_folder)))
+    head = sections.Head(type="bernoulli")
+    model = build_value(sections.Value(head=head), sections.Policy(model=str(tiny_model_folder)))
     torch.nn.init.normal_(model.head.linear.weight, std=0.1)
     folder = tmp_path_factory.mktemp("value")
     save_value(model, AutoTokenizer.from_pretrained(tiny_model_folder), folder)

@@ -15,8 +15,8 @@ import pytest
 
 from posttrain import verifiers
 from posttrain.errors import UserError, VerifierError
-from posttrain.recipe import Part
-from posttrain.resolve import resolve
+from posttrain.recipe.part import Part
+from posttrain.recipe.resolve import resolve
 from posttrain.verification import Verdict, VerifierPool
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -411,8 +411,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, user_fil
     script = tmp_path / "run.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from posttrain.recipe import Part\n"
-        "from posttrain.resolve import resolve\n"
+        "from posttrain.training.recipe import Part\n"
+        "from posttrain.recipe.resolve import resolve\n"
         "from posttrain.verification import VerifierPool\n"
         "if __name__ == '__main__':\n"
         f"    spec = '{user_file}:dies'\n"

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.heads import Head
 from posttrain.models import Policy, build_policy
-from posttrain.options import Lora, Value
-from posttrain.options import Policy as PolicyOptions
+from posttrain.recipe.sections import Lora, Value
+from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.value_checkpoints import build_value, save_value
 from posttrain.values import ValueModel, ValueSpec
 

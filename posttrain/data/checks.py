@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posttrain.data.problems import Problems, shown
-from posttrain.recipe import Part
-from posttrain.strictyaml import suggestion
+from posttrain.recipe.part import Part
+from posttrain.recipe.yaml_reader import suggestion
 from posttrain.verification.signature import NOT_COLUMNS, signature_of
 
 if TYPE_CHECKING:

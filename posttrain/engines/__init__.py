@@ -7,7 +7,7 @@ from pathlib import Path
 
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.options import EngineOptions
+from posttrain.recipe.sections import EngineOptions
 
 
 def make_engine(

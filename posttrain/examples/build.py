@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
@@ -17,6 +16,7 @@ from posttrain.examples.columns import clean, need, read_finishes
 from posttrain.examples.encode import Encoded, Written, encode, turn_ids
 from posttrain.examples.given import Given, GivenExamples, with_mismatched
 from posttrain.examples.groups import Group, Into, TooLong, convert, distinct, fit
+from posttrain.recipe import sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Wanted:
 
 
 def completions(
-    rows: Rows, data: options.Data, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
+    rows: Rows, data: sections.Data, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
 ) -> Iterator[Given]:
     """A column's completions, encoded, in the order of the rows."""
     need(rows, (column,))

@@ -16,7 +16,7 @@ from posttrain.data.problems import Problems, shown
 from posttrain.data.read import Source
 from posttrain.data.rows import Rows, without_nulls
 from posttrain.errors import DataError
-from posttrain.strictyaml import suggestion
+from posttrain.recipe.yaml_reader import suggestion
 
 REWARD_COLUMNS = ("reward", "score", "label")
 

@@ -16,7 +16,7 @@ from posttrain.batch import Batch, Finish
 from posttrain.data.left_out import LeftOut
 from posttrain.data.problems import Problems, shown
 from posttrain.errors import DataError
-from posttrain.strictyaml import suggestion
+from posttrain.recipe.yaml_reader import suggestion
 
 
 class Examples(Protocol):

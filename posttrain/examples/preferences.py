@@ -9,7 +9,6 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.data.read import read
 from posttrain.data.rows import tokenise_rows, with_columns
 from posttrain.errors import DataError
@@ -26,10 +25,11 @@ from posttrain.examples.columns import (
 from posttrain.examples.encode import Written, encode
 from posttrain.examples.given import Examples
 from posttrain.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
+from posttrain.recipe import sections
 
 
 def pairs(
-    data: options.Data,
+    data: sections.Data,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -89,7 +89,7 @@ def pairs(
 
 
 def lists(
-    data: options.Data,
+    data: sections.Data,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,

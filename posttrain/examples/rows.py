@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.data.problems import Problems
 from posttrain.data.read import read
 from posttrain.data.rows import tokenise_rows, with_columns
@@ -36,10 +35,11 @@ from posttrain.examples.columns import (
 from posttrain.examples.encode import Written, encode, ends_of, last_columns, step_ids
 from posttrain.examples.given import Examples, Given
 from posttrain.examples.groups import Into, TooLong, grouped
+from posttrain.recipe import sections
 
 
 def demonstrations(
-    data: options.Data,
+    data: sections.Data,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -68,7 +68,7 @@ def demonstrations(
 
 
 def rated(
-    data: options.Data,
+    data: sections.Data,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -110,7 +110,7 @@ def rated(
 
 
 def stepwise(
-    data: options.Data,
+    data: sections.Data,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.batch import OPTIONAL_FIELDS, Batch
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.read import find
 from posttrain.errors import DataError
 from posttrain.examples.given import Examples, fingerprint
+from posttrain.recipe import sections
 from posttrain.report.tokens import Decode, steps_by_text
 from posttrain.stored_rollouts import read_rollouts
 
@@ -62,7 +62,7 @@ class StoredExamples:
 
 
 def rollouts(
-    data: options.Data,
+    data: sections.Data,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -114,7 +114,7 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _files(data: options.Data, base: Path | None, first_step: int, last_step: int | None) -> list[Path]:
+def _files(data: sections.Data, base: Path | None, first_step: int, last_step: int | None) -> list[Path]:
     path = find(data.path, base)
     if path is None:
         raise DataError(f"data.path {data.path!r}: there is no such file or folder of rollouts")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.guided.checks import named_models
 from posttrain.guided.context import DecoderContext
 from posttrain.models import DTYPES, UNLOADABLE, not_found
-from posttrain.recipe import Part
+from posttrain.recipe import sections
+from posttrain.recipe.part import Part
+from posttrain.recipe.yaml_reader import dotted
 from posttrain.runtime import Runtime
-from posttrain.strictyaml import dotted
 
 
 def build_decoder(
@@ -20,7 +20,7 @@ def build_decoder(
     engine: Engine | None,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
-    policy: options.Policy,
+    policy: sections.Policy,
 ) -> Engine | None:
     """The engine as the decoder makes it; None without either. Its scores are in the policy's dtype.
 
@@ -31,7 +31,7 @@ def build_decoder(
     return decoder(engine, decoder_context(tokenizer, runtime, policy))
 
 
-def decoder_context(tokenizer: PreTrainedTokenizerBase, runtime: Runtime, policy: options.Policy) -> DecoderContext:
+def decoder_context(tokenizer: PreTrainedTokenizerBase, runtime: Runtime, policy: sections.Policy) -> DecoderContext:
     """What the decoders of a run are made with; they share the models that several of them name."""
     return DecoderContext(tokenizer=tokenizer, device=runtime.device, dtype=DTYPES[policy.dtype])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from posttrain.resolve import local_options
+from posttrain.recipe.resolve import local_options
 
 Location = tuple[str | int, ...]
 Make = TypeVar("Make", bound=Callable[..., Any])

@@ -15,7 +15,7 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.option_types import Inner, LocalPath
-from posttrain.options import EngineOptions
+from posttrain.recipe.sections import EngineOptions
 
 ModelPath = Annotated[str, LocalPath()]
 """Hub name or local folder."""

@@ -33,7 +33,7 @@ from posttrain.guided.context import (
     TargetDecoder,
 )
 from posttrain.option_types import Count, OpenFraction, Positive, PositiveCount
-from posttrain.recipe import Part
+from posttrain.recipe.part import Part
 from posttrain.value_checkpoints import load_value
 
 

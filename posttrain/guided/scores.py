@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from posttrain import options
 from posttrain.decoding import prefix_scores
 from posttrain.decoding.cached_values import value_score
 from posttrain.decoding.model_scores import Law, LogRatio, StepScore, ValueScore, model_law
@@ -17,7 +16,8 @@ from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, S
 from posttrain.implicit_values import ImplicitValue
 from posttrain.models import load_model
 from posttrain.option_types import NonNegative, Positive, PositiveCount
-from posttrain.recipe import Part
+from posttrain.recipe import sections
+from posttrain.recipe.part import Part
 from posttrain.report.tokens import step_numbers
 from posttrain.value_checkpoints import load_value
 
@@ -97,7 +97,7 @@ def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:
     if model is None:
         return None
     place = f"decoder: log_ratio {name}"
-    source = options.Policy(model=model)
+    source = sections.Policy(model=model)
     loaded = context.loaded("language", model, lambda: load_model(source, dtype=context.dtype, place=place))
     return model_law(loaded)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posttrain.models import Policy
-from posttrain.options import Optimizer
+from posttrain.recipe.sections import Optimizer
 from posttrain.runtime import learning_rate
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.display import Column, Progress
 from posttrain.models import Policy
-from posttrain.options import Optimizer
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END
 from posttrain.quickstart.problems import Problem, demonstrations, draw
+from posttrain.recipe.sections import Optimizer
 
 SHARE_WORKED_OUT = 0.5
 HELD_OUT, TRAIN = 256, 2000

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from posttrain import load_recipe, training
+from posttrain import load_recipe
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.start import (
     HELD_OUT,
@@ -27,6 +27,7 @@ from posttrain.quickstart.start import (
 )
 from posttrain.run_folder import RunFolder
 from posttrain.tracking import read_metrics
+from posttrain.training import loop as training
 from posttrain.verifiers.mathematics import math
 
 MOST_THREADS = 4  # more of them slow a model of this size down

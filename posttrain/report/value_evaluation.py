@@ -20,7 +20,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from posttrain import options
 from posttrain.batch import Batch, Finish
 from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
@@ -30,7 +29,8 @@ from posttrain.evaluation_suite import ValueSuite
 from posttrain.micro_batches import length_groups
 from posttrain.models import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
-from posttrain.recipe import Part
+from posttrain.recipe import sections
+from posttrain.recipe.part import Part
 from posttrain.report import values
 from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.report.page import Example, figure, write_page
@@ -61,7 +61,7 @@ def evaluate_value(suite: ValueSuite) -> Path:
     Raises:
         UserError: for what a person can mend.
     """
-    policy = suite.policy or options.Policy(model=suite.value.model)
+    policy = suite.policy or sections.Policy(model=suite.value.model)
     tokenizer = load_tokenizer(policy)
     rows = _rows(suite, tokenizer)
     with Runtime(dtype=policy.dtype) as runtime:

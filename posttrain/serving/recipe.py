@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from posttrain import options
 from posttrain.decode import DecodeRecipe
+from posttrain.recipe import sections
 
 
 @dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
@@ -34,7 +34,7 @@ class ServeRecipe(DecodeRecipe):
         RecipeConflict: when built from settings that do not go together.
     """
 
-    data: options.Data | None = None  # type: ignore[assignment]  # where prompts come from is the clients' business
+    data: sections.Data | None = None  # type: ignore[assignment]  # where prompts come from is the clients' business
     server: Server = field(default_factory=Server)
     name: str = "serve"
 

@@ -24,7 +24,7 @@ from posttrain.verification.worker import Failed, Outcome, Source
 from posttrain.verifiers import IN_PROCESS, WRONG_IF_STUCK
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Part
+    from posttrain.recipe.part import Part
 
 CALLS_PER_WORKER = 20_000  # then a fresh process takes over, so that caches and leaks of verifiers stay bounded
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.resolve import resolve
+from posttrain.recipe.resolve import resolve
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from posttrain.data.read import read
 from posttrain.errors import DataError
 from posttrain.examples.columns import explicit_prompt, need
-from posttrain.options import Data
+from posttrain.recipe.sections import Data
 from reward_models.preference import ANSWERS, question
 
 

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from posttrain import options
-from posttrain.errors import RecipeError
 from posttrain.guided.checks import decoder_conflicts
-from posttrain.resolve import default_options, inner_slots, required, resolve
-from posttrain.strictyaml import Location, dotted
-from posttrain.validation import Problems
-
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Slot(NamedTuple):
-    """Where a part goes, and what it is called with."""
-
-    module: str  # where bare names are looked up
-    takes: tuple[str, ...] | None  # what the loop passes by position; None: the completion, and columns by name
-    settings: tuple[str, ...] = ()  # fields of Part that an entry may give beside the options
-    by_name: tuple[str, ...] = ()  # what the loop passes by name
-
+from posttrain.recipe import sections
+from posttrain.recipe.part import Checked, Part, PositiveInt, Slot
+from posttrain.recipe.resolve import inner_slots, resolve
+from posttrain.recipe.yaml_reader import Location
 
 SLOTS: Mapping[str, Slot] = {
     "verify": Slot("posttrain.verifiers", None, ("weight", "time_limit", "on_error")),
@@ -54,94 +40,8 @@ SLOTS: Mapping[str, Slot] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A callable in a slot, with where it came from and the numbers that belong to the slot.
-
-    ``call`` has its hyper-parameters bound. A part with memory is an object with a ``state`` dict, which checkpoints
-    keep under the slot's path.
-    """
-
-    call: Callable[..., Any]
-    name: str  # as the recipe wrote it
-    options: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0  # of a verifier or reward in the sum
-    coef: float = 1.0  # of a loss term
-    weights: tuple[Part, ...] = ()  # of a loss term: factors, detached
-    normaliser: Part | None = None  # of a loss term, in place of the recipe's
-    time_limit: Annotated[float, Field(gt=0)] = 10.0  # of a verifier, seconds a completion
-    on_error: Literal["stop", "skip"] = "stop"  # of a verifier
-    spec: str = ""  # what other processes resolve again: file.py:name or package.module.name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-    @classmethod
-    def of(cls, target: Callable[..., Any], /, *, settings: Mapping[str, Any] | None = None, **options: Any) -> Part:
-        """The part that a function or class makes with these options: ``Part.of(clip, low=0.2, high=0.28)``.
-
-        A class is instantiated, unless its constructor asks for more than options; a function has them bound.
-
-        Args:
-            settings: fields of the part itself, such as ``{"coef": 0.1}``.
-        """
-        if isinstance(target, type) and set(required(target)) <= options.keys():
-            call = target(**options)
-        else:
-            call = functools.partial(target, **options)
-        name = getattr(target, "__name__", type(target).__name__)
-        importable = "<" not in getattr(target, "__qualname__", "<")  # not a lambda, not inside a function
-        spec = f"{target.__module__}.{name}" if importable and target.__module__ != "__main__" else ""
-        return cls(**{"call": call, "name": name, "options": options, "spec": spec, **(settings or {})})
-
-    def __str__(self) -> str:
-        options = ", ".join(f"{name}={_short(value)}" for name, value in self.options.items())
-        return f"{self.name}({options})" if options else self.name
-
-    @property
-    def target(self) -> Callable[..., Any]:
-        """The function or class itself."""
-        if isinstance(self.call, functools.partial):
-            return self.call.func
-        return self.call if hasattr(self.call, "__name__") else type(self.call)
-
-    @property
-    def every_option(self) -> dict[str, Any]:
-        """The options, defaults included."""
-        return default_options(self.target) | dict(self.options)
-
-
-def _short(value: Any) -> str:
-    text = "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
-    return text.replace("\n", "\\n")
-
-
 def _default(spec: str) -> Any:
     return field(default_factory=lambda: Part.of(resolve(spec)))
-
-
-class RecipeConflict(RecipeError):
-    """Settings that are right one by one and wrong together."""
-
-    def __init__(self, conflicts: Problems) -> None:
-        self.conflicts = conflicts
-        super().__init__(f"{dotted(location)}: {message}" for location, message in conflicts)
-
-
-class Checked:
-    """Settings that must go together.
-
-    Raises:
-        RecipeConflict: when built from settings that do not.
-    """
-
-    def conflicts(self) -> Iterator[tuple[Location, str]]:
-        """Where they do not, and why."""
-        raise NotImplementedError
-
-    def __post_init__(self) -> None:
-        if conflicts := list(self.conflicts()):
-            raise RecipeConflict(conflicts)
 
 
 @checked_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
@@ -152,11 +52,11 @@ class Recipe(Checked):
         RecipeConflict: when built from settings that do not go together.
     """
 
-    policy: options.Policy
-    reference: options.Reference = field(default_factory=options.Reference)
-    opponent: options.Opponent | None = None  # who writes some of the completions, where `rollout` asks for it
-    value: options.Value | None = None  # default: a recipe whose parts read or train values gets one
-    data: options.Data
+    policy: sections.Policy
+    reference: sections.Reference = field(default_factory=sections.Reference)
+    opponent: sections.Opponent | None = None  # who writes some of the completions, where `rollout` asks for it
+    value: sections.Value | None = None  # default: a recipe whose parts read or train values gets one
+    data: sections.Data
     examples: InstanceOf[Part] | None = None  # given completions to learn from, instead of sampling
 
     # The slots, in the order in which a step uses them
@@ -177,11 +77,11 @@ class Recipe(Checked):
     target: InstanceOf[Part] | None = None
     value_loss: tuple[InstanceOf[Part], ...] = ()
 
-    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
-    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
-    optimizer: options.Optimizer = field(default_factory=options.Optimizer)
-    evaluate: options.Evaluation | None = None
-    run: options.Run = field(default_factory=options.Run)
+    sampling: sections.SamplingOptions = field(default_factory=sections.SamplingOptions)
+    engine: sections.EngineOptions = field(default_factory=sections.EngineOptions)
+    optimizer: sections.Optimizer = field(default_factory=sections.Optimizer)
+    evaluate: sections.Evaluation | None = None
+    run: sections.Run = field(default_factory=sections.Run)
 
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 32  # over all processes
@@ -295,12 +195,12 @@ def _evaluation_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _value_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    value = recipe.value or options.Value()
+    value = recipe.value or sections.Value()
     if recipe.value_loss and recipe.target is None:
         yield ("value_loss",), "needs a `target` to learn, such as `target: {use: lambda_return}`"
     if recipe.target is not None and not recipe.value_loss:
         yield ("target",), "nothing learns it: add `value_loss: [{use: mse}]`, or leave `target` out"
-    if value.branches is not None and (recipe.value_loss or value != options.Value(branches=value.branches)):
+    if value.branches is not None and (recipe.value_loss or value != sections.Value(branches=value.branches)):
         yield ("value", "branches"), "are in place of a value model: leave its settings and `value_loss` out"
     if value.frozen and recipe.value_loss:
         yield ("value", "frozen"), "the value model is to be used as it is, and yet there is a `value_loss` to train it"
@@ -328,7 +228,7 @@ def _player_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("reference", "rate"), f"{averaged}: set `rate: 1`, or leave `policy.lora` out"
     if moving and lora and recipe.reference.model is not None:
         yield ("reference", "model"), "moves by taking over the policy's adapters, which belong to `policy.model`"
-    if not moving and recipe.reference.rate != options.Reference().rate:
+    if not moving and recipe.reference.rate != sections.Reference().rate:
         yield ("reference", "rate"), "the reference never moves: say after how many steps with `reference.every`"
     plays = "opponents" in recipe.rollout.every_option
     if plays and recipe.opponent is None:
@@ -345,7 +245,7 @@ def _player_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    full = options.SamplingOptions()
+    full = sections.SamplingOptions()
     for name in ("top_p", "top_k", "min_p"):
         value, neutral = getattr(recipe.sampling, name), getattr(full, name)
         if value != neutral:

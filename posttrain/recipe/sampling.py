@@ -9,17 +9,17 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from posttrain import options
-from posttrain.recipe import Checked, Part, PositiveInt
+from posttrain.recipe import sections
+from posttrain.recipe.part import Checked, Part, PositiveInt
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class SamplingRecipe(Checked):
     """How completions are sampled."""
 
-    policy: options.Policy | None  # none where nothing is sampled after all
-    sampling: options.SamplingOptions = field(default_factory=options.SamplingOptions)
-    engine: options.EngineOptions = field(default_factory=options.EngineOptions)
+    policy: sections.Policy | None  # none where nothing is sampled after all
+    sampling: sections.SamplingOptions = field(default_factory=sections.SamplingOptions)
+    engine: sections.EngineOptions = field(default_factory=sections.EngineOptions)
     completions: PositiveInt = 1  # a prompt
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

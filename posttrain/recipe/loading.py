@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.recipe import SLOTS, Part, Recipe, RecipeConflict, Slot
-from posttrain.resolve import (
+from posttrain.recipe.part import Part, RecipeConflict, Slot
+from posttrain.recipe.resolve import (
     check_options,
     find_file,
     inner_slots,
@@ -22,7 +22,8 @@ from posttrain.resolve import (
     resolve,
     specify,
 )
-from posttrain.strictyaml import (
+from posttrain.recipe.validation import Problems, dataclass_in, validate
+from posttrain.recipe.yaml_reader import (
     COMMAND_LINE,
     Document,
     Location,
@@ -33,7 +34,7 @@ from posttrain.strictyaml import (
     read,
     suggestion,
 )
-from posttrain.validation import Problems, dataclass_in, validate
+from posttrain.training.recipe import SLOTS, Recipe
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PydanticUndefinedAnnotation, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from posttrain.strictyaml import ABSENT, Location, child, suggestion
+from posttrain.recipe.yaml_reader import ABSENT, Location, child, suggestion
 
 Problems = list[tuple[Location, str]]
 Hint = Callable[[str, Iterable[str]], str]

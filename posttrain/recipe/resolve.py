@@ -21,8 +21,8 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.option_types import Inner, LocalPath
-from posttrain.strictyaml import suggestion
-from posttrain.validation import Problems, validate
+from posttrain.recipe.validation import Problems, validate
+from posttrain.recipe.yaml_reader import suggestion
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -36,7 +36,7 @@ from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import write_model_card
 from posttrain.models import DTYPES, describe, load_tokenizer, save_model
 from posttrain.needs import find_needs
-from posttrain.recipe import Part, Recipe
+from posttrain.recipe.part import Part
 from posttrain.report.values import value_metrics
 from posttrain.rollout import single_turn
 from posttrain.run_folder import step_name, step_of, write_left_out
@@ -45,6 +45,7 @@ from posttrain.seeds import sample_seed
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.system.versions import engine_name
 from posttrain.tracking import Trackers, check_trackers
+from posttrain.training.recipe import Recipe
 from posttrain.value_checkpoints import save_value
 from posttrain.verification import VerifierPool
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Outputs
-    from posttrain.recipe.loading import load_recipe
     from posttrain.recipe.part import Part
     from posttrain.training.loop import train
-    from posttrain.training.recipe import Recipe
+    from posttrain.training.recipe import Recipe, load_recipe
     from posttrain.value_checkpoints import load_value
     from posttrain.values import ValueModel
 
@@ -23,10 +22,10 @@ __all__ = ["Batch", "Outputs", "Part", "Recipe", "ValueModel", "load_recipe", "l
 _HOME = {
     "Batch": "posttrain.batch",
     "Outputs": "posttrain.batch",
-    "Part": "posttrain.training.recipe",
+    "Part": "posttrain.recipe.part",
     "Recipe": "posttrain.training.recipe",
     "ValueModel": "posttrain.values",
-    "load_recipe": "posttrain.recipe.loading",
+    "load_recipe": "posttrain.training.recipe",
     "load_value": "posttrain.value_checkpoints",
     "train": "posttrain.training.loop",
 }

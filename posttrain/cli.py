@@ -79,7 +79,8 @@ def _set_up() -> None:
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     _set_up()
-    from posttrain.recipe.loading import load_recipe, placed
+    from posttrain.recipe.loading import placed
+    from posttrain.training.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
     from posttrain.training.loop import train  # after loading: mistakes in a recipe show at once

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 from pydantic import ConfigDict, InstanceOf
@@ -43,6 +43,8 @@ OUTPUTS = (".jsonl", ".parquet")
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class DecodeSettings(SamplingRecipe):
     """What is completed and verified, whatever decodes it."""
+
+    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verifiers", "decoder": "posttrain.guided.decoders"}
 
     policy: sections.Policy
     data: sections.Data

@@ -143,7 +143,7 @@ def _variant(suite: DecodeSuite, document: Document, path: Path, index: int, kno
             raise RecipeError(document.problem((*place, "recipe"), f"{file.name} has no decoder: it is plain samples"))
     else:
         changed = entry.decoder if knob is None else _with(entry.decoder, knob.split("."), value)
-        decoder = read_part(document, path, (*place, "decoder"), changed)
+        decoder = read_part(document, path, DecodeSuite, (*place, "decoder"), changed)
         default = decoder.name
     conflicts = list(decoder_conflicts(decoder, suite.sampling, suite.engine))
     if conflicts:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from posttrain.errors import RecipeError, UserError
+from posttrain.option_types import PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as, placed, read_document
-from posttrain.recipe.part import Part, PositiveInt
+from posttrain.recipe.part import Part
 from posttrain.recipe.resolve import resolve
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, suggestion
@@ -53,16 +54,18 @@ class Report:
 class ValueSuite(SamplingRecipe):
     """Whether a value model's numbers are right: on fresh completions of held-out prompts, or on stored rollouts."""
 
+    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verifiers"}
+
     suite: Literal["value"]
     value: ValueModelOptions
     policy: sections.Policy | None = None  # samples the completions and the branches
     data: sections.Data | None = None
     rollouts: str | None = None  # a Parquet file that a run stored, or a folder of them, instead of sampling
     verify: tuple[InstanceOf[Part], ...] = ()
-    completions: PositiveInt = 4  # a prompt
+    completions: PositiveCount = 4  # a prompt
     branches: Branches = field(default_factory=Branches)
     report: Report = field(default_factory=Report)
-    micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
+    micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass
 
     name: str = "value"
 

@@ -42,13 +42,14 @@ from posttrain.decode import DecodeRecipe, run_decode
 from posttrain.errors import RecipeError, UserError
 from posttrain.evaluation_suite import SUITES, run_suite
 from posttrain.labelling import LabelRecipe, run_labels
-from posttrain.recipe.loading import load_as, load_recipe, placed, read_document
-from posttrain.recipe.part import Checked, PositiveInt
+from posttrain.option_types import PositiveCount
+from posttrain.recipe.loading import load_as, placed, read_document
+from posttrain.recipe.part import Checked
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, dotted, single, suggestion
 from posttrain.report.rounds import draw_rounds, rounds_table, stage_metrics
 from posttrain.run_folder import RunFolder, changed_settings, write_recipe
 from posttrain.training.loop import train
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 Kind = Literal["train", "decode", "label", "eval"]
 KINDS: tuple[Kind, ...] = ("train", "decode", "label", "eval")
@@ -101,7 +102,7 @@ class IterateRecipe(Checked):
     """Recipes that feed each other."""
 
     stages: dict[str, Stage]
-    rounds: PositiveInt
+    rounds: PositiveCount
     set: dict[str, Any] = field(default_factory=dict)  # laid over the recipes of all stages
     table: dict[str, str] = field(default_factory=dict)  # column -> stage.metric, shown by round
     folder: str | None = None  # default: runs/<name of this file>

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
@@ -20,10 +20,11 @@ from posttrain.engines.base import Engine
 from posttrain.errors import UserError
 from posttrain.examples import rollouts
 from posttrain.models import load_tokenizer
+from posttrain.option_types import PositiveCount
 from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
-from posttrain.recipe.part import Part, PositiveInt
+from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.report.branches import BUCKETS
@@ -38,11 +39,13 @@ from posttrain.verification import VerifierPool
 class LabelRecipe(SamplingRecipe):
     """Which completions are labelled step by step, how, and where the labels go."""
 
+    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verifiers"}
+
     policy: sections.Policy  # samples the branches, and the completions unless they are stored
     data: sections.Data | None = None  # prompts to sample completions of
     rollouts: str | None = None  # what a run stored, instead: a file, or a folder of them
     verify: tuple[InstanceOf[Part], ...]
-    completions: PositiveInt = 4  # a prompt
+    completions: PositiveCount = 4  # a prompt
     label: StepLabels = field(default_factory=StepLabels)
     output: str = "step_labels.jsonl"
 

@@ -24,11 +24,11 @@ from posttrain.evaluation_suite import KINDS, suite_name
 from posttrain.iterate import IterateRecipe
 from posttrain.labelling import LabelRecipe
 from posttrain.recipe.loading import load_as, read_document
-from posttrain.recipe.part import Part
+from posttrain.recipe.part import SLOTS, Part
 from posttrain.recipe.resolve import inner_slots, parameters, resolve
 from posttrain.recipe.yaml_reader import Document, Overrides
 from posttrain.serving.recipe import ServeRecipe
-from posttrain.training.recipe import SLOTS, Recipe
+from posttrain.training.recipe import Recipe
 
 _PAPER = re.compile(r"arXiv:|\b(19|20)\d\d\b.*\b(eq|section|table|appendix|chapter)\b", re.IGNORECASE)
 _EQUATION = re.compile(r"^[^.:]{1,60}?\s(=|:=|<=)\s")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,8 @@ from reward_models.curves import best_of_n_curve, draw_curve, moments, overoptim
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class RewardSuite(Checked):
     """How good reward models are; several are added up with their weights, as in a recipe."""
+
+    modules: ClassVar[Mapping[str, str]] = {"reward": "posttrain.parts.rewards"}
 
     suite: Literal["reward"]
     reward: tuple[InstanceOf[Part], ...]

@@ -12,9 +12,8 @@ from parts_cases import close, moved_outputs, rough_batch
 from posttrain.batch import Batch
 from posttrain.compose import credit, reward_batch, total_loss
 from posttrain.parts import losses, normalisers, rewards, weighting
-from posttrain.recipe.loading import load_recipe
 from posttrain.recipe.part import Part
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 GRPO = Path(__file__).parent.parent / "recipes" / "rl" / "grpo.yaml"
 

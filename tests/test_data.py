@@ -469,7 +469,7 @@ def takes_all(completions, **columns):
 
 
 def test_the_example_data_fits_the_example_verifiers(tokenizer) -> None:
-    from posttrain.recipe.loading import load_recipe
+    from posttrain.training.recipe import load_recipe
 
     recipe = load_recipe(EXAMPLES / "own_verifier.yaml")
     rows = load_rows(recipe.data, base=EXAMPLES, tokenizer=tokenizer)

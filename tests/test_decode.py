@@ -34,11 +34,11 @@ from posttrain.guided.finals import mathematics, vote
 from posttrain.needs import find_needs
 from posttrain.parts.weighting import truncated_importance
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_as, load_recipe
+from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
 from posttrain.rollout import Context, Prompts, single_turn
 from posttrain.stored_rollouts import read_rollouts
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 from posttrain.values import ValueSpec
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))

@@ -14,9 +14,9 @@ from posttrain import examples
 from posttrain.batch import Finish
 from posttrain.errors import DataError
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_recipe
 from posttrain.recipe.part import Part
 from posttrain.stored_rollouts import write_rollouts
+from posttrain.training.recipe import load_recipe
 
 GENERATION = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"

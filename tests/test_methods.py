@@ -9,8 +9,8 @@ import pytest
 
 from posttrain.decode import DecodeRecipe
 from posttrain.iterate import IterateRecipe, Stage
-from posttrain.recipe.loading import load_as, load_recipe
-from posttrain.training.recipe import Recipe
+from posttrain.recipe.loading import load_as
+from posttrain.training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 LINK = r"\[`(?P<link>[^`]+)`\]\((?P<path>[^)]+)\)"

@@ -23,12 +23,11 @@ from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError, RecipeError, UserError
 from posttrain.models import Policy, build_policy
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
-from posttrain.recipe.loading import load_recipe
 from posttrain.recipe.sections import EngineOptions, Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.rollout import Context, Prompts, against, beside_given
 from posttrain.training.loop import ids_of
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "preference"
 

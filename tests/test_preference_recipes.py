@@ -23,13 +23,12 @@ from posttrain.micro_batches import micro_batches
 from posttrain.needs import find_needs
 from posttrain.parts.preference import games, regularisers, scores
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_recipe
 from posttrain.recipe.resolve import import_file
 from posttrain.recipe.sections import Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
 from posttrain.trained import forward
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in (RECIPES / "preference").glob("*.yaml"))

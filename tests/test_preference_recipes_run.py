@@ -16,11 +16,10 @@ from transformers import AutoTokenizer
 from posttrain.batch import seq_mean
 from posttrain.examples import pairs
 from posttrain.models import build_policy
-from posttrain.recipe.loading import load_recipe
 from posttrain.recipe.sections import Data, Policy
 from posttrain.tracking import read_metrics
 from posttrain.training.loop import train
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.engine
 RECIPES = Path(__file__).parent.parent / "recipes"

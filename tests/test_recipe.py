@@ -21,11 +21,10 @@ from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.parts import advantages, losses
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_recipe
 from posttrain.recipe.part import Part, RecipeConflict
 from posttrain.recipe.resolve import resolve
 from posttrain.recipe.yaml_reader import parse
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 TRAINING = sorted(path for folder in (".", "rl", "value", "preference") for path in (SHIPPED / folder).glob("*.yaml"))

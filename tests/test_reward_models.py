@@ -26,9 +26,9 @@ from posttrain.heads import Head
 from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_recipe
 from posttrain.rollout import Prompts, to_batch
 from posttrain.stored_rollouts import write_rollouts
+from posttrain.training.recipe import load_recipe
 from posttrain.value_checkpoints import save_value
 from posttrain.values import ValueModel, ValueSpec
 from reward_models.ensemble import reduce

@@ -24,8 +24,7 @@ from posttrain.batch import Batch, Outputs
 from posttrain.compose import credit, reward_batch, total_loss, total_value_loss, value_target
 from posttrain.learner import with_shares
 from posttrain.parts.credit import step_ends
-from posttrain.recipe.loading import load_recipe
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "rl"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -12,11 +12,10 @@ import torch
 from runs import write_run
 from safetensors.torch import load_file
 
-from posttrain.recipe.loading import load_recipe
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 from posttrain.training.loop import train
-from posttrain.training.recipe import Recipe
+from posttrain.training.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.engine
 RECIPES = Path(__file__).parent.parent / "recipes"

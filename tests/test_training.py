@@ -27,12 +27,12 @@ from posttrain.errors import UserError, VerifierError
 from posttrain.metrics import rollout_metrics
 from posttrain.micro_batches import blank_row
 from posttrain.models import load_tokenizer
-from posttrain.recipe.loading import load_recipe
 from posttrain.run_folder import step_name
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 from posttrain.training.loop import train
+from posttrain.training.recipe import load_recipe
 
 pytestmark = pytest.mark.engine
 

@@ -248,7 +248,7 @@ def read_generator(data: sections.Data, base: Path | None) -> Source:
     Raises:
         DataError: where it raises or yields something else, naming the row.
     """
-    function = resolve(specify(data.path, "posttrain.data", _folders(base)))
+    function = resolve(specify(data.path, "posttrain.data.read", _folders(base)))
     try:
         inspect.signature(function).bind(**data.options)
     except TypeError as error:

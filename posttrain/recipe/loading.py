@@ -1,4 +1,4 @@
-"""YAML -> :class:`Recipe`: the file, its base, the overrides; every problem at once, each with its place."""
+"""YAML -> a recipe: the file, its base, the overrides; every problem at once, each with its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.recipe.part import Part, RecipeConflict, Slot
+from posttrain.option_types import Inner
+from posttrain.recipe.part import SLOTS, Part, RecipeConflict, Slot
 from posttrain.recipe.resolve import (
     check_options,
     find_file,
@@ -34,12 +35,9 @@ from posttrain.recipe.yaml_reader import (
     read,
     suggestion,
 )
-from posttrain.training.recipe import SLOTS, Recipe
 
 T = TypeVar("T")
 
-LISTS = ("verify", "reward", "select", "shape", "keep", "loss", "value_loss")
-"""Slots that hold several parts; one alone may be written without the brackets."""
 PATHS: tuple[Location, ...] = (
     ("data", "path"),
     ("evaluate", "data", "path"),
@@ -77,15 +75,6 @@ ELSEWHERE = {
 """What other toolkits call our settings."""
 
 
-def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
-    """The recipe in a YAML file, with ``--key.path=value`` overrides.
-
-    Raises:
-        RecipeError: one line for each problem in file, base and overrides, with its place and a suggestion.
-    """
-    return load_as(Recipe, path, overrides)
-
-
 def load_as(kind: type[T], path: str | Path, overrides: Overrides = ()) -> T:
     """What a YAML file with overrides describes: a recipe, or something else made of slots and settings.
 
@@ -94,22 +83,23 @@ def load_as(kind: type[T], path: str | Path, overrides: Overrides = ()) -> T:
             ``RecipeConflict``.
 
     Raises:
-        RecipeError: like :func:`load_recipe`.
+        RecipeError: one line for each problem in file, base and overrides, with its place and a suggestion.
     """
     path = Path(path)
     return _Reader(read_document(path, overrides), path, kind).build()
 
 
-def read_part(document: Document, path: Path, location: Location, entry: Any) -> Part:
+def read_part(document: Document, path: Path, kind: type[Any], location: Location, entry: Any) -> Part:
     """The part that an entry somewhere in a document describes, for the slot that its location names last.
 
     Args:
         path: of the file, beside which local paths are looked for.
+        kind: the kind of recipe, which says where bare names are looked up.
 
     Raises:
-        RecipeError: like :func:`load_recipe`.
+        RecipeError: one line for each problem in file, base and overrides, with its place and a suggestion.
     """
-    reader = _Reader(document, path, Recipe)
+    reader = _Reader(document, path, kind)
     part = reader.part(location, entry)
     reader.raise_if_any()
     assert part is not None
@@ -166,7 +156,7 @@ _SLOT_PLACES = {(slot,) for slot in SLOTS}
 
 def _with_lists(document: Document) -> Document:
     """One part alone in a slot of several, as a list of one."""
-    lone = {name for name in LISTS if isinstance(document.data.get(name), dict)}
+    lone = {name for name, slot in SLOTS.items() if slot.several and isinstance(document.data.get(name), dict)}
     data = {name: [value] if name in lone else value for name, value in document.data.items()}
     places = {(at[0], 0, *at[1:]) if at and at[0] in lone else at: place for at, place in document.places.items()}
     return Document(data, places | {(name,): document.place((name,)) for name in lone})
@@ -189,10 +179,8 @@ class _Reader:
         for name, value in self.document.data.items():
             if name not in known:
                 self.problems.append(((name,), f"unknown key; {_hint_for((), self.kind)(name, known)}"))
-            elif name in LISTS:
-                fields[name] = self.parts((name,), value)
-            elif name in SLOTS:
-                fields[name] = self.part((name,), value)
+            elif name in self.kind.modules:
+                fields[name] = self.parts((name,), value) if SLOTS[name].several else self.part((name,), value)
             else:
                 fields[name] = self.settings(name, hints[name], value)
         self.raise_if_any()
@@ -246,36 +234,37 @@ class _Reader:
         of_file = Path(place.rsplit(":", 2)[0]).parent
         return list(dict.fromkeys([of_file, self.path.parent, Path.cwd()]))
 
-    def parts(self, location: Location, entries: Any, slot: Slot | None = None) -> tuple[Part, ...]:
+    def parts(self, location: Location, entries: Any, inner: Inner | None = None) -> tuple[Part, ...]:
         if entries is None:
             return ()
         if not isinstance(entries, list):
             message = f"should be a list of parts, such as [{{use: name}}] (got {entries!r})"
             self.problems.append((location, message))
             return ()
-        found = [self.part((*location, i), entry, slot) for i, entry in enumerate(entries)]
+        found = [self.part((*location, i), entry, inner) for i, entry in enumerate(entries)]
         return tuple(part for part in found if part is not None)
 
-    def part(self, location: Location, entry: Any, slot: Slot | None = None) -> Part | None:
+    def part(self, location: Location, entry: Any, inner: Inner | None = None) -> Part | None:
         """The part of one entry ``{use: name, <options>, <settings of the slot>}``.
 
         Args:
-            slot: where the entry stands; default: in the slot that the location names.
+            inner: the mark of the option whose value the entry is; default: the entry is in the slot that the location
+                names.
         """
         slot_name = next(str(step) for step in reversed(location) if isinstance(step, str))
-        slot = slot or SLOTS[slot_name]
+        slot, module = (Slot(inner.takes), inner.module) if inner else (SLOTS[slot_name], self.kind.modules[slot_name])
         if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
             got = "`use` is missing" if isinstance(entry, dict) and "use" not in entry else f"got {entry!r}"
             self.problems.append((location, f"a part is written as {{use: name, option: value}} ({got})"))
             return None
         folders = self.folders((*location, "use"))
-        spec = self._attempt((*location, "use"), lambda: specify(entry["use"], slot.module, folders))
+        spec = self._attempt((*location, "use"), lambda: specify(entry["use"], module, folders))
         target = self._attempt((*location, "use"), lambda: resolve(spec)) if spec else None
         settings = self._part_settings(location, slot, entry)
         if target is None or not self._fits(location, slot_name, slot, target):
             return None
         given = {name: value for name, value in entry.items() if name != "use" and name not in slot.settings}
-        inner = self._inner_parts(location, target, given)
+        inner_parts = self._inner_parts(location, target, given)
         of_parts = [name for name in inner_slots(target) if name in given]
         plain = {name: value for name, value in given.items() if name not in of_parts}
         for name in local_options(target):
@@ -293,16 +282,16 @@ class _Reader:
         self.problems.extend(((*location, *at), message) for at, message in problems)
         if problems:
             return None
-        return Part.of(target, settings={"name": entry["use"], "spec": spec, **settings}, **checked, **inner)
+        return Part.of(target, settings={"name": entry["use"], "spec": spec, **settings}, **checked, **inner_parts)
 
     def _inner_parts(self, location: Location, target: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those options that are parts themselves, such as the score of a preference loss."""
         found: dict[str, Any] = {}
         for name, mark in inner_slots(target).items():
             if given.get(name) is not None:
-                place, value, slot = (*location, name), given[name], Slot(mark.module, mark.takes)
+                place, value = (*location, name), given[name]
                 value = [value] if mark.several and isinstance(value, dict) else value
-                found[name] = self.parts(place, value, slot) if mark.several else self.part(place, value, slot)
+                found[name] = self.parts(place, value, mark) if mark.several else self.part(place, value, mark)
         return found
 
     def _part_settings(self, location: Location, slot: Slot, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,7 +317,7 @@ class _Reader:
         asks = positional(call)
         if len(asks) == len(takes):
             return True
-        fitting = [name for name, slot in SLOTS.items() if slot.takes == tuple(asks)]
+        fitting = [name for name in self.kind.modules if SLOTS[name].takes == tuple(asks)]
         hint = f"; it fits {' or '.join(f'`{name}`' for name in fitting)}" if fitting else ""
         self.problems.append(
             (
@@ -383,7 +372,10 @@ def _hint_for(location: Location, kind: type[Any]) -> Any:
 def _all_settings(kind: type[Any]) -> tuple[Location, ...]:
     def inside(cls: Any, location: Location) -> Iterable[Location]:
         hints = typing.get_type_hints(cls)
+        fields = {f.name for f in dataclasses.fields(cls)}
         for name in dict.fromkeys([*inspect.get_annotations(cls), *hints]):  # its own before those of its base
+            if name not in fields:
+                continue
             yield (*location, name)
             if (nested := dataclass_in(hints[name])) is not None and nested is not Part:
                 yield from inside(nested, (*location, name))

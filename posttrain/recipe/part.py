@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -14,16 +14,37 @@ from posttrain.recipe.resolve import default_options, required
 from posttrain.recipe.validation import Problems
 from posttrain.recipe.yaml_reader import Location, dotted
 
-PositiveInt = Annotated[int, Field(ge=1)]
-
 
 class Slot(NamedTuple):
-    """Where a part goes, and what it is called with."""
+    """A place for parts in a recipe: what they are called with there."""
 
-    module: str  # where bare names are looked up
-    takes: tuple[str, ...] | None  # what the loop passes by position; None: the completion, and columns by name
+    takes: tuple[str, ...] | None  # what is passed by position; None: the completion, and columns by name
     settings: tuple[str, ...] = ()  # fields of Part that an entry may give beside the options
-    by_name: tuple[str, ...] = ()  # what the loop passes by name
+    by_name: tuple[str, ...] = ()  # what is passed by name
+    several: bool = False  # the slot holds a list; one part alone may be written without the brackets
+
+
+SLOTS: Mapping[str, Slot] = {
+    "examples": Slot(("data", "tokenizer", "base")),
+    "prompts": Slot((), by_name=("size", "seed")),
+    "rollout": Slot(("engine", "prompts", "n", "context")),
+    "decoder": Slot(("engine", "context")),
+    "verify": Slot(None, ("weight", "time_limit", "on_error"), several=True),
+    "select": Slot(("batch",), several=True),
+    "reward": Slot(("batch",), ("weight",), several=True),
+    "compare": Slot(("batch",)),
+    "advantage": Slot(("batch",)),
+    "shape": Slot(("advantage", "batch"), several=True),
+    "keep": Slot(("batch",), several=True),
+    "baseline": Slot(("batch",)),
+    "regroup": Slot(("batch",)),
+    "normaliser": Slot(("batch",)),
+    "loss": Slot(("outputs", "batch"), ("coef", "weights", "normaliser"), several=True),
+    "weights": Slot(("outputs", "batch")),  # of an entry of `loss`
+    "target": Slot(("batch",)),
+    "value_loss": Slot(("outputs", "batch"), ("coef", "weights"), several=True),
+}
+"""All slots by name, in the order in which a step uses them. A kind of recipe says in ``modules`` which it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +118,14 @@ class RecipeConflict(RecipeError):
 
 
 class Checked:
-    """Settings that must go together.
+    """Base of all kinds of recipes: settings that must go together, and slots.
 
     Raises:
         RecipeConflict: when built from settings that do not.
     """
+
+    modules: ClassVar[Mapping[str, str]] = {}
+    """The slots of this kind of recipe, with the module in which each looks bare names up."""
 
     def conflicts(self) -> Iterator[tuple[Location, str]]:
         """Where they do not, and why."""

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from posttrain.option_types import PositiveCount
 from posttrain.recipe import sections
-from posttrain.recipe.part import Checked, Part, PositiveInt
+from posttrain.recipe.part import Checked, Part
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class SamplingRecipe(Checked):
     policy: sections.Policy | None  # none where nothing is sampled after all
     sampling: sections.SamplingOptions = field(default_factory=sections.SamplingOptions)
     engine: sections.EngineOptions = field(default_factory=sections.EngineOptions)
-    completions: PositiveInt = 1  # a prompt
+    completions: PositiveCount = 1  # a prompt
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     path: Path | None = None  # of the YAML file

@@ -7,37 +7,40 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from posttrain.guided.checks import decoder_conflicts
+from posttrain.option_types import Inner, PositiveCount
 from posttrain.recipe import sections
-from posttrain.recipe.part import Checked, Part, PositiveInt, Slot
+from posttrain.recipe.loading import load_as
+from posttrain.recipe.part import SLOTS, Checked, Part
 from posttrain.recipe.resolve import inner_slots, resolve
-from posttrain.recipe.yaml_reader import Location
+from posttrain.recipe.yaml_reader import Location, Overrides
 
-SLOTS: Mapping[str, Slot] = {
-    "verify": Slot("posttrain.verifiers", None, ("weight", "time_limit", "on_error")),
-    "reward": Slot("posttrain.parts.rewards", ("batch",), ("weight",)),
-    "select": Slot("posttrain.parts.selection", ("batch",)),
-    "compare": Slot("posttrain.parts.preference.games", ("batch",)),
-    "advantage": Slot("posttrain.parts.advantages", ("batch",)),
-    "shape": Slot("posttrain.parts.advantages", ("advantage", "batch")),
-    "keep": Slot("posttrain.parts.selection", ("batch",)),
-    "loss": Slot("posttrain.parts.losses", ("outputs", "batch"), ("coef", "weights", "normaliser")),
-    "weights": Slot("posttrain.parts.weighting", ("outputs", "batch")),  # of an entry of `loss`
-    "baseline": Slot("posttrain.parts.preference.baselines", ("batch",)),
-    "regroup": Slot("posttrain.parts.preference.baselines", ("batch",)),
-    "normaliser": Slot("posttrain.parts.normalisers", ("batch",)),
-    "target": Slot("posttrain.parts.targets", ("batch",)),
-    "value_loss": Slot("posttrain.parts.value_losses", ("outputs", "batch"), ("coef", "weights")),
-    "examples": Slot("posttrain.examples", ("data", "tokenizer", "base")),
-    "rollout": Slot("posttrain.rollout", ("engine", "prompts", "n", "context")),
-    "decoder": Slot("posttrain.guided.decoders", ("engine", "context")),
-    "prompts": Slot("posttrain.data", (), by_name=("size", "seed")),
+MODULES: Mapping[str, str] = {
+    "examples": "posttrain.examples",
+    "prompts": "posttrain.data.samplers",
+    "rollout": "posttrain.rollout",
+    "decoder": "posttrain.guided.decoders",
+    "verify": "posttrain.verifiers",
+    "select": "posttrain.parts.selection",
+    "reward": "posttrain.parts.rewards",
+    "compare": "posttrain.parts.preference.games",
+    "advantage": "posttrain.parts.advantages",
+    "shape": "posttrain.parts.advantages",
+    "keep": "posttrain.parts.selection",
+    "baseline": "posttrain.parts.preference.baselines",
+    "regroup": "posttrain.parts.preference.baselines",
+    "normaliser": "posttrain.parts.normalisers",
+    "loss": "posttrain.parts.losses",
+    "weights": "posttrain.parts.weighting",
+    "target": "posttrain.parts.targets",
+    "value_loss": "posttrain.parts.value_losses",
 }
+"""Where each slot of a training recipe looks bare names up."""
 
 
 def _default(spec: str) -> Any:
@@ -52,6 +55,8 @@ class Recipe(Checked):
         RecipeConflict: when built from settings that do not go together.
     """
 
+    modules: ClassVar[Mapping[str, str]] = MODULES
+
     policy: sections.Policy
     reference: sections.Reference = field(default_factory=sections.Reference)
     opponent: sections.Opponent | None = None  # who writes some of the completions, where `rollout` asks for it
@@ -60,7 +65,7 @@ class Recipe(Checked):
     examples: InstanceOf[Part] | None = None  # given completions to learn from, instead of sampling
 
     # The slots, in the order in which a step uses them
-    prompts: InstanceOf[Part] = _default("posttrain.data.uniform")
+    prompts: InstanceOf[Part] = _default("posttrain.data.samplers.uniform")
     rollout: InstanceOf[Part] = _default("posttrain.rollout.single_turn")
     decoder: InstanceOf[Part] | None = None  # what rollouts are sampled from, in place of the policy itself
     verify: tuple[InstanceOf[Part], ...] = ()
@@ -83,14 +88,14 @@ class Recipe(Checked):
     evaluate: sections.Evaluation | None = None
     run: sections.Run = field(default_factory=sections.Run)
 
-    steps: PositiveInt = 100
-    prompts_per_step: PositiveInt = 32  # over all processes
-    completions: PositiveInt = 8  # a prompt
-    epochs: PositiveInt = 1  # passes over a batch
-    minibatches: PositiveInt = 1  # optimiser steps a pass
-    micro_batch_tokens: PositiveInt = 16384  # padded tokens in one forward pass
+    steps: PositiveCount = 100
+    prompts_per_step: PositiveCount = 32  # over all processes
+    completions: PositiveCount = 8  # a prompt
+    epochs: PositiveCount = 1  # passes over a batch
+    minibatches: PositiveCount = 1  # optimiser steps a pass
+    micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass
     extragradient: bool = False  # every other step only looks ahead: the next one samples there and goes on from before
-    max_refills: PositiveInt = 10  # rounds of generation in which `select` may find enough prompts
+    max_refills: PositiveCount = 10  # rounds of generation in which `select` may find enough prompts
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's limit, in vLLM
 
     name: str = "recipe"
@@ -113,21 +118,30 @@ class Recipe(Checked):
             value = getattr(self, name)
             if isinstance(value, Part):
                 plain[name] = _plain_part(value, name)
-            elif isinstance(value, tuple) and name in SLOTS:
+            elif isinstance(value, tuple) and name in MODULES:
                 plain[name] = [_plain_part(part, name) for part in value]
             else:
                 plain[name] = TypeAdapter(Any).dump_python(value, mode="json")
         return {name: value for name, value in plain.items() if value is not None}
 
 
+def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
+    """The recipe in a YAML file, with ``--key.path=value`` overrides.
+
+    Raises:
+        RecipeError: one line for each problem in file, base and overrides, with its place and a suggestion.
+    """
+    return load_as(Recipe, path, overrides)
+
+
 SETTINGS_AND_SLOTS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "path"))
 """What a YAML recipe may hold at the top."""
 
 
-def _plain_part(part: Part, slot: str, place: Slot | None = None) -> dict[str, Any]:
-    place = place or SLOTS[slot]
+def _plain_part(part: Part, slot: str, mark: Inner | None = None) -> dict[str, Any]:
+    module, settings = (mark.module, ()) if mark else (MODULES[slot], SLOTS[slot].settings)
     name = getattr(part.target, "__name__", part.name)
-    bare = getattr(sys.modules.get(place.module), name, None) is part.target
+    bare = getattr(sys.modules.get(module), name, None) is part.target
     # A verifier's parameters without a given option are columns of the data set, whatever their defaults.
     chosen = part.options if slot == "verify" else part.every_option
     plain: dict[str, Any] = {"use": name if bare else part.spec or part.name}
@@ -135,11 +149,10 @@ def _plain_part(part: Part, slot: str, place: Slot | None = None) -> dict[str, A
     plain |= TypeAdapter(Any).dump_python(
         {name: value for name, value in chosen.items() if name not in inner}, mode="json", fallback=repr
     )
-    for name, mark in inner.items():
-        if chosen.get(name) is None:
-            continue
-        plain[name] = _plain_inner(chosen[name], name, Slot(mark.module, mark.takes))
-    for setting in place.settings:
+    for name, of_inner in inner.items():
+        if chosen.get(name) is not None:
+            plain[name] = _plain_inner(chosen[name], name, of_inner)
+    for setting in settings:
         value = getattr(part, setting)
         if setting == "weights":
             value = [_plain_part(weight, setting) for weight in value]
@@ -150,11 +163,11 @@ def _plain_part(part: Part, slot: str, place: Slot | None = None) -> dict[str, A
     return plain
 
 
-def _plain_inner(value: Any, name: str, place: Slot) -> Any:
+def _plain_inner(value: Any, name: str, mark: Inner) -> Any:
     """An option that is a part, or several, or a function as the signature has it by default."""
     if isinstance(value, list | tuple):
-        return [_plain_inner(each, name, place) for each in value]
-    return _plain_part(value if isinstance(value, Part) else Part.of(value), name, place)
+        return [_plain_inner(each, name, mark) for each in value]
+    return _plain_part(value if isinstance(value, Part) else Part.of(value), name, mark)
 
 
 def _conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:

@@ -39,7 +39,7 @@ from posttrain.quickstart import story
 from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.training.loop import train
-from posttrain.verifiers.mathematics import math as verify
+from posttrain.verify.mathematics import math as verify
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "preference"
 SAMPLING = Sampling(max_tokens=48)

@@ -24,7 +24,7 @@ from posttrain.rollout import Context, Prompts
 from posttrain.runtime import Runtime
 from posttrain.seeds import prompt_seeds
 from posttrain.training.recipe import Recipe
-from posttrain.verification import VerifierPool
+from posttrain.verify import VerifierPool
 
 
 @dataclass(frozen=True, kw_only=True)

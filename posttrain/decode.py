@@ -35,7 +35,7 @@ from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.rollout import Prompts
 from posttrain.runtime import Runtime
 from posttrain.system.files import write_rows
-from posttrain.verification import VerifierPool
+from posttrain.verify import VerifierPool
 
 OUTPUTS = (".jsonl", ".parquet")
 
@@ -44,7 +44,10 @@ OUTPUTS = (".jsonl", ".parquet")
 class DecodeSettings(SamplingRecipe):
     """What is completed and verified, whatever decodes it."""
 
-    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verifiers", "decoder": "posttrain.guided.decoders"}
+    modules: ClassVar[Mapping[str, str]] = {
+        "verify": "posttrain.verify.functions",
+        "decoder": "posttrain.guided.decoders",
+    }
 
     policy: sections.Policy
     data: sections.Data

@@ -54,7 +54,7 @@ class Report:
 class ValueSuite(SamplingRecipe):
     """Whether a value model's numbers are right: on fresh completions of held-out prompts, or on stored rollouts."""
 
-    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verifiers"}
+    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verify.functions"}
 
     suite: Literal["value"]
     value: ValueModelOptions

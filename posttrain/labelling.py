@@ -32,14 +32,14 @@ from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
 from posttrain.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.system.files import write_rows
-from posttrain.verification import VerifierPool
+from posttrain.verify import VerifierPool
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class LabelRecipe(SamplingRecipe):
     """Which completions are labelled step by step, how, and where the labels go."""
 
-    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verifiers"}
+    modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verify.functions"}
 
     policy: sections.Policy  # samples the branches, and the completions unless they are stored
     data: sections.Data | None = None  # prompts to sample completions of

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from posttrain import cli, verifiers
+from posttrain import cli
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.errors import DataError
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Data
+from posttrain.verify import functions as verifiers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i), "level": i} for i in range(5)]

@@ -86,14 +86,14 @@ HOMELESS: set[str] = {
     "posttrain.recipe.validation",
     "posttrain.value_checkpoints",
     "posttrain.values",
-    "posttrain.verification",
-    "posttrain.verification.event_loop",
-    "posttrain.verification.pool",
-    "posttrain.verification.signature",
-    "posttrain.verification.worker",
-    "posttrain.verifiers",
-    "posttrain.verifiers.mathematics",
-    "posttrain.verifiers.text",
+    "posttrain.verify",
+    "posttrain.verify.event_loop",
+    "posttrain.verify.pool",
+    "posttrain.verify.signature",
+    "posttrain.verify.worker",
+    "posttrain.verify.functions",
+    "posttrain.verify.mathematics",
+    "posttrain.verify.text",
 }
 """Modules that have no room yet."""
 EXCEPTIONS: set[tuple[str, str]] = {

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain import verifiers
-from posttrain.verifiers.mathematics import gold_answer, last_boxed, math_quick
+from posttrain.verify import functions as verifiers
+from posttrain.verify.mathematics import gold_answer, last_boxed, math_quick
 
 SAME = [  # (written in the box, gold)
     ("72", "72"), ("72.0", "72"), ("72", "72.00"), ("+3", "3"), ("- 3", "-3"), ("\u22123", "-3"), ("072", "72"),

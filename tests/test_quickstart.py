@@ -21,7 +21,7 @@ from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.problems import Problem, draw, estimated, worked_out
 from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, read_rows, write_problems
 from posttrain.recipe.sections import Optimizer
-from posttrain.verifiers.mathematics import math
+from posttrain.verify.mathematics import math
 
 TOKENIZER = make_tokenizer()
 problems = st.builds(Problem, st.integers(100, 999), st.integers(100, 999))

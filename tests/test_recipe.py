@@ -258,7 +258,7 @@ def test_the_round_trip_keeps_parts_of_ones_own(recipe, tmp_path, monkeypatch):
 
 
 def test_a_recipe_in_python_is_the_one_in_yaml(recipe):
-    from posttrain.verifiers import math as math_verifier
+    from posttrain.verify.functions import math as math_verifier
 
     r = Recipe(
         policy=sections.Policy(model="some/model"),

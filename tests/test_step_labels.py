@@ -27,8 +27,8 @@ from posttrain.rollout import Prompts, single_turn, to_batch
 from posttrain.step_labels import Solution, StepLabels, binary_search, cut, find_solutions, make_step_labels, to_row
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.system.files import write_rows
-from posttrain.verification import VerifierPool
-from posttrain.verifiers import exact
+from posttrain.verify import VerifierPool
+from posttrain.verify.functions import exact
 
 ZERO, ONE, LINE, END, PROMPT = range(5)
 RIGHT = 0.7  # chance that a step is right, whatever came before

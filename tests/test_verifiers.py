@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import verifiers
 from posttrain.errors import UserError, VerifierError
 from posttrain.recipe.part import Part
 from posttrain.recipe.resolve import resolve
-from posttrain.verification import Verdict, VerifierPool
+from posttrain.verify import Verdict, VerifierPool
+from posttrain.verify import functions as verifiers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -328,7 +328,7 @@ def test_async_verifiers_fail_like_others(part) -> None:
 
 @pytest.mark.engine
 def test_an_async_verifier_that_blocks_its_thread_is_an_error_not_a_hang(part, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.verification.event_loop.GRACE", 0.3)
+    monkeypatch.setattr("posttrain.verify.event_loop.GRACE", 0.3)
     start = time.perf_counter()
     with pytest.raises(VerifierError, match="'blocks' took longer than 0.2 s"):
         verdicts([part("blocks", time_limit=0.2)], ["x", "y"])
@@ -413,7 +413,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, user_fil
         "import os, signal, sys\n"
         "from posttrain.training.recipe import Part\n"
         "from posttrain.recipe.resolve import resolve\n"
-        "from posttrain.verification import VerifierPool\n"
+        "from posttrain.verify import VerifierPool\n"
         "if __name__ == '__main__':\n"
         f"    spec = '{user_file}:dies'\n"
         "    pool = VerifierPool([Part.of(resolve(spec), settings={'spec': spec})], workers=1)\n"

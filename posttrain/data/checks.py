@@ -10,7 +10,7 @@ import numpy as np
 from posttrain.data.problems import Problems, shown
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import suggestion
-from posttrain.verification.signature import NOT_COLUMNS, signature_of
+from posttrain.verify.signature import NOT_COLUMNS, signature_of
 
 if TYPE_CHECKING:
     from posttrain.data.rows import Rows

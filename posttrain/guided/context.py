@@ -28,7 +28,7 @@ OptionalScore = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.sco
 TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
 """A reward part that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
 
-Verifier = Annotated[Callable[..., Any], Inner("posttrain.verifiers", ("completion",))]
+Verifier = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
 """``(completion) -> float``; columns of a data set are options here."""
 
 OptionalDecoder = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.decoders", ("engine", "context"))]

@@ -9,7 +9,7 @@ from posttrain.decoding import particles as rules
 from posttrain.decoding.particles import Particle
 from posttrain.engines.choice import Chooser
 from posttrain.guided.context import Answer
-from posttrain.verifiers.mathematics import marked_answer, read_number, said_answer, tidy
+from posttrain.verify.mathematics import marked_answer, read_number, said_answer, tidy
 
 Decode = Callable[[Sequence[int]], str]
 

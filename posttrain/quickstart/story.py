@@ -28,7 +28,7 @@ from posttrain.quickstart.start import (
 from posttrain.run_folder import RunFolder
 from posttrain.tracking import read_metrics
 from posttrain.training import loop as training
-from posttrain.verifiers.mathematics import math
+from posttrain.verify.mathematics import math
 
 MOST_THREADS = 4  # more of them slow a model of this size down
 SAMPLES = 4  # shown before and after

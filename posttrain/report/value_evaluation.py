@@ -42,7 +42,7 @@ from posttrain.stored_rollouts import read_rollouts
 from posttrain.system.versions import versions
 from posttrain.value_checkpoints import load_value
 from posttrain.values import ValueModel
-from posttrain.verification import VerifierPool
+from posttrain.verify import VerifierPool
 
 OF_SAMPLED = {
     "max": "This model's values are of the best continuation, outcomes are of sampled ones: expect them to lie below.",

@@ -47,7 +47,7 @@ from posttrain.system.versions import engine_name
 from posttrain.tracking import Trackers, check_trackers
 from posttrain.training.recipe import Recipe
 from posttrain.value_checkpoints import save_value
-from posttrain.verification import VerifierPool
+from posttrain.verify import VerifierPool
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:

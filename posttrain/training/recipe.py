@@ -25,7 +25,7 @@ MODULES: Mapping[str, str] = {
     "prompts": "posttrain.data.samplers",
     "rollout": "posttrain.rollout",
     "decoder": "posttrain.guided.decoders",
-    "verify": "posttrain.verifiers",
+    "verify": "posttrain.verify.functions",
     "select": "posttrain.parts.selection",
     "reward": "posttrain.parts.rewards",
     "compare": "posttrain.parts.preference.games",

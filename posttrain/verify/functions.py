@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from posttrain.verifiers.mathematics import math, math_quick
-from posttrain.verifiers.text import exact, format, format_quick, length
+from posttrain.verify.mathematics import math, math_quick
+from posttrain.verify.text import exact, format, format_quick, length
 
 __all__ = ["IN_PROCESS", "WRONG_IF_STUCK", "exact", "format", "length", "math"]
 

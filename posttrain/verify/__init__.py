@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.verification.pool import Verdict, VerifierPool
-from posttrain.verification.signature import Signature, signature_of
+from posttrain.verify.pool import Verdict, VerifierPool
+from posttrain.verify.signature import Signature, signature_of
 
 __all__ = ["Signature", "Verdict", "VerifierPool", "signature_of"]

@@ -17,11 +17,11 @@ from pebble import ProcessExpired, ProcessPool
 
 from posttrain.errors import VerifierError
 from posttrain.system.interrupts import uninterrupted
-from posttrain.verification import worker
-from posttrain.verification.event_loop import EventLoop
-from posttrain.verification.signature import Signature, batch_arguments, signature_of
-from posttrain.verification.worker import Failed, Outcome, Source
-from posttrain.verifiers import IN_PROCESS, WRONG_IF_STUCK
+from posttrain.verify import worker
+from posttrain.verify.event_loop import EventLoop
+from posttrain.verify.functions import IN_PROCESS, WRONG_IF_STUCK
+from posttrain.verify.signature import Signature, batch_arguments, signature_of
+from posttrain.verify.worker import Failed, Outcome, Source
 
 if TYPE_CHECKING:
     from posttrain.recipe.part import Part

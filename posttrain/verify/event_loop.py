@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from posttrain.system.interrupts import uninterrupted
-from posttrain.verification.worker import Failed, describe
+from posttrain.verify.worker import Failed, describe
 
 GRACE = 5.0  # seconds that a loop may take to answer before it counts as blocked
 

@@ -32,14 +32,14 @@ from posttrain import load_recipe, train
 from posttrain.batch import Batch
 from posttrain.examples import stepwise
 from posttrain.labelling import run_labels
-from posttrain.models import Policy
+from posttrain.models.policy import Policy
+from posttrain.models.value_files import load_value
 from posttrain.parts.credit import step_ends
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 from posttrain.recipe import sections
 from posttrain.recipe.sections import Optimizer
-from posttrain.value_checkpoints import load_value
 
 MODELS = {
     "process model, labels of every step": ("each_step.jsonl", "{use: step_labels}"),

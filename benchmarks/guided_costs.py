@@ -26,10 +26,10 @@ from posttrain.decoding.population import Population
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Engine, Sampling
+from posttrain.models.value_files import load_value
 from posttrain.quickstart.model import make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 from posttrain.recipe import sections
-from posttrain.value_checkpoints import load_value
 
 LIMITS = {"token_wise_over_plain": 2.9, "blockwise_over_best_of_n": 1.5, "over_plain_loop": 10.0}
 """What the ratios may be at most; ``over_plain_loop`` at least."""

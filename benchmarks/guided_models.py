@@ -21,7 +21,7 @@ from typing import Any
 from chain_problems import Chain, boxed
 
 from posttrain import load_recipe, train
-from posttrain.models import Policy
+from posttrain.models.policy import Policy
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids

@@ -264,7 +264,7 @@ def work_judge(settings: Settings, turns: Turns) -> None:
     """Each turn: what one more of the trained models has become, beside the one that they all began as."""
     import torch
 
-    from posttrain.models import build_policy
+    from posttrain.models.policy import build_policy
     from posttrain.recipe.sections import Policy
 
     reference = build_policy(Policy(model=str(settings.model))).eval()

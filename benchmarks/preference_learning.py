@@ -34,7 +34,7 @@ from posttrain import load_recipe
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.micro_batches import length_groups
-from posttrain.models import Policy, build_policy
+from posttrain.models.policy import Policy, build_policy
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
 from posttrain.recipe.sections import Policy as PolicyOptions

@@ -28,10 +28,11 @@ import workload
 from online_step import write_result
 from torch import Tensor
 
-from posttrain.models import Policy, build_policy, load_model
+from posttrain.models.joint import Trained
+from posttrain.models.load import load_model
+from posttrain.models.policy import Policy, build_policy
+from posttrain.models.value_files import build_value
 from posttrain.recipe import sections
-from posttrain.trained import Trained
-from posttrain.value_checkpoints import build_value
 
 SETUPS = ("shared", "three_with_adapters", "three_full")
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.batch import Batch, Outputs
+    from posttrain.models.value import ValueModel
+    from posttrain.models.value_files import load_value
     from posttrain.recipe.part import Part
     from posttrain.training.loop import train
     from posttrain.training.recipe import Recipe, load_recipe
-    from posttrain.value_checkpoints import load_value
-    from posttrain.values import ValueModel
 
 __all__ = ["Batch", "Outputs", "Part", "Recipe", "ValueModel", "load_recipe", "load_value", "train"]
 
@@ -24,9 +24,9 @@ _HOME = {
     "Outputs": "posttrain.batch",
     "Part": "posttrain.recipe.part",
     "Recipe": "posttrain.training.recipe",
-    "ValueModel": "posttrain.values",
+    "ValueModel": "posttrain.models.value",
     "load_recipe": "posttrain.training.recipe",
-    "load_value": "posttrain.value_checkpoints",
+    "load_value": "posttrain.models.value_files",
     "train": "posttrain.training.loop",
 }
 

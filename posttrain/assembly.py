@@ -21,7 +21,11 @@ from posttrain.errors import UserError
 from posttrain.examples.columns import read_numbers
 from posttrain.examples.given import Examples, GivenExamples
 from posttrain.learner import Learner
-from posttrain.models import DTYPES, Policy, build_policy, load_model
+from posttrain.models.joint import Trained
+from posttrain.models.load import DTYPES, load_model
+from posttrain.models.policy import Policy, build_policy
+from posttrain.models.value import target_copy
+from posttrain.models.value_files import build_value
 from posttrain.needs import Needs
 from posttrain.parts.value_losses import SOFT
 from posttrain.players import Players, adapted_copy, check_twins
@@ -32,10 +36,7 @@ from posttrain.recipe.sections import Value
 from posttrain.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
-from posttrain.trained import Trained
 from posttrain.training.recipe import Recipe
-from posttrain.value_checkpoints import build_value
-from posttrain.values import target_copy
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Alignment rule of the whole package: column ``t`` belongs to token ``t``. Log-probs at column ``t`` are
 log p(token_t | tokens before t); the value at column ``t`` is of the prefix that *ends with* token ``t``.
-Shifts between logits and tokens happen once, in :mod:`posttrain.models`. Log-probs, advantages and losses are float32.
+Shifts between logits and tokens happen once, in :mod:`posttrain.models.policy`. Log-probs, advantages and losses are float32.
 
 Sizes in the shape annotations: ``N`` completions, ``L`` columns (longest prompt + completion), ``K`` outputs of a
 value head (bins, quantiles).

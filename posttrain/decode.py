@@ -25,7 +25,7 @@ from posttrain.engines.base import Completion, Engine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.guided.checks import decoder_conflicts
-from posttrain.models import load_tokenizer
+from posttrain.models.load import load_tokenizer
 from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as, placed

@@ -19,7 +19,7 @@ from posttrain.data import check_columns, load_rows
 from posttrain.engines.base import Engine
 from posttrain.errors import UserError
 from posttrain.examples import rollouts
-from posttrain.models import load_tokenizer
+from posttrain.models.load import load_tokenizer
 from posttrain.option_types import PositiveCount
 from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections

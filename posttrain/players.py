@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.models import Policy, adapter_parameters, add_adapter
+from posttrain.models.adapters import adapter_parameters, add_adapter
+from posttrain.models.policy import Policy
 from posttrain.training.recipe import Recipe
 
 REFERENCE_ADAPTER = "reference"

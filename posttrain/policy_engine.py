@@ -8,7 +8,7 @@ from typing import NamedTuple
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import UserError
-from posttrain.models import context_length
+from posttrain.models.load import context_length
 from posttrain.recipe import sections
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
 from posttrain.micro_batches import length_groups
-from posttrain.models import DTYPES, Policy, load_model
+from posttrain.models.load import DTYPES, load_model
+from posttrain.models.policy import Policy
 from posttrain.recipe import sections
 from reward_models.loading import check_model, check_vocabulary, device
 

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from posttrain.batch import Batch
 from posttrain.errors import RecipeError, UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models import DTYPES, not_found
-from posttrain.value_checkpoints import load_value
-from posttrain.values import ValueModel
+from posttrain.models.load import DTYPES, not_found
+from posttrain.models.value import ValueModel
+from posttrain.models.value_files import load_value
 
 Input = Literal["auto", "tokens", "text"]
 """What a model reads: ``tokens`` the policy's own ids, ``text`` prompt and completion by its own tokenizer and chat

@@ -21,13 +21,9 @@ CHECKED = [
 ]
 with install_import_hook(CHECKED, "beartype.beartype"):
     import posttrain.compose
-    import posttrain.models
-    import posttrain.parts.rewards
-    import posttrain.parts.selection
-    import posttrain.parts.weighting
-    import posttrain.runtime
-    import posttrain.trained
-    import posttrain.values  # noqa: F401
+    import posttrain.models.joint
+    import posttrain.models.policy
+    import posttrain.models.value  # noqa: F401
     from posttrain.batch import Batch, Finish
 
 CHAT_TEMPLATE = (

@@ -31,6 +31,7 @@ from posttrain.guided import decoders, scores
 from posttrain.guided.checks import named_models
 from posttrain.guided.context import DecoderContext
 from posttrain.guided.finals import mathematics, vote
+from posttrain.models.value import ValueSpec
 from posttrain.needs import find_needs
 from posttrain.parts.weighting import truncated_importance
 from posttrain.recipe import sections
@@ -39,7 +40,6 @@ from posttrain.recipe.part import Part
 from posttrain.rollout import Context, Prompts, single_turn
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.training.recipe import Recipe, load_recipe
-from posttrain.values import ValueSpec
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))
 SCORE = "score: {use: path_logp}"

@@ -27,10 +27,10 @@ from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch, sampled_steps, top_tokens
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine, Sampling
-from posttrain.heads import Head
+from posttrain.models.heads import Head
+from posttrain.models.value import ValueModel, ValueSpec
 from posttrain.recipe import sections
 from posttrain.recipe.sections import EngineOptions
-from posttrain.values import ValueModel, ValueSpec
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 60)), [5, 6, 7, 8, 200]]
 SAMPLING = Sampling(max_tokens=8, temperature=0.8)

@@ -13,8 +13,8 @@ from posttrain.decoding.cached_values import CachedValueScore
 from posttrain.decoding.growing import GrowingReader
 from posttrain.decoding.model_scores import ValueScore
 from posttrain.decoding.prefixes import Prefix
+from posttrain.models.value_files import build_value
 from posttrain.recipe.sections import Policy, Value
-from posttrain.value_checkpoints import build_value
 
 
 @pytest.fixture

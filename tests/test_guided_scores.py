@@ -22,10 +22,10 @@ from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.guided import decoders, scores
 from posttrain.guided.context import DecoderContext
+from posttrain.models.value import ValueSpec
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
-from posttrain.values import ValueSpec
 from reward_models import outcome
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "decode"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.heads import Head, bin_centres, output_count
+from posttrain.models.heads import Head, bin_centres, output_count
 from posttrain.recipe.sections import Head as HeadOptions
 
 TYPES = ("scalar", "categorical", "quantile", "bernoulli")

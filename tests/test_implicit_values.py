@@ -13,13 +13,16 @@ from runs import write_run
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from posttrain import load_recipe, load_value, models, train
+from posttrain import load_recipe, load_value, train
 from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs
 from posttrain.decoding.cached_values import value_score
 from posttrain.errors import RecipeError, UserError
-from posttrain.implicit_values import ImplicitValue
-from posttrain.models import build_policy, save_model
+from posttrain.models import policy as models
+from posttrain.models.implicit_value import ImplicitValue
+from posttrain.models.policy import build_policy, save_model
+from posttrain.models.value import ValueModel, polyak, target_copy
+from posttrain.models.value_files import build_value, save_value
 from posttrain.needs import find_needs
 from posttrain.parts.credit import last_chosen
 from posttrain.parts.rewards import value_gain
@@ -30,8 +33,6 @@ from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
-from posttrain.value_checkpoints import build_value, save_value
-from posttrain.values import ValueModel, polyak, target_copy
 
 BETA = 0.3
 HEAD = Head(type="implicit", beta=BETA)

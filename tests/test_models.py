@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import models
 from posttrain.errors import RecipeError
-from posttrain.models import Policy, build_policy, load_tokenizer, save_model
+from posttrain.models import policy as models
+from posttrain.models.load import load_tokenizer
+from posttrain.models.policy import Policy, build_policy, save_model
 from posttrain.recipe.sections import Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.output_layer import Shape, log_probs
+from posttrain.models.output_layer import Shape, log_probs
 
 M, H, V = 7, 5, 200
 

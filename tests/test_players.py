@@ -21,7 +21,7 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
 from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError, RecipeError, UserError
-from posttrain.models import Policy, build_policy
+from posttrain.models.policy import Policy, build_policy
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
 from posttrain.recipe.sections import EngineOptions, Lora
 from posttrain.recipe.sections import Policy as PolicyOptions

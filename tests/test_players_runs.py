@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_preference_recipes_run import small
 
 from posttrain.errors import UserError
-from posttrain.models import build_policy
+from posttrain.models.policy import build_policy
 from posttrain.players import weights_of
 from posttrain.recipe.sections import Policy
 from posttrain.tracking import read_metrics

@@ -11,7 +11,7 @@ from conftest import make_random_batch
 
 from posttrain.batch import Batch, Outputs
 from posttrain.compose import total_loss
-from posttrain.models import Policy, build_policy
+from posttrain.models.policy import Policy, build_policy
 from posttrain.parts.normalisers import group_mean_of_token_sum
 from posttrain.parts.preference import list_targets, pair_links, pair_targets, point_links, scores
 from posttrain.parts.preference.regularisers import nll

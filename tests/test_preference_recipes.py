@@ -12,7 +12,7 @@ import torch
 from conftest import make_random_batch
 from preference_cases import preferences
 
-from posttrain import cli, examples, models
+from posttrain import cli, examples
 from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.compose import with_baseline
@@ -20,6 +20,8 @@ from posttrain.errors import DataError, RecipeError
 from posttrain.examples.given import GivenExamples
 from posttrain.learner import score
 from posttrain.micro_batches import micro_batches
+from posttrain.models import policy as models
+from posttrain.models.joint import forward
 from posttrain.needs import find_needs
 from posttrain.parts.preference import games, regularisers, scores
 from posttrain.recipe import sections
@@ -27,7 +29,6 @@ from posttrain.recipe.resolve import import_file
 from posttrain.recipe.sections import Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
-from posttrain.trained import forward
 from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"

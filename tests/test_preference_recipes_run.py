@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from posttrain.batch import seq_mean
 from posttrain.examples import pairs
-from posttrain.models import build_policy
+from posttrain.models.policy import build_policy
 from posttrain.recipe.sections import Data, Policy
 from posttrain.tracking import read_metrics
 from posttrain.training.loop import train

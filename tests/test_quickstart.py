@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import load_recipe
 from posttrain.errors import UserError
-from posttrain.models import Policy
+from posttrain.models.policy import Policy
 from posttrain.quickstart.__main__ import clear, find_recipe, start_folder
 from posttrain.quickstart.imitation import Example, fit, negative_log_likelihood, pad, shuffled_batches
 from posttrain.quickstart.model import make_model, make_tokenizer

@@ -17,11 +17,11 @@ from posttrain.collect import draw_examples
 from posttrain.errors import UserError
 from posttrain.learner import score
 from posttrain.micro_batches import micro_batches
+from posttrain.models.joint import forward
 from posttrain.needs import find_needs
 from posttrain.parts.preference.scores import log_ratio
 from posttrain.reference_cache import ReferencedExamples, first_draws, schedule_of
 from posttrain.runtime import Runtime
-from posttrain.trained import forward
 from posttrain.training.recipe import load_recipe
 
 PAIRS = 12

@@ -22,15 +22,15 @@ import reward_models
 from posttrain.batch import Batch, Finish
 from posttrain.engines.base import Completion
 from posttrain.errors import RecipeError, UserError
-from posttrain.heads import Head
+from posttrain.models.heads import Head
+from posttrain.models.value import ValueModel, ValueSpec
+from posttrain.models.value_files import save_value
 from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
 from posttrain.recipe import sections
 from posttrain.rollout import Prompts, to_batch
 from posttrain.stored_rollouts import write_rollouts
 from posttrain.training.recipe import load_recipe
-from posttrain.value_checkpoints import save_value
-from posttrain.values import ValueModel, ValueSpec
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled
 from reward_models.process import step_columns

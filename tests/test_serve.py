@@ -37,6 +37,8 @@ from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch
 from posttrain.engines.base import Progress, Sampling
 from posttrain.engines.stepping import SteppingEngine
+from posttrain.models.value import ValueSpec
+from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.seeds import FreshSeeds
@@ -48,8 +50,6 @@ from posttrain.serving.recipe import ServeRecipe
 from posttrain.serving.served import Served
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Job, Worker
-from posttrain.value_checkpoints import load_value
-from posttrain.values import ValueSpec
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}

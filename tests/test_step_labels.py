@@ -19,7 +19,7 @@ from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError
 from posttrain.labelling import run_labels
-from posttrain.models import load_tokenizer
+from posttrain.models.load import load_tokenizer
 from posttrain.recipe import sections
 from posttrain.recipe.loading import RecipeError
 from posttrain.recipe.part import Part

@@ -26,7 +26,7 @@ from posttrain.cli import main
 from posttrain.errors import UserError, VerifierError
 from posttrain.metrics import rollout_metrics
 from posttrain.micro_batches import blank_row
-from posttrain.models import load_tokenizer
+from posttrain.models.load import load_tokenizer
 from posttrain.run_folder import step_name
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.recipe.sections import Head as HeadOptions
-from posttrain.recipe.sections import Lora, Value
-from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.value_checkpoints import build_value, load_value, save_value
-from posttrain.values import (
+from posttrain.models.value import (
     ValueSpec,
     target_copy,
 )
+from posttrain.models.value_files import build_value, load_value, save_value
+from posttrain.recipe.sections import Head as HeadOptions
+from posttrain.recipe.sections import Lora, Value
+from posttrain.recipe.sections import Policy as PolicyOptions
 
 TYPES = ("scalar", "categorical", "quantile", "bernoulli", "per_token")
 
@@ -64,7 +64,7 @@ def test_plain_transformers_loads_what_is_saved(family_folder, tokenizer, tmp_pa
 
 PROGRAM = """
 import sys, torch
-from posttrain.value_checkpoints import load_value
+from posttrain.models.value_files import load_value
 batch = torch.load(sys.argv[2])
 torch.save(load_value(sys.argv[1])(batch["tokens"], batch["states"])[0], sys.argv[3])
 """

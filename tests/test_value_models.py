@@ -12,20 +12,21 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from posttrain import models
-from posttrain.models import Policy, active_adapter, build_policy, save_model, selected_adapter
-from posttrain.parts.targets import backup, reduce_members
-from posttrain.recipe.sections import Head as HeadOptions
-from posttrain.recipe.sections import Lora, Value
-from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.value_checkpoints import build_value
-from posttrain.values import (
+from posttrain.models import policy as models
+from posttrain.models.adapters import active_adapter, selected_adapter
+from posttrain.models.policy import Policy, build_policy, save_model
+from posttrain.models.value import (
     Moments,
     ValueSpec,
     backed_up,
     polyak,
     target_copy,
 )
+from posttrain.models.value_files import build_value
+from posttrain.parts.targets import backup, reduce_members
+from posttrain.recipe.sections import Head as HeadOptions
+from posttrain.recipe.sections import Lora, Value
+from posttrain.recipe.sections import Policy as PolicyOptions
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

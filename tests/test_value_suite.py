@@ -13,8 +13,8 @@ import yaml
 from runs import VERIFIER, command, launch, write_run
 
 from posttrain.cli import main
+from posttrain.models.value_files import load_value
 from posttrain.stored_rollouts import read_rollouts
-from posttrain.value_checkpoints import load_value
 
 SUITE = {
     "suite": "value",
@@ -77,8 +77,8 @@ def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFacto
     """A saved value model of the tiny policy, with a head of random weights."""
     from transformers import AutoTokenizer
 
+    from posttrain.models.value_files import build_value, save_value
     from posttrain.recipe import sections
-    from posttrain.value_checkpoints import build_value, save_value
 
     torch.manual_seed(1)
     head = sections.Head(type="bernoulli")

@@ -8,12 +8,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.heads import Head
-from posttrain.models import Policy, build_policy
+from posttrain.models.heads import Head
+from posttrain.models.policy import Policy, build_policy
+from posttrain.models.value import ValueModel, ValueSpec
+from posttrain.models.value_files import build_value, save_value
 from posttrain.recipe.sections import Lora, Value
 from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.value_checkpoints import build_value, save_value
-from posttrain.values import ValueModel, ValueSpec
 
 SMALL = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

@@ -23,7 +23,7 @@ ROOM = 32
 
 
 def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenValueScore:
-    """The score of a ``posttrain.values.ValueModel``, with the kind, temperature and scale it was trained for.
+    """The score of a ``posttrain.models.value.ValueModel``, with the kind, temperature and scale it was trained for.
 
     Raises:
         ValueError: for an implicit value, whose two language models make a score without it.
@@ -41,7 +41,7 @@ def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenVa
 
 
 class CachedValueScore:
-    """The value of a ``posttrain.values.ValueModel``, which remembers the last call's prefixes and their candidates.
+    """The value of a ``posttrain.models.value.ValueModel``, which remembers the last call's prefixes and their candidates.
 
     Args:
         model: all of its layers attend to all that came before.
@@ -102,7 +102,7 @@ class Reader:
     changed in place, as optimisers and ``load_state_dict`` do.
 
     Args:
-        model: a ``posttrain.values.ValueModel``.
+        model: a ``posttrain.models.value.ValueModel``.
     """
 
     def __init__(self, model: Any) -> None:

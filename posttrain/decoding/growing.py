@@ -14,7 +14,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from posttrain.decoding.prefixes import Prefix
-from posttrain.models import active_adapter
+from posttrain.models.adapters import active_adapter
 
 ROWS = 64
 """Prefixes in one forward pass."""
@@ -42,7 +42,7 @@ class BesideLayer(DynamicLayer):
 
 
 def forward_hidden(model: Any, **inputs: Any) -> Float[Tensor, "M columns H"]:
-    """The last hidden states of a ``posttrain.values.ValueModel``, through its own adapter if it has one."""
+    """The last hidden states of a ``posttrain.models.value.ValueModel``, through its own adapter if it has one."""
     adapter: AbstractContextManager[None] = nullcontext()
     if model.adapter is not None:
         adapter = active_adapter(model.backbone, model.adapter)
@@ -137,7 +137,7 @@ class GrowingReader:
     model's weights are changed in place.
 
     Args:
-        model: a ``posttrain.values.ValueModel`` all of whose layers attend to all that came before.
+        model: a ``posttrain.models.value.ValueModel`` all of whose layers attend to all that came before.
         memory_mb: most memory for keys and values, in MiB.
     """
 

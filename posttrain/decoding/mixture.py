@@ -20,7 +20,8 @@ from posttrain.decoding.cached_values import Reader
 from posttrain.decoding.model_scores import last_token, padded
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
-from posttrain.models import Policy, active_adapter
+from posttrain.models.adapters import active_adapter
+from posttrain.models.policy import Policy
 
 
 class Mixture(Decoder):

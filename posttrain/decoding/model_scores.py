@@ -86,7 +86,7 @@ class ValueScore:
     """The value that a model gives to each prefix, in reward units: at its last token.
 
     Args:
-        model: ``forward(tokens [N, L], states [N, L]) -> (value [N, L], ...)``, as ``posttrain.values.ValueModel``.
+        model: ``forward(tokens [N, L], states [N, L]) -> (value [N, L], ...)``, as ``posttrain.models.value.ValueModel``.
     """
 
     model: nn.Module
@@ -169,7 +169,7 @@ class NextTokenValueScore(ValueScore):
 
 
 def head_value(model: Any) -> HiddenValue:
-    """The head of a ``posttrain.values.ValueModel`` alone, in reward units."""
+    """The head of a ``posttrain.models.value.ValueModel`` alone, in reward units."""
 
     def value(hidden: Float[Tensor, "*S H"]) -> Float[Tensor, "*S"]:
         decoded = model.head.decode(model.head(hidden))

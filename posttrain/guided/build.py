@@ -8,7 +8,7 @@ from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.guided.checks import named_models
 from posttrain.guided.context import DecoderContext
-from posttrain.models import DTYPES, UNLOADABLE, not_found
+from posttrain.models.load import DTYPES, UNLOADABLE, not_found
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import dotted

@@ -32,9 +32,9 @@ from posttrain.guided.context import (
     Select,
     TargetDecoder,
 )
+from posttrain.models.value_files import load_value
 from posttrain.option_types import Count, OpenFraction, Positive, PositiveCount
 from posttrain.recipe.part import Part
-from posttrain.value_checkpoints import load_value
 
 
 @law_known

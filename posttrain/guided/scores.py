@@ -13,13 +13,13 @@ from posttrain.decoding.prefixes import PrefixScore
 from posttrain.engines.base import Sampling
 from posttrain.errors import RecipeError
 from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, Score, TextReward, Verifier
-from posttrain.implicit_values import ImplicitValue
-from posttrain.models import load_model
+from posttrain.models.implicit_value import ImplicitValue
+from posttrain.models.load import load_model
+from posttrain.models.value_files import load_value
 from posttrain.option_types import NonNegative, Positive, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.report.tokens import step_numbers
-from posttrain.value_checkpoints import load_value
 
 
 def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from posttrain.models import Policy
+from posttrain.models.policy import Policy
 from posttrain.recipe.sections import Optimizer
 from posttrain.runtime import learning_rate
 

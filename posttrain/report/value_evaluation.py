@@ -27,7 +27,9 @@ from posttrain.engines.base import Engine
 from posttrain.errors import DataError, UserError
 from posttrain.evaluation_suite import ValueSuite
 from posttrain.micro_batches import length_groups
-from posttrain.models import load_tokenizer
+from posttrain.models.load import load_tokenizer
+from posttrain.models.value import ValueModel
+from posttrain.models.value_files import load_value
 from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
@@ -40,8 +42,6 @@ from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
 from posttrain.stored_rollouts import read_rollouts
 from posttrain.system.versions import versions
-from posttrain.value_checkpoints import load_value
-from posttrain.values import ValueModel
 from posttrain.verify import VerifierPool
 
 OF_SAMPLED = {

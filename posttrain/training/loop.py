@@ -34,7 +34,9 @@ from posttrain.guided.build import build_decoder
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import write_model_card
-from posttrain.models import DTYPES, describe, load_tokenizer, save_model
+from posttrain.models.load import DTYPES, load_tokenizer
+from posttrain.models.policy import describe, save_model
+from posttrain.models.value_files import save_value
 from posttrain.needs import find_needs
 from posttrain.recipe.part import Part
 from posttrain.report.values import value_metrics
@@ -46,7 +48,6 @@ from posttrain.stored_rollouts import write_rollouts
 from posttrain.system.versions import engine_name
 from posttrain.tracking import Trackers, check_trackers
 from posttrain.training.recipe import Recipe
-from posttrain.value_checkpoints import save_value
 from posttrain.verify import VerifierPool
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from posttrain.batch import Batch, Outputs
-from posttrain.models import Policy
-from posttrain.values import ValueModel
+from posttrain.models.policy import Policy
+from posttrain.models.value import ValueModel
 
 
 class Passes(NamedTuple):
@@ -39,7 +39,7 @@ class Trained(nn.Module):
         states: Bool[Tensor, "N L"],
         **asked: Any,
     ) -> Passes:
-        """One pass of each model; ``asked``: what :meth:`posttrain.models.Policy.statistics` takes by name."""
+        """One pass of each model; ``asked``: what :meth:`posttrain.models.policy.Policy.statistics` takes by name."""
         logp = entropies = kl_ref = collision = value = logits = None
         if self.policy is not None:
             logp, entropies, kl_ref, collision = self.policy.statistics(tokens, mask, **asked)

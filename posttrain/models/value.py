@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.batch import identity
-from posttrain.heads import Head, bin_centres
-from posttrain.models import Policy, active_adapter, adapter_parameters, add_adapter, chunk_rows
+from posttrain.models.adapters import active_adapter, adapter_parameters, add_adapter
+from posttrain.models.heads import Head, bin_centres
+from posttrain.models.policy import Policy, chunk_rows
 from posttrain.parts.targets import Backup, Reduction, backup, reduce_members
 from posttrain.recipe import sections
 
@@ -83,7 +84,7 @@ class Moments:
 class ValueModel(nn.Module):
     """A decoder and a head on it.
 
-    It is a module of its own, as :class:`~posttrain.models.Policy` is, so that Accelerate and DeepSpeed wrap all of the
+    It is a module of its own, as :class:`~posttrain.models.policy.Policy` is, so that Accelerate and DeepSpeed wrap all of the
     pass. Padding stands on the right, where causal attention cannot see it: there is no attention mask.
 
     Losses see values, targets and supports in reward units, normalised or not: the head's share is behind

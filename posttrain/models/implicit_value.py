@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from posttrain.heads import Head
-from posttrain.models import POLICY_ADAPTER, Policy
-from posttrain.values import ValueModel, ValueSpec
+from posttrain.models.adapters import POLICY_ADAPTER
+from posttrain.models.heads import Head
+from posttrain.models.policy import Policy
+from posttrain.models.value import ValueModel, ValueSpec
 
 
 class ImplicitValue(ValueModel):

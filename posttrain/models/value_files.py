@@ -3,7 +3,7 @@
 On disk a value model is a Hugging Face ``...ForTokenClassification`` checkpoint whose labels are the outputs of the
 head, or, with a per-token head, a ``...ForCausalLM`` whose output layer is Q: plain transformers loads both. An
 implicit value is a ``...ForCausalLM`` as it is. The entry ``posttrain`` of its ``config.json`` holds the
-:class:`~posttrain.values.ValueSpec`.
+:class:`~posttrain.models.value.ValueSpec`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from transformers import (
 )
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.heads import Head
-from posttrain.implicit_values import ImplicitValue
-from posttrain.models import DTYPES, Policy, enable_checkpointing, load_model, merged, not_found, with_adapter
+from posttrain.models.adapters import enable_checkpointing, merged, with_adapter
+from posttrain.models.heads import Head
+from posttrain.models.implicit_value import ImplicitValue
+from posttrain.models.load import DTYPES, load_model, not_found
+from posttrain.models.policy import Policy
+from posttrain.models.value import VALUE_ADAPTER, ValueModel, ValueSpec
 from posttrain.parts.targets import Backup
 from posttrain.recipe import sections
-from posttrain.values import VALUE_ADAPTER, ValueModel, ValueSpec
 
 PLACE = "value.model"
 

@@ -1,0 +1,119 @@
+"""LoRA adapters on a language model: added, switched, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from posttrain.recipe.sections import Lora
+
+POLICY_ADAPTER = "default"
+"""Name of the policy's own adapter; a value model on the same weights has another."""
+
+
+def with_adapter(model: Any, lora: Lora, name: str) -> Any:
+    """The model with one more adapter, in float32, to be trained; a model without any is wrapped for PEFT first."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
+    )
+    if hasattr(model, "peft_config"):
+        add_adapter(model, config, name)
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+    for parameter in adapter_parameters(model, name).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return model
+
+
+def add_adapter(model: Any, config: Any, name: str) -> None:
+    """One more adapter on a PEFT model; what required a gradient still does (PEFT would stop the others)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.add_adapter(name, config)
+    _LAYERS_OF.pop(model, None)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The weights of one adapter, under names that do not hold the adapter's."""
+    mark = f".{name}."
+    return {key.replace(mark, "."): p for key, p in model.named_parameters() if ".lora_" in key and mark in key}
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Trades time for memory: each layer's activations are computed again in the backward pass.
+
+    They are computed again with the adapter of the forward pass. Without that, a backward pass through two forward
+    passes with two adapters on the same weights would silently give wrong gradients.
+    """
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if hasattr(model, "peft_config"):
+        kwargs["context_fn"] = lambda: (nullcontext(), active_adapter(model, selected_adapter(model)))
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def selected_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that a forward pass would run with; None: without."""
+    layer = _adapted_layers(model)[0]
+    return None if layer.disable_adapters else layer.active_adapters[0]
+
+
+@contextmanager
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Runs with one adapter, or with none, and leaves alone what requires a gradient."""
+    before = selected_adapter(model)
+    _select(model, name, before)
+    try:
+        yield
+    finally:
+        _select(model, before, name)
+
+
+def _select(model: nn.Module, name: str | None, now: str | None) -> None:
+    if name == now:
+        return
+    for layer in _adapted_layers(model):
+        # What PEFT's set_adapter and enable_adapters do, but for the adapter that they then stop from being trained.
+        # Setting that right again takes 50 times as long, and checkpointing switches at every layer.
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+
+
+_LAYERS_OF: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # a walk over all modules takes milliseconds
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if model not in _LAYERS_OF:
+        _LAYERS_OF[model] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return _LAYERS_OF[model]
+
+
+def merged(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model under its Hugging Face name, with one adapter merged in, one at a time."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." not in name:
+            yield name, parameter.detach()
+            continue
+        owner = name.rsplit(".", 2)[0]
+        delta = modules[owner].get_delta_weight(adapter) if name.endswith(".weight") else None
+        weight = parameter if delta is None else parameter.float() + delta.float()
+        yield name.replace(".base_layer.", "."), weight.detach().to(parameter.dtype)

@@ -17,6 +17,7 @@ from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
+from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
 from posttrain.examples.columns import read_numbers
 from posttrain.examples.given import Examples, GivenExamples
@@ -29,7 +30,6 @@ from posttrain.models.value_files import build_value
 from posttrain.needs import Needs
 from posttrain.parts.value_losses import SOFT
 from posttrain.players import Players, adapted_copy, check_twins
-from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Value

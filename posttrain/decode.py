@@ -22,11 +22,11 @@ from posttrain.collect import sampling_of, share_of_prompts
 from posttrain.data import check_columns, load_rows
 from posttrain.display import TABLE_WIDTH
 from posttrain.engines.base import Completion, Engine
+from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.guided.checks import decoder_conflicts
 from posttrain.models.load import load_tokenizer
-from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.part import Part

@@ -11,11 +11,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.collect import sampling_of
+from posttrain.engines.for_policy import long_engine
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.guided.build import build_decoder, check_models
 from posttrain.models.load import context_length, load_tokenizer
-from posttrain.policy_engine import long_engine
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides
 from posttrain.runtime import Runtime

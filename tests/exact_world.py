@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from tabular_engine import TabularEngine
 
 from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.prefixes import Kind, Prefix
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.choice import MakeChooser, seeded_chooser
-from posttrain.engines.tabular import TabularEngine
 
 PROMPT = (0,)
 Outcome = TypeVar("Outcome", bound=Hashable)

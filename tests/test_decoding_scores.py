@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from exact_world import PROMPT, String, World, distance, kl, law_of, make_world, table_score, tokens_of
+from tabular_engine import TabularEngine
 from torch import nn
 
 from posttrain.batch import Batch, Finish, Outputs
@@ -28,7 +29,6 @@ from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.refine import jacobi
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Sampling
-from posttrain.engines.tabular import TabularEngine
 from posttrain.parts import value_losses
 from posttrain.parts.targets import backup
 from posttrain.rollout import Prompts, to_batch

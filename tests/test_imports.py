@@ -59,7 +59,7 @@ HOMELESS: set[str] = {
     "posttrain.recipe.sections",
     "posttrain.models.output_layer",
     "posttrain.players",
-    "posttrain.policy_engine",
+    "posttrain.engines.for_policy",
     "posttrain.system.quiet",
     "posttrain.reference_cache",
     "posttrain.report",

@@ -11,6 +11,7 @@ import torch
 from conftest import make_random_batch
 from parts_cases import close
 from preference_cases import answers, every_pair, train
+from tabular_engine import TabularEngine
 from test_preference_optima import REFERENCE, REWARD, sigmoid, soft_dpo, tilted
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -19,7 +20,6 @@ from posttrain.batch import Author
 from posttrain.decoding.mixture import Mixture, mixed
 from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
-from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError, RecipeError, UserError
 from posttrain.models.policy import Policy, build_policy
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tabular_engine import TabularEngine
 
 from posttrain import examples
 from posttrain.batch import Finish
 from posttrain.collect import Source
 from posttrain.engines.base import Completion, Sampling
-from posttrain.engines.tabular import TabularEngine
 from posttrain.errors import DataError
 from posttrain.labelling import run_labels
 from posttrain.models.load import load_tokenizer

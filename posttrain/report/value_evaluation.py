@@ -24,13 +24,13 @@ from posttrain.batch import Batch, Finish
 from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.engines.base import Engine
+from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.evaluation_suite import ValueSuite
 from posttrain.micro_batches import length_groups
 from posttrain.models.load import load_tokenizer
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
-from posttrain.policy_engine import Room, policy_engine
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.report import values

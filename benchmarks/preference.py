@@ -280,7 +280,7 @@ def judged(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from posttrain.examples import pairs
+    from posttrain.data.examples import pairs
     from posttrain.recipe.sections import Data
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)

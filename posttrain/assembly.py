@@ -14,13 +14,13 @@ from torch import nn
 
 from posttrain.collect import Source, in_order
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
+from posttrain.data.examples.columns import read_numbers
+from posttrain.data.examples.dataset_examples import Examples, GivenExamples
 from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
-from posttrain.examples.columns import read_numbers
-from posttrain.examples.given import Examples, GivenExamples
 from posttrain.learner import Learner
 from posttrain.models.joint import Trained
 from posttrain.models.load import DTYPES, load_model

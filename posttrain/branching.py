@@ -6,12 +6,12 @@ import torch
 
 from posttrain.batch import Batch
 from posttrain.collect import Source
+from posttrain.data.steps import steps_by_text
 from posttrain.engines.base import Sampling
 from posttrain.parts.credit import step_starts
 from posttrain.parts.targets import branch_estimate
 from posttrain.recipe.sections import Branches
 from posttrain.report.branches import Prefix, continue_prefixes
-from posttrain.report.tokens import steps_by_text
 from posttrain.seeds import sample_seed
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from posttrain.batch import Author, Batch
 from posttrain.data import PromptSampler, Rows
+from posttrain.data.examples.dataset_examples import Examples
 from posttrain.engines.base import Engine, Sampling
 from posttrain.errors import DataError, NothingSelected
-from posttrain.examples.given import Examples
 from posttrain.micro_batches import blank_row
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe

@@ -16,10 +16,10 @@ from pydantic.dataclasses import dataclass
 from posttrain.batch import Batch
 from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import check_columns, load_rows
+from posttrain.data.examples import rollouts
 from posttrain.engines.base import Engine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
-from posttrain.examples import rollouts
 from posttrain.models.load import load_tokenizer
 from posttrain.option_types import PositiveCount
 from posttrain.recipe import sections

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.collect import share_of
+from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.display import Progress
 from posttrain.errors import UserError
-from posttrain.examples.given import Examples
 from posttrain.learner import Learner, reference_logp
 from posttrain.needs import Needs
 from posttrain.system.files import sync
@@ -47,7 +47,7 @@ FORMAT = 1  # of the shards and of the key
 
 @dataclass(frozen=True)
 class ReferencedExamples:
-    """Examples whose batches hold the reference's log-probs; see :class:`posttrain.examples.given.Examples`."""
+    """Examples whose batches hold the reference's log-probs; see :class:`posttrain.data.examples.dataset_examples.Examples`."""
 
     examples: Examples
     logp: Mapping[int, np.ndarray]  # of each group: float32, the chosen tokens of its completions one after another

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Author, Batch, Finish
+from posttrain.data.steps import steps_by_text
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import DataError
 from posttrain.option_types import PositiveCount
-from posttrain.report.tokens import steps_by_text
 from posttrain.seeds import OPPONENTS, sample_seed
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Finish
 from posttrain.collect import Source
+from posttrain.data.steps import Decode, cut, steps_by_text
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError
 from posttrain.recipe.sections import CONFIG
 from posttrain.report.branches import Prefix, continue_prefixes
-from posttrain.report.tokens import Decode, steps_by_text
 from posttrain.seeds import sample_seed
 
 Branch = Callable[[Sequence[Prefix]], Float[Tensor, "P K"]]
@@ -109,30 +109,6 @@ def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) 
             )
         )
     return solutions
-
-
-def cut(text: str, separator: str, count: int) -> list[str]:
-    """The steps of a text: joined by the separator they are the text again.
-
-    A run of separators ends one step; all but one of it stay in that step, those at the end of the text in the last
-    step, and those at its beginning in the first.
-
-    Raises:
-        DataError: where that does not give ``count`` steps.
-    """
-    body = text.strip(separator)
-    start = text.find(body)
-    steps: list[str] = []
-    for piece in body.split(separator):
-        if steps and not piece:
-            steps[-1] += separator
-        else:
-            steps.append(piece)
-    steps[0] = text[:start] + steps[0]
-    steps[-1] += text[start + len(body) :]
-    if len(steps) != count:
-        raise DataError(f"step labels: {text[:60]!r} has {len(steps)} steps, but its tokens lie in {count}")
-    return steps
 
 
 def each_step(solutions: Sequence[Solution], branch: Branch, options: StepLabels) -> list[Labelled]:

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Batch
+from posttrain.data.steps import cut, steps_by_text
 from posttrain.errors import UserError
 from posttrain.parts.credit import step_ends
-from posttrain.report.tokens import steps_by_text
-from posttrain.step_labels import cut
 from reward_models.loading import (
     Input,
     check_model,

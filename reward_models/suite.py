@@ -17,12 +17,12 @@ from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
 from posttrain.data.read import find
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.errors import DataError, RecipeError
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Checked, Part
 from posttrain.recipe.yaml_reader import Location, Overrides
-from posttrain.stored_rollouts import read_rollouts
 from reward_models.accuracy import accuracy, compare_pairs, read_pairs, score_pairs
 from reward_models.curves import best_of_n_curve, draw_curve, moments, overoptimisation
 

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from posttrain.batch import Finish, Outputs
 from posttrain.cli import main
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.decode import DecodeRecipe, run_decode, to_row
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.shaping import GuideWarning
@@ -38,7 +39,6 @@ from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
 from posttrain.rollout import Context, Prompts, single_turn
-from posttrain.stored_rollouts import read_rollouts
 from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))

@@ -10,8 +10,8 @@ import torch
 from runs import command, launch, write_run
 from transformers import AutoModelForCausalLM
 
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.run_folder import RunFolder
-from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
 pytestmark = pytest.mark.engine

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from posttrain import examples
 from posttrain.batch import Finish
+from posttrain.data import examples
+from posttrain.data.rollout_files import write_rollouts
 from posttrain.errors import DataError
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.stored_rollouts import write_rollouts
 from posttrain.training.recipe import load_recipe
 
 GENERATION = (

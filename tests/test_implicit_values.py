@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from posttrain import load_recipe, load_value, train
 from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.decoding.cached_values import value_score
 from posttrain.errors import RecipeError, UserError
 from posttrain.models import policy as models
@@ -31,7 +32,6 @@ from posttrain.parts.value_losses import bce
 from posttrain.recipe.sections import Head, Lora, Value
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
-from posttrain.stored_rollouts import read_rollouts
 from posttrain.tracking import read_metrics
 
 BETA = 0.3

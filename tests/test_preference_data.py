@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain import cli, examples
+from posttrain import cli
 from posttrain.batch import Finish
+from posttrain.data import examples
+from posttrain.data.examples.dataset_examples import Given
+from posttrain.data.examples.groups import convert, cut_completions, fit, merge_annotators, pairs_of, repeat_votes
 from posttrain.errors import DataError
-from posttrain.examples.given import Given
-from posttrain.examples.groups import convert, cut_completions, fit, merge_annotators, pairs_of, repeat_votes
 from posttrain.recipe import sections
 
 

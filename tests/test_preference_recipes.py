@@ -12,12 +12,13 @@ import torch
 from conftest import make_random_batch
 from preference_cases import preferences
 
-from posttrain import cli, examples
+from posttrain import cli
 from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.compose import with_baseline
+from posttrain.data import examples
+from posttrain.data.examples.dataset_examples import GivenExamples
 from posttrain.errors import DataError, RecipeError
-from posttrain.examples.given import GivenExamples
 from posttrain.learner import score
 from posttrain.micro_batches import micro_batches
 from posttrain.models import policy as models

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from posttrain.batch import seq_mean
-from posttrain.examples import pairs
+from posttrain.data.examples import pairs
 from posttrain.models.policy import build_policy
 from posttrain.recipe.sections import Data, Policy
 from posttrain.tracking import read_metrics

@@ -20,6 +20,7 @@ from transformers import (
 
 import reward_models
 from posttrain.batch import Batch, Finish
+from posttrain.data.rollout_files import write_rollouts
 from posttrain.engines.base import Completion
 from posttrain.errors import RecipeError, UserError
 from posttrain.models.heads import Head
@@ -29,7 +30,6 @@ from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
 from posttrain.recipe import sections
 from posttrain.rollout import Prompts, to_batch
-from posttrain.stored_rollouts import write_rollouts
 from posttrain.training.recipe import load_recipe
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled

@@ -12,7 +12,7 @@ import torch
 from runs import write_run
 from safetensors.torch import load_file
 
-from posttrain.stored_rollouts import read_rollouts
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.tracking import read_metrics
 from posttrain.training.loop import train
 from posttrain.training.recipe import Recipe, load_recipe

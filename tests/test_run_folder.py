@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.batch import Batch
+from posttrain.data.rollout_files import read_rollouts, write_rollouts
 from posttrain.errors import DataError, UserError
 from posttrain.run_folder import (
     MARKER,
@@ -29,7 +30,6 @@ from posttrain.run_folder import (
     step_of,
     write_checkpoint,
 )
-from posttrain.stored_rollouts import read_rollouts, write_rollouts
 from posttrain.tracking import Trackers, read_metrics
 
 RESOLVED = {"policy": {"model": "tiny"}, "loss": [{"use": "clip", "low": 0.2}], "steps": 6, "optimizer": {"eps": 1e-8}}

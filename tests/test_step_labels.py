@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tabular_engine import TabularEngine
 
-from posttrain import examples
 from posttrain.batch import Finish
 from posttrain.collect import Source
+from posttrain.data import examples
+from posttrain.data.rollout_files import write_rollouts
+from posttrain.data.steps import cut
 from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import DataError
 from posttrain.labelling import run_labels
@@ -24,8 +26,7 @@ from posttrain.recipe import sections
 from posttrain.recipe.loading import RecipeError
 from posttrain.recipe.part import Part
 from posttrain.rollout import Prompts, single_turn, to_batch
-from posttrain.step_labels import Solution, StepLabels, binary_search, cut, find_solutions, make_step_labels, to_row
-from posttrain.stored_rollouts import write_rollouts
+from posttrain.step_labels import Solution, StepLabels, binary_search, find_solutions, make_step_labels, to_row
 from posttrain.system.files import write_rows
 from posttrain.verify import VerifierPool
 from posttrain.verify.functions import exact

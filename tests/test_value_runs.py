@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from posttrain import load_recipe, load_value, train
 from posttrain.assembly import value_kind
-from posttrain.stored_rollouts import read_rollouts
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.tracking import read_metrics
 
 pytestmark = pytest.mark.engine
@@ -67,7 +67,7 @@ def test_a_saved_value_model_gives_the_same_values_in_a_fresh_process(ppo: Path)
     batch = read_rollouts(ppo / "rollouts" / "step-000012.parquet")
     here = load_value(ppo / "value")(batch.tokens, batch.states)[0]
     program = (
-        "import sys, torch; from posttrain import load_value; from posttrain.stored_rollouts import read_rollouts;"
+        "import sys, torch; from posttrain import load_value; from posttrain.data.rollout_files import read_rollouts;"
         "batch = read_rollouts(sys.argv[2]); value = load_value(sys.argv[1]);"
         "torch.save(value(batch.tokens, batch.states)[0].detach(), sys.argv[3])"
     )

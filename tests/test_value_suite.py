@@ -13,8 +13,8 @@ import yaml
 from runs import VERIFIER, command, launch, write_run
 
 from posttrain.cli import main
+from posttrain.data.rollout_files import read_rollouts
 from posttrain.models.value_files import load_value
-from posttrain.stored_rollouts import read_rollouts
 
 SUITE = {
     "suite": "value",

@@ -14,9 +14,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
 
-from posttrain.data.checks import prompt_problem
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.problems import Problems
+from posttrain.data.prompts import prompt_problem
 from posttrain.data.read import Source, read
 from posttrain.errors import DataError
 from posttrain.recipe import sections

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from posttrain.data.steps import step_numbers
 from posttrain.decoding import prefix_scores
 from posttrain.decoding.cached_values import value_score
 from posttrain.decoding.model_scores import Law, LogRatio, StepScore, ValueScore, model_law
@@ -19,7 +20,6 @@ from posttrain.models.value_files import load_value
 from posttrain.option_types import NonNegative, Positive, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.report.tokens import step_numbers
 
 
 def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:

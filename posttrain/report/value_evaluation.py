@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.batch import Batch, Finish
 from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
+from posttrain.data.rollout_files import read_rollouts
+from posttrain.data.steps import Decode, pieces, steps_by_text
 from posttrain.engines.base import Engine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import DataError, UserError
@@ -37,10 +39,8 @@ from posttrain.report import values
 from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.report.page import Example, figure, write_page
 from posttrain.report.plots import PICTURES, draw_all
-from posttrain.report.tokens import Decode, pieces, steps_by_text
 from posttrain.rollout import single_turn
 from posttrain.runtime import Runtime
-from posttrain.stored_rollouts import read_rollouts
 from posttrain.system.versions import versions
 from posttrain.verify import VerifierPool
 

@@ -27,6 +27,7 @@ from posttrain.branching import branch_values
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.compose import compared, credit, reward_batch, with_baseline
+from posttrain.data.rollout_files import write_rollouts
 from posttrain.display import Progress
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate, judge
@@ -44,7 +45,6 @@ from posttrain.rollout import single_turn
 from posttrain.run_folder import step_name, step_of, write_left_out
 from posttrain.runtime import Runtime
 from posttrain.seeds import sample_seed
-from posttrain.stored_rollouts import write_rollouts
 from posttrain.system.versions import engine_name
 from posttrain.tracking import Trackers, check_trackers
 from posttrain.training.recipe import Recipe

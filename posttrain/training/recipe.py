@@ -21,7 +21,7 @@ from posttrain.recipe.resolve import inner_slots, resolve
 from posttrain.recipe.yaml_reader import Location, Overrides
 
 MODULES: Mapping[str, str] = {
-    "examples": "posttrain.examples",
+    "examples": "posttrain.data.examples",
     "prompts": "posttrain.data.samplers",
     "rollout": "posttrain.rollout",
     "decoder": "posttrain.guided.decoders",

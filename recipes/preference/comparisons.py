@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from posttrain.data.examples.columns import explicit_prompt, need
 from posttrain.data.read import read
 from posttrain.errors import DataError
-from posttrain.examples.columns import explicit_prompt, need
 from posttrain.recipe.sections import Data
 from reward_models.preference import ANSWERS, question
 

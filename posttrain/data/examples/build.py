@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.data.examples.columns import clean, need, read_finishes
+from posttrain.data.examples.dataset_examples import Given, GivenExamples, with_mismatched
+from posttrain.data.examples.encode import Encoded, Written, encode, turn_ids
+from posttrain.data.examples.groups import Group, Into, TooLong, convert, distinct, fit
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
-from posttrain.examples.columns import clean, need, read_finishes
-from posttrain.examples.encode import Encoded, Written, encode, turn_ids
-from posttrain.examples.given import Given, GivenExamples, with_mismatched
-from posttrain.examples.groups import Group, Into, TooLong, convert, distinct, fit
 from posttrain.recipe import sections
 
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from posttrain.batch import Finish
-from posttrain.data.checks import message_problem
 from posttrain.data.problems import Problems, shown
+from posttrain.data.prompts import message_problem
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
 

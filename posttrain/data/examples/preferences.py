@@ -9,11 +9,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.data.read import read
-from posttrain.data.rows import tokenise_rows, with_columns
-from posttrain.errors import DataError
-from posttrain.examples.build import Wanted, completions, given_of, make_examples
-from posttrain.examples.columns import (
+from posttrain.data.examples.build import Wanted, completions, given_of, make_examples
+from posttrain.data.examples.columns import (
     converted,
     explicit_prompt,
     need,
@@ -22,9 +19,12 @@ from posttrain.examples.columns import (
     read_number_lists,
     read_numbers,
 )
-from posttrain.examples.encode import Written, encode
-from posttrain.examples.given import Examples
-from posttrain.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
+from posttrain.data.examples.dataset_examples import Examples
+from posttrain.data.examples.encode import Written, encode
+from posttrain.data.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
+from posttrain.data.read import read
+from posttrain.data.rows import tokenise_rows, with_columns
+from posttrain.errors import DataError
 from posttrain.recipe import sections
 
 

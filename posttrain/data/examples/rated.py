@@ -18,11 +18,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.data.problems import Problems
-from posttrain.data.read import read
-from posttrain.data.rows import tokenise_rows, with_columns
-from posttrain.examples.build import Wanted, completions, make_examples
-from posttrain.examples.columns import (
+from posttrain.data.examples.build import Wanted, completions, make_examples
+from posttrain.data.examples.columns import (
     converted,
     find_reward,
     need,
@@ -32,9 +29,12 @@ from posttrain.examples.columns import (
     read_steps,
     split_messages,
 )
-from posttrain.examples.encode import Written, encode, ends_of, last_columns, step_ids
-from posttrain.examples.given import Examples, Given
-from posttrain.examples.groups import Into, TooLong, grouped
+from posttrain.data.examples.dataset_examples import Examples, Given
+from posttrain.data.examples.encode import Written, encode, ends_of, last_columns, step_ids
+from posttrain.data.examples.groups import Into, TooLong, grouped
+from posttrain.data.problems import Problems
+from posttrain.data.read import read
+from posttrain.data.rows import tokenise_rows, with_columns
 from posttrain.recipe import sections
 
 

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from posttrain.examples.preferences import lists, pairs
-from posttrain.examples.rows import demonstrations, rated, stepwise
-from posttrain.examples.stored import rollouts
+from posttrain.data.examples.preferences import lists, pairs
+from posttrain.data.examples.rated import demonstrations, rated, stepwise
+from posttrain.data.examples.stored import rollouts
 
 __all__ = ["demonstrations", "lists", "pairs", "rated", "rollouts", "stepwise"]

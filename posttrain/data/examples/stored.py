@@ -12,18 +12,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import OPTIONAL_FIELDS, Batch
+from posttrain.data.examples.dataset_examples import Examples, fingerprint
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.read import find
+from posttrain.data.rollout_files import read_rollouts
+from posttrain.data.steps import Decode, steps_by_text
 from posttrain.errors import DataError
-from posttrain.examples.given import Examples, fingerprint
 from posttrain.recipe import sections
-from posttrain.report.tokens import Decode, steps_by_text
-from posttrain.stored_rollouts import read_rollouts
 
 
 @dataclass(frozen=True)
 class StoredExamples:
-    """Groups of stored batches; see :class:`posttrain.examples.given.Examples`."""
+    """Groups of stored batches; see :class:`posttrain.data.examples.dataset_examples.Examples`."""
 
     batches: Sequence[Batch]
     files: Sequence[Path]

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from posttrain.batch import Batch
+from posttrain.errors import DataError
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included."""
@@ -65,3 +66,27 @@ def _ends(text: str, separator: str) -> list[int]:
             ends.append(end)
         at = text.find(separator, end)
     return ends
+
+
+def cut(text: str, separator: str, count: int) -> list[str]:
+    """The steps of a text: joined by the separator they are the text again.
+
+    A run of separators ends one step; all but one of it stay in that step, those at the end of the text in the last
+    step, and those at its beginning in the first.
+
+    Raises:
+        DataError: where that does not give ``count`` steps.
+    """
+    body = text.strip(separator)
+    start = text.find(body)
+    steps: list[str] = []
+    for piece in body.split(separator):
+        if steps and not piece:
+            steps[-1] += separator
+        else:
+            steps.append(piece)
+    steps[0] = text[:start] + steps[0]
+    steps[-1] += text[start + len(body) :]
+    if len(steps) != count:
+        raise DataError(f"step labels: {text[:60]!r} has {len(steps)} steps, but its tokens lie in {count}")
+    return steps

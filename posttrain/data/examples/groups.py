@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from posttrain.batch import Finish
-from posttrain.examples.given import Given, prompt_tokens
+from posttrain.data.examples.dataset_examples import Given, prompt_tokens
 
 Group = Sequence[Given]
 Into = Literal["groups", "pairs", "best_and_worst", "single"]

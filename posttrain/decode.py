@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.batch import Finish
 from posttrain.collect import sampling_of, share_of_prompts
 from posttrain.data import check_columns, load_rows
+from posttrain.decoding.build import build_decoder, check_models
+from posttrain.decoding.checks import decoder_conflicts
 from posttrain.display import TABLE_WIDTH
 from posttrain.engines.base import Completion, Engine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
-from posttrain.guided.build import build_decoder, check_models
-from posttrain.guided.checks import decoder_conflicts
 from posttrain.models.load import load_tokenizer
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as, placed
@@ -46,7 +46,7 @@ class DecodeSettings(SamplingRecipe):
 
     modules: ClassVar[Mapping[str, str]] = {
         "verify": "posttrain.verify.functions",
-        "decoder": "posttrain.guided.decoders",
+        "decoder": "posttrain.decoding.decoders",
     }
 
     policy: sections.Policy

@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from posttrain.data.read import find
 from posttrain.decode import DecodeRecipe, DecodeSettings
+from posttrain.decoding.checks import decoder_conflicts
 from posttrain.errors import RecipeError, UserError
-from posttrain.guided.checks import decoder_conflicts
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as, placed, read_document, read_part
 from posttrain.recipe.part import Part

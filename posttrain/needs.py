@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish, Outputs
+from posttrain.decoding.checks import law_is_known
 from posttrain.errors import RecipeError
-from posttrain.guided.checks import law_is_known
 from posttrain.recipe.part import Part
 from posttrain.training.recipe import Recipe
 

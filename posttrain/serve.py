@@ -11,10 +11,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.collect import sampling_of
+from posttrain.decoding.build import build_decoder, check_models
 from posttrain.engines.for_policy import long_engine
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
-from posttrain.guided.build import build_decoder, check_models
 from posttrain.models.load import context_length, load_tokenizer
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides

@@ -23,15 +23,15 @@ from posttrain.batch import Finish, Outputs
 from posttrain.cli import main
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.decode import DecodeRecipe, run_decode, to_row
+from posttrain.decoding import decoders, scores
+from posttrain.decoding.checks import named_models
+from posttrain.decoding.context import DecoderContext
+from posttrain.decoding.finals import mathematics, vote
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.shaping import GuideWarning
 from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import RecipeError
-from posttrain.guided import decoders, scores
-from posttrain.guided.checks import named_models
-from posttrain.guided.context import DecoderContext
-from posttrain.guided.finals import mathematics, vote
 from posttrain.models.value import ValueSpec
 from posttrain.needs import find_needs
 from posttrain.parts.weighting import truncated_importance

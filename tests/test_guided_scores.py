@@ -15,13 +15,13 @@ from tiny_values import save_random_value
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from posttrain.decode import DecodeRecipe
+from posttrain.decoding import decoders, scores
+from posttrain.decoding.context import DecoderContext
 from posttrain.decoding.particles import tilted
 from posttrain.decoding.population import Population
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.guided import decoders, scores
-from posttrain.guided.context import DecoderContext
 from posttrain.models.value import ValueSpec
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as

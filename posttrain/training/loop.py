@@ -28,10 +28,10 @@ from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.compose import compared, credit, reward_batch, with_baseline
 from posttrain.data.rollout_files import write_rollouts
+from posttrain.decoding.build import build_decoder
 from posttrain.display import Progress
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate, judge
-from posttrain.guided.build import build_decoder
 from posttrain.learner import score, set_targets, update
 from posttrain.metrics import peak_memory_mb, rollout_metrics
 from posttrain.model_card import write_model_card

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from posttrain.guided.checks import decoder_conflicts
+from posttrain.decoding.checks import decoder_conflicts
 from posttrain.option_types import Inner, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
@@ -24,7 +24,7 @@ MODULES: Mapping[str, str] = {
     "examples": "posttrain.data.examples",
     "prompts": "posttrain.data.samplers",
     "rollout": "posttrain.rollout",
-    "decoder": "posttrain.guided.decoders",
+    "decoder": "posttrain.decoding.decoders",
     "verify": "posttrain.verify.functions",
     "select": "posttrain.parts.selection",
     "reward": "posttrain.parts.rewards",

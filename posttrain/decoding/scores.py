@@ -9,11 +9,11 @@ from typing import Any, Literal
 from posttrain.data.steps import step_numbers
 from posttrain.decoding import prefix_scores
 from posttrain.decoding.cached_values import value_score
+from posttrain.decoding.context import DecoderContext, ModelPath, OptionalScore, Score, TextReward, Verifier
 from posttrain.decoding.model_scores import Law, LogRatio, StepScore, ValueScore, model_law
 from posttrain.decoding.prefixes import PrefixScore
 from posttrain.engines.base import Sampling
 from posttrain.errors import RecipeError
-from posttrain.guided.context import DecoderContext, ModelPath, OptionalScore, Score, TextReward, Verifier
 from posttrain.models.implicit_value import ImplicitValue
 from posttrain.models.load import load_model
 from posttrain.models.value_files import load_value

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from posttrain.decoding.checks import named_models
+from posttrain.decoding.context import DecoderContext
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.guided.checks import named_models
-from posttrain.guided.context import DecoderContext
 from posttrain.models.load import DTYPES, UNLOADABLE, not_found
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part

@@ -20,10 +20,10 @@ from posttrain.recipe.sections import EngineOptions
 ModelPath = Annotated[str, LocalPath()]
 """Hub name or local folder."""
 
-Score = Annotated[Callable[..., Any], Inner("posttrain.guided.scores", ("context",))]
+Score = Annotated[Callable[..., Any], Inner("posttrain.decoding.scores", ("context",))]
 """``(DecoderContext) -> PrefixScore``: what says how good a prefix is."""
 
-OptionalScore = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.scores", ("context",))]
+OptionalScore = Annotated[Callable[..., Any] | None, Inner("posttrain.decoding.scores", ("context",))]
 
 TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
 """A reward part that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
@@ -31,19 +31,19 @@ TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
 Verifier = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
 """``(completion) -> float``; columns of a data set are options here."""
 
-OptionalDecoder = Annotated[Callable[..., Any] | None, Inner("posttrain.guided.decoders", ("engine", "context"))]
+OptionalDecoder = Annotated[Callable[..., Any] | None, Inner("posttrain.decoding.decoders", ("engine", "context"))]
 """``(Engine, DecoderContext) -> Engine``."""
 
-TargetDecoder = Annotated[Callable[..., Any], Inner("posttrain.guided.decoders", ("engine", "context"))]
+TargetDecoder = Annotated[Callable[..., Any], Inner("posttrain.decoding.decoders", ("engine", "context"))]
 """One that must be there."""
 
 Pick = Annotated[Callable[..., Any], Inner("posttrain.decoding.particles", ("families", "choose"))]
 """``(families, choose) -> particles``: who survives a round."""
 
-Final = Annotated[Callable[..., Any], Inner("posttrain.guided.finals", ("particles", "choose", "decode"))]
+Final = Annotated[Callable[..., Any], Inner("posttrain.decoding.finals", ("particles", "choose", "decode"))]
 """``(particles, choose, decode) -> int``: which particle is the answer; ``decode`` turns token ids into text."""
 
-Answer = Annotated[Callable[..., Any], Inner("posttrain.guided.finals", ("text",))]
+Answer = Annotated[Callable[..., Any], Inner("posttrain.decoding.finals", ("text",))]
 """``(text) -> Hashable``: the answer in a completion; None where there is none."""
 
 Propose = Annotated[Callable[..., Any], Inner("posttrain.decoding.tree", ("engine", "prefixes", "sampling", "seeds"))]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 from posttrain.decoding import particles as rules
+from posttrain.decoding.context import Answer
 from posttrain.decoding.particles import Particle
 from posttrain.engines.choice import Chooser
-from posttrain.guided.context import Answer
 from posttrain.verify.mathematics import marked_answer, read_number, said_answer, tidy
 
 Decode = Callable[[Sequence[int]], str]

@@ -7,17 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-from posttrain.decoding import nodes, particles
-from posttrain.decoding.model_scores import head_value
-from posttrain.decoding.population import Population
-from posttrain.decoding.rejection import Rejection
-from posttrain.decoding.shaping import Shaped
-from posttrain.decoding.tree import TreeSearch, sampled_steps
-from posttrain.engines.base import Engine, ShapingEngine
-from posttrain.errors import RecipeError
-from posttrain.guided import finals
-from posttrain.guided.checks import law_known
-from posttrain.guided.context import (
+from posttrain.decoding import finals, nodes, particles
+from posttrain.decoding.checks import law_known
+from posttrain.decoding.context import (
     Backup,
     Choice,
     DecoderContext,
@@ -32,6 +24,13 @@ from posttrain.guided.context import (
     Select,
     TargetDecoder,
 )
+from posttrain.decoding.model_scores import head_value
+from posttrain.decoding.population import Population
+from posttrain.decoding.rejection import Rejection
+from posttrain.decoding.shaping import Shaped
+from posttrain.decoding.tree import TreeSearch, sampled_steps
+from posttrain.engines.base import Engine, ShapingEngine
+from posttrain.errors import RecipeError
 from posttrain.models.value_files import load_value
 from posttrain.option_types import Count, OpenFraction, Positive, PositiveCount
 from posttrain.recipe.part import Part
@@ -146,7 +145,7 @@ def rejection(
         rounds: how often, at most, until one is accepted.
     """
     made = population(engine, context)
-    assert isinstance(made, Population)  # posttrain.guided.checks has looked
+    assert isinstance(made, Population)  # posttrain.decoding.checks has looked
     return Rejection(engine, made, highest=highest, width=width, rounds=rounds)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.collect import Source, in_order
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.data.examples.columns import read_numbers
 from posttrain.data.examples.dataset_examples import Examples, GivenExamples
@@ -34,6 +33,7 @@ from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Value
 from posttrain.reference_cache import schedule_of, uses_cache, with_reference
+from posttrain.rollout.collect import Source, in_order
 from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
 from posttrain.training.recipe import Recipe

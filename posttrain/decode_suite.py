@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from posttrain.data.read import find
-from posttrain.decode import DecodeRecipe, DecodeSettings
 from posttrain.decoding.checks import decoder_conflicts
+from posttrain.decoding.recipe import DecodeRecipe, DecodeSettings
 from posttrain.errors import RecipeError, UserError
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as, placed, read_document, read_part

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 
 from posttrain.batch import Finish, Outputs
-from posttrain.collect import Source, generate_and_verify, in_order, make_prompts, sampling_of, share_of
 from posttrain.data import Rows
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.learner import Learner, policy_logp, reference_logp
 from posttrain.metrics import add_sums, mean_sums, preference_sums
 from posttrain.recipe.sections import Evaluation
+from posttrain.rollout.collect import Source, generate_and_verify, in_order, make_prompts, sampling_of, share_of
 from posttrain.runtime import Runtime
 from posttrain.seeds import prompt_seeds
 

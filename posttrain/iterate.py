@@ -38,7 +38,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from posttrain.decode import DecodeRecipe, run_decode
+from posttrain.decode import run_decode
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.errors import RecipeError, UserError
 from posttrain.evaluation_suite import SUITES, run_suite
 from posttrain.labelling import LabelRecipe, run_labels

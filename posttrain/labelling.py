@@ -14,7 +14,6 @@ from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from posttrain.batch import Batch
-from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import check_columns, load_rows
 from posttrain.data.examples import rollouts
 from posttrain.engines.base import Engine
@@ -27,10 +26,11 @@ from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.yaml_reader import Location, Overrides
-from posttrain.report.branches import BUCKETS
-from posttrain.rollout import single_turn
+from posttrain.rollout.branches import BUCKETS
+from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
+from posttrain.rollout.rollouts import single_turn
+from posttrain.rollout.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.runtime import Runtime
-from posttrain.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.system.files import write_rows
 from posttrain.verify import VerifierPool
 

@@ -31,13 +31,13 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from posttrain.batch import Batch
-from posttrain.collect import share_of
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.display import Progress
 from posttrain.errors import UserError
 from posttrain.learner import Learner, reference_logp
 from posttrain.needs import Needs
+from posttrain.rollout.collect import share_of
 from posttrain.system.files import sync
 from posttrain.training.recipe import Recipe
 

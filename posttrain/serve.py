@@ -10,7 +10,6 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from posttrain.collect import sampling_of
 from posttrain.decoding.build import build_decoder, check_models
 from posttrain.engines.for_policy import long_engine
 from posttrain.engines.stepping import SteppingEngine
@@ -18,6 +17,7 @@ from posttrain.errors import UserError
 from posttrain.models.load import context_length, load_tokenizer
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides
+from posttrain.rollout.collect import sampling_of
 from posttrain.runtime import Runtime
 from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app

@@ -18,8 +18,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.decode import DecodeRecipe
 from posttrain.decode_suite import DecodeSuite, Variant, read_suite
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.evaluation_suite import KINDS, suite_name
 from posttrain.iterate import IterateRecipe
 from posttrain.labelling import LabelRecipe

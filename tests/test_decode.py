@@ -22,12 +22,13 @@ from transformers import AutoTokenizer
 from posttrain.batch import Finish, Outputs
 from posttrain.cli import main
 from posttrain.data.rollout_files import read_rollouts
-from posttrain.decode import DecodeRecipe, run_decode, to_row
+from posttrain.decode import run_decode
 from posttrain.decoding import decoders, scores
 from posttrain.decoding.checks import named_models
 from posttrain.decoding.context import DecoderContext
 from posttrain.decoding.finals import mathematics, vote
 from posttrain.decoding.prefixes import Prefix
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import GuideWarning
 from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Sampling
@@ -38,7 +39,8 @@ from posttrain.parts.weighting import truncated_importance
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
-from posttrain.rollout import Context, Prompts, single_turn
+from posttrain.rollout.rollouts import Context, Prompts, single_turn
+from posttrain.rollout.session import to_row
 from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))

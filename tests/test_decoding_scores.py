@@ -31,7 +31,7 @@ from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Sampling
 from posttrain.parts import value_losses
 from posttrain.parts.targets import backup
-from posttrain.rollout import Prompts, to_batch
+from posttrain.rollout.rollouts import Prompts, to_batch
 
 WORLD = make_world(0)
 ENDING = make_world(1, eos=True)

@@ -14,12 +14,12 @@ from test_decoding_scores import Strata, as_world, expected, quarters
 from tiny_values import save_random_value
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from posttrain.decode import DecodeRecipe
 from posttrain.decoding import decoders, scores
 from posttrain.decoding.context import DecoderContext
 from posttrain.decoding.particles import tilted
 from posttrain.decoding.population import Population
 from posttrain.decoding.prefixes import Prefix
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.models.value import ValueSpec

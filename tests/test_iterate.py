@@ -18,15 +18,15 @@ from runs import write_run
 from posttrain import load_recipe
 from posttrain.batch import Batch
 from posttrain.cli import main
-from posttrain.decode import DecodeRecipe
 from posttrain.decoding.context import DecoderContext
 from posttrain.decoding.prefix_scores import weighted_sum
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
 from posttrain.iterate import IterateRecipe, Plan, as_arguments, check_stages, run_iterate
 from posttrain.recipe.loading import load_as, read_document
 from posttrain.recipe.part import Part
-from posttrain.rollout import Prompts, to_batch
+from posttrain.rollout.rollouts import Prompts, to_batch
 from posttrain.tracking import read_metrics
 from posttrain.training.recipe import Recipe
 

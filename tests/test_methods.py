@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.decode import DecodeRecipe
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.iterate import IterateRecipe, Stage
 from posttrain.recipe.loading import load_as
 from posttrain.training.recipe import Recipe, load_recipe

@@ -25,7 +25,7 @@ from posttrain.models.policy import Policy, build_policy
 from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
 from posttrain.recipe.sections import EngineOptions, Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.rollout import Context, Prompts, against, beside_given
+from posttrain.rollout.rollouts import Context, Prompts, against, beside_given
 from posttrain.training.loop import ids_of
 from posttrain.training.recipe import Recipe, load_recipe
 

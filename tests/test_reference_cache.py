@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import reference_cache
 from posttrain.assembly import build_learner, load_material, with_cached_reference
-from posttrain.collect import draw_examples
 from posttrain.errors import UserError
 from posttrain.learner import score
 from posttrain.micro_batches import micro_batches
@@ -21,6 +20,7 @@ from posttrain.models.joint import forward
 from posttrain.needs import find_needs
 from posttrain.parts.preference.scores import log_ratio
 from posttrain.reference_cache import ReferencedExamples, first_draws, schedule_of
+from posttrain.rollout.collect import draw_examples
 from posttrain.runtime import Runtime
 from posttrain.training.recipe import load_recipe
 

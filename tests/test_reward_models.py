@@ -29,7 +29,7 @@ from posttrain.models.value_files import save_value
 from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
 from posttrain.recipe import sections
-from posttrain.rollout import Prompts, to_batch
+from posttrain.rollout.rollouts import Prompts, to_batch
 from posttrain.training.recipe import load_recipe
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled

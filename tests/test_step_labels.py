@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tabular_engine import TabularEngine
 
 from posttrain.batch import Finish
-from posttrain.collect import Source
 from posttrain.data import examples
 from posttrain.data.rollout_files import write_rollouts
 from posttrain.data.steps import cut
@@ -25,8 +24,9 @@ from posttrain.models.load import load_tokenizer
 from posttrain.recipe import sections
 from posttrain.recipe.loading import RecipeError
 from posttrain.recipe.part import Part
-from posttrain.rollout import Prompts, single_turn, to_batch
-from posttrain.step_labels import Solution, StepLabels, binary_search, find_solutions, make_step_labels, to_row
+from posttrain.rollout.collect import Source
+from posttrain.rollout.rollouts import Prompts, single_turn, to_batch
+from posttrain.rollout.step_labels import Solution, StepLabels, binary_search, find_solutions, make_step_labels, to_row
 from posttrain.system.files import write_rows
 from posttrain.verify import VerifierPool
 from posttrain.verify.functions import exact

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from posttrain.batch import Batch, Finish
 from posttrain.data.steps import pieces, steps_by_text
 from posttrain.report import values
-from posttrain.report.branches import choose_prefixes, value_at
 from posttrain.report.page import Example, write_page
 from posttrain.report.plots import draw_all, draw_branches, draw_steps
+from posttrain.rollout.branches import choose_prefixes, value_at
 
 # --------------------------------------------------------------------------------------------------- figures, by hand
 

@@ -18,7 +18,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.decode import Session, completed, session
 from posttrain.decode_suite import PLAIN, DecodeSuite, Variant, written
 from posttrain.decoding.build import check_models, decoder_context
 from posttrain.display import TABLE_WIDTH
@@ -26,6 +25,7 @@ from posttrain.engines.base import Engine
 from posttrain.errors import DataError
 from posttrain.report.frontier_plots import draw_frontiers
 from posttrain.report.page import document, embedded_picture, html_table
+from posttrain.rollout.session import Session, completed, session
 from posttrain.system.versions import versions
 
 KlKind = Literal["exact", "bound", "unknown"]

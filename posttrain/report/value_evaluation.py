@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Batch, Finish
-from posttrain.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.data.steps import Decode, pieces, steps_by_text
@@ -36,10 +35,11 @@ from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.report import values
-from posttrain.report.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.report.page import Example, figure, write_page
 from posttrain.report.plots import PICTURES, draw_all
-from posttrain.rollout import single_turn
+from posttrain.rollout.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
+from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
+from posttrain.rollout.rollouts import single_turn
 from posttrain.runtime import Runtime
 from posttrain.system.versions import versions
 from posttrain.verify import VerifierPool

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from posttrain.decode import DecodeRecipe
+from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.recipe import sections
 
 

@@ -23,9 +23,7 @@ from posttrain.assembly import (
     with_cached_reference,
 )
 from posttrain.batch import Batch
-from posttrain.branching import branch_values
 from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
-from posttrain.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.compose import compared, credit, reward_batch, with_baseline
 from posttrain.data.rollout_files import write_rollouts
 from posttrain.decoding.build import build_decoder
@@ -41,7 +39,9 @@ from posttrain.models.value_files import save_value
 from posttrain.needs import find_needs
 from posttrain.recipe.part import Part
 from posttrain.report.values import value_metrics
-from posttrain.rollout import single_turn
+from posttrain.rollout.branches import branch_values
+from posttrain.rollout.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
+from posttrain.rollout.rollouts import single_turn
 from posttrain.run_folder import step_name, step_of, write_left_out
 from posttrain.runtime import Runtime
 from posttrain.seeds import sample_seed

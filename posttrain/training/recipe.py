@@ -23,7 +23,7 @@ from posttrain.recipe.yaml_reader import Location, Overrides
 MODULES: Mapping[str, str] = {
     "examples": "posttrain.data.examples",
     "prompts": "posttrain.data.samplers",
-    "rollout": "posttrain.rollout",
+    "rollout": "posttrain.rollout.rollouts",
     "decoder": "posttrain.decoding.decoders",
     "verify": "posttrain.verify.functions",
     "select": "posttrain.parts.selection",
@@ -66,7 +66,7 @@ class Recipe(Checked):
 
     # The slots, in the order in which a step uses them
     prompts: InstanceOf[Part] = _default("posttrain.data.samplers.uniform")
-    rollout: InstanceOf[Part] = _default("posttrain.rollout.single_turn")
+    rollout: InstanceOf[Part] = _default("posttrain.rollout.rollouts.single_turn")
     decoder: InstanceOf[Part] | None = None  # what rollouts are sampled from, in place of the policy itself
     verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()

@@ -20,7 +20,7 @@ from posttrain.micro_batches import blank_row
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.sections import SamplingOptions
-from posttrain.rollout import Context, Prompts
+from posttrain.rollout.rollouts import Context, Prompts
 from posttrain.runtime import Runtime
 from posttrain.seeds import prompt_seeds
 from posttrain.training.recipe import Recipe

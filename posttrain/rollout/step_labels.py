@@ -18,12 +18,12 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
-from posttrain.collect import Source
 from posttrain.data.steps import Decode, cut, steps_by_text
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError
 from posttrain.recipe.sections import CONFIG
-from posttrain.report.branches import Prefix, continue_prefixes
+from posttrain.rollout.branches import Prefix, continue_prefixes
+from posttrain.rollout.collect import Source
 from posttrain.seeds import sample_seed
 
 Branch = Callable[[Sequence[Prefix]], Float[Tensor, "P K"]]

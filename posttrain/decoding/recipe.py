@@ -1,0 +1,56 @@
+"""Recipes for decoding: which prompts are completed, by which decoder, and how completions are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict, InstanceOf
+from pydantic.dataclasses import dataclass
+
+from posttrain.decoding.checks import decoder_conflicts
+from posttrain.recipe import sections
+from posttrain.recipe.part import Part
+from posttrain.recipe.sampling import SamplingRecipe
+from posttrain.recipe.yaml_reader import Location
+
+OUTPUTS = (".jsonl", ".parquet")
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class DecodeSettings(SamplingRecipe):
+    """What is completed and verified, whatever decodes it."""
+
+    modules: ClassVar[Mapping[str, str]] = {
+        "verify": "posttrain.verify.functions",
+        "decoder": "posttrain.decoding.decoders",
+    }
+
+    policy: sections.Policy
+    data: sections.Data
+    verify: tuple[InstanceOf[Part], ...]
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class DecodeRecipe(DecodeSettings):
+    """Which prompts are completed, by which decoder, and where the completions go."""
+
+    decoder: InstanceOf[Part] | None = None  # default: plain samples
+    verify: tuple[InstanceOf[Part], ...] = ()
+    output: str | None = None  # .jsonl or .parquet; default: completions/<name of this file>.jsonl
+
+    name: str = "decode"
+
+    @property
+    def file(self) -> Path:
+        """Where the completions go."""
+        return Path(self.output or Path("completions") / f"{self.name}.jsonl")
+
+    def conflicts(self) -> Iterator[tuple[Location, str]]:
+        if self.file.suffix not in OUTPUTS:
+            yield ("output",), f"{self.output!r} should end with {' or '.join(OUTPUTS)}"
+        if self.decoder is not None:
+            yield from decoder_conflicts(self.decoder, self.sampling, self.engine)
+        elif self.sampling.temperature == 0 and self.completions > 1:
+            yield ("completions",), f"at temperature 0 all {self.completions} completions of a prompt are equal"

@@ -1,0 +1,90 @@
+"""A session: a rank's prompts with the engine that completes them and the verifiers that score them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.batch import Finish
+from posttrain.data import check_columns, load_rows
+from posttrain.decoding.recipe import DecodeSettings
+from posttrain.engines.base import Completion, Engine
+from posttrain.engines.for_policy import Room, policy_engine
+from posttrain.models.load import load_tokenizer
+from posttrain.rollout.collect import sampling_of, share_of_prompts
+from posttrain.rollout.rollouts import Prompts
+from posttrain.runtime import Runtime
+from posttrain.verify import VerifierPool
+
+
+class Session(NamedTuple):
+    """What a rank completes its prompts with."""
+
+    runtime: Runtime
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    verifiers: VerifierPool
+    prompts: Prompts
+
+
+@contextmanager
+def session(recipe: DecodeSettings) -> Iterator[Session]:
+    """A rank's share of the prompts with all that it takes to complete and verify them.
+
+    The engine has room for the longest prompt and completion.
+
+    Raises:
+        UserError: for what a person can mend.
+    """
+    tokenizer = load_tokenizer(recipe.policy)
+    rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
+    check_columns(rows, recipe.verify)
+    room = Room(rows.longest_prompt, recipe.sampling.max_tokens)
+    with Runtime(dtype=recipe.policy.dtype) as runtime:
+        prompts = share_of_prompts(rows, recipe.seed, runtime)
+        with (
+            VerifierPool(recipe.verify) as verifiers,
+            closing(policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)) as engine,
+        ):
+            yield Session(runtime, tokenizer, engine, verifiers, prompts)
+
+
+def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict[str, Any]]:
+    """A row for each completion; verifiers work while others are still decoded."""
+    prompts, texts = on.prompts, dict[tuple[int, int], str]()
+
+    def ended(prompt: int, sample: int, completion: Completion) -> None:
+        texts[prompt, sample] = text = str(on.tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        row, place = prompts.rows[prompt], prompts.places[prompt]
+        on.verifiers.submit((prompt, sample), text, completion.tokens, row, place=place)
+
+    sampling = sampling_of(recipe.sampling)
+    groups = decoder.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)
+    verdicts = on.verifiers.collect()
+    found = []
+    for i, group in enumerate(groups):
+        for j, completion in enumerate(group):
+            score = {"score": _number(verdicts[i, j].score)} if recipe.verify else {}
+            found.append({**prompts.rows[i], **to_row(texts[i, j], completion), **score})
+    return found
+
+
+def to_row(text: str, completion: Completion) -> dict[str, Any]:
+    """What is written of a completion; what a number does not know (NaN, infinite) is null."""
+    length = len(completion.tokens)
+    return {
+        "completion": text,
+        "tokens": length,
+        "finish": Finish(completion.finish).name.lower(),
+        "logp": _number(sum(completion.logps)),
+        "generated": float(length),
+        **{name: _number(value) for name, value in completion.measured.items()},
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -64,7 +64,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     from posttrain import load_recipe, train
     from posttrain.batch import Batch
-    from posttrain.tracking import read_metrics
+    from posttrain.output.tracking import read_metrics
 
     run_folder = Path(settings.folder, f"posttrain-{settings.lengths}")
     recipe = load_recipe(write_recipe(settings, run_folder))

@@ -27,6 +27,7 @@ from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value import target_copy
 from posttrain.models.value_files import build_value
 from posttrain.needs import Needs
+from posttrain.output.run_folder import RunFolder, changed_settings, open_run
 from posttrain.parts.value_losses import SOFT
 from posttrain.players import Players, adapted_copy, check_twins
 from posttrain.recipe import sections
@@ -34,7 +35,6 @@ from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Value
 from posttrain.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.rollout.collect import Source, in_order
-from posttrain.run_folder import RunFolder, changed_settings, open_run
 from posttrain.runtime import Group, Runtime
 from posttrain.training.recipe import Recipe
 

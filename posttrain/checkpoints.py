@@ -12,8 +12,8 @@ import torch
 from posttrain.assembly import TrainingRun
 from posttrain.errors import UserError
 from posttrain.learner import Learner
+from posttrain.output.run_folder import prune_checkpoints, write_checkpoint
 from posttrain.recipe.part import Part
-from posttrain.run_folder import prune_checkpoints, write_checkpoint
 from posttrain.training.recipe import Recipe
 
 STATE_FILE = "state.json"

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from posttrain.decoding.build import build_decoder, check_models
 from posttrain.decoding.recipe import DecodeRecipe
-from posttrain.display import TABLE_WIDTH
 from posttrain.errors import UserError
+from posttrain.output.progress import TABLE_WIDTH
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides
 from posttrain.rollout.session import completed, session

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from posttrain.output.tracking import TIMING
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Value
 from posttrain.system.versions import versions
-from posttrain.tracking import TIMING
 from posttrain.training.recipe import Recipe
 
 ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")

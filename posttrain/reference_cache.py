@@ -33,10 +33,10 @@ from torch import Tensor
 from posttrain.batch import Batch
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.left_out import LeftOut
-from posttrain.display import Progress
 from posttrain.errors import UserError
 from posttrain.learner import Learner, reference_logp
 from posttrain.needs import Needs
+from posttrain.output.progress import Progress
 from posttrain.rollout.collect import share_of
 from posttrain.system.files import sync
 from posttrain.training.recipe import Recipe

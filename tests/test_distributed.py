@@ -11,8 +11,8 @@ from runs import command, launch, write_run
 from transformers import AutoModelForCausalLM
 
 from posttrain.data.rollout_files import read_rollouts
-from posttrain.run_folder import RunFolder
-from posttrain.tracking import read_metrics
+from posttrain.output.run_folder import RunFolder
+from posttrain.output.tracking import read_metrics
 
 pytestmark = pytest.mark.engine
 

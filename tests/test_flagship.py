@@ -10,7 +10,7 @@ import pytest
 from runs import command, launch
 from transformers import AutoModelForCausalLM
 
-from posttrain.tracking import read_metrics
+from posttrain.output.tracking import read_metrics
 
 pytestmark = pytest.mark.engine
 

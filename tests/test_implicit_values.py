@@ -25,6 +25,7 @@ from posttrain.models.policy import build_policy, save_model
 from posttrain.models.value import ValueModel, polyak, target_copy
 from posttrain.models.value_files import build_value, save_value
 from posttrain.needs import find_needs
+from posttrain.output.tracking import read_metrics
 from posttrain.parts.credit import last_chosen
 from posttrain.parts.rewards import value_gain
 from posttrain.parts.targets import outcome_label
@@ -32,7 +33,6 @@ from posttrain.parts.value_losses import bce
 from posttrain.recipe.sections import Head, Lora, Value
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.runtime import Runtime
-from posttrain.tracking import read_metrics
 
 BETA = 0.3
 HEAD = Head(type="implicit", beta=BETA)

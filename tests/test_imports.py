@@ -34,7 +34,7 @@ HOMELESS: set[str] = {
     "posttrain.compose",
     "posttrain.decode",
     "posttrain.decode_suite",
-    "posttrain.display",
+    "posttrain.output.progress",
     "posttrain.evaluate",
     "posttrain.evaluation_suite",
     "posttrain.iterate",
@@ -53,11 +53,11 @@ HOMELESS: set[str] = {
     "posttrain.report.rounds",
     "posttrain.report.value_evaluation",
     "posttrain.report.values",
-    "posttrain.run_folder",
+    "posttrain.output.run_folder",
     "posttrain.runtime",
     "posttrain.serve",
     "posttrain.show",
-    "posttrain.tracking",
+    "posttrain.output.tracking",
 }
 """Modules that have no room yet."""
 EXCEPTIONS: set[tuple[str, str]] = {

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
+from posttrain.output.tracking import Trackers, read_metrics
 from posttrain.system.interrupts import uninterrupted
-from posttrain.tracking import Trackers, read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -24,10 +24,10 @@ from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
 from posttrain.iterate import IterateRecipe, Plan, as_arguments, check_stages, run_iterate
+from posttrain.output.tracking import read_metrics
 from posttrain.recipe.loading import load_as, read_document
 from posttrain.recipe.part import Part
 from posttrain.rollout.rollouts import Prompts, to_batch
-from posttrain.tracking import read_metrics
 from posttrain.training.recipe import Recipe
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes" / "iterate").glob("*.yaml"))

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from posttrain.batch import seq_mean
 from posttrain.data.examples import pairs
 from posttrain.models.policy import build_policy
+from posttrain.output.tracking import read_metrics
 from posttrain.recipe.sections import Data, Policy
-from posttrain.tracking import read_metrics
 from posttrain.training.loop import train
 from posttrain.training.recipe import Recipe, load_recipe
 

@@ -13,7 +13,7 @@ from runs import write_run
 from safetensors.torch import load_file
 
 from posttrain.data.rollout_files import read_rollouts
-from posttrain.tracking import read_metrics
+from posttrain.output.tracking import read_metrics
 from posttrain.training.loop import train
 from posttrain.training.recipe import Recipe, load_recipe
 

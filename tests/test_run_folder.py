@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from posttrain.batch import Batch
 from posttrain.data.rollout_files import read_rollouts, write_rollouts
 from posttrain.errors import DataError, UserError
-from posttrain.run_folder import (
+from posttrain.output.run_folder import (
     MARKER,
     RunFolder,
     changed_settings,
@@ -30,7 +30,7 @@ from posttrain.run_folder import (
     step_of,
     write_checkpoint,
 )
-from posttrain.tracking import Trackers, read_metrics
+from posttrain.output.tracking import Trackers, read_metrics
 
 RESOLVED = {"policy": {"model": "tiny"}, "loss": [{"use": "clip", "low": 0.2}], "steps": 6, "optimizer": {"eps": 1e-8}}
 
@@ -122,7 +122,7 @@ def test_ranks_write_into_one_checkpoint_and_none_leaves_before_it_is_whole(tmp_
 WRITER = """
 import sys
 from pathlib import Path
-from posttrain.run_folder import RunFolder, prune_checkpoints, write_checkpoint
+from posttrain.output.run_folder import RunFolder, prune_checkpoints, write_checkpoint
 
 folder = RunFolder(Path(sys.argv[1]))
 print("ready", flush=True)

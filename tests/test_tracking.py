@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.display import Column, Progress, duration
 from posttrain.errors import RecipeError, UserError
 from posttrain.model_card import papers, write_model_card
+from posttrain.output.progress import Column, Progress, duration
+from posttrain.output.tracking import Trackers, check_trackers, read_metrics, truncate_metrics
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.tracking import Trackers, check_trackers, read_metrics, truncate_metrics
 from posttrain.training.recipe import Recipe
 
 # ---------------------------------------------------------------------------------------------------- metrics.jsonl
@@ -121,7 +121,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path):
 
 LOG_TWICE = """
 import sys
-from posttrain.tracking import Trackers
+from posttrain.output.tracking import Trackers
 for start, steps in ((0, (1, 2)), (2, (3, 4))):
     with Trackers([sys.argv[1]], sys.argv[2], "project", {"loss": [{"use": "clip"}]}, start=start) as trackers:
         for step in steps:
@@ -208,7 +208,7 @@ def test_other_processes_show_nothing():
 ON_TERMINAL = """
 import logging, sys, warnings
 logging.basicConfig(stream=sys.stderr, level="INFO", format="%(message)s")
-from posttrain.display import Progress
+from posttrain.output.progress import Progress
 with Progress(3) as progress:
     for step in range(1, 4):
         progress.update(step, {"reward/mean": step / 4})

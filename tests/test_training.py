@@ -28,9 +28,9 @@ from posttrain.errors import UserError, VerifierError
 from posttrain.metrics import rollout_metrics
 from posttrain.micro_batches import blank_row
 from posttrain.models.load import load_tokenizer
-from posttrain.run_folder import step_name
+from posttrain.output.run_folder import step_name
+from posttrain.output.tracking import read_metrics
 from posttrain.runtime import Runtime
-from posttrain.tracking import read_metrics
 from posttrain.training.loop import train
 from posttrain.training.recipe import load_recipe
 

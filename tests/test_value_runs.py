@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from posttrain import load_recipe, load_value, train
 from posttrain.assembly import value_kind
 from posttrain.data.rollout_files import read_rollouts
-from posttrain.tracking import read_metrics
+from posttrain.output.tracking import read_metrics
 
 pytestmark = pytest.mark.engine
 FOLDER = Path(__file__).parent.parent / "recipes" / "value"

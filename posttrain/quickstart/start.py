@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.display import Column, Progress
 from posttrain.models.policy import Policy
+from posttrain.output.progress import Column, Progress
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END
 from posttrain.quickstart.problems import Problem, demonstrations, draw

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from posttrain import load_recipe
+from posttrain.output.run_folder import RunFolder
+from posttrain.output.tracking import read_metrics
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.start import (
     HELD_OUT,
@@ -25,8 +27,6 @@ from posttrain.quickstart.start import (
     warm_up,
     write_problems,
 )
-from posttrain.run_folder import RunFolder
-from posttrain.tracking import read_metrics
 from posttrain.training import loop as training
 from posttrain.verify.mathematics import math
 

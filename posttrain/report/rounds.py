@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.decode import MEANS
+from posttrain.output.tracking import read_metrics
 from posttrain.report.plots import DARK, STYLE
-from posttrain.tracking import read_metrics
 
 TAIL = 10
 """Steps at the end of a training run whose mean is its metric."""

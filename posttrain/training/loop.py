@@ -27,7 +27,6 @@ from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
 from posttrain.compose import compared, credit, reward_batch, with_baseline
 from posttrain.data.rollout_files import write_rollouts
 from posttrain.decoding.build import build_decoder
-from posttrain.display import Progress
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.evaluate import evaluate, judge
 from posttrain.learner import score, set_targets, update
@@ -37,16 +36,17 @@ from posttrain.models.load import DTYPES, load_tokenizer
 from posttrain.models.policy import describe, save_model
 from posttrain.models.value_files import save_value
 from posttrain.needs import find_needs
+from posttrain.output.progress import Progress
+from posttrain.output.run_folder import step_name, step_of, write_left_out
+from posttrain.output.tracking import Trackers, check_trackers
 from posttrain.recipe.part import Part
 from posttrain.report.values import value_metrics
 from posttrain.rollout.branches import branch_values
 from posttrain.rollout.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.rollout.rollouts import single_turn
-from posttrain.run_folder import step_name, step_of, write_left_out
 from posttrain.runtime import Runtime
 from posttrain.seeds import sample_seed
 from posttrain.system.versions import engine_name
-from posttrain.tracking import Trackers, check_trackers
 from posttrain.training.recipe import Recipe
 from posttrain.verify import VerifierPool
 

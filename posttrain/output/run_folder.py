@@ -5,7 +5,7 @@
     runs/<name>/
       recipe.yaml                    the resolved recipe
       left_out.json                  rows of the data that are not used, and why
-      metrics.jsonl                  a line a step (posttrain.tracking)
+      metrics.jsonl                  a line a step (posttrain.output.tracking)
       rollouts/step-000010.parquet   a row a completion
       tensorboard/
       checkpoints/step-000050/       all that an exact resume needs
@@ -28,8 +28,8 @@ import yaml
 
 from posttrain.data.left_out import LeftOut, as_plain
 from posttrain.errors import UserError
+from posttrain.output.tracking import truncate_metrics
 from posttrain.system.files import sync, sync_tree
-from posttrain.tracking import truncate_metrics
 
 MARKER = "complete.json"  # the last file written into a checkpoint
 _STEP = re.compile(r"step-(\d+)")

@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from posttrain.output.tracking import as_number
 from posttrain.system.interrupts import uninterrupted
-from posttrain.tracking import as_number
 
 
 class Column(NamedTuple):

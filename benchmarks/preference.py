@@ -148,8 +148,9 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     import yaml
 
-    from posttrain import load_recipe, reference_cache, train
+    from posttrain import load_recipe, train
     from posttrain.training import loop as training
+    from posttrain.training import reference_cache
 
     recipe = {
         "policy": {"model": str(settings.model), "dtype": "float32"},

@@ -30,8 +30,8 @@ from posttrain.rollout.branches import BUCKETS
 from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.rollout.rollouts import single_turn
 from posttrain.rollout.step_labels import StepLabels, make_step_labels, to_row
-from posttrain.runtime import Runtime
 from posttrain.system.files import write_rows
+from posttrain.training.optimiser import Runtime
 from posttrain.verify import VerifierPool
 
 

@@ -18,13 +18,13 @@ from posttrain.models.load import context_length, load_tokenizer
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides
 from posttrain.rollout.collect import sampling_of
-from posttrain.runtime import Runtime
 from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app
 from posttrain.serving.limits import Limit
 from posttrain.serving.recipe import Server, ServeRecipe
 from posttrain.serving.served import Served
 from posttrain.serving.worker import Worker
+from posttrain.training.optimiser import Runtime
 
 LONGEST = 8192
 """Default of ``engine.max_model_len`` where the model's own context is longer."""

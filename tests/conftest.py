@@ -20,7 +20,6 @@ CHECKED = [
     f"posttrain.{name}" for name in ("batch", "compose", "heads", "models", "parts", "runtime", "trained", "values")
 ]
 with install_import_hook(CHECKED, "beartype.beartype"):
-    import posttrain.compose
     import posttrain.models.joint
     import posttrain.models.policy
     import posttrain.models.value  # noqa: F401

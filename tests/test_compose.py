@@ -10,9 +10,9 @@ import torch
 from parts_cases import close, moved_outputs, rough_batch
 
 from posttrain.batch import Batch
-from posttrain.compose import credit, reward_batch, total_loss
 from posttrain.parts import losses, normalisers, rewards, weighting
 from posttrain.recipe.part import Part
+from posttrain.training.apply_parts import credit, reward_batch, total_loss
 from posttrain.training.recipe import Recipe, load_recipe
 
 GRPO = Path(__file__).parent.parent / "recipes" / "rl" / "grpo.yaml"

@@ -34,7 +34,6 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import RecipeError
 from posttrain.models.value import ValueSpec
-from posttrain.needs import find_needs
 from posttrain.parts.weighting import truncated_importance
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
@@ -42,6 +41,7 @@ from posttrain.recipe.part import Part
 from posttrain.rollout.rollouts import Context, Prompts, single_turn
 from posttrain.rollout.session import to_row
 from posttrain.training.recipe import Recipe, load_recipe
+from posttrain.training.required_passes import find_needs
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "decode").glob("*.yaml"))
 SCORE = "score: {use: path_logp}"

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from posttrain import load_recipe, load_value, train
-from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.decoding.cached_values import value_score
@@ -24,7 +23,6 @@ from posttrain.models.implicit_value import ImplicitValue
 from posttrain.models.policy import build_policy, save_model
 from posttrain.models.value import ValueModel, polyak, target_copy
 from posttrain.models.value_files import build_value, save_value
-from posttrain.needs import find_needs
 from posttrain.output.tracking import read_metrics
 from posttrain.parts.credit import last_chosen
 from posttrain.parts.rewards import value_gain
@@ -32,7 +30,9 @@ from posttrain.parts.targets import outcome_label
 from posttrain.parts.value_losses import bce
 from posttrain.recipe.sections import Head, Lora, Value
 from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.runtime import Runtime
+from posttrain.training.optimiser import Runtime
+from posttrain.training.required_passes import find_needs
+from posttrain.training.setup import build_learner
 
 BETA = 0.3
 HEAD = Head(type="implicit", beta=BETA)

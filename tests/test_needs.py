@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from posttrain.errors import RecipeError
-from posttrain.needs import find_needs
 from posttrain.parts import advantages, losses, normalisers, rewards
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Data, Policy
 from posttrain.training.recipe import Recipe
+from posttrain.training.required_passes import find_needs
 
 
 def part(function, **options) -> Part:

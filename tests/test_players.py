@@ -22,11 +22,11 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError, RecipeError, UserError
 from posttrain.models.policy import Policy, build_policy
-from posttrain.players import Players, adapted_copy, check_twins, move, weights_of
 from posttrain.recipe.sections import EngineOptions, Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
 from posttrain.rollout.rollouts import Context, Prompts, against, beside_given
 from posttrain.training.loop import ids_of
+from posttrain.training.other_policies import Players, adapted_copy, check_twins, move, weights_of
 from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "preference"

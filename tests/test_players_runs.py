@@ -15,9 +15,9 @@ from test_preference_recipes_run import small
 from posttrain.errors import UserError
 from posttrain.models.policy import build_policy
 from posttrain.output.tracking import read_metrics
-from posttrain.players import weights_of
 from posttrain.recipe.sections import Policy
 from posttrain.training.loop import train
+from posttrain.training.other_policies import weights_of
 
 pytestmark = pytest.mark.engine
 

@@ -10,7 +10,6 @@ import torch
 from conftest import make_random_batch
 
 from posttrain.batch import Batch, Outputs
-from posttrain.compose import total_loss
 from posttrain.models.policy import Policy, build_policy
 from posttrain.parts.normalisers import group_mean_of_token_sum
 from posttrain.parts.preference import list_targets, pair_links, pair_targets, point_links, scores
@@ -20,6 +19,7 @@ from posttrain.recipe.part import Part
 from posttrain.recipe.resolve import inner_slots, positional
 from posttrain.recipe.sections import Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.training.apply_parts import total_loss
 
 RECIPES = {
     "DPO": [Part.of(pairwise, beta=0.1)],

@@ -13,24 +13,24 @@ from conftest import make_random_batch
 from preference_cases import preferences
 
 from posttrain import cli
-from posttrain.assembly import build_learner
 from posttrain.batch import Batch, Outputs, seq_sum
-from posttrain.compose import with_baseline
 from posttrain.data import examples
 from posttrain.data.examples.dataset_examples import GivenExamples
 from posttrain.errors import DataError, RecipeError
-from posttrain.learner import score
 from posttrain.micro_batches import micro_batches
 from posttrain.models import policy as models
 from posttrain.models.joint import forward
-from posttrain.needs import find_needs
 from posttrain.parts.preference import games, regularisers, scores
 from posttrain.recipe import sections
 from posttrain.recipe.resolve import import_file
 from posttrain.recipe.sections import Lora
 from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.runtime import Runtime
+from posttrain.training.apply_parts import with_baseline
+from posttrain.training.learner import score
+from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import Recipe, load_recipe
+from posttrain.training.required_passes import find_needs
+from posttrain.training.setup import build_learner
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in (RECIPES / "preference").glob("*.yaml"))

@@ -11,18 +11,18 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import reference_cache
-from posttrain.assembly import build_learner, load_material, with_cached_reference
 from posttrain.errors import UserError
-from posttrain.learner import score
 from posttrain.micro_batches import micro_batches
 from posttrain.models.joint import forward
-from posttrain.needs import find_needs
 from posttrain.parts.preference.scores import log_ratio
-from posttrain.reference_cache import ReferencedExamples, first_draws, schedule_of
 from posttrain.rollout.collect import draw_examples
-from posttrain.runtime import Runtime
+from posttrain.training import reference_cache
+from posttrain.training.learner import score
+from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import load_recipe
+from posttrain.training.reference_cache import ReferencedExamples, first_draws, schedule_of
+from posttrain.training.required_passes import find_needs
+from posttrain.training.setup import build_learner, load_material, with_cached_reference
 
 PAIRS = 12
 

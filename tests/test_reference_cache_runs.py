@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from test_reference_cache import PAIRS, rows, shards, write
 
 from posttrain.output.tracking import read_metrics
-from posttrain.reference_cache import read_shards
 from posttrain.training.loop import train
 from posttrain.training.recipe import load_recipe
+from posttrain.training.reference_cache import read_shards
 
 pytestmark = pytest.mark.engine
 

@@ -26,11 +26,11 @@ from posttrain.errors import RecipeError, UserError
 from posttrain.models.heads import Head
 from posttrain.models.value import ValueModel, ValueSpec
 from posttrain.models.value_files import save_value
-from posttrain.needs import find_needs
 from posttrain.parts.credit import step_ends
 from posttrain.recipe import sections
 from posttrain.rollout.rollouts import Prompts, to_batch
 from posttrain.training.recipe import load_recipe
+from posttrain.training.required_passes import find_needs
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled
 from reward_models.process import step_columns

@@ -21,9 +21,9 @@ from reference_value_recipes import RECIPES, Case, Losses, read, vapo, without_v
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
-from posttrain.compose import credit, reward_batch, total_loss, total_value_loss, value_target
-from posttrain.learner import with_shares
 from posttrain.parts.credit import step_ends
+from posttrain.training.apply_parts import credit, reward_batch, total_loss, total_value_loss, value_target
+from posttrain.training.learner import with_shares
 from posttrain.training.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "rl"

@@ -10,7 +10,13 @@ import torch
 from posttrain.errors import UserError, VerifierError
 from posttrain.micro_batches import length_groups, micro_batches
 from posttrain.recipe.sections import Optimizer
-from posttrain.runtime import Runtime, _portable, learning_rate, refuse_hidden_single_process, refuse_lost_processes
+from posttrain.training.optimiser import (
+    Runtime,
+    _portable,
+    learning_rate,
+    refuse_hidden_single_process,
+    refuse_lost_processes,
+)
 
 
 def test_micro_batches_stay_within_the_budget_and_lose_nothing(random_batch):

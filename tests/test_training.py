@@ -20,19 +20,19 @@ import transformers
 from runs import VERIFIER, command, environment, write_run
 from transformers import AutoModelForCausalLM
 
-from posttrain.assembly import build_engine, load_material
 from posttrain.batch import Batch
 from posttrain.cli import main
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.errors import UserError, VerifierError
-from posttrain.metrics import rollout_metrics
 from posttrain.micro_batches import blank_row
 from posttrain.models.load import load_tokenizer
 from posttrain.output.run_folder import step_name
 from posttrain.output.tracking import read_metrics
-from posttrain.runtime import Runtime
 from posttrain.training.loop import train
+from posttrain.training.metrics import rollout_metrics
+from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import load_recipe
+from posttrain.training.setup import build_engine, load_material
 
 pytestmark = pytest.mark.engine
 

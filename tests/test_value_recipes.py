@@ -17,10 +17,10 @@ from reference_value_recipes import VALUES, read
 from test_rl_recipes import case, learns_probabilities, prepared, updated
 
 from posttrain import load_recipe
-from posttrain.assembly import value_kind
 from posttrain.batch import Outputs
-from posttrain.compose import total_value_loss
 from posttrain.parts import weighting
+from posttrain.training.apply_parts import total_value_loss
+from posttrain.training.setup import value_kind
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "value"
 SOFT = {"contrastive_twist": 0.5, "sixo": 0.5, "soft": 0.5}

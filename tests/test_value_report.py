@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from posttrain.batch import Batch, Finish
 from posttrain.data.steps import pieces, steps_by_text
-from posttrain.report import values
 from posttrain.report.page import Example, write_page
 from posttrain.report.plots import draw_all, draw_branches, draw_steps
 from posttrain.rollout.branches import choose_prefixes, value_at
+from posttrain.training import value_metrics as values
 
 # --------------------------------------------------------------------------------------------------- figures, by hand
 
@@ -257,7 +257,7 @@ def test_two_ranks_equal_one(random_batch):
 
 def test_metrics_of_a_step_by_hand():
     """Targets are the rewards; at the last token of the completion that was cut off there is none."""
-    from posttrain.runtime import Runtime
+    from posttrain.training.optimiser import Runtime
 
     batch = stored_batch()
     target = torch.where(batch.states, batch.reward[:, None], torch.nan)

@@ -16,9 +16,9 @@ from runs import environment, write_run
 from safetensors.torch import load_file
 
 from posttrain import load_recipe, load_value, train
-from posttrain.assembly import value_kind
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.output.tracking import read_metrics
+from posttrain.training.setup import value_kind
 
 pytestmark = pytest.mark.engine
 FOLDER = Path(__file__).parent.parent / "recipes" / "value"

@@ -12,7 +12,7 @@ from posttrain.models.load import DTYPES, UNLOADABLE, not_found
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import dotted
-from posttrain.runtime import Runtime
+from posttrain.training.optimiser import Runtime
 
 
 def build_decoder(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.models.policy import Policy
 from posttrain.recipe.sections import Optimizer
-from posttrain.runtime import learning_rate
+from posttrain.training.optimiser import learning_rate
 
 
 class Example(NamedTuple):

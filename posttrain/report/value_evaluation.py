@@ -34,14 +34,14 @@ from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.report import values
 from posttrain.report.page import Example, figure, write_page
 from posttrain.report.plots import PICTURES, draw_all
 from posttrain.rollout.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.rollout.rollouts import single_turn
-from posttrain.runtime import Runtime
 from posttrain.system.versions import versions
+from posttrain.training import value_metrics as values
+from posttrain.training.optimiser import Runtime
 from posttrain.verify import VerifierPool
 
 OF_SAMPLED = {

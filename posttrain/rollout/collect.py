@@ -21,8 +21,8 @@ from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.sections import SamplingOptions
 from posttrain.rollout.rollouts import Context, Prompts
-from posttrain.runtime import Runtime
 from posttrain.seeds import prompt_seeds
+from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import Recipe
 from posttrain.verify import VerifierPool
 

@@ -17,7 +17,7 @@ from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.models.load import load_tokenizer
 from posttrain.rollout.collect import sampling_of, share_of_prompts
 from posttrain.rollout.rollouts import Prompts
-from posttrain.runtime import Runtime
+from posttrain.training.optimiser import Runtime
 from posttrain.verify import VerifierPool
 
 

@@ -12,7 +12,32 @@ from typing import Any
 
 import torch
 
-from posttrain.assembly import (
+from posttrain.batch import Batch
+from posttrain.data.rollout_files import write_rollouts
+from posttrain.decoding.build import build_decoder
+from posttrain.errors import NothingSelected, Stopped, VerifierError
+from posttrain.models.load import DTYPES, load_tokenizer
+from posttrain.models.policy import describe, save_model
+from posttrain.models.value_files import save_value
+from posttrain.output.progress import Progress
+from posttrain.output.run_folder import step_name, step_of, write_left_out
+from posttrain.output.tracking import Trackers, check_trackers
+from posttrain.recipe.part import Part
+from posttrain.rollout.branches import branch_values
+from posttrain.rollout.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
+from posttrain.rollout.rollouts import single_turn
+from posttrain.seeds import sample_seed
+from posttrain.system.versions import engine_name
+from posttrain.training.apply_parts import compared, credit, reward_batch, with_baseline
+from posttrain.training.checkpoints import load_checkpoint, save_checkpoint, states
+from posttrain.training.evaluate import evaluate, judge
+from posttrain.training.learner import score, set_targets, update
+from posttrain.training.metrics import peak_memory_mb, rollout_metrics
+from posttrain.training.model_card import write_model_card
+from posttrain.training.optimiser import Runtime
+from posttrain.training.recipe import Recipe
+from posttrain.training.required_passes import find_needs
+from posttrain.training.setup import (
     TrainingRun,
     build_learner,
     build_opponent,
@@ -22,32 +47,7 @@ from posttrain.assembly import (
     refuse_uneven_prompts,
     with_cached_reference,
 )
-from posttrain.batch import Batch
-from posttrain.checkpoints import load_checkpoint, save_checkpoint, states
-from posttrain.compose import compared, credit, reward_batch, with_baseline
-from posttrain.data.rollout_files import write_rollouts
-from posttrain.decoding.build import build_decoder
-from posttrain.errors import NothingSelected, Stopped, VerifierError
-from posttrain.evaluate import evaluate, judge
-from posttrain.learner import score, set_targets, update
-from posttrain.metrics import peak_memory_mb, rollout_metrics
-from posttrain.model_card import write_model_card
-from posttrain.models.load import DTYPES, load_tokenizer
-from posttrain.models.policy import describe, save_model
-from posttrain.models.value_files import save_value
-from posttrain.needs import find_needs
-from posttrain.output.progress import Progress
-from posttrain.output.run_folder import step_name, step_of, write_left_out
-from posttrain.output.tracking import Trackers, check_trackers
-from posttrain.recipe.part import Part
-from posttrain.report.values import value_metrics
-from posttrain.rollout.branches import branch_values
-from posttrain.rollout.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
-from posttrain.rollout.rollouts import single_turn
-from posttrain.runtime import Runtime
-from posttrain.seeds import sample_seed
-from posttrain.system.versions import engine_name
-from posttrain.training.recipe import Recipe
+from posttrain.training.value_metrics import value_metrics
 from posttrain.verify import VerifierPool
 
 

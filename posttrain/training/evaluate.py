@@ -10,12 +10,12 @@ import torch
 from posttrain.batch import Finish, Outputs
 from posttrain.data import Rows
 from posttrain.data.examples.dataset_examples import Examples
-from posttrain.learner import Learner, policy_logp, reference_logp
-from posttrain.metrics import add_sums, mean_sums, preference_sums
 from posttrain.recipe.sections import Evaluation
 from posttrain.rollout.collect import Source, generate_and_verify, in_order, make_prompts, sampling_of, share_of
-from posttrain.runtime import Runtime
 from posttrain.seeds import prompt_seeds
+from posttrain.training.learner import Learner, policy_logp, reference_logp
+from posttrain.training.metrics import add_sums, mean_sums, preference_sums
+from posttrain.training.optimiser import Runtime
 
 
 def evaluate(options: Evaluation, runtime: Runtime, source: Source, rows: Rows, *, seed: int) -> dict[str, float]:
@@ -54,7 +54,7 @@ def judge(learner: Learner, examples: Examples) -> dict[str, float]:
 
     Returns:
         ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, with a loss about preferences (see
-        :func:`posttrain.metrics.preference_sums`); ``eval/nll``, in nats a token, with another one.
+        :func:`posttrain.training.metrics.preference_sums`); ``eval/nll``, in nats a token, with another one.
     """
     start, runtime = time.perf_counter(), learner.runtime
     sums = []

@@ -11,18 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch
-from posttrain.compose import taught_states, total_loss, total_value_loss, value_target
-from posttrain.metrics import add_sums, preference_sums, reduce_means, update_sums
 from posttrain.micro_batches import blank_row, length_groups, micro_batches
 from posttrain.models.joint import forward
 from posttrain.models.policy import Policy
 from posttrain.models.value import ValueModel, backed_up, polyak
-from posttrain.needs import Needs
-from posttrain.players import Players
 from posttrain.recipe.sections import Optimizer, Value
-from posttrain.runtime import Runtime, Update, learning_rate
 from posttrain.seeds import sample_seed
+from posttrain.training.apply_parts import taught_states, total_loss, total_value_loss, value_target
+from posttrain.training.metrics import add_sums, preference_sums, reduce_means, update_sums
+from posttrain.training.optimiser import Runtime, Update, learning_rate
+from posttrain.training.other_policies import Players
 from posttrain.training.recipe import Recipe
+from posttrain.training.required_passes import Needs
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from posttrain.assembly import TrainingRun
 from posttrain.errors import UserError
-from posttrain.learner import Learner
 from posttrain.output.run_folder import prune_checkpoints, write_checkpoint
 from posttrain.recipe.part import Part
+from posttrain.training.learner import Learner
 from posttrain.training.recipe import Recipe
+from posttrain.training.setup import TrainingRun
 
 STATE_FILE = "state.json"
 SLOW_FILE = "target_network.pt"

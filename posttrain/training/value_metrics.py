@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish, identity
-from posttrain.runtime import Runtime
+from posttrain.training.optimiser import Runtime
 
 AllSum = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks; the identity in a run of one process."""

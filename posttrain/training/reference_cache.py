@@ -34,12 +34,12 @@ from posttrain.batch import Batch
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.errors import UserError
-from posttrain.learner import Learner, reference_logp
-from posttrain.needs import Needs
 from posttrain.output.progress import Progress
 from posttrain.rollout.collect import share_of
 from posttrain.system.files import sync
+from posttrain.training.learner import Learner, reference_logp
 from posttrain.training.recipe import Recipe
+from posttrain.training.required_passes import Needs
 
 SHARD_SECONDS = 30.0  # between shards: what a run that is stopped loses
 FORMAT = 1  # of the shards and of the key

@@ -20,23 +20,23 @@ from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
-from posttrain.learner import Learner
 from posttrain.models.joint import Trained
 from posttrain.models.load import DTYPES, load_model
 from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value import target_copy
 from posttrain.models.value_files import build_value
-from posttrain.needs import Needs
 from posttrain.output.run_folder import RunFolder, changed_settings, open_run
 from posttrain.parts.value_losses import SOFT
-from posttrain.players import Players, adapted_copy, check_twins
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import Value
-from posttrain.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.rollout.collect import Source, in_order
-from posttrain.runtime import Group, Runtime
+from posttrain.training.learner import Learner
+from posttrain.training.optimiser import Group, Runtime
+from posttrain.training.other_policies import Players, adapted_copy, check_twins
 from posttrain.training.recipe import Recipe
+from posttrain.training.reference_cache import schedule_of, uses_cache, with_reference
+from posttrain.training.required_passes import Needs
 
 
 @dataclass(frozen=True)

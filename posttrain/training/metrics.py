@@ -14,7 +14,7 @@ from posttrain.parts.preference.summary import summarise
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.selection import mixed_groups
 from posttrain.recipe.part import Part
-from posttrain.runtime import Runtime
+from posttrain.training.optimiser import Runtime
 
 PREFERENCE_TERMS = (pairwise, pointwise, listwise)
 """Loss terms with a score and a beta."""

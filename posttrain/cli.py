@@ -130,7 +130,7 @@ def _serve(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     quiet()
     try:
-        from posttrain.serve import run_serve
+        from posttrain.serving.server import run_serve
     except ModuleNotFoundError as error:
         raise UserError(f"posttrain serve: {error.name} is not installed: pip install 'posttrain[serve]'") from error
     run_serve(options.recipe, overrides)

@@ -14,9 +14,9 @@ import uvicorn
 import yaml
 
 from posttrain.recipe.loading import load_as
-from posttrain.serve import application, listening
 from posttrain.serving.recipe import ServeRecipe
-from posttrain.serving.served import Served
+from posttrain.serving.routing import Served
+from posttrain.serving.server import application, listening
 
 MESSAGES: Any = [{"role": "user", "content": "2+2"}]
 

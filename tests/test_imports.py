@@ -55,7 +55,7 @@ HOMELESS: set[str] = {
     "posttrain.training.value_metrics",
     "posttrain.output.run_folder",
     "posttrain.training.optimiser",
-    "posttrain.serve",
+    "posttrain.serving.server",
     "posttrain.show",
     "posttrain.output.tracking",
 }

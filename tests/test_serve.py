@@ -42,12 +42,12 @@ from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.seeds import FreshSeeds
-from posttrain.serve import listening
 from posttrain.serving.errors import ApiError
 from posttrain.serving.limits import Limit
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, Guide
 from posttrain.serving.recipe import ServeRecipe
-from posttrain.serving.served import Served
+from posttrain.serving.routing import Served
+from posttrain.serving.server import listening
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Job, Worker
 

@@ -13,13 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from posttrain.serving.answer import Run
 from posttrain.serving.errors import ApiError, of_failure, of_validation
 from posttrain.serving.prompts import chat_prompt, completion_prompts
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, ValuesRequest
 from posttrain.serving.replies import Asked
-from posttrain.serving.run import Run
-from posttrain.serving.served import Served
-from posttrain.serving.values import prefix_values
+from posttrain.serving.routing import Served
+from posttrain.serving.value_endpoint import prefix_values
 
 CLIENT_GONE = 499
 T = TypeVar("T")

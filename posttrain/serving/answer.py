@@ -13,7 +13,7 @@ from posttrain.seeds import seeds_of
 from posttrain.serving.errors import ApiError, of_failure
 from posttrain.serving.prompts import sampling_for
 from posttrain.serving.replies import Asked, Choice, Writer
-from posttrain.serving.served import Served
+from posttrain.serving.routing import Served
 from posttrain.serving.text import TextStream
 from posttrain.serving.worker import Job
 

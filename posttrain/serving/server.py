@@ -22,7 +22,7 @@ from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app
 from posttrain.serving.limits import Limit
 from posttrain.serving.recipe import Server, ServeRecipe
-from posttrain.serving.served import Served
+from posttrain.serving.routing import Served
 from posttrain.serving.worker import Worker
 from posttrain.training.optimiser import Runtime
 

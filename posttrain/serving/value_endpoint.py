@@ -10,7 +10,7 @@ from posttrain.decoding.prefixes import Prefix, PrefixScore
 from posttrain.serving.errors import ApiError, of_failure
 from posttrain.serving.prompts import token_ids
 from posttrain.serving.protocol import ValuesRequest
-from posttrain.serving.served import Served
+from posttrain.serving.routing import Served
 
 AT_ONCE = 64  # prefixes that are scored together
 

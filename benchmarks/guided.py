@@ -27,10 +27,10 @@ from guided_costs import Sizes, measure_costs
 from guided_models import Training, prepare
 from online_step import machine
 
-from posttrain.decode_suite import PLAIN, read_suite
-from posttrain.report.frontier import measure_all
-from posttrain.report.frontier_plots import PICTURES, draw_frontier
-from posttrain.report.plots import STYLE
+from posttrain.reports.decoding import measure_all
+from posttrain.reports.decoding_plots import PICTURES, draw_frontier
+from posttrain.reports.decoding_suite import PLAIN, read_suite
+from posttrain.reports.value_plots import STYLE
 
 SUITE = Path(__file__).parent / "guided_suite.yaml"
 MULTIPLES = (2, 4, 8)

@@ -26,7 +26,7 @@ from posttrain.iterate import IterateRecipe, read_rounds, run_iterate
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start
 from posttrain.recipe.loading import load_as
-from posttrain.report.rounds import column, stage_metrics
+from posttrain.reports.rounds import column, stage_metrics
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 ANCHORS = {"fixed": "ivo", "moving": "ivo_moving", "fixed, soft values": "ivo_soft"}

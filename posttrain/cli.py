@@ -99,7 +99,7 @@ def _show(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     _set_up()
-    from posttrain.evaluation_suite import run_suite
+    from posttrain.commands.evaluate import run_suite
 
     run_suite(options.suite, overrides)
 

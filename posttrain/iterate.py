@@ -38,17 +38,17 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from posttrain.commands.evaluate import SUITES, run_suite
 from posttrain.decode import run_decode
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.errors import RecipeError, UserError
-from posttrain.evaluation_suite import SUITES, run_suite
 from posttrain.labelling import LabelRecipe, run_labels
 from posttrain.option_types import PositiveCount
 from posttrain.output.run_folder import RunFolder, changed_settings, write_recipe
 from posttrain.recipe.loading import load_as, placed, read_document
 from posttrain.recipe.part import Checked
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, dotted, single, suggestion
-from posttrain.report.rounds import draw_rounds, rounds_table, stage_metrics
+from posttrain.reports.rounds import draw_rounds, rounds_table, stage_metrics
 from posttrain.training.loop import train
 from posttrain.training.recipe import Recipe, load_recipe
 

@@ -18,15 +18,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.decode_suite import DecodeSuite, Variant, read_suite
+from posttrain.commands.evaluate import KINDS, suite_name
 from posttrain.decoding.recipe import DecodeRecipe
-from posttrain.evaluation_suite import KINDS, suite_name
 from posttrain.iterate import IterateRecipe
 from posttrain.labelling import LabelRecipe
 from posttrain.recipe.loading import load_as, read_document
 from posttrain.recipe.part import SLOTS, Part
 from posttrain.recipe.resolve import inner_slots, parameters, resolve
 from posttrain.recipe.yaml_reader import Document, Overrides
+from posttrain.reports.decoding_suite import DecodeSuite, Variant, read_suite
 from posttrain.serving.recipe import ServeRecipe
 from posttrain.training.recipe import Recipe
 

@@ -14,11 +14,11 @@ import yaml
 from exact_world import PROMPT, kl, law_of, make_world, table_score
 
 from posttrain.cli import main
-from posttrain.decode_suite import PLAIN, Variant, read_suite
 from posttrain.decoding import decoders
 from posttrain.decoding.context import DecoderContext
 from posttrain.recipe.part import Part
-from posttrain.report.frontier import cells, grouped_mean, to_point
+from posttrain.reports.decoding import cells, grouped_mean, to_point
+from posttrain.reports.decoding_suite import PLAIN, Variant, read_suite
 from posttrain.rollout.session import to_row
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from posttrain.errors import DataError
 from posttrain.recipe import sections
-from reward_models.accuracy import SECTIONS, accuracy, compare_pairs, read_pairs, score_pairs
-from reward_models.curves import (
+from posttrain.reports.reward_accuracy import SECTIONS, accuracy, compare_pairs, read_pairs, score_pairs
+from posttrain.reports.reward_curves import (
     best_of_n,
     best_of_n_curve,
     best_of_n_kl,

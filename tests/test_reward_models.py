@@ -28,13 +28,13 @@ from posttrain.models.value import ValueModel, ValueSpec
 from posttrain.models.value_files import save_value
 from posttrain.parts.credit import step_ends
 from posttrain.recipe import sections
+from posttrain.reports.reward_suite import run_reward_suite
 from posttrain.rollout.rollouts import Prompts, to_batch
 from posttrain.training.recipe import load_recipe
 from posttrain.training.required_passes import find_needs
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled
 from reward_models.process import step_columns
-from reward_models.suite import run_reward_suite
 
 TEXTS = ("4 it is", "well\nit is\n5", "six")
 

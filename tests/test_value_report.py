@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from posttrain.batch import Batch, Finish
 from posttrain.data.steps import pieces, steps_by_text
-from posttrain.report.page import Example, write_page
-from posttrain.report.plots import draw_all, draw_branches, draw_steps
+from posttrain.reports.page import Example, write_page
+from posttrain.reports.value_plots import draw_all, draw_branches, draw_steps
 from posttrain.rollout.branches import choose_prefixes, value_at
 from posttrain.training import value_metrics as values
 

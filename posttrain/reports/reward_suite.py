@@ -23,8 +23,8 @@ from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Checked, Part
 from posttrain.recipe.yaml_reader import Location, Overrides
-from reward_models.accuracy import accuracy, compare_pairs, read_pairs, score_pairs
-from reward_models.curves import best_of_n_curve, draw_curve, moments, overoptimisation
+from posttrain.reports.reward_accuracy import accuracy, compare_pairs, read_pairs, score_pairs
+from posttrain.reports.reward_curves import best_of_n_curve, draw_curve, moments, overoptimisation
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from posttrain.decode import MEANS
 from posttrain.output.tracking import read_metrics
-from posttrain.report.plots import DARK, STYLE
+from posttrain.reports.value_plots import DARK, STYLE
 
 TAIL = 10
 """Steps at the end of a training run whose mean is its metric."""

@@ -27,15 +27,15 @@ from posttrain.data.steps import Decode, pieces, steps_by_text
 from posttrain.engines.base import Engine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import DataError, UserError
-from posttrain.evaluation_suite import ValueSuite
 from posttrain.micro_batches import length_groups
 from posttrain.models.load import load_tokenizer
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.report.page import Example, figure, write_page
-from posttrain.report.plots import PICTURES, draw_all
+from posttrain.reports.page import Example, figure, write_page
+from posttrain.reports.value_plots import PICTURES, draw_all
+from posttrain.reports.value_suite import ValueSuite
 from posttrain.rollout.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.rollout.rollouts import single_turn

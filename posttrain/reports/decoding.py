@@ -18,13 +18,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.decode_suite import PLAIN, DecodeSuite, Variant, written
 from posttrain.decoding.build import check_models, decoder_context
 from posttrain.engines.base import Engine
 from posttrain.errors import DataError
 from posttrain.output.progress import TABLE_WIDTH
-from posttrain.report.frontier_plots import draw_frontiers
-from posttrain.report.page import document, embedded_picture, html_table
+from posttrain.reports.decoding_plots import draw_frontiers
+from posttrain.reports.decoding_suite import PLAIN, DecodeSuite, Variant, written
+from posttrain.reports.page import document, embedded_picture, html_table
 from posttrain.rollout.session import Session, completed, session
 from posttrain.system.versions import versions
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from posttrain.report.plots import STYLE
+from posttrain.reports.value_plots import STYLE
 
 COLOURS = ("#1b4f72", "#b9770e", "#7b241c", "#117864", "#6c3483", "#5d6d7e")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from posttrain.errors import RecipeError, UserError
+from posttrain.errors import UserError
 from posttrain.option_types import PositiveCount
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_as, placed, read_document
+from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.part import Part
-from posttrain.recipe.resolve import resolve
 from posttrain.recipe.sampling import SamplingRecipe
-from posttrain.recipe.yaml_reader import Document, Location, Overrides, suggestion
+from posttrain.recipe.yaml_reader import Location, Overrides
 
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
@@ -108,46 +107,9 @@ def run_value_suite(path: str | Path, overrides: Overrides = ()) -> Path:
         UserError: for what a person can mend.
     """
     suite = load_as(ValueSuite, path, overrides)
-    from posttrain.report.value_evaluation import evaluate_value  # after loading: mistakes show at once
+    from posttrain.reports.value import evaluate_value  # after loading: mistakes show at once
 
     try:
         return evaluate_value(suite)
     except UserError as error:
         raise placed(error, Path(path), overrides) from error
-
-
-SUITES = {
-    "value": "posttrain.evaluation_suite.run_value_suite",
-    "reward": "reward_models.suite.run_reward_suite",
-    "decode": "posttrain.decode_suite.run_decode_suite",
-}
-"""What runs the suite that a file's ``suite:`` names: ``(path, overrides) -> Path`` of the report's folder."""
-KINDS = {
-    "value": "posttrain.evaluation_suite.ValueSuite",
-    "reward": "reward_models.suite.RewardSuite",
-    "decode": "posttrain.decode_suite.DecodeSuite",
-}
-"""The dataclass that such a file describes."""
-
-
-def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
-    """Runs the suite in a YAML file, with ``--key.path=value`` overrides; returns the folder of its report.
-
-    Raises:
-        UserError: for what a person can mend, one line for each problem, with its place and a suggestion.
-    """
-    path = Path(path)
-    return resolve(SUITES[suite_name(read_document(path, overrides))])(path, overrides)
-
-
-def suite_name(document: Document) -> str:
-    """Which suite a file is.
-
-    Raises:
-        RecipeError: if it does not say, or there is no such suite.
-    """
-    name = document.data.get("suite")
-    if name not in SUITES:
-        what = "says what to measure and is missing" if name is None else f"{name!r} is no suite"
-        raise RecipeError(document.problem(("suite",), f"{what}; {suggestion(name, SUITES)}"))
-    return name

@@ -169,7 +169,7 @@ def run_decode_suite(path: str | Path, overrides: Overrides = ()) -> Path:
         UserError: for what a person can mend.
     """
     suite, variants = read_suite(Path(path), overrides)
-    from posttrain.report.frontier import measure_all  # after loading: mistakes show at once
+    from posttrain.reports.decoding import measure_all  # after loading: mistakes show at once
 
     try:
         return measure_all(suite, variants)

@@ -30,8 +30,8 @@ from chain_problems import Chain, draw, first_wrong, parse, worked_out
 
 from posttrain import load_recipe, train
 from posttrain.batch import Batch
+from posttrain.commands.label import run_labels
 from posttrain.data.examples import stepwise
-from posttrain.labelling import run_labels
 from posttrain.models.policy import Policy
 from posttrain.models.value_files import load_value
 from posttrain.parts.credit import step_ends

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from online_step import machine
 
-from posttrain.decode import run_decode
-from posttrain.iterate import IterateRecipe, read_rounds, run_iterate
+from posttrain.commands.decode import run_decode
+from posttrain.commands.iterate import IterateRecipe, read_rounds, run_iterate
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start
 from posttrain.recipe.loading import load_as

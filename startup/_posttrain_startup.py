@@ -16,7 +16,7 @@ MAIN = """\
 import os, sys
 if sys.path and sys.path[0] == __file__:  # as of any script: its folder heads sys.path, not the script
     sys.path[0] = os.path.dirname(os.path.abspath(__file__))
-from posttrain.cli import main
+from posttrain.commands.cli import main
 sys.exit(main(sys.argv))
 """
 

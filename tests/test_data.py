@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from posttrain import cli
+from posttrain.commands import cli
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.errors import DataError
 from posttrain.recipe.part import Part

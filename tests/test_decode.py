@@ -20,9 +20,9 @@ from tiny_values import save_random_value
 from transformers import AutoTokenizer
 
 from posttrain.batch import Finish, Outputs
-from posttrain.cli import main
+from posttrain.commands.cli import main
+from posttrain.commands.decode import run_decode
 from posttrain.data.rollout_files import read_rollouts
-from posttrain.decode import run_decode
 from posttrain.decoding import decoders, scores
 from posttrain.decoding.checks import named_models
 from posttrain.decoding.context import DecoderContext

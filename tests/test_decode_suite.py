@@ -13,7 +13,7 @@ import torch
 import yaml
 from exact_world import PROMPT, kl, law_of, make_world, table_score
 
-from posttrain.cli import main
+from posttrain.commands.cli import main
 from posttrain.decoding import decoders
 from posttrain.decoding.context import DecoderContext
 from posttrain.recipe.part import Part

@@ -27,42 +27,15 @@ OUTSIDE = ("recipes", "benchmarks", "examples", "scripts")  # scripts that use t
 NAME = re.compile(r"(posttrain|reward_models)(\.\w+)*")
 
 # BEGIN LISTS
-HOMELESS: set[str] = {
-    "posttrain.training.setup",
-    "posttrain.training.checkpoints",
-    "posttrain.cli",
-    "posttrain.training.apply_parts",
-    "posttrain.decode",
-    "posttrain.reports.decoding_suite",
-    "posttrain.output.progress",
-    "posttrain.training.evaluate",
-    "posttrain.reports.value_suite",
-    "posttrain.iterate",
-    "posttrain.labelling",
-    "posttrain.training.learner",
-    "posttrain.training.metrics",
-    "posttrain.training.model_card",
-    "posttrain.training.required_passes",
-    "posttrain.training.other_policies",
-    "posttrain.training.reference_cache",
-    "posttrain.report",
-    "posttrain.reports.decoding",
-    "posttrain.reports.decoding_plots",
-    "posttrain.reports.page",
-    "posttrain.reports.value_plots",
-    "posttrain.reports.rounds",
-    "posttrain.reports.value",
-    "posttrain.training.value_metrics",
-    "posttrain.output.run_folder",
-    "posttrain.training.optimiser",
-    "posttrain.serving.server",
-    "posttrain.show",
-    "posttrain.output.tracking",
-}
+HOMELESS: set[str] = set()
 """Modules that have no room yet."""
 EXCEPTIONS: set[tuple[str, str]] = {
+    ("posttrain.decoding.build", "posttrain.training.optimiser"),
     ("posttrain.quickstart.story", "posttrain"),
+    ("posttrain.reports.rounds", "posttrain.commands.decode"),
+    ("posttrain.rollout.collect", "posttrain.training.optimiser"),
     ("posttrain.rollout.collect", "posttrain.training.recipe"),
+    ("posttrain.rollout.session", "posttrain.training.optimiser"),
 }
 """Pairs (module, imported module) that break the rule today."""
 # END LISTS

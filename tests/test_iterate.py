@@ -17,13 +17,13 @@ from runs import write_run
 
 from posttrain import load_recipe
 from posttrain.batch import Batch
-from posttrain.cli import main
+from posttrain.commands.cli import main
+from posttrain.commands.iterate import IterateRecipe, Plan, as_arguments, check_stages, run_iterate
 from posttrain.decoding.context import DecoderContext
 from posttrain.decoding.prefix_scores import weighted_sum
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
-from posttrain.iterate import IterateRecipe, Plan, as_arguments, check_stages, run_iterate
 from posttrain.output.tracking import read_metrics
 from posttrain.recipe.loading import load_as, read_document
 from posttrain.recipe.part import Part

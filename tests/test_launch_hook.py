@@ -112,7 +112,7 @@ def test_the_wheel_puts_the_hook_at_the_root_of_site_packages(tmp_path):
         names = wheel.namelist()
         hook = wheel.read("posttrain-startup.pth")
     assert hook == (ROOT / "startup" / "posttrain.pth").read_bytes()
-    assert {"_posttrain_startup.py", "posttrain/cli.py"} <= set(names)
+    assert {"_posttrain_startup.py", "posttrain/commands/cli.py"} <= set(names)
     assert "posttrain-0.1.0.data/data/share/posttrain/recipes/grpo.yaml" in names
     tops = {name.partition("/")[0] for name in names} - {"posttrain-0.1.0.data", "posttrain-0.1.0.dist-info"}
     assert tops == {"posttrain", "reward_models", "_posttrain_startup.py", "posttrain-startup.pth"}

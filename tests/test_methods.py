@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.commands.iterate import IterateRecipe, Stage
 from posttrain.decoding.recipe import DecodeRecipe
-from posttrain.iterate import IterateRecipe, Stage
 from posttrain.recipe.loading import load_as
 from posttrain.training.recipe import Recipe, load_recipe
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain import cli
 from posttrain.batch import Finish
+from posttrain.commands import cli
 from posttrain.data import examples
 from posttrain.data.examples.dataset_examples import Given
 from posttrain.data.examples.groups import convert, cut_completions, fit, merge_annotators, pairs_of, repeat_votes

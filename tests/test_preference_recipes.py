@@ -12,8 +12,8 @@ import torch
 from conftest import make_random_batch
 from preference_cases import preferences
 
-from posttrain import cli
 from posttrain.batch import Batch, Outputs, seq_sum
+from posttrain.commands import cli
 from posttrain.data import examples
 from posttrain.data.examples.dataset_examples import GivenExamples
 from posttrain.errors import DataError, RecipeError

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import posttrain
-from posttrain.cli import main
+from posttrain.commands.cli import main
 from posttrain.errors import RecipeError
 from posttrain.parts import advantages, losses
 from posttrain.recipe import sections

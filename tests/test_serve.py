@@ -28,7 +28,7 @@ from served import MESSAGES, Server, recipe_file, serving
 from tiny_values import save_random_value
 from transformers import AutoModelForCausalLM
 
-from posttrain.cli import main
+from posttrain.commands.cli import main
 from posttrain.decoding.nodes import best_first
 from posttrain.decoding.particles import tilted
 from posttrain.decoding.population import Population

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.cli import main
+from posttrain.commands.cli import main
 
 ROOT = Path(__file__).parent.parent
 FILES = [*sorted((ROOT / "recipes" / "decode").glob("*.yaml")), *sorted((ROOT / "recipes" / "label").glob("*.yaml"))]

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from tabular_engine import TabularEngine
 
 from posttrain.batch import Finish
+from posttrain.commands.label import run_labels
 from posttrain.data import examples
 from posttrain.data.rollout_files import write_rollouts
 from posttrain.data.steps import cut
 from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import DataError
-from posttrain.labelling import run_labels
 from posttrain.models.load import load_tokenizer
 from posttrain.recipe import sections
 from posttrain.recipe.loading import RecipeError

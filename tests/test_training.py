@@ -21,7 +21,7 @@ from runs import VERIFIER, command, environment, write_run
 from transformers import AutoModelForCausalLM
 
 from posttrain.batch import Batch
-from posttrain.cli import main
+from posttrain.commands.cli import main
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.errors import UserError, VerifierError
 from posttrain.micro_batches import blank_row

@@ -12,7 +12,7 @@ import torch
 import yaml
 from runs import VERIFIER, command, launch, write_run
 
-from posttrain.cli import main
+from posttrain.commands.cli import main
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.models.value_files import load_value
 

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.decode import MEANS
+from posttrain.commands.decode import MEANS
 from posttrain.output.tracking import read_metrics
 from posttrain.reports.value_plots import DARK, STYLE
 

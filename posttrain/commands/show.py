@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.commands.evaluate import KINDS, suite_name
+from posttrain.commands.iterate import IterateRecipe
+from posttrain.commands.label import LabelRecipe
 from posttrain.decoding.recipe import DecodeRecipe
-from posttrain.iterate import IterateRecipe
-from posttrain.labelling import LabelRecipe
 from posttrain.recipe.loading import load_as, read_document
 from posttrain.recipe.part import SLOTS, Part
 from posttrain.recipe.resolve import inner_slots, parameters, resolve

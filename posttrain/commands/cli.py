@@ -92,7 +92,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _show(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from posttrain.show import show_file
+    from posttrain.commands.show import show_file
 
     show_file(options.recipe, overrides)
 
@@ -106,21 +106,21 @@ def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _label(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     _set_up()
-    from posttrain.labelling import run_labels
+    from posttrain.commands.label import run_labels
 
     run_labels(options.recipe, overrides)
 
 
 def _decode(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     _set_up()
-    from posttrain.decode import run_decode
+    from posttrain.commands.decode import run_decode
 
     run_decode(options.recipe, overrides)
 
 
 def _iterate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     _set_up()
-    from posttrain.iterate import run_iterate
+    from posttrain.commands.iterate import run_iterate
 
     run_iterate(options.recipe, overrides, resume=options.resume)
 

@@ -38,11 +38,11 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from posttrain.commands.decode import run_decode
 from posttrain.commands.evaluate import SUITES, run_suite
-from posttrain.decode import run_decode
+from posttrain.commands.label import LabelRecipe, run_labels
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.errors import RecipeError, UserError
-from posttrain.labelling import LabelRecipe, run_labels
 from posttrain.option_types import PositiveCount
 from posttrain.output.run_folder import RunFolder, changed_settings, write_recipe
 from posttrain.recipe.loading import load_as, placed, read_document

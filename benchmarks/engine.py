@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from posttrain.engines import make_engine
 from posttrain.engines.base import Completion, Engine, Sampling
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 from posttrain.seeds import sample_seed
 
 SIZES = {  # parameters: hidden size, layers, vocabulary
@@ -248,7 +248,7 @@ def _largest_error(model: Any, prompts: list[list[int]], outputs: list[list[Comp
 
 def measure(name: str, size: str, setting: Setting, *, count: int, n: int, repeats: int) -> dict[str, Any]:
     """All figures of one engine on one model."""
-    options = EngineOptions(use=name, cache_mb=setting.cache_mb, max_concurrent=setting.max_concurrent)  # type: ignore[arg-type]
+    options = EngineSection(use=name, cache_mb=setting.cache_mb, max_concurrent=setting.max_concurrent)  # type: ignore[arg-type]
     begin = time.perf_counter()
     engine = make_engine(setting.model, options, dtype=setting.dtype, max_model_len=setting.max_model_len)
     result: dict[str, Any] = {"start_seconds": time.perf_counter() - begin}

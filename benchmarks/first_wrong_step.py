@@ -39,7 +39,7 @@ from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 from posttrain.recipe import sections
-from posttrain.recipe.sections import Optimizer
+from posttrain.recipe.sections import OptimizerSection
 
 MODELS = {
     "process model, labels of every step": ("each_step.jsonl", "{use: step_labels}"),
@@ -106,7 +106,7 @@ def make_policy(folder: Path, settings: Settings, seed: int) -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
     examples = [_example(tokenizer, chain, worked_out(chain, settings.slip, rng)) for chain in problems]
-    optimizer = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
+    optimizer = OptimizerSection(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
 
     def told(step: int, metrics: dict[str, float]) -> None:
         if step % 100 == 0:
@@ -180,7 +180,7 @@ def read_solutions(path: Path) -> list[Solution]:
 
 def score_steps(model: Path, solutions: Path, batch_size: int = 128) -> list[list[float]]:
     """The value at the end of every step of every solution."""
-    examples = stepwise(sections.Data(path=str(solutions)), make_tokenizer(), None)
+    examples = stepwise(sections.DataSection(path=str(solutions)), make_tokenizer(), None)
     value_model, scores = load_value(model), []
     with torch.inference_mode():
         for start in range(0, len(examples), batch_size):

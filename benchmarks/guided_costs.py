@@ -74,7 +74,7 @@ def measure_costs(policy: Path, value: Path, sizes: Sizes) -> dict[str, Any]:
     chains = draw(max(*sizes.concurrent, sizes.prompts), random.Random(1))
     prompts = [prompt_ids(tokenizer, chain.prompt) for chain in chains]
     value_model = load_value(value).eval().requires_grad_(False)
-    section = sections.EngineOptions(use="vllm", cache_mb=512, max_concurrent=512)
+    section = sections.EngineSection(use="vllm", cache_mb=512, max_concurrent=512)
     room = max(map(len, prompts)) + sizes.tokens
     with closing(make_engine(policy, section, dtype="float32", max_model_len=room)) as engine:
         result: dict[str, Any] = {"token_wise": {}}

@@ -25,7 +25,7 @@ from posttrain.models.policy import Policy
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
-from posttrain.recipe.sections import Optimizer
+from posttrain.recipe.sections import OptimizerSection
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "value" / "cd_fudge.yaml"
 
@@ -72,7 +72,7 @@ def make_policy(folder: Path, training: Training) -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, training.seed)
     examples = [demonstration(tokenizer, chain, worked_out(chain, training, rng)) for chain in problems]
-    optimizer = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
+    optimizer = OptimizerSection(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
     fit(Policy(model), examples, steps=training.policy_steps, batch_size=32, optimizer=optimizer, seed=training.seed)
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")

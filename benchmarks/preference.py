@@ -266,12 +266,12 @@ def work_judge(settings: Settings, turns: Turns) -> None:
     import torch
 
     from posttrain.models.policy import build_policy
-    from posttrain.recipe.sections import Policy
+    from posttrain.recipe.sections import PolicySection
 
-    reference = build_policy(Policy(model=str(settings.model))).eval()
+    reference = build_policy(PolicySection(model=str(settings.model))).eval()
     for side in (None, *SIDES):
         turns.wait()
-        policy = reference if side is None else build_policy(Policy(model=str(settings.trained(side)))).eval()
+        policy = reference if side is None else build_policy(PolicySection(model=str(settings.trained(side)))).eval()
         with torch.no_grad():
             turns.done(**judged(settings, policy, reference))
 
@@ -282,10 +282,10 @@ def judged(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from posttrain.data.examples import pairs
-    from posttrain.recipe.sections import Data
+    from posttrain.recipe.sections import DataSection
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    examples = pairs(Data(path=str(settings.held_out)), tokenizer, None)
+    examples = pairs(DataSection(path=str(settings.held_out)), tokenizer, None)
     gaps = []
     for i in range(len(examples)):
         batch = examples.batch([i])

@@ -37,7 +37,7 @@ from posttrain.micro_batches import length_groups
 from posttrain.models.policy import Policy, build_policy
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 from posttrain.training.loop import train
 from posttrain.verify.mathematics import math as verify
 

@@ -28,7 +28,7 @@ import workload
 from online_step import write_result
 from torch import Tensor
 
-from posttrain.models.joint import Trained
+from posttrain.models.joint import JointModel
 from posttrain.models.load import load_model
 from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value_files import build_value
@@ -53,16 +53,16 @@ class Settings:
     seed: int = 0
 
 
-def build_models(settings: Settings) -> tuple[Trained, Policy]:
+def build_models(settings: Settings) -> tuple[JointModel, Policy]:
     """Policy and value model to be trained, and the reference: the policy itself where adapters allow it."""
-    lora = None if settings.setup == "three_full" else sections.Lora(rank=settings.rank, alpha=2 * settings.rank)
-    section = sections.Policy(model=settings.model, lora=lora, gradient_checkpointing=settings.checkpointing)
+    lora = None if settings.setup == "three_full" else sections.LoraSection(rank=settings.rank, alpha=2 * settings.rank)
+    section = sections.PolicySection(model=settings.model, lora=lora, gradient_checkpointing=settings.checkpointing)
     policy = build_policy(section)
     if settings.setup == "shared":
-        return Trained(policy, build_value(sections.Value(share=True), section, policy)), policy
-    value = build_value(sections.Value(lora=lora), section, policy)
+        return JointModel(policy, build_value(sections.ValueSection(share=True), section, policy)), policy
+    value = build_value(sections.ValueSection(lora=lora), section, policy)
     reference = Policy(load_model(section, dtype=torch.float32)).requires_grad_(False).eval()
-    return Trained(policy, value), reference
+    return JointModel(policy, value), reference
 
 
 def draw_tokens(settings: Settings, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def draw_tokens(settings: Settings, vocabulary: int) -> tuple[Tensor, Tensor, Te
 
 
 def take_step(
-    trained: Trained, reference: Policy, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor, Tensor]
+    trained: JointModel, reference: Policy, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> float:
     """One step; the loss before it. The advantage is made up: it costs nothing either way."""
     tokens, mask, states = inputs
@@ -104,7 +104,7 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def tensors_mib(trained: Trained, reference: Policy, optimizer: torch.optim.Optimizer) -> float:
+def tensors_mib(trained: JointModel, reference: Policy, optimizer: torch.optim.Optimizer) -> float:
     """Weights, and moments of the optimiser, each tensor once."""
     moments = [item for state in optimizer.state.values() for item in state.values() if isinstance(item, Tensor)]
     tensors = [*trained.parameters(), *reference.parameters(), *moments]

@@ -45,9 +45,9 @@ OPTIONAL_FIELDS = (
     "value",
     "value_next",
     "advantage",
-    "weight",
+    "loss_share",
     "target",
-    "value_weight",
+    "value_share",
 )
 """Fields of a batch that some stage fills, each ``[N, L]``."""
 
@@ -72,7 +72,9 @@ class Batch:
     logp_sampler: Float[Tensor, "N L"]  # the engine's log-prob of the sampled token, 0 off the mask    by rollout
     version: Int[Tensor, " N"]  # policy version that sampled the completion                             by rollout
     step_id: Int[Tensor, "N L"]  # reasoning step or turn of each token, -1 off the mask                 by rollout
-    greedy: Bool[Tensor, " N"]  # decoded greedily to serve as a baseline; never trained on             by rollout
+    baseline_only: Bool[
+        Tensor, " N"
+    ]  # decoded greedily to serve as a baseline; never trained on             by rollout
     rows: tuple[dict[str, Any], ...]  # the dataset columns of each completion                           by rollout
     texts: tuple[str, ...]  # the decoded completion, special tokens left out                            by rollout
 
@@ -88,11 +90,11 @@ class Batch:
 
     author: Int[Tensor, " N"] | None = None  # an Author; None: all are the policy's                     by rollout
     advantage: Float[Tensor, "N L"] | None = None  # by credit
-    weight: Float[Tensor, "N L"] | None = None  # the normaliser: each token's share of the loss          by credit
-    term_weight: Float[Tensor, "N L T"] | None = None  # of each loss term with a normaliser of its own  by credit
+    loss_share: Float[Tensor, "N L"] | None = None  # each token's share of the loss, by the normaliser  by credit
+    term_share: Float[Tensor, "N L T"] | None = None  # of each loss term with a normaliser of its own  by credit
     baseline: Float[Tensor, " N"] | None = None  # score that a preference loss measures against          by credit
     target: Float[Tensor, "N L"] | None = None  # what the critic learns at ``states``; NaN: nothing      by credit
-    value_weight: Float[Tensor, "N L"] | None = None  # each state's share of the value loss              by credit
+    value_share: Float[Tensor, "N L"] | None = None  # each state's share of the value loss              by credit
 
     step: int = 0  # optimiser step, for scheduled hyper-parameters
     all_sum: Callable[[Tensor], Tensor] = identity  # sum of a tensor over all ranks
@@ -103,7 +105,7 @@ class Batch:
     def by(self, author: Author) -> Bool[Tensor, " N"]:
         """Completions that this author wrote."""
         if self.author is None:
-            return torch.full_like(self.greedy, author == Author.POLICY)
+            return torch.full_like(self.baseline_only, author == Author.POLICY)
         return self.author == author
 
     def set(self, **fields: Any) -> Batch:

@@ -20,7 +20,7 @@ from reward_models.loading import check_model, check_vocabulary, device
 @functools.cache
 def language_model(model: str, dtype: str) -> Policy:
     """A language model on this process's device, frozen."""
-    loaded = load_model(sections.Policy(model=model), dtype=DTYPES[dtype])
+    loaded = load_model(sections.PolicySection(model=model), dtype=DTYPES[dtype])
     return Policy(loaded).requires_grad_(False).eval().to(device())
 
 

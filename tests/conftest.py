@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 
 # The shapes in the signatures of what handles tensors are checked at every call that a test makes.
 CHECKED = [
-    f"posttrain.{name}" for name in ("batch", "compose", "heads", "models", "parts", "runtime", "trained", "values")
+    f"posttrain.{name}" for name in ("batch", "compose", "heads", "models", "parts", "processes", "trained", "values")
 ]
 with install_import_hook(CHECKED, "beartype.beartype"):
     import posttrain.models.joint
@@ -111,7 +111,7 @@ def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns:
         logp_sampler=logp_old + noise(0.05),
         version=torch.zeros(n, dtype=torch.long),
         step_id=torch.where(mask, column[None] // 4, -1),
-        greedy=torch.zeros(n, dtype=torch.bool),
+        baseline_only=torch.zeros(n, dtype=torch.bool),
         rows=tuple({"answer": str(i)} for i in range(n)),
         texts=tuple(f"text {i}" for i in range(n)),
         score=(reward := torch.randint(0, 2, (n,), generator=g).float()),
@@ -123,7 +123,7 @@ def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns:
         value=noise(0.3),
         advantage=noise(1.0),
         target=noise(1.0),
-        weight=mask / mask.sum(),
+        loss_share=mask / mask.sum(),
     )
 
 
@@ -138,9 +138,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: P
 @pytest.fixture(scope="session")
 def policy_options(tiny_model_folder: Path):
     """The tiny model as a recipe's ``policy:``."""
-    from posttrain.recipe.sections import Policy
+    from posttrain.recipe.sections import PolicySection
 
-    return Policy(model=str(tiny_model_folder))
+    return PolicySection(model=str(tiny_model_folder))
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def rough_batch(seed: int, *, groups: int = 3, size: int = 4, columns: int = 10,
     mask = batch.mask & (torch.rand(n, generator=g) > 0.1)[:, None]
     batch = batch.set(
         mask=mask,
-        greedy=(torch.arange(n) % size == size - 1) & (torch.rand(n, generator=g) < 0.8),
+        baseline_only=(torch.arange(n) % size == size - 1) & (torch.rand(n, generator=g) < 0.8),
         score=batch.score.where(~unscored, torch.nan),
         reward=batch.reward.where(~unscored, torch.nan),
         group=batch.group * 7 + 3,
@@ -51,9 +51,9 @@ def rough_batch(seed: int, *, groups: int = 3, size: int = 4, columns: int = 10,
 
 def with_greedy(batch: Batch) -> Batch:
     """The batch, with one greedy completion more if it had none."""
-    greedy = batch.greedy.clone()
+    greedy = batch.baseline_only.clone()
     greedy[0] |= ~greedy.any()
-    return batch.set(greedy=greedy)
+    return batch.set(baseline_only=greedy)
 
 
 def moved_outputs(batch: Batch, seed: int, scale: float = 0.3) -> Outputs:
@@ -78,7 +78,7 @@ def pad(batch: Batch, columns: int, fill: float = 0.0) -> Batch:
     def wider(tensor: Tensor, value: float) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, columns), value=value)
 
-    filled = [name for name in PER_TOKEN + ("weight",) if getattr(batch, name) is not None]
+    filled = [name for name in PER_TOKEN + ("loss_share",) if getattr(batch, name) is not None]
     changes: dict[str, Any] = {name: wider(getattr(batch, name), fill) for name in filled}
     return batch.set(
         tokens=wider(batch.tokens, 0), mask=wider(batch.mask, 0), step_id=wider(batch.step_id, -1), **changes

@@ -45,7 +45,7 @@ def preferences(seed: int, *, groups: int = 4, size: int = 2, plain: bool = Fals
         batch = batch.set(
             mask=batch.mask & (out > 0.1)[:, None],
             reward=batch.reward.where(out < 0.85, torch.nan),
-            greedy=(out > 0.7) & (out < 0.8),
+            baseline_only=(out > 0.7) & (out < 0.8),
             group=batch.group * 7 + 3,
         )
         off = {name: getattr(batch, name).where(batch.mask, torch.nan) for name in ("logp_old", "logp_ref")}
@@ -102,7 +102,7 @@ def answers(
         logp_sampler=zeros,
         version=torch.zeros(n, dtype=torch.long),
         step_id=torch.where(mask, 0, -1),
-        greedy=torch.zeros(n, dtype=torch.bool),
+        baseline_only=torch.zeros(n, dtype=torch.bool),
         rows=rows,
         texts=("",) * n,
         score=label.double(),

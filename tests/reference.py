@@ -24,7 +24,7 @@ class Rows:
 
     mask: list[list[bool]]
     group: list[int]
-    greedy: list[bool]
+    baseline_only: list[bool]
     stopped: list[bool]
     score: list[float]
     reward: list[float]
@@ -42,7 +42,7 @@ class Rows:
         return not math.isnan(self.reward[i])
 
     def trained(self) -> list[int]:
-        return [i for i in self.kept if not self.greedy[i]]
+        return [i for i in self.kept if not self.baseline_only[i]]
 
     def counted(self) -> list[int]:
         """Completions that a normaliser counts."""
@@ -61,7 +61,7 @@ def read(batch, entropy=None) -> Rows:
     return Rows(
         mask=batch.mask.tolist(),
         group=batch.group.tolist(),
-        greedy=batch.greedy.tolist(),
+        baseline_only=batch.baseline_only.tolist(),
         stopped=[finish == 0 for finish in batch.finish.tolist()],
         score=batch.score.tolist(),
         reward=batch.reward.tolist(),
@@ -109,7 +109,9 @@ def baseline(rows: Rows, i: int, center: str, value: Callable[[int], float]) -> 
     if center == "batch":
         return fmean(value(j) for j in rows.trained() if rows.scored(j))
     if center == "greedy":
-        greedy = [value(j) for j in rows.kept if rows.greedy[j] and rows.group[j] == rows.group[i] and rows.scored(j)]
+        greedy = [
+            value(j) for j in rows.kept if rows.baseline_only[j] and rows.group[j] == rows.group[i] and rows.scored(j)
+        ]
         return fmean(greedy) if greedy else None
     raise ValueError(center)
 

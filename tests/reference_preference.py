@@ -23,7 +23,7 @@ class Rows:
 
     mask: list[list[bool]]
     group: list[int]
-    greedy: list[bool]
+    baseline_only: list[bool]
     label: list[float]
     columns: list[dict[str, Any]]
     logp_old: Matrix
@@ -39,7 +39,7 @@ class Rows:
         return [t for t, chosen in enumerate(self.mask[i]) if chosen]
 
     def present(self) -> list[int]:
-        return [i for i in range(len(self.mask)) if self.tokens(i) and not self.greedy[i]]
+        return [i for i in range(len(self.mask)) if self.tokens(i) and not self.baseline_only[i]]
 
     def labelled(self) -> list[int]:
         return [i for i in self.present() if not math.isnan(self.label[i])]
@@ -60,7 +60,7 @@ def read(batch, outputs) -> Rows:
     return Rows(
         mask=batch.mask.tolist(),
         group=batch.group.tolist(),
-        greedy=batch.greedy.tolist(),
+        baseline_only=batch.baseline_only.tolist(),
         label=batch.reward.tolist(),
         columns=list(batch.rows),
         logp_old=batch.logp_old.tolist(),

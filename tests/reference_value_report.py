@@ -12,7 +12,7 @@ def states(batch: Batch, value, outcome) -> list[dict]:
     """One dict a state of every completion with an outcome."""
     found = []
     for n in range(len(batch)):
-        if math.isnan(float(outcome[n])) or bool(batch.greedy[n]):
+        if math.isnan(float(outcome[n])) or bool(batch.baseline_only[n]):
             continue
         chosen = [t for t in range(batch.mask.shape[1]) if bool(batch.mask[n, t])]
         at = sorted(set(chosen) | {t - 1 for t in chosen})

@@ -21,7 +21,7 @@ class Rows:
 
     mask: list[list[bool]]
     group: list[int]
-    greedy: list[bool]
+    baseline_only: list[bool]
     stopped: list[bool]
     step_id: list[list[int]]
     columns: list[dict]
@@ -39,7 +39,7 @@ class Rows:
         return [t for t, chosen in enumerate(self.mask[i]) if chosen]
 
     def trained(self, i: int) -> bool:
-        return not self.greedy[i] and not math.isnan(self.reward[i])
+        return not self.baseline_only[i] and not math.isnan(self.reward[i])
 
     def states(self, i: int) -> list[int]:
         return sorted({t for t in self.tokens(i)} | {t - 1 for t in self.tokens(i) if t})
@@ -66,7 +66,7 @@ def read(batch) -> Rows:
         tensor = getattr(batch, name)
         return None if tensor is None else tensor.tolist()
 
-    names = ("mask", "group", "greedy", "step_id", "score", "reward", "step_reward", "logp_ref", "logp_sampler")
+    names = ("mask", "group", "baseline_only", "step_id", "score", "reward", "step_reward", "logp_ref", "logp_sampler")
     filled = {name: lists(name) for name in (*names, "value", "value_next", "target", "advantage")}
     return Rows(stopped=[finish == 0 for finish in batch.finish.tolist()], columns=list(batch.rows), **filled)
 

@@ -77,7 +77,7 @@ def test_sequence_reductions_ignore_what_lies_off_the_mask(random_batch):
 def test_a_blank_row_has_nothing_to_train_on(random_batch):
     row = blank_row(random_batch(6))
     assert len(row) == 1 and not row.mask.any() and row.reward.isnan().all()
-    assert row.advantage.abs().sum() == row.weight.abs().sum() == 0
+    assert row.advantage.abs().sum() == row.loss_share.abs().sum() == 0
 
 
 def test_shapes_are_checked_in_tests(random_batch):

@@ -71,18 +71,18 @@ def test_shapers_act_in_order_on_what_is_trained(batch: Batch) -> None:
     ones = part(lambda b: torch.ones_like(b.mask, dtype=torch.float64))
     shape = (part(lambda a, b: a + 1), part(lambda a, b: a * 10))
     found = credit(recipe(advantage=ones, shape=shape), batch)
-    trained = batch.mask & (batch.scored & ~batch.greedy)[:, None]
+    trained = batch.mask & (batch.scored & ~batch.baseline_only)[:, None]
     assert found.dtype == torch.float32
     assert torch.equal(found, 20.0 * trained)
 
 
 def test_terms_add_up_with_coefficients_and_weights(batch: Batch) -> None:
     outputs = moved_outputs(batch, 0)
-    batch = batch.set(weight=normalisers.token_mean(batch))
+    batch = batch.set(loss_share=normalisers.token_mean(batch))
     importance = (part(weighting.truncated_importance), part(weighting.masked_sequence))
     parts = [part(losses.clip, "clip", weights=importance), part(losses.kl, "kl", coef=0.5), part(losses.kl, "kl")]
     loss, terms = total_loss(parts, outputs, batch)
-    weight = batch.weight
+    weight = batch.loss_share
     factor = importance[0](outputs, batch) * importance[1](outputs, batch)
     clip, kl = losses.clip(outputs, batch), losses.kl(outputs, batch)
     close(terms["clip"], (clip * factor * weight).sum())
@@ -93,11 +93,11 @@ def test_terms_add_up_with_coefficients_and_weights(batch: Batch) -> None:
 
 def test_weights_carry_no_gradient_even_if_they_could(batch: Batch) -> None:
     outputs = moved_outputs(batch, 0)
-    batch = batch.set(weight=normalisers.token_mean(batch))
+    batch = batch.set(loss_share=normalisers.token_mean(batch))
     ratio = part(lambda o, b: o.logp.where(b.mask, 0.0).exp())
     loss, _ = total_loss([part(losses.reinforce, weights=(ratio,))], outputs, batch)
     loss.backward()
-    expected = (-batch.advantage * outputs.logp.detach().exp() * batch.weight).where(batch.mask, 0.0)  # type: ignore[operator]
+    expected = (-batch.advantage * outputs.logp.detach().exp() * batch.loss_share).where(batch.mask, 0.0)  # type: ignore[operator]
     assert outputs.logp.grad is not None
     close(outputs.logp.grad, expected)
 
@@ -109,5 +109,5 @@ def test_a_part_that_returns_the_wrong_thing_is_named(batch: Batch) -> None:
         credit(recipe(advantage=part(lambda b: b.reward)), batch)
     with pytest.raises(ValueError, match="part 'mine' gave an advantage that is not finite in completions"):
         credit(recipe(advantage=part(lambda b: torch.full(b.mask.shape, torch.inf))), batch)
-    with pytest.raises(ValueError, match=r"batch\.weight has not been filled"):
-        total_loss([part(losses.reinforce)], moved_outputs(batch, 0), batch.set(weight=None))
+    with pytest.raises(ValueError, match=r"batch\.loss_share has not been filled"):
+        total_loss([part(losses.reinforce)], moved_outputs(batch, 0), batch.set(loss_share=None))

@@ -1,4 +1,4 @@
-"""Data sets: every format, every way a row can be wrong, prompts as tokens, samplers that resume."""
+"""DataSection sets: every format, every way a row can be wrong, prompts as tokens, samplers that resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain.commands import cli
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.errors import DataError
 from posttrain.recipe.part import Part
-from posttrain.recipe.sections import Data
+from posttrain.recipe.sections import DataSection
 from posttrain.verify import functions as verifiers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -30,7 +30,7 @@ def load(tokenizer, tmp_path: Path) -> Callable[..., Rows]:
     """``load("file.jsonl", chat=False, ...)``: paths are relative to the test's folder, as if the recipe lay there."""
 
     def loader(path: str, *, tokenizer=tokenizer, **options: Any) -> Rows:
-        return load_rows(Data(path=path, **options), base=tmp_path, tokenizer=tokenizer)
+        return load_rows(DataSection(path=path, **options), base=tmp_path, tokenizer=tokenizer)
 
     return loader
 

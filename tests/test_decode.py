@@ -242,8 +242,8 @@ def test_a_training_recipe_with_a_decoder_is_written_and_read_again(tmp_path):
 # ------------------------------------------------------------------------------------------------- on real engines
 
 SPECS = {
-    "scalar": ValueSpec(head=sections.Head(type="scalar"), shift=2.0, scale=0.1),  # above 0, as FUDGE needs it
-    "per_token": ValueSpec(head=sections.Head(type="per_token"), kind="soft", beta=0.5),
+    "scalar": ValueSpec(head=sections.HeadSection(type="scalar"), shift=2.0, scale=0.1),  # above 0, as FUDGE needs it
+    "per_token": ValueSpec(head=sections.HeadSection(type="per_token"), kind="soft", beta=0.5),
 }
 SOFT = ("smc", "svdd", "twisted_smc", "sis")
 PER_TOKEN = (*SOFT, "cd_token")
@@ -358,7 +358,7 @@ def test_a_mean_value_where_the_tilted_law_is_promised_is_told(tmp_path, saved, 
 @pytest.fixture(scope="module")
 def vllm_engine(tiny_model_folder: Path):
     pytest.importorskip("vllm")
-    engine_options = sections.EngineOptions(use="vllm", cache_mb=64, max_concurrent=64)
+    engine_options = sections.EngineSection(use="vllm", cache_mb=64, max_concurrent=64)
     made = make_engine(tiny_model_folder, engine_options, dtype="float32", max_model_len=96)
     yield made
     made.close()

@@ -30,7 +30,7 @@ from posttrain.engines.base import Engine, Sampling
 from posttrain.models.heads import Head
 from posttrain.models.value import ValueModel, ValueSpec
 from posttrain.recipe import sections
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 60)), [5, 6, 7, 8, 200]]
 SAMPLING = Sampling(max_tokens=8, temperature=0.8)
@@ -45,7 +45,7 @@ def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
         pytest.importorskip("vllm")
     made = make_engine(
         tiny_model_folder,
-        EngineOptions(use=request.param, cache_mb=64, max_concurrent=64),
+        EngineSection(use=request.param, cache_mb=64, max_concurrent=64),
         dtype="float32",
         max_model_len=96,
     )
@@ -71,7 +71,7 @@ def tuned(model):
 
 def make_value_model(folder: Path, kind: str = "scalar") -> ValueModel:
     """A value model on the tiny decoder, with random weights in its head."""
-    spec = ValueSpec(head=sections.Head(type=kind), shift=0.5, scale=2.0)
+    spec = ValueSpec(head=sections.HeadSection(type=kind), shift=0.5, scale=2.0)
     head = Head(spec.head, 64, 261)
     torch.manual_seed(2)
     nn.init.normal_(head.linear.weight, std=0.3)
@@ -361,7 +361,7 @@ def test_any_module_of_that_signature_is_a_value_model(tiny_model_folder: Path):
 
 @pytest.fixture(scope="module")
 def plain_engine(tiny_model_folder: Path):
-    made = make_engine(tiny_model_folder, EngineOptions(use="transformers"), dtype="float32", max_model_len=96)
+    made = make_engine(tiny_model_folder, EngineSection(use="transformers"), dtype="float32", max_model_len=96)
     yield made
     made.close()
 

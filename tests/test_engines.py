@@ -26,7 +26,7 @@ from posttrain.engines.sampling import draw, filters, inverse_cdf, uniforms
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.engines.weights import checksum, load_verified
 from posttrain.errors import RecipeError
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 from posttrain.seeds import sample_seed
 
 MAX_MODEL_LEN = 160
@@ -58,7 +58,7 @@ def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
     if request.param == "vllm":
         pytest.importorskip("vllm")
     before = ambient_state()
-    options = EngineOptions(use=request.param, cache_mb=64, max_concurrent=64)
+    options = EngineSection(use=request.param, cache_mb=64, max_concurrent=64)
     made = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=MAX_MODEL_LEN)
     made.generate(PROMPTS, SAMPLING, seeds=range(4))
     assert ambient_state() == before
@@ -477,7 +477,7 @@ def test_end_of_sequence_tokens_are_the_models_own(tmp_path: Path, generation, m
 
 
 def test_options_of_vllm_are_checked_for_the_transformers_engine(tiny_model_folder: Path):
-    options = EngineOptions(use="transformers", options={"enforce_eager": True})
+    options = EngineSection(use="transformers", options={"enforce_eager": True})
     with pytest.raises(RecipeError, match="engine.options: enforce_eager: .*vllm"):
         make_engine(tiny_model_folder, options, dtype="float32", max_model_len=64)
 
@@ -485,8 +485,8 @@ def test_options_of_vllm_are_checked_for_the_transformers_engine(tiny_model_fold
 def test_vllm_missing_says_how_to_install_it(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install"):
-        make_engine(tiny_model_folder, EngineOptions(use="vllm"), dtype="float32", max_model_len=64)
-    engine = make_engine(tiny_model_folder, EngineOptions(), dtype="float32", max_model_len=64)
+        make_engine(tiny_model_folder, EngineSection(use="vllm"), dtype="float32", max_model_len=64)
+    engine = make_engine(tiny_model_folder, EngineSection(), dtype="float32", max_model_len=64)
     assert isinstance(engine, TransformersEngine)
 
 
@@ -496,7 +496,7 @@ def test_vllm_missing_says_how_to_install_it(tiny_model_folder: Path, monkeypatc
 )
 def test_wrong_options_of_vllm_are_named(tiny_model_folder: Path, name: str, message: str):
     pytest.importorskip("vllm")
-    options = EngineOptions(use="vllm", options={name: True})
+    options = EngineSection(use="vllm", options={name: True})
     with pytest.raises(RecipeError, match=f"engine.options.{name}: .*{message}"):
         make_engine(tiny_model_folder, options, dtype="float32", max_model_len=64)
 
@@ -532,10 +532,10 @@ import sys
 import torch
 from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 
 def greedy(model, **source):
-    options = EngineOptions(use=sys.argv[1], cache_mb=16, max_concurrent=8)
+    options = EngineSection(use=sys.argv[1], cache_mb=16, max_concurrent=8)
     engine = make_engine(model, options, dtype="float32", max_model_len=64, **source)
     [[completion]] = engine.generate([[5, 6, 7, 8]], Sampling(max_tokens=16, temperature=0.0, ignore_eos=True))
     engine.close()
@@ -582,7 +582,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tiny_model_f
     for trusted in (False, True):
         engine = make_engine(
             tmp_path / "model",
-            EngineOptions(use="transformers"),
+            EngineSection(use="transformers"),
             dtype="float32",
             max_model_len=64,
             trust_remote_code=trusted,

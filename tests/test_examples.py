@@ -32,7 +32,7 @@ def make(tmp_path: Path, tokenizer):
     def make(part, rows, *, data=None, tokenizer=tokenizer, **chosen):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return part(sections.Data(path=str(path), **(data or {})), tokenizer, None, **chosen)
+        return part(sections.DataSection(path=str(path), **(data or {})), tokenizer, None, **chosen)
 
     return make
 
@@ -262,7 +262,7 @@ def stored(tmp_path: Path, tokenizer, random_batch):
 
 def test_rollouts_of_an_earlier_run(stored, tokenizer):
     folder, batches = stored
-    found = examples.rollouts(sections.Data(path=str(folder)), tokenizer, None)
+    found = examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None)
     assert len(found) == 9
     batch = found.batch([4, 0])
     second, first = batches[1][[4, 5, 6, 7]], batches[0][[0, 1, 2, 3]]
@@ -279,7 +279,7 @@ def test_rollouts_of_an_earlier_run(stored, tokenizer):
 
 def test_rollouts_with_the_rewards_of_that_run(stored, tokenizer):
     folder, batches = stored
-    found = examples.rollouts(sections.Data(path=str(folder)), tokenizer, None, reward="reward", first_step=3)
+    found = examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None, reward="reward", first_step=3)
     batch = found.batch([0, 1, 2])
     assert torch.equal(batch.reward, batches[2].reward)
     columns = batch.tokens.shape[1]
@@ -289,12 +289,12 @@ def test_rollouts_with_the_rewards_of_that_run(stored, tokenizer):
 def test_rollouts_that_cannot_be_had(stored, tokenizer, tmp_path, tiny_model_folder):
     folder, _ = stored
     with pytest.raises(DataError, match="no rollouts of steps 7 to None; there are those of steps 1 to 3"):
-        examples.rollouts(sections.Data(path=str(folder)), tokenizer, None, first_step=7)
+        examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None, first_step=7)
     with pytest.raises(DataError, match="no such file or folder"):
-        examples.rollouts(sections.Data(path=str(tmp_path / "nothing")), tokenizer, None)
+        examples.rollouts(sections.DataSection(path=str(tmp_path / "nothing")), tokenizer, None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no rollouts"):
-        examples.rollouts(sections.Data(path=str(tmp_path / "empty")), tokenizer, None)
+        examples.rollouts(sections.DataSection(path=str(tmp_path / "empty")), tokenizer, None)
     other = AutoTokenizer.from_pretrained(tiny_model_folder)
     shifted = json.loads(other.backend_tokenizer.to_str())
     vocabulary = shifted["model"]["vocab"]
@@ -302,7 +302,7 @@ def test_rollouts_that_cannot_be_had(stored, tokenizer, tmp_path, tiny_model_fol
     vocabulary.update({name: 5 + (i + 7) % len(names) for i, name in enumerate(names)})
     other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(shifted))
     with pytest.raises(DataError, match=r"step-000001.parquet, row \d+: the tokens are not those of this policy's"):
-        examples.rollouts(sections.Data(path=str(folder)), other, None)
+        examples.rollouts(sections.DataSection(path=str(folder)), other, None)
 
 
 def test_recipe_names_examples_by_bare_name(tmp_path: Path, tiny_model_folder: Path, make):

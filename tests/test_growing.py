@@ -14,13 +14,13 @@ from posttrain.decoding.growing import GrowingReader
 from posttrain.decoding.model_scores import ValueScore
 from posttrain.decoding.prefixes import Prefix
 from posttrain.models.value_files import build_value
-from posttrain.recipe.sections import Policy, Value
+from posttrain.recipe.sections import PolicySection, ValueSection
 
 
 @pytest.fixture
 def value(tiny_model_folder: Path):
     torch.manual_seed(0)
-    model = build_value(Value(), Policy(model=str(tiny_model_folder)))
+    model = build_value(ValueSection(), PolicySection(model=str(tiny_model_folder)))
     torch.nn.init.normal_(model.head.linear.weight)
     return model.eval().requires_grad_(False)
 

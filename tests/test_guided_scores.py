@@ -179,7 +179,7 @@ def test_a_reward_part_that_reads_no_texts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Path, tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    save_random_value(tmp_path / "reward", tiny_model_folder, ValueSpec(head=sections.Head(type="scalar")))
+    save_random_value(tmp_path / "reward", tiny_model_folder, ValueSpec(head=sections.HeadSection(type="scalar")))
     context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
     score = score_of(tmp_path, f"{{use: text, of: {{use: outcome, model: {tmp_path / 'reward'}, input: text}}}}")(
         context
@@ -194,7 +194,9 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_handed_text(tmp_path: Pat
 def test_a_process_model_scores_completions_by_their_steps(tmp_path: Path, tiny_model_folder: Path) -> None:
     """At the last token of every step: what a plain forward pass says of the text that ends there."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    save_random_value(tmp_path / "prm", tiny_model_folder, ValueSpec(head=sections.Head(type="bernoulli")), std=0.03)
+    save_random_value(
+        tmp_path / "prm", tiny_model_folder, ValueSpec(head=sections.HeadSection(type="bernoulli")), std=0.03
+    )
     context = DecoderContext(tokenizer=tokenizer, device=torch.device("cpu"))
 
     def scores_by(aggregate: str, completions: list[str]) -> list[float]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.models.heads import Head, bin_centres, output_count
-from posttrain.recipe.sections import Head as HeadOptions
+from posttrain.recipe.sections import HeadSection as HeadOptions
 
 TYPES = ("scalar", "categorical", "quantile", "bernoulli")
 

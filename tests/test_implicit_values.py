@@ -28,14 +28,14 @@ from posttrain.parts.credit import last_chosen
 from posttrain.parts.rewards import value_gain
 from posttrain.parts.targets import outcome_label
 from posttrain.parts.value_losses import bce
-from posttrain.recipe.sections import Head, Lora, Value
-from posttrain.recipe.sections import Policy as PolicyOptions
-from posttrain.training.optimiser import Runtime
+from posttrain.recipe.sections import HeadSection, LoraSection, ValueSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
+from posttrain.system.processes import Processes
 from posttrain.training.required_passes import find_needs
 from posttrain.training.setup import build_learner
 
 BETA = 0.3
-HEAD = Head(type="implicit", beta=BETA)
+HEAD = HeadSection(type="implicit", beta=BETA)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def by_hand(model: torch.nn.Module, base: torch.nn.Module, batch: Batch) -> list
 @pytest.mark.parametrize("chunk", [1, 10**9])
 def test_the_value_is_the_sum_of_log_ratios(policy_options, batch_of, monkeypatch, chunk: int) -> None:
     monkeypatch.setitem(models.CHUNK_ELEMENTS, "cpu", chunk)
-    value, batch = moved(build_value(Value(head=HEAD), policy_options)), batch_of(20)
+    value, batch = moved(build_value(ValueSection(head=HEAD), policy_options)), batch_of(20)
     base = AutoModelForCausalLM.from_pretrained(policy_options.model, dtype=torch.float32).eval()
     found, logits = value(batch.tokens, batch.states)
     torch.testing.assert_close(
@@ -93,9 +93,9 @@ def test_the_value_is_the_sum_of_log_ratios(policy_options, batch_of, monkeypatc
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("section", [{}, {"lora": Lora(rank=2)}], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("section", [{}, {"lora": LoraSection(rank=2)}], ids=["all weights", "adapters"])
 def test_it_starts_at_exactly_zero(policy_options, batch_of, section) -> None:
-    value, batch = build_value(Value(head=HEAD, **section), policy_options), batch_of(21)
+    value, batch = build_value(ValueSection(head=HEAD, **section), policy_options), batch_of(21)
     assert (value.eval()(batch.tokens, batch.states)[0] == 0).all()
     assert isinstance(value, ImplicitValue) and (value.base is None) == bool(section)
 
@@ -103,7 +103,7 @@ def test_it_starts_at_exactly_zero(policy_options, batch_of, section) -> None:
 @torch.no_grad()
 def test_rewards_telescope(policy_options, batch_of) -> None:
     """Each is β times the log-ratio of its token; together they are the value of the whole completion."""
-    value, batch = moved(build_value(Value(head=HEAD), policy_options)), batch_of(22)
+    value, batch = moved(build_value(ValueSection(head=HEAD), policy_options)), batch_of(22)
     batch = batch.set(value=value(batch.tokens, batch.states)[0])
     gains = value_gain(batch)
     torch.testing.assert_close(gains, BETA * value.log_ratios(batch.tokens, batch.mask), atol=1e-6, rtol=1e-4)
@@ -115,9 +115,9 @@ def test_rewards_telescope(policy_options, batch_of) -> None:
 @pytest.mark.parametrize("how", ["all weights", "adapters", "shared"])
 def test_gradients_are_those_of_the_cross_entropy_and_in_phi_alone(tiny_model_folder, batch_of, how) -> None:
     torch.manual_seed(0)
-    own = PolicyOptions(model=str(tiny_model_folder), lora=Lora(rank=2) if how == "shared" else None)
+    own = PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=2) if how == "shared" else None)
     policy = build_policy(own)
-    section = Value(head=HEAD, share=how == "shared", lora=Lora(rank=2) if how == "adapters" else None)
+    section = ValueSection(head=HEAD, share=how == "shared", lora=LoraSection(rank=2) if how == "adapters" else None)
     value, batch = moved(build_value(section, own, policy)), batch_of(23)
     target = outcome_label(batch.set(reward=(batch.reward > 0).float()), at="end")
     batch = batch.set(target=target)
@@ -141,9 +141,9 @@ def test_gradients_are_those_of_the_cross_entropy_and_in_phi_alone(tiny_model_fo
 @torch.no_grad()
 def test_three_models_on_one_copy_of_the_weights(tiny_model_folder, batch_of) -> None:
     """With ``share`` the base is the reference policy: what the policy learns does not move the value."""
-    own, batch = PolicyOptions(model=str(tiny_model_folder), lora=Lora(rank=2)), batch_of(24)
+    own, batch = PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=2)), batch_of(24)
     policy = build_policy(own)
-    value = moved(build_value(Value(head=HEAD, share=True), own, policy))
+    value = moved(build_value(ValueSection(head=HEAD, share=True), own, policy))
     before = value(batch.tokens, batch.states)[0]
     for name, parameter in policy.named_parameters():
         if f".lora_B.{policy.adapter}." in name:
@@ -153,9 +153,9 @@ def test_three_models_on_one_copy_of_the_weights(tiny_model_folder, batch_of) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("section", [{}, {"lora": Lora(rank=2)}], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("section", [{}, {"lora": LoraSection(rank=2)}], ids=["all weights", "adapters"])
 def test_a_target_network_follows(policy_options, batch_of, section) -> None:
-    value, batch = moved(build_value(Value(head=HEAD, **section), policy_options)), batch_of(25)
+    value, batch = moved(build_value(ValueSection(head=HEAD, **section), policy_options)), batch_of(25)
     slow = target_copy(value)
     before = value(batch.tokens, batch.states)[0]
     assert torch.equal(slow(batch.tokens, batch.states)[0], before)
@@ -172,7 +172,7 @@ def test_a_target_network_follows(policy_options, batch_of, section) -> None:
 
 @torch.no_grad()
 def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tmp_path, batch_of) -> None:
-    value, batch = moved(build_value(Value(head=HEAD), policy_options)), batch_of(26)
+    value, batch = moved(build_value(ValueSection(head=HEAD), policy_options)), batch_of(26)
     save_value(value, tokenizer, tmp_path, step=7)
     loaded = load_value(tmp_path)
     expected = value(batch.tokens, batch.states)[0]
@@ -181,16 +181,16 @@ def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tm
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     own = dict(plain.named_parameters())
     assert all(torch.equal(own[name], parameter) for name, parameter in value.backbone.named_parameters())
-    warm = build_value(Value(model=str(tmp_path)), policy_options).eval()
+    warm = build_value(ValueSection(model=str(tmp_path)), policy_options).eval()
     assert torch.equal(warm(batch.tokens, batch.states)[0], expected) and warm.spec.base == policy_options.model
-    frozen = build_value(Value(model=str(tmp_path), frozen=True), policy_options)
+    frozen = build_value(ValueSection(model=str(tmp_path), frozen=True), policy_options)
     assert torch.equal(frozen(batch.tokens, batch.states)[0], expected)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 @torch.no_grad()
 def test_adapters_are_merged_into_what_is_saved(policy_options, tokenizer, tmp_path, batch_of) -> None:
-    value = moved(build_value(Value(head=HEAD, lora=Lora(rank=2)), policy_options))
+    value = moved(build_value(ValueSection(head=HEAD, lora=LoraSection(rank=2)), policy_options))
     batch = batch_of(27)
     save_value(value, tokenizer, tmp_path)
     expected = value(batch.tokens, batch.states)[0]
@@ -200,14 +200,14 @@ def test_adapters_are_merged_into_what_is_saved(policy_options, tokenizer, tmp_p
 def test_errors_say_what_is_missing(policy_options, tokenizer, tmp_path, batch_of) -> None:
     base = tmp_path / "base"
     save_model(build_policy(policy_options), tokenizer, base, torch.float32)
-    value = build_value(Value(head=HEAD, model=str(base)), policy_options)
+    value = build_value(ValueSection(head=HEAD, model=str(base)), policy_options)
     save_value(value, tokenizer, tmp_path / "value")
     shutil.rmtree(base)
     with pytest.raises(
         UserError, match=r"^value model: what the implicit value .* is compared with: there is no folder"
     ):
         load_value(tmp_path / "value")
-    for section in (Value(head=HEAD, members=2), Value(head=HEAD, normalise=True)):
+    for section in (ValueSection(head=HEAD, members=2), ValueSection(head=HEAD, normalise=True)):
         with pytest.raises(RecipeError, match=r"value\.(members|normalise)"):
             build_value(section, policy_options)
     last = torch.zeros_like(batch_of(28).mask)
@@ -241,8 +241,8 @@ def test_a_policy_without_a_loss_requires_no_gradient(tmp_path, tiny_model_folde
     changes["policy"] = {"model": str(tiny_model_folder), "lora": {"rank": 2}}
     path = write_run(tmp_path, tiny_model_folder, **{name: each for name, each in changes.items() if each is not None})
     recipe = load_recipe(path)
-    with Runtime() as runtime:
-        learner = build_learner(recipe, find_needs(recipe), runtime)
+    with Processes() as processes:
+        learner = build_learner(recipe, find_needs(recipe), processes)
         assert learner.value is not None
         own = {id(parameter) for parameter in learner.value.own_parameters().values()}
         assert own == {id(parameter) for parameter in learner.policy.parameters() if parameter.requires_grad}
@@ -265,4 +265,4 @@ def test_prime_learns(tmp_path: Path, tiny_model_folder: Path) -> None:
 
 def test_a_guide_is_told_to_be_a_log_ratio(policy_options) -> None:
     with pytest.raises(ValueError, match="LogRatio"):
-        value_score(build_value(Value(head=HEAD), policy_options))
+        value_score(build_value(ValueSection(head=HEAD), policy_options))

@@ -10,8 +10,8 @@ from posttrain.errors import RecipeError
 from posttrain.models import policy as models
 from posttrain.models.load import load_tokenizer
 from posttrain.models.policy import Policy, build_policy, save_model
-from posttrain.recipe.sections import Lora
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import LoraSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_row_without_chosen_tokens_has_no_gradient(options, random_batch):
 
 @pytest.fixture
 def adapted(tiny_model_folder) -> Policy:
-    policy = build_policy(PolicyOptions(model=str(tiny_model_folder), lora=Lora(rank=4)))
+    policy = build_policy(PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=4)))
     torch.manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:

@@ -10,7 +10,7 @@ import torch
 from posttrain.errors import RecipeError
 from posttrain.parts import advantages, losses, normalisers, rewards
 from posttrain.recipe.part import Part
-from posttrain.recipe.sections import Data, Policy
+from posttrain.recipe.sections import DataSection, PolicySection
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_needs
 
@@ -21,8 +21,8 @@ def part(function, **options) -> Part:
 
 def recipe(**changes) -> Recipe:
     slots = {
-        "policy": Policy(model="none"),
-        "data": Data(path="none"),
+        "policy": PolicySection(model="none"),
+        "data": DataSection(path="none"),
         "verify": (Part(call=lambda completion: 1.0, name="always"),),
         "advantage": part(advantages.outcome),
         "loss": (part(losses.clip),),

@@ -135,7 +135,7 @@ def test_rewards_without_spread_are_not_divided(scale) -> None:
 
 def test_the_greedy_completion_is_the_baseline_and_not_trained() -> None:
     batch = one_token_batch([1.0, 0.0, 0.25, 1.0, 0.0], group=[4, 4, 4, 2, 2])
-    batch = batch.set(greedy=torch.tensor([False, False, True, False, True]))
+    batch = batch.set(baseline_only=torch.tensor([False, False, True, False, True]))
     assert per_completion(batch, center="greedy") == [0.75, -0.25, 0, 1, 0]
     unscored = batch.set(reward=torch.tensor([1.0, 0.0, torch.nan, 1.0, 0.0]))
     assert per_completion(unscored, center="greedy") == [0, 0, 0, 1, 0]
@@ -198,7 +198,7 @@ def test_invariance_to_padding_row_order_and_ranks(options: dict, seed: int) -> 
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
     close(credit_of(batch[order], options), whole[order])
     rows = halves(batch)
-    if options["center"] == "greedy" and not all(batch.greedy[index].any() for index in rows):
+    if options["center"] == "greedy" and not all(batch.baseline_only[index].any() for index in rows):
         return
     for index, found in zip(rows, on_ranks([batch[i] for i in rows], lambda b: credit_of(b, options)), strict=True):
         close(found, whole[index])

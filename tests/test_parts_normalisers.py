@@ -70,7 +70,7 @@ def test_rows_without_a_chosen_token_and_baselines_are_not_counted() -> None:
     batch = rough_batch(0, groups=1, size=4, plain=True)
     mask = torch.zeros(4, 10, dtype=torch.bool)
     mask[0, 3:5] = mask[1, 3:9] = mask[3, 3:5] = True
-    batch = batch.set(mask=mask, greedy=torch.tensor([False, False, False, True]))
+    batch = batch.set(mask=mask, baseline_only=torch.tensor([False, False, False, True]))
     close(normalisers.seq_mean_of_token_mean(batch).sum(-1), [0.5, 0.5, 0, 0])
     close(normalisers.token_mean(batch).sum(-1), [2 / 8, 6 / 8, 0, 0])
 

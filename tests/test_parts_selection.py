@@ -21,14 +21,14 @@ from posttrain.parts import rewards, selection
 NAN = math.nan
 
 
-def scored_batch(scores: list[float], group: list[int], greedy: list[bool] | None = None) -> Batch:
+def scored_batch(scores: list[float], group: list[int], baseline_only: list[bool] | None = None) -> Batch:
     n = len(scores)
     batch = make_random_batch(0, groups=1, size=n)
     return batch.set(
         score=torch.tensor(scores, dtype=torch.float32),
         reward=torch.tensor(scores, dtype=torch.float32),
         group=torch.tensor(group),
-        greedy=torch.tensor(greedy or [False] * n),
+        baseline_only=torch.tensor(baseline_only or [False] * n),
     )
 
 
@@ -70,10 +70,10 @@ def test_max_variance_equals_brute_force(seed: int, keep: int) -> None:
     """No other choice of ``keep`` scored completions of a group has a larger variance of rewards."""
     batch = rough_batch(seed, groups=2, size=6)
     kept = selection.max_variance(batch, keep=keep)
-    assert bool(kept[batch.greedy].all())
+    assert bool(kept[batch.baseline_only].all())
     for group in batch.group.unique().tolist():
-        candidates = batch.reward[(batch.group == group) & batch.scored & ~batch.greedy].tolist()
-        found = batch.reward[(batch.group == group) & kept & ~batch.greedy].tolist()
+        candidates = batch.reward[(batch.group == group) & batch.scored & ~batch.baseline_only].tolist()
+        found = batch.reward[(batch.group == group) & kept & ~batch.baseline_only].tolist()
         assert len(found) == min(keep, len(candidates))
         if len(found) >= 2:
             best = max(pvariance(subset) for subset in itertools.combinations(candidates, len(found)))
@@ -106,7 +106,7 @@ def test_selection_does_not_depend_on_order_padding_or_other_groups(part, seed: 
     assert torch.equal(part(batch[order]), whole[order])
     for group in batch.group.unique():
         assert torch.equal(part(batch[batch.group == group]), whole[batch.group == group])
-    assert part(batch[torch.zeros_like(batch.greedy)]).tolist() == []
+    assert part(batch[torch.zeros_like(batch.baseline_only)]).tolist() == []
 
 
 @given(seed=seeds, limit=st.integers(2, 8), buffer=st.integers(1, 8))

@@ -22,11 +22,11 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError, RecipeError, UserError
 from posttrain.models.policy import Policy, build_policy
-from posttrain.recipe.sections import EngineOptions, Lora
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import EngineSection, LoraSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 from posttrain.rollout.rollouts import Context, Prompts, against, beside_given
 from posttrain.training.loop import ids_of
-from posttrain.training.other_policies import Players, adapted_copy, check_twins, move, weights_of
+from posttrain.training.other_policies import OtherPolicies, adapted_copy, check_twins, move, weights_of
 from posttrain.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "preference"
@@ -46,8 +46,8 @@ class Table(nn.Module):
         return self.logits.detach().softmax(-1)
 
 
-def players_of(policy: Any, recipe: Recipe, **others: Any) -> Players:
-    return Players(policy, others.get("reference"), others.get("average"), recipe)
+def players_of(policy: Any, recipe: Recipe, **others: Any) -> OtherPolicies:
+    return OtherPolicies(policy, others.get("reference"), others.get("average"), recipe)
 
 
 def shipped(name: str, *overrides: str) -> Recipe:
@@ -136,7 +136,7 @@ def test_models_of_other_shapes_cannot_move(tiny_model_folder: Path) -> None:
 
 def wide_lora(folder: Path) -> Policy:
     torch.manual_seed(0)
-    policy = build_policy(PolicyOptions(model=str(folder), lora=Lora(rank=4)))
+    policy = build_policy(PolicyOptions(model=str(folder), lora=LoraSection(rank=4)))
     with torch.no_grad():
         for weight in weights_of(policy).values():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -219,7 +219,7 @@ def test_completions_of_a_mixture_have_the_mixture_s_log_probs(
             for weight in policy.parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
     engine = make_engine(
-        tiny_model_folder, EngineOptions(use=library, cache_mb=16, max_concurrent=16), dtype="float32", max_model_len=64
+        tiny_model_folder, EngineSection(use=library, cache_mb=16, max_concurrent=16), dtype="float32", max_model_len=64
     )
     engine.load(policy.weights(), 1)
     sampling, prompts = Sampling(max_tokens=8, temperature=0.8), [[5, 6, 7], [8, 9], [10]]
@@ -269,7 +269,7 @@ def test_the_opponent_s_completions_stand_beside_the_policy_s(role: Any) -> None
     batch = against(TabularEngine(TREE, max_model_len=3), prompts, 2, context, opponents=1, role=role)
     author = Author.CALIBRATION if role == "calibration" else Author.OPPONENT
     assert batch.author is not None and batch.author.tolist() == [0, 0, int(author)] * 20
-    assert batch.greedy.tolist() == [False, False, role == "baseline"] * 20
+    assert batch.baseline_only.tolist() == [False, False, role == "baseline"] * 20
     assert batch.by(Author.POLICY).sum() == 40
     assert sorted(told) == [(i, j) for i in range(20) for j in range(3)]
     draws = batch.tokens.view(20, 3, 3)

@@ -15,7 +15,7 @@ from test_preference_recipes_run import small
 from posttrain.errors import UserError
 from posttrain.models.policy import build_policy
 from posttrain.output.tracking import read_metrics
-from posttrain.recipe.sections import Policy
+from posttrain.recipe.sections import PolicySection
 from posttrain.training.loop import train
 from posttrain.training.other_policies import weights_of
 
@@ -65,9 +65,9 @@ def test_a_run_that_is_resumed_after_each_step_ends_the_same(
 def test_the_reference_is_where_it_should_be(tmp_path: Path, tiny_model_folder: Path) -> None:
     """It stays for two steps and is then a mixture of what it was and what the policy is."""
     folder = run("tr_dpo", tmp_path / "a", tiny_model_folder, steps=2, **{"reference.every": 2})
-    start = weights_of(build_policy(Policy(model=str(tiny_model_folder))))
+    start = weights_of(build_policy(PolicySection(model=str(tiny_model_folder))))
     first, second = saved(folder, 1)["reference"], saved(folder, 2)["reference"]
-    now = weights_of(build_policy(Policy(model=str(folder / "model"))))
+    now = weights_of(build_policy(PolicySection(model=str(folder / "model"))))
     moved = 0.0
     for name, weight in start.items():
         assert torch.equal(first[name], weight)
@@ -81,14 +81,14 @@ def test_the_reference_is_where_it_should_be(tmp_path: Path, tiny_model_folder: 
 def test_an_extragradient_samples_ahead_and_starts_again(tmp_path: Path, tiny_model_folder: Path) -> None:
     """After its first step the policy is as before; the second one samples from where the first one led."""
     folder = run("egpo", tmp_path / "a", tiny_model_folder, steps=2, **{"run.rollouts_every": 1})
-    start = weights_of(build_policy(Policy(model=str(tiny_model_folder))))
+    start = weights_of(build_policy(PolicySection(model=str(tiny_model_folder))))
     trained = torch.load(folder / "checkpoints" / "step-000001" / "trainer.pt")
     assert all(torch.equal(trained["weights"][f"policy.{name}"], weight) for name, weight in start.items())
     assert not trained["optimizer"]["state"]  # as before the step, too
     ahead = saved(folder, 1)["ahead"]
     assert not any(torch.equal(ahead[name], weight) for name, weight in start.items())
     assert not saved(folder, 2)
-    policy = build_policy(Policy(model=str(tiny_model_folder)))
+    policy = build_policy(PolicySection(model=str(tiny_model_folder)))
     sampled = []
     for step in (1, 2):
         (path,) = (folder / "rollouts").glob(f"*{step:06d}*.parquet")

@@ -26,12 +26,12 @@ def with_log_ratios(ratios: list[float], labels: list[float]) -> Batch:
 
 def test_mismatched_is_the_mean_of_the_baseline_completions_or_0() -> None:
     batch = with_log_ratios([9.0, -9.0, 0.5, 0.1], [1.0, 0.0, math.nan, math.nan])
-    batch = batch.set(greedy=torch.tensor([False, False, True, True]))
+    batch = batch.set(baseline_only=torch.tensor([False, False, True, True]))
     close(mismatched(batch), [0.3] * 4)
     assert batch.logp_old is not None
     close(mismatched(batch.set(logp_old=-batch.logp_old)), [0.0] * 4)
     with pytest.raises(ValueError, match="no completion of another prompt"):
-        mismatched(batch.set(greedy=torch.zeros(4).bool()))
+        mismatched(batch.set(baseline_only=torch.zeros(4).bool()))
 
 
 def test_running_mean_remembers_all_batches_and_its_state_brings_it_back() -> None:
@@ -46,7 +46,7 @@ def test_running_mean_remembers_all_batches_and_its_state_brings_it_back() -> No
 @given(seed=seeds)
 @examples(2)
 def test_ranks_share_their_baselines(seed: int) -> None:
-    batch = preferences(seed, groups=6, plain=True).set(greedy=torch.arange(12) % 3 == 0)
+    batch = preferences(seed, groups=6, plain=True).set(baseline_only=torch.arange(12) % 3 == 0)
     for make in (lambda: mismatched, running_mean):
         alone = make()(batch)
         batches = [batch[index] for index in halves(batch)]
@@ -73,7 +73,7 @@ def test_sorted_pairs_regroups_by_rank_and_wants_as_many_of_both() -> None:
 @given(seed=seeds)
 @examples(5)
 def test_one_pair_alone_is_sorted_already(seed: int) -> None:
-    batch = preferences(seed, groups=1, plain=True).set(greedy=torch.zeros(2).bool())
+    batch = preferences(seed, groups=1, plain=True).set(baseline_only=torch.zeros(2).bool())
     outputs = moved(batch, seed)
     batch = batch.set(logp_old=outputs.logp.detach())
     sorted_batch = batch.set(baseline=sorted_reference(batch))

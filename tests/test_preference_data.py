@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from posttrain.batch import Finish
 from posttrain.commands import cli
 from posttrain.data import examples
-from posttrain.data.examples.dataset_examples import Given
+from posttrain.data.examples.dataset_examples import EncodedCompletion
 from posttrain.data.examples.groups import convert, cut_completions, fit, merge_annotators, pairs_of, repeat_votes
 from posttrain.errors import DataError
 from posttrain.recipe import sections
@@ -28,7 +28,7 @@ def make(tmp_path: Path, tokenizer):
     def make(part, rows, *, data=None, **chosen):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return part(sections.Data(path=str(path), **(data or {})), tokenizer, None, **chosen)
+        return part(sections.DataSection(path=str(path), **(data or {})), tokenizer, None, **chosen)
 
     return make
 
@@ -69,8 +69,13 @@ def test_pairs_become_unpaired_with_completions_of_other_prompts(make):
     rows = [{"prompt": p, "chosen": "yes" + p, "rejected": "no" + p} for p in "ab"]
     found = make(examples.pairs, rows, into="single", mismatched=True)
     batch = found.batch(range(4))
-    assert batch.reward[~batch.greedy].tolist() == [1, 0, 1, 0] and len(found) == 4
-    assert [t for t, g in zip(batch.texts, batch.greedy.tolist(), strict=True) if g] == ["yesb", "yesb", "yesa", "yesa"]
+    assert batch.reward[~batch.baseline_only].tolist() == [1, 0, 1, 0] and len(found) == 4
+    assert [t for t, g in zip(batch.texts, batch.baseline_only.tolist(), strict=True) if g] == [
+        "yesb",
+        "yesb",
+        "yesa",
+        "yesa",
+    ]
     with pytest.raises(DataError, match="set `into: single`"):
         make(examples.pairs, rows, mismatched=True)
 
@@ -171,7 +176,9 @@ completion = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 @given(st.lists(completion, min_size=2, max_size=4, unique_by=tuple), st.integers(1, 4), st.integers(2, 9))
 def test_a_cut_never_makes_completions_alike(answers, prompt, longest):
     group = [
-        Given(np.array([9] * prompt + each, np.int32), np.arange(prompt + len(each)) >= prompt, row, Finish.STOPPED)
+        EncodedCompletion(
+            np.array([9] * prompt + each, np.int32), np.arange(prompt + len(each)) >= prompt, row, Finish.STOPPED
+        )
         for row, each in enumerate(answers)
     ]
     for how in ("cut_prompt", "cut_completion"):
@@ -188,7 +195,9 @@ def test_a_cut_never_makes_completions_alike(answers, prompt, longest):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5))
 def test_pairs_of_a_group_are_every_two_with_different_ratings(rewards):
-    group = [Given(np.array([i]), np.array([True]), i, Finish.STOPPED, float(r)) for i, r in enumerate(rewards)]
+    group = [
+        EncodedCompletion(np.array([i]), np.array([True]), i, Finish.STOPPED, float(r)) for i, r in enumerate(rewards)
+    ]
     found = pairs_of(group)
     wanted = {(a, b) for a, x in enumerate(rewards) for b, y in enumerate(rewards) if x > y}
     assert {(two[0].row, two[1].row) for two in found} == wanted and len(found) == len(wanted)
@@ -200,9 +209,12 @@ def test_pairs_of_a_group_are_every_two_with_different_ratings(rewards):
 
 
 def test_merging_does_not_depend_on_which_side_was_first():
-    one, two = (Given(np.array([7, i]), np.array([False, True]), i, Finish.STOPPED) for i in (1, 2))
-    there = [Given(g.tokens, g.mask, row, g.finish, reward) for row, (g, reward) in enumerate([(one, 1.0), (two, 0.0)])]
-    back = [Given(g.tokens, g.mask, 5, g.finish, reward) for g, reward in ((two, 1.0), (one, 0.0))]
+    one, two = (EncodedCompletion(np.array([7, i]), np.array([False, True]), i, Finish.STOPPED) for i in (1, 2))
+    there = [
+        EncodedCompletion(g.tokens, g.mask, row, g.finish, reward)
+        for row, (g, reward) in enumerate([(one, 1.0), (two, 0.0)])
+    ]
+    back = [EncodedCompletion(g.tokens, g.mask, 5, g.finish, reward) for g, reward in ((two, 1.0), (one, 0.0))]
     judged = merge_annotators([there, back, back])
     ((chosen, rejected),) = judged.groups
     assert chosen.tokens.tolist() == [7, 2] and (chosen.reward, rejected.reward) == (1.0, 0.0)

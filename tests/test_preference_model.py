@@ -17,8 +17,8 @@ from posttrain.parts.preference.regularisers import nll
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.recipe.part import Part
 from posttrain.recipe.resolve import inner_slots, positional
-from posttrain.recipe.sections import Lora
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import LoraSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 from posttrain.training.apply_parts import total_loss
 
 RECIPES = {
@@ -44,15 +44,15 @@ RECIPES = {
 def pairs() -> Batch:
     batch = make_random_batch(0, groups=4, size=2)
     batch = batch.set(reward=(torch.arange(8) % 2).float(), advantage=None, value=None)
-    return batch.set(weight=group_mean_of_token_sum(batch))
+    return batch.set(loss_share=group_mean_of_token_sum(batch))
 
 
 def forward(policy: Policy, batch: Batch, *, reference: bool = False) -> Outputs:
     return Outputs(logp=policy(batch.tokens, batch.mask, reference=reference)[0])
 
 
-@pytest.mark.parametrize(("name", "lora"), [*((name, None) for name in RECIPES), ("DPO", Lora(rank=4))])
-def test_a_few_steps_prefer_the_chosen_completions(name: str, lora: Lora | None, tiny_model_folder) -> None:
+@pytest.mark.parametrize(("name", "lora"), [*((name, None) for name in RECIPES), ("DPO", LoraSection(rank=4))])
+def test_a_few_steps_prefer_the_chosen_completions(name: str, lora: LoraSection | None, tiny_model_folder) -> None:
     """From scores that are exactly 0 at the reference; micro-batches of whole groups give the same gradient."""
     batch, policy = pairs(), build_policy(PolicyOptions(model=str(tiny_model_folder), lora=lora)).train()
     with torch.no_grad():

@@ -29,7 +29,7 @@ def asked(*completions: str, groups: tuple[int, ...] = (), greedy: tuple[bool, .
         texts=completions,
         rows=tuple({"prompt": "1+1="} for _ in completions),
         group=torch.tensor(groups or (0,) * n),
-        greedy=torch.tensor(greedy or (False,) * n),
+        baseline_only=torch.tensor(greedy or (False,) * n),
     )
 
 

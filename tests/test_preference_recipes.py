@@ -15,7 +15,7 @@ from preference_cases import preferences
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.commands import cli
 from posttrain.data import examples
-from posttrain.data.examples.dataset_examples import GivenExamples
+from posttrain.data.examples.dataset_examples import DatasetExamples
 from posttrain.errors import DataError, RecipeError
 from posttrain.micro_batches import micro_batches
 from posttrain.models import policy as models
@@ -23,11 +23,11 @@ from posttrain.models.joint import forward
 from posttrain.parts.preference import games, regularisers, scores
 from posttrain.recipe import sections
 from posttrain.recipe.resolve import import_file
-from posttrain.recipe.sections import Lora
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import LoraSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
+from posttrain.system.processes import Processes
 from posttrain.training.apply_parts import with_baseline
 from posttrain.training.learner import score
-from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import Recipe, load_recipe
 from posttrain.training.required_passes import find_needs
 from posttrain.training.setup import build_learner
@@ -110,14 +110,14 @@ def test_every_score_is_exactly_0_where_the_policy_is_the_reference(
         f"examples: {{use: pairs}}\nmicro_batch_tokens: 80\nloss: {{use: pairwise, margin: {{use: token_kl}}}}\n",
     )
     assert recipe.examples is not None
-    with Runtime() as runtime:
-        learner = build_learner(recipe, find_needs(recipe), runtime)
+    with Processes() as processes:
+        learner = build_learner(recipe, find_needs(recipe), processes)
         batch = score(learner, recipe.examples(recipe.data, tokenizer, tmp_path).batch(range(4)))
-        micro = micro_batches(batch, recipe.micro_batch_tokens, runtime.all_max, whole_groups=True)
+        micro = micro_batches(batch, recipe.micro_batch_tokens, processes.all_max, whole_groups=True)
         assert len(micro) > 1
         for part in micro:
             kl_from = learner.reference or learner.policy
-            outputs = forward(learner.runtime.model, part, temperature=1.0, kl_from=kl_from)[0]
+            outputs = forward(learner.optimiser.model, part, temperature=1.0, kl_from=kl_from)[0]
             assert outputs.kl_ref is not None and not outputs.kl_ref.any()
             assert outputs.logp[part.mask].all()
             every_form: list[dict[str, Any]] = [{}, {"level": "mean"}, {"tail": 0.5}, {"discount": 0.9}]
@@ -129,9 +129,9 @@ def test_every_score_is_exactly_0_where_the_policy_is_the_reference(
 # ---- Divergences over the vocabulary --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+@pytest.mark.parametrize("lora", [None, LoraSection(rank=4)])
 def test_divergence_and_collision_are_those_of_the_full_softmax(
-    lora: Lora | None, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    lora: LoraSection | None, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks of 5 positions, at a temperature, with a gradient in the policy alone."""
     monkeypatch.setitem(models.CHUNK_ELEMENTS, "cpu", 5 * 261)
@@ -182,7 +182,7 @@ def test_win_rate_counts_wins_ties_and_losses_within_a_group() -> None:
     nan = math.nan
     batch = make_random_batch(0, groups=3, size=4)
     reward = torch.tensor([0.0, 1.0, 1.0, 5.0, 2.0, nan, 2.0, 3.0, nan, 1.0, nan, nan])
-    batch = batch.set(reward=reward, greedy=torch.arange(12) == 7)
+    batch = batch.set(reward=reward, baseline_only=torch.arange(12) == 7)
     assert games.win_rate(batch).tolist() == pytest.approx([-0.5, 0.0, 0.0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0])
     with_itself = games.win_rate(batch, itself=True)
     assert with_itself.tolist() == pytest.approx([-0.375, 0.0, 0.0, 0.375, 0, 0, 0, 0, 0, 0, 0, 0])
@@ -204,8 +204,10 @@ def test_win_rate_in_scalar_loops(against: Any, itself: bool, temperature: float
         batch = preferences(seed, groups=4, size=5)
         rewards, groups = batch.reward.tolist(), batch.group.tolist()
         there = [bool(m.any()) and not math.isnan(r) for m, r in zip(batch.mask, rewards, strict=True)]
-        ours = [t and not g for t, g in zip(there, batch.greedy.tolist(), strict=True)]
-        theirs = ours if against == "group" else [t and g for t, g in zip(there, batch.greedy.tolist(), strict=True)]
+        ours = [t and not g for t, g in zip(there, batch.baseline_only.tolist(), strict=True)]
+        theirs = (
+            ours if against == "group" else [t and g for t, g in zip(there, batch.baseline_only.tolist(), strict=True)]
+        )
         for i, found in enumerate(games.win_rate(batch, against=against, itself=itself, temperature=temperature)):
             wins = []
             for j in range(len(batch)):
@@ -231,19 +233,19 @@ def test_the_given_completion_comes_first() -> None:
     ).any(-1).tolist() == [False, True, False, True, False, False]
 
 
-def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> GivenExamples:
+def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> DatasetExamples:
     rows = [{"prompt": p, "completion": f"{p}{i}" * (i + 1), "label": i % 2 == 0} for i, p in enumerate(prompts)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = sections.Data(path=str(folder / "rows.jsonl"))
+    data = sections.DataSection(path=str(folder / "rows.jsonl"))
     found = examples.rated(data, tokenizer, None, mismatched=True, **chosen)
-    assert isinstance(found, GivenExamples)
+    assert isinstance(found, DatasetExamples)
     return found
 
 
 def test_mismatched_completions_are_the_next_ones_of_another_prompt(tmp_path: Path, tokenizer: Any) -> None:
     """They stand behind the group's own prompt, have no reward and are never trained on."""
     batch = rated(tmp_path, tokenizer, "aabba").batch(range(5))
-    extra = batch.greedy
+    extra = batch.baseline_only
     assert extra.tolist() == [False, True] * 5
     assert [batch.texts[i] for i in extra.nonzero().squeeze(-1)] == ["b2" * 3, "b2" * 3, "a4" * 5, "a4" * 5, "b2" * 3]
     assert batch.reward[extra].isnan().all() and not batch.reward[~extra].isnan().any()
@@ -266,7 +268,8 @@ def test_slots_fill_baseline_and_group(name: str) -> None:
     recipe = load_recipe(RECIPES / "preference" / f"{name}.yaml")
     batch = make_random_batch(0, groups=4, size=2)
     batch = batch.set(
-        reward=(torch.arange(8) % 2).float(), greedy=torch.arange(8) >= 6 if name == "kto" else batch.greedy
+        reward=(torch.arange(8) % 2).float(),
+        baseline_only=torch.arange(8) >= 6 if name == "kto" else batch.baseline_only,
     )
     assert batch.logp_old is not None and batch.logp_ref is not None
     ratio = seq_sum(batch.logp_old - batch.logp_ref, batch.mask)
@@ -294,7 +297,7 @@ def test_a_step_is_a_pair_behind_the_steps_before_it(tmp_path: Path, tokenizer: 
     found = module.pair(row)
     assert found["prompt"].endswith("<|im_start|>assistant\nStep 1: 1+1=2.\nStep 2: ") and "{}" in found["prompt"]
     (tmp_path / "rows.jsonl").write_text(json.dumps(found) + "\n")
-    data = sections.Data(path=str(tmp_path / "rows.jsonl"), chat=False)
+    data = sections.DataSection(path=str(tmp_path / "rows.jsonl"), chat=False)
     batch = examples.pairs(data, tokenizer, None).batch([0])
     chosen = batch.tokens[0][batch.mask[0]].tolist()
     assert tokenizer.decode(chosen) == "2+1=3." and tokenizer.eos_token_id not in chosen
@@ -302,7 +305,7 @@ def test_a_step_is_a_pair_behind_the_steps_before_it(tmp_path: Path, tokenizer: 
 
 def test_ratings_may_be_the_rewards_of_a_pair(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(PLAIN[0] | {"good": 4, "bad": 2.5}) + "\n")
-    data = sections.Data(path=str(tmp_path / "rows.jsonl"))
+    data = sections.DataSection(path=str(tmp_path / "rows.jsonl"))
     batch: Batch = examples.pairs(data, tokenizer, None, scores=("good", "bad")).batch([0])
     assert batch.reward.tolist() == batch.score.tolist() == [4.0, 2.5]
 

@@ -17,7 +17,7 @@ from posttrain.batch import seq_mean
 from posttrain.data.examples import pairs
 from posttrain.models.policy import build_policy
 from posttrain.output.tracking import read_metrics
-from posttrain.recipe.sections import Data, Policy
+from posttrain.recipe.sections import DataSection, PolicySection
 from posttrain.training.loop import train
 from posttrain.training.recipe import Recipe, load_recipe
 
@@ -40,7 +40,7 @@ SMALL = {
 
 
 def rows(part: str) -> list[dict[str, Any]]:
-    """Data that a part of the examples slot takes, or prompts for a recipe that samples."""
+    """DataSection that a part of the examples slot takes, or prompts for a recipe that samples."""
     asked = [{"prompt": f"{a}+1="} for a in range(8)]
     answers = [str(a + 1) * (1 + a % 3) for a in range(8)]
     no = "no idea"
@@ -111,11 +111,11 @@ def test_preferences_of_other_prompts_are_learned(name: str, tmp_path: Path, tin
     data = tmp_path / "held_out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in held_out), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    batch = pairs(Data(path=str(data)), tokenizer, None).batch(range(3))
+    batch = pairs(DataSection(path=str(data)), tokenizer, None).batch(range(3))
     gap = []
     for folder in (tiny_model_folder, tmp_path / "run" / "model"):
         with torch.no_grad():
-            logp = build_policy(Policy(model=str(folder)))(batch.tokens, batch.mask)[0]
+            logp = build_policy(PolicySection(model=str(folder)))(batch.tokens, batch.mask)[0]
         chosen, rejected = seq_mean(logp, batch.mask).view(-1, 2).unbind(1)
         gap.append(chosen - rejected)
     assert (gap[1] > gap[0] + 0.3).all()

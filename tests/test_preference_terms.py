@@ -308,7 +308,7 @@ def test_no_gradient_off_the_mask_and_none_to_what_is_not_compared(name: str) ->
             assert each is not None
             assert each.isfinite().all()
             assert not each[~batch.mask].any()
-            assert not each[batch.greedy].any()
+            assert not each[batch.baseline_only].any()
 
 
 def permuted(batch: Batch, outputs: Outputs, index: Tensor) -> tuple[Batch, Outputs]:
@@ -333,12 +333,12 @@ def test_row_order_padding_and_the_split_along_groups_change_nothing(name: str) 
     size, seed = (2 if name in TIE_ORDER else 3), 5
     batch = preferences(seed, size=size)
     outputs = moved(batch, seed)
-    batch = batch.set(weight=group_mean_of_token_sum(batch))
+    batch = batch.set(loss_share=group_mean_of_token_sum(batch))
     term = TERMS[name]
 
     def total(some: Batch, there: Outputs) -> Tensor:
-        assert some.weight is not None
-        return (term(there, some) * some.weight).where(some.mask, 0.0).sum()
+        assert some.loss_share is not None
+        return (term(there, some) * some.loss_share).where(some.mask, 0.0).sum()
 
     whole = total(batch, outputs)
     close(total(pad(batch, 2, torch.nan), wider(outputs, 2)), whole, 1e-9)
@@ -353,7 +353,7 @@ def test_row_order_padding_and_the_split_along_groups_change_nothing(name: str) 
 def test_the_normaliser_counts_groups_on_all_ranks(seed: int) -> None:
     batch = preferences(seed)
     weight = group_mean_of_token_sum(batch)
-    counted = batch.mask.any(-1) & ~batch.greedy
+    counted = batch.mask.any(-1) & ~batch.baseline_only
     groups = len(set(batch.group[counted].tolist()))
     expected = (batch.mask & counted[:, None]) / max(1, groups)
     close(weight, expected)

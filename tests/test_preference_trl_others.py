@@ -49,7 +49,7 @@ def unpaired(batch: Batch) -> Batch:
     column = torch.arange(COLUMNS)
     other = batch[[*range(1, n), 0]]
     tokens = torch.where(column < PROMPT, batch.tokens, other.tokens)
-    mismatch = other.set(tokens=tokens, reward=torch.full((n,), math.nan).double(), greedy=torch.ones(n).bool())
+    mismatch = other.set(tokens=tokens, reward=torch.full((n,), math.nan).double(), baseline_only=torch.ones(n).bool())
     both = Batch.concatenate([batch, mismatch])
     return both.set(group=torch.arange(2 * n))
 

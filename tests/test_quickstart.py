@@ -20,7 +20,7 @@ from posttrain.quickstart.imitation import Example, fit, negative_log_likelihood
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.problems import Problem, draw, estimated, worked_out
 from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, read_rows, write_problems
-from posttrain.recipe.sections import Optimizer
+from posttrain.recipe.sections import OptimizerSection
 from posttrain.verify.mathematics import math
 
 TOKENIZER = make_tokenizer()
@@ -148,7 +148,7 @@ def test_fit_learns_its_examples_and_repeats_by_seed():
             EXAMPLES,
             steps=30,
             batch_size=2,
-            optimizer=Optimizer(learning_rate=5e-3, betas=(0.9, 0.98), warmup_steps=5),
+            optimizer=OptimizerSection(learning_rate=5e-3, betas=(0.9, 0.98), warmup_steps=5),
             on_step=lambda step, metrics, losses=losses: losses.append(metrics["loss"]),
         )
         curves.append(losses)

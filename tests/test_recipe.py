@@ -168,7 +168,7 @@ def test_overrides_win_and_enter_lists(recipe):
     r = load_recipe(recipe(), [*arguments, "--advantage={use: returns, gamma: 0.9}"])
     assert r.loss[0].options == {"low": 0.2, "high": 0.3}
     assert r.optimizer.betas == (0.9, 0.95)
-    assert r.policy.lora == sections.Lora(rank=8)
+    assert r.policy.lora == sections.LoraSection(rank=8)
     assert r.data.system == "a b"
     assert r.advantage.name == "returns" and r.advantage.options == {"gamma": 0.9}
 
@@ -261,18 +261,18 @@ def test_a_recipe_in_python_is_the_one_in_yaml(recipe):
     from posttrain.verify.functions import math as math_verifier
 
     r = Recipe(
-        policy=sections.Policy(model="some/model"),
-        data=sections.Data(path="some/data"),
+        policy=sections.PolicySection(model="some/model"),
+        data=sections.DataSection(path="some/data"),
         verify=(Part.of(math_verifier),),
         advantage=Part.of(advantages.outcome, scale="group"),
         loss=(Part.of(losses.clip, low=0.2, high=0.28), Part.of(losses.kl, settings={"coef": 1e-3})),
-        sampling=sections.SamplingOptions(max_tokens=64),
-        optimizer=sections.Optimizer(learning_rate=1e-5),
+        sampling=sections.SamplingSection(max_tokens=64),
+        optimizer=sections.OptimizerSection(learning_rate=1e-5),
         steps=3,
     )
     assert r.resolved == load_recipe(recipe()).resolved
     with pytest.raises(RecipeConflict, match=r"sampling\.top_p: 0\.9 cuts the distribution"):
-        dataclasses.replace(r, sampling=sections.SamplingOptions(top_p=0.9))
+        dataclasses.replace(r, sampling=sections.SamplingSection(top_p=0.9))
     with pytest.raises(ValueError, match="steps"):
         dataclasses.replace(r, steps=0)
 

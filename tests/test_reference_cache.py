@@ -16,9 +16,9 @@ from posttrain.micro_batches import micro_batches
 from posttrain.models.joint import forward
 from posttrain.parts.preference.scores import log_ratio
 from posttrain.rollout.collect import draw_examples
+from posttrain.system.processes import Processes
 from posttrain.training import reference_cache
 from posttrain.training.learner import score
-from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import load_recipe
 from posttrain.training.reference_cache import ReferencedExamples, first_draws, schedule_of
 from posttrain.training.required_passes import find_needs
@@ -64,25 +64,25 @@ def write(folder: Path, model: Path, data: list[dict[str, Any]] | None = None, *
 class Prepared:
     """A run up to its first step."""
 
-    def __init__(self, path: Path, runtime: Runtime) -> None:
+    def __init__(self, path: Path, processes: Processes) -> None:
         self.recipe = load_recipe(path)
         needs, tokenizer = find_needs(self.recipe), AutoTokenizer.from_pretrained(self.recipe.policy.model)
         material = load_material(self.recipe, tokenizer, needs.columns)
-        self.learner = build_learner(self.recipe, needs, runtime)
+        self.learner = build_learner(self.recipe, needs, processes)
         self.material = with_cached_reference(self.learner, material)
 
     def first_batch(self) -> Any:
         sampler = self.recipe.prompts.call(size=len(self.material), seed=self.recipe.seed)
         assert self.material.examples is not None
-        drawn = draw_examples(self.recipe, self.learner.runtime, self.material.examples, sampler, 0)
+        drawn = draw_examples(self.recipe, self.learner.processes, self.material.examples, sampler, 0)
         return score(self.learner, drawn.batch)
 
 
 @pytest.fixture(scope="module")
 def prepare():
     """``prepare(path)``: a run up to its first step, on one process."""
-    with Runtime() as runtime:
-        yield lambda path: Prepared(path, runtime)
+    with Processes() as processes:
+        yield lambda path: Prepared(path, processes)
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -103,7 +103,7 @@ def test_at_the_first_step_every_score_is_exactly_zero(
     batch = run.first_batch()
     assert batch.logp_ref.abs().sum() > 0
     for part in micro_batches(batch, run.recipe.micro_batch_tokens, lambda n: n, whole_groups=True):
-        (outputs,) = forward(run.learner.runtime.model, part, temperature=1.0)
+        (outputs,) = forward(run.learner.optimiser.model, part, temperature=1.0)
         assert outputs.logp.requires_grad
         assert log_ratio(outputs, part).eq(0).all()
 

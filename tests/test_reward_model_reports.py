@@ -141,7 +141,7 @@ def test_pairs_are_scored_and_compared(tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = read_pairs(sections.Data(path=str(path)))
+    rows = read_pairs(sections.DataSection(path=str(path)))
     assert [row["subset"] for row in rows] == ["x", "x", "all"]
 
     def by_length(prompts, completions):
@@ -154,7 +154,7 @@ def test_pairs_are_scored_and_compared(tmp_path):
     assert [each["correct"] for each in compared] == [1.0, 0.0, 0.5]
     path.write_text(json.dumps({"prompt": "p", "chosen": 3, "rejected": "x"}) + "\n")
     with pytest.raises(DataError, match=r"pairs.jsonl:1: column 'chosen' is 3 \(a number\)"):
-        read_pairs(sections.Data(path=str(path)))
+        read_pairs(sections.DataSection(path=str(path)))
     path.write_text(json.dumps({"prompt": "p", "chosen_text": "x", "rejected": "x"}) + "\n")
     with pytest.raises(DataError, match="no column 'chosen'"):
-        read_pairs(sections.Data(path=str(path)))
+        read_pairs(sections.DataSection(path=str(path)))

@@ -70,7 +70,7 @@ def folders(tiny_model_folder: Path, tmp_path_factory, tokenizer):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
     language_model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    spec = ValueSpec(head=sections.Head(type="bernoulli"))
+    spec = ValueSpec(head=sections.HeadSection(type="bernoulli"))
     head = Head(spec.head, 64, len(tokenizer))
     torch.nn.init.normal_(head.linear.weight, std=0.3)
     save_value(ValueModel(language_model.get_decoder(), head, spec), tokenizer, home / "value")

@@ -87,7 +87,7 @@ def case(seed: int, *, labels: bool = False) -> Inputs:
     """
     batch = rough_batch(seed, size=5)
     for rows in halves(batch):
-        batch = batch.set(greedy=batch.greedy.index_fill(0, rows[:1], True))
+        batch = batch.set(baseline_only=batch.baseline_only.index_fill(0, rows[:1], True))
     g = torch.Generator().manual_seed(seed + 3)
     value = torch.randn(batch.mask.shape, generator=g).where(batch.states, torch.nan)
     change = (0.2 * torch.randn(batch.mask.shape, generator=g) / 0.001).round() * 0.001 + 0.0005
@@ -116,7 +116,7 @@ def prepared(recipe: Recipe, batch: Batch) -> tuple[Batch, Tensor]:
         kept = part(batch)
         batch, rows = batch[kept], rows[kept]
     batch = judged_and_credited(recipe, batch)
-    trained = ~batch.greedy
+    trained = ~batch.baseline_only
     for part in recipe.keep:
         trained &= part(batch)
     return with_shares(recipe, batch[trained]), rows[trained]
@@ -279,7 +279,7 @@ def test_no_gradient_off_the_mask_and_the_states(name: str, seed: int) -> None:
     for step in (found, expected):
         assert step[:2] == expected[:2]
         assert bool((step.by_logp[~batch.mask] == 0).all()) and bool((step.by_value[~batch.states] == 0).all())
-        assert all(bool((gradient[batch.greedy] == 0).all()) for gradient in (step.by_logp, step.by_value))
+        assert all(bool((gradient[batch.baseline_only] == 0).all()) for gradient in (step.by_logp, step.by_value))
     assert torch.equal(found.by_logp, expected.by_logp) and torch.equal(found.by_value, expected.by_value)
 
 
@@ -364,7 +364,7 @@ def sample_world(logits: Tensor, values: Tensor, recipe: Recipe, generator: torc
         mask=mask,
         finish=torch.zeros(n, dtype=torch.long),
         step_id=torch.where(mask, torch.arange(4), -1),
-        greedy=greedy,
+        baseline_only=greedy,
         score=score,
         reward=score.clone(),
         step_reward=torch.zeros(n, 4),
@@ -399,7 +399,7 @@ def test_every_recipe_learns(name: str) -> None:
         branches = recipe.value is not None and recipe.value.branches is not None
         values = true_values(logits.detach()) if branches else table.detach().clone()
         batch = sample_world(logits.detach(), values, recipe, generator)
-        success.append(float(batch.score[~batch.greedy].mean()))
+        success.append(float(batch.score[~batch.baseline_only].mean()))
         ready, rows = prepared(recipe, batch)
         for _ in range(2):
             now = world_logp(logits, batch.tokens[:, 1:]), table[prefixes(batch.tokens[:, 1:])]

@@ -177,7 +177,7 @@ def empty_batch() -> Batch:
         **numbers,
         logp_sampler=torch.zeros(0, 0),
         step_reward=torch.zeros(0, 0),
-        greedy=torch.zeros(0, dtype=torch.bool),
+        baseline_only=torch.zeros(0, dtype=torch.bool),
         score=torch.zeros(0),
         reward=torch.zeros(0),
         rows=(),
@@ -235,7 +235,7 @@ def assert_equal(left: Batch, right: Batch) -> None:
 @given(
     seed=st.integers(0, 10_000),
     unfilled=st.sets(
-        st.sampled_from(["logp_old", "logp_ref", "entropy", "value", "advantage", "target", "weight"]), max_size=7
+        st.sampled_from(["logp_old", "logp_ref", "entropy", "value", "advantage", "target", "loss_share"]), max_size=7
     ),
 )
 @settings(max_examples=20, deadline=None)
@@ -276,5 +276,5 @@ def test_what_is_no_file_of_rollouts_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no such file"):
         read_rollouts(tmp_path / "step-000001.parquet")
     pandas.DataFrame({"step": [1], "tokens": [[1]]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="column completion, finish, greedy"):
+    with pytest.raises(DataError, match="column baseline_only, completion, finish"):
         read_rollouts(tmp_path / "other.parquet")

@@ -9,14 +9,9 @@ import torch
 
 from posttrain.errors import UserError, VerifierError
 from posttrain.micro_batches import length_groups, micro_batches
-from posttrain.recipe.sections import Optimizer
-from posttrain.training.optimiser import (
-    Runtime,
-    _portable,
-    learning_rate,
-    refuse_hidden_single_process,
-    refuse_lost_processes,
-)
+from posttrain.recipe.sections import OptimizerSection
+from posttrain.system.processes import Processes, _portable, refuse_hidden_single_process, refuse_lost_processes
+from posttrain.training.optimiser import Group, Optimiser, learning_rate
 
 
 def test_micro_batches_stay_within_the_budget_and_lose_nothing(random_batch):
@@ -39,15 +34,15 @@ def test_every_rank_brings_as_many_micro_batches(random_batch, wanted):
     assert len(parts) == wanted
     texts = sorted(text for part in parts for text in part.texts if part.mask.any())
     assert texts == sorted(batch.texts)
-    assert sum(float(part.weight.sum()) for part in parts) == pytest.approx(float(batch.weight.sum()))
+    assert sum(float(part.loss_share.sum()) for part in parts) == pytest.approx(float(batch.loss_share.sum()))
 
 
 def test_learning_rates():
-    options = Optimizer(learning_rate=1.0, schedule="linear", warmup_steps=4)
+    options = OptimizerSection(learning_rate=1.0, schedule="linear", warmup_steps=4)
     assert [learning_rate(options, step, 12) for step in (0, 3, 4, 8)] == [0.25, 1.0, 1.0, 0.5]
-    cosine = Optimizer(learning_rate=2.0, schedule="cosine")
+    cosine = OptimizerSection(learning_rate=2.0, schedule="cosine")
     assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
-    assert learning_rate(Optimizer(learning_rate=3.0), 99, 100) == 3.0
+    assert learning_rate(OptimizerSection(learning_rate=3.0), 99, 100) == 3.0
 
 
 def test_a_launch_that_would_hide_processes_is_refused():
@@ -79,5 +74,8 @@ def test_errors_reach_other_processes_whole():
 
 def test_a_checkpoint_of_deepspeed_is_refused_without_it(tmp_path):
     (tmp_path / "deepspeed").mkdir()
-    with Runtime() as runtime, pytest.raises(UserError, match="with DeepSpeed: resume with it"):
-        runtime.load(tmp_path)
+    layer = torch.nn.Linear(1, 1)
+    with Processes() as processes:
+        optimiser = Optimiser(processes, layer, [Group(list(layer.parameters()), OptimizerSection())])
+        with pytest.raises(UserError, match="with DeepSpeed: resume with it"):
+            optimiser.load(tmp_path)

@@ -58,7 +58,7 @@ LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
 @pytest.fixture(scope="module")
 def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A value model on the tiny decoder, with random weights in its head."""
-    spec = ValueSpec(head=sections.Head(type="scalar"), shift=0.5, scale=2.0)
+    spec = ValueSpec(head=sections.HeadSection(type="scalar"), shift=0.5, scale=2.0)
     return save_random_value(tmp_path_factory.mktemp("value"), tiny_model_folder, spec)
 
 

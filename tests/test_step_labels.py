@@ -163,8 +163,8 @@ def test_labels_from_a_file_to_examples(tmp_path: Path, tiny_model_folder: Path,
     path = run_labels("labels.yaml", ["--label.estimate=soft"])
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert f"{len(written)} of 24 completions labelled" in capsys.readouterr().out
-    tokenizer = load_tokenizer(sections.Policy(model=str(tiny_model_folder)))
-    found = examples.stepwise(sections.Data(path=str(path)), tokenizer, None, separator=" ")
+    tokenizer = load_tokenizer(sections.PolicySection(model=str(tiny_model_folder)))
+    found = examples.stepwise(sections.DataSection(path=str(path)), tokenizer, None, separator=" ")
     batch = found.batch(range(len(found)))
     for i, row in enumerate(written):
         assert len(row["completions"]) == len(row["labels"]) == len(row["estimates"]) == len(row["branches"])

@@ -12,7 +12,7 @@ from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
 from posttrain.engines.base import Aborted, Completion, Progress, Request, Sampling
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 from posttrain.seeds import sample_seed
 
 WORLD = make_world()
@@ -27,7 +27,7 @@ def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
         return
     if request.param == "vllm":
         pytest.importorskip("vllm")
-    options = EngineOptions(use=request.param, cache_mb=64, max_concurrent=64)
+    options = EngineSection(use=request.param, cache_mb=64, max_concurrent=64)
     made = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=96)
     yield made
     made.close()

@@ -290,8 +290,8 @@ def group_mean(batch, *, scale: str = "std"):
 def make_recipe(path: Path | None) -> Recipe:
     part = Part(call=functools.partial(group_mean, scale="none"), name="outcome")
     return Recipe(
-        policy=sections.Policy(model="Qwen/Qwen2.5-1.5B-Instruct"),
-        data=sections.Data(path="openai/gsm8k", name="main"),
+        policy=sections.PolicySection(model="Qwen/Qwen2.5-1.5B-Instruct"),
+        data=sections.DataSection(path="openai/gsm8k", name="main"),
         verify=(Part(call=len, name="math"),),
         loss=(Part(call=len, name="clip", coef=0.5, weights=(part,)),),
         advantage=part,
@@ -328,7 +328,7 @@ def test_local_paths_do_not_pose_as_names_of_the_hub(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     recipe = make_recipe(None)
-    policy, data = sections.Policy(model="runs/tiny"), sections.Data(path="data/train.jsonl")
+    policy, data = sections.PolicySection(model="runs/tiny"), sections.DataSection(path="data/train.jsonl")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").touch()
     card = ModelCard.load(write_model_card("model", Recipe(**{**vars(recipe), "policy": policy, "data": data})))

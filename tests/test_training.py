@@ -28,9 +28,9 @@ from posttrain.micro_batches import blank_row
 from posttrain.models.load import load_tokenizer
 from posttrain.output.run_folder import step_name
 from posttrain.output.tracking import read_metrics
+from posttrain.system.processes import Processes
 from posttrain.training.loop import train
 from posttrain.training.metrics import rollout_metrics
-from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import load_recipe
 from posttrain.training.setup import build_engine, load_material
 
@@ -268,10 +268,10 @@ def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_m
 
 def test_a_rank_without_completions_counts_as_none(random_batch):
     """Its blank row takes part in the passes and in no statistic."""
-    with Runtime() as runtime:
+    with Processes() as processes:
         batch = random_batch(0)
-        alone = rollout_metrics(batch, runtime)
-        with_blank = rollout_metrics(Batch.concatenate([batch, blank_row(batch)]), runtime)
+        alone = rollout_metrics(batch, processes)
+        with_blank = rollout_metrics(Batch.concatenate([batch, blank_row(batch)]), processes)
     assert alone == with_blank
 
 

@@ -1,4 +1,4 @@
-"""Value models on disk, and what a recipe may ask of them."""
+"""ValueSection models on disk, and what a recipe may ask of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from posttrain.models.value import (
     target_copy,
 )
 from posttrain.models.value_files import build_value, load_value, save_value
-from posttrain.recipe.sections import Head as HeadOptions
-from posttrain.recipe.sections import Lora, Value
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import HeadSection as HeadOptions
+from posttrain.recipe.sections import LoraSection, ValueSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 
 TYPES = ("scalar", "categorical", "quantile", "bernoulli", "per_token")
 
@@ -33,7 +33,7 @@ TYPES = ("scalar", "categorical", "quantile", "bernoulli", "per_token")
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tmp_path, random_batch, kind):
-    section = Value(head=HeadOptions(type=kind, bins=5, low=-1, high=1), members=1 if kind == "per_token" else 2)
+    section = ValueSection(head=HeadOptions(type=kind, bins=5, low=-1, high=1), members=1 if kind == "per_token" else 2)
     value, batch = stirred(build_value(section, policy_options, kind="soft", beta=0.3)), random_batch(12)
     if kind != "bernoulli":
         value.update_statistics(torch.tensor([1.0, 2.0]))
@@ -50,7 +50,7 @@ def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tm
 def test_plain_transformers_loads_what_is_saved(family_folder, tokenizer, tmp_path, random_batch, family):
     own, batch = PolicyOptions(model=str(family_folder(family))), random_batch(13)
     for kind, auto in (("scalar", AutoModelForTokenClassification), ("per_token", AutoModelForCausalLM)):
-        value = stirred(build_value(Value(head=HeadOptions(type=kind)), own)).eval()
+        value = stirred(build_value(ValueSection(head=HeadOptions(type=kind)), own)).eval()
         save_value(value, tokenizer, tmp_path / kind)
         plain = auto.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
         outputs = plain(input_ids=batch.tokens).logits.detach()
@@ -72,7 +72,7 @@ torch.save(load_value(sys.argv[1])(batch["tokens"], batch["states"])[0], sys.arg
 
 @pytest.mark.engine
 def test_a_fresh_process_needs_the_path_alone(policy_options, tokenizer, tmp_path, random_batch):
-    value, batch = stirred(build_value(Value(), policy_options)), random_batch(14)
+    value, batch = stirred(build_value(ValueSection(), policy_options)), random_batch(14)
     save_value(value, tokenizer, tmp_path / "value")
     torch.save({"tokens": batch.tokens, "states": batch.states}, tmp_path / "batch.pt")
     command = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("value", "batch.pt", "values.pt"))]
@@ -86,7 +86,9 @@ def test_adapters_are_merged_into_what_is_saved(tiny_model_folder, tokenizer, tm
     if how == "share":
         _, value = shared_pair(tiny_model_folder)
     else:
-        value = stirred(build_value(Value(lora=Lora(rank=2)), PolicyOptions(model=str(tiny_model_folder))), std=0.1)
+        value = stirred(
+            build_value(ValueSection(lora=LoraSection(rank=2)), PolicyOptions(model=str(tiny_model_folder))), std=0.1
+        )
     batch = random_batch(15)
     save_value(value, tokenizer, tmp_path)
     loaded = load_value(tmp_path)
@@ -101,21 +103,21 @@ def test_adapters_are_merged_into_what_is_saved(tiny_model_folder, tokenizer, tm
 
 
 def test_a_saved_critic_starts_another(policy_options, tokenizer, tmp_path, random_batch):
-    section = Value(head=HeadOptions(type="categorical", bins=5), members=2, reduce="min")
+    section = ValueSection(head=HeadOptions(type="categorical", bins=5), members=2, reduce="min")
     value, batch = stirred(build_value(section, policy_options, kind="soft", beta=0.5)), random_batch(16)
     save_value(value, tokenizer, tmp_path)
     expected, _ = value(batch.tokens, batch.states)
-    warm = build_value(Value(model=str(tmp_path)), policy_options)
+    warm = build_value(ValueSection(model=str(tmp_path)), policy_options)
     assert torch.equal(warm(batch.tokens, batch.states)[0], expected)
     assert (warm.spec.kind, warm.spec.beta, warm.spec.reduce, warm.spec.members) == ("soft", 0.5, "min", 2)
     assert all(p.requires_grad for p in warm.parameters())
-    frozen = build_value(Value(model=str(tmp_path), frozen=True), policy_options, kind="mean")
+    frozen = build_value(ValueSection(model=str(tmp_path), frozen=True), policy_options, kind="mean")
     assert frozen.spec.kind == "soft" and not any(p.requires_grad for p in frozen.parameters())
-    other = build_value(Value(model=str(tmp_path), reduce="max"), policy_options, kind="mean")
+    other = build_value(ValueSection(model=str(tmp_path), reduce="max"), policy_options, kind="mean")
     assert (other.spec.kind, other.spec.beta) == ("mean", None) and (
         other(batch.tokens, batch.states)[0] >= expected
     ).all()
-    adapted = build_value(Value(model=str(tmp_path), lora=Lora(rank=2)), policy_options)
+    adapted = build_value(ValueSection(model=str(tmp_path), lora=LoraSection(rank=2)), policy_options)
     assert torch.equal(adapted(batch.tokens, batch.states)[0], expected)  # adapters start at nothing
     assert {n.split(".")[0] for n, p in adapted.named_parameters() if p.requires_grad} == {"backbone", "head"}
 
@@ -135,7 +137,7 @@ def test_a_reward_model_is_a_value_model(family_folder, tokenizer, tmp_path, ran
         if batch.states[row, length - 1]:
             expected = model(batch.tokens[row : row + 1, :length]).logits[0, 0]
             torch.testing.assert_close(values[row, length - 1], expected, atol=1e-5, rtol=1e-5)
-    critic = build_value(Value(model=str(tmp_path)), PolicyOptions(model=str(folder))).eval()
+    critic = build_value(ValueSection(model=str(tmp_path)), PolicyOptions(model=str(folder))).eval()
     assert torch.equal(critic(batch.tokens, batch.states)[0], values)
 
 
@@ -158,7 +160,7 @@ def test_one_label_may_be_read_as_a_probability(tiny_model_folder, tokenizer, tm
     model = AutoModelForTokenClassification.from_pretrained(tiny_model_folder, num_labels=1)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    section = Value(model=str(tmp_path), head=HeadOptions(type="bernoulli"))
+    section = ValueSection(model=str(tmp_path), head=HeadOptions(type="bernoulli"))
     value, batch = build_value(section, PolicyOptions(model=str(tiny_model_folder))), random_batch(19)
     assert torch.equal(
         value(batch.tokens, batch.states)[0],
@@ -188,7 +190,7 @@ def test_what_is_no_value_model_is_named(tiny_model_folder, tokenizer, tmp_path)
 
 
 def test_a_broken_entry_is_named(policy_options, tokenizer, tmp_path):
-    save_value(build_value(Value(), policy_options), tokenizer, tmp_path)
+    save_value(build_value(ValueSection(), policy_options), tokenizer, tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"posttrain": config["posttrain"] | {"kind": "median"}}))
@@ -208,9 +210,9 @@ def test_a_broken_entry_is_named(policy_options, tokenizer, tmp_path):
     ],
 )
 def test_a_recipe_that_does_not_fit_the_saved_model(policy_options, tokenizer, tmp_path, section, complaint):
-    save_value(build_value(Value(members=2), policy_options), tokenizer, tmp_path)
+    save_value(build_value(ValueSection(members=2), policy_options), tokenizer, tmp_path)
     with pytest.raises(RecipeError, match=complaint):
-        build_value(Value(model=str(tmp_path), **section), policy_options)
+        build_value(ValueSection(model=str(tmp_path), **section), policy_options)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_a_recipe_that_does_not_fit_the_saved_model(policy_options, tokenizer, t
     [
         ({"share": True}, "policy.lora"),
         ({"frozen": True}, "without a value head"),
-        ({"frozen": True, "lora": Lora()}, "leave out `value.lora`"),
+        ({"frozen": True, "lora": LoraSection()}, "leave out `value.lora`"),
         ({"normalise": True, "head": HeadOptions(type="bernoulli")}, "probability"),
         ({"members": 2, "head": HeadOptions(type="per_token")}, "one member"),
         ({"head": HeadOptions(type="categorical", low=1.0, high=0.0)}, "must be below"),
@@ -226,12 +228,12 @@ def test_a_recipe_that_does_not_fit_the_saved_model(policy_options, tokenizer, t
 )
 def test_contradictions_are_refused(policy_options, section, complaint):
     with pytest.raises(RecipeError, match=complaint):
-        build_value(Value(**section), policy_options)
+        build_value(ValueSection(**section), policy_options)
 
 
 def test_a_soft_value_needs_its_temperature(policy_options):
     with pytest.raises(RecipeError, match="target.beta"):
-        build_value(Value(), policy_options, kind="soft")
+        build_value(ValueSection(), policy_options, kind="soft")
 
 
 def test_a_value_model_of_another_tokenizer_is_refused(policy_options, tmp_path):
@@ -239,9 +241,9 @@ def test_a_value_model_of_another_tokenizer_is_refused(policy_options, tmp_path)
 
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert len(tokenizer) <= 261
-    save_value(build_value(Value(), policy_options), tokenizer, tmp_path / "value")
-    build_value(Value(model=str(tmp_path / "value")), policy_options)
+    save_value(build_value(ValueSection(), policy_options), tokenizer, tmp_path / "value")
+    build_value(ValueSection(model=str(tmp_path / "value")), policy_options)
     swapped = (tmp_path / "value" / "tokenizer.json").read_text().replace('"a":', '"swap":').replace('"b":', '"a":')
     (tmp_path / "value" / "tokenizer.json").write_text(swapped.replace('"swap":', '"b":'))
     with pytest.raises(RecipeError, match="reads other tokens"):
-        build_value(Value(model=str(tmp_path / "value")), policy_options)
+        build_value(ValueSection(model=str(tmp_path / "value")), policy_options)

@@ -1,4 +1,4 @@
-"""Value models: alignment, members, scale, adapters on the policy's weights, and target networks."""
+"""ValueSection models: alignment, members, scale, adapters on the policy's weights, and target networks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from posttrain.models.value import (
 )
 from posttrain.models.value_files import build_value
 from posttrain.parts.targets import backup, reduce_members
-from posttrain.recipe.sections import Head as HeadOptions
-from posttrain.recipe.sections import Lora, Value
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import HeadSection as HeadOptions
+from posttrain.recipe.sections import LoraSection, ValueSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -40,7 +40,10 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["scalar", "per_token"])
 def test_a_value_is_of_the_prefix_that_ends_with_its_column(family_folder, random_batch, family, kind):
     own = PolicyOptions(model=str(family_folder(family)))
-    value, batch = stirred(build_value(Value(head=HeadOptions(type=kind)), own)).eval(), random_batch(0, groups=1)
+    value, batch = (
+        stirred(build_value(ValueSection(head=HeadOptions(type=kind)), own)).eval(),
+        random_batch(0, groups=1),
+    )
     values, logits = value(batch.tokens, batch.states)
     assert logits is None and values.dtype == torch.float32 and (values[~batch.states] == 0).all()
     plain = AutoModelForCausalLM.from_pretrained(own.model, dtype=torch.float32).base_model.eval()
@@ -53,19 +56,22 @@ def test_a_value_is_of_the_prefix_that_ends_with_its_column(family_folder, rando
 
 
 def test_padding_changes_nothing(policy_options, random_batch):
-    value, batch = stirred(build_value(Value(), policy_options)), random_batch(1)
+    value, batch = stirred(build_value(ValueSection(), policy_options)), random_batch(1)
     wide = torch.nn.functional.pad(batch.tokens, (0, 5), value=9), torch.nn.functional.pad(batch.states, (0, 5))
     torch.testing.assert_close(value(*wide)[0][:, :12], value(batch.tokens, batch.states)[0], atol=1e-5, rtol=0)
 
 
 def test_a_row_without_states_has_no_gradient(policy_options, random_batch):
-    value, batch = stirred(build_value(Value(), policy_options)), random_batch(2)
+    value, batch = stirred(build_value(ValueSection(), policy_options)), random_batch(2)
     value(batch.tokens, torch.zeros_like(batch.mask))[0].sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in value.head.parameters())
 
 
 def test_the_first_column_has_no_state_before_it(policy_options, random_batch):
-    value, batch = stirred(build_value(Value(head=HeadOptions(type="per_token")), policy_options)), random_batch(3)
+    value, batch = (
+        stirred(build_value(ValueSection(head=HeadOptions(type="per_token")), policy_options)),
+        random_batch(3),
+    )
     values, _ = value(batch.tokens, torch.ones_like(batch.mask))
     assert (values[:, 0] == 0).all() and (values[:, 1:] != 0).all()
 
@@ -82,7 +88,7 @@ def test_members_are_reduced_as_the_scalar_formula_says(values, how):
 
 @pytest.mark.parametrize("kind", ["scalar", "categorical", "quantile"])
 def test_each_member_is_reachable_and_trains_alone(policy_options, random_batch, kind):
-    section = Value(head=HeadOptions(type=kind, bins=5), members=3, reduce="min")
+    section = ValueSection(head=HeadOptions(type=kind, bins=5), members=3, reduce="min")
     value, batch = build_value(section, policy_options), random_batch(4)
     values, logits = value(batch.tokens, batch.states, members=True)
     reduced, none = value(batch.tokens, batch.states)
@@ -108,7 +114,7 @@ def test_running_moments_are_the_weighted_ones():
 
 @pytest.mark.parametrize("kind", ["scalar", "categorical", "quantile"])
 def test_statistics_move_the_values_and_the_support_alike(policy_options, random_batch, kind):
-    section = Value(head=HeadOptions(type=kind, bins=5, low=-2, high=2), normalise=True)
+    section = ValueSection(head=HeadOptions(type=kind, bins=5, low=-2, high=2), normalise=True)
     value, batch = stirred(build_value(section, policy_options)), random_batch(5)
     before, logits = value(batch.tokens, batch.states)
     value.update_statistics(torch.tensor([3.0, 7.0, float("nan"), 5.0]))
@@ -126,14 +132,14 @@ def test_statistics_move_the_values_and_the_support_alike(policy_options, random
 
 def test_statistics_are_those_of_all_ranks(policy_options):
     here, there = torch.tensor([1.0, 2.0]), torch.tensor([9.0])
-    value, alone = (build_value(Value(normalise=True), policy_options) for _ in range(2))
+    value, alone = (build_value(ValueSection(normalise=True), policy_options) for _ in range(2))
     sums = torch.tensor([9.0, 81.0, 1.0], dtype=torch.float64)
     value.update_statistics(here, lambda mine: mine + sums)
     alone.update_statistics(torch.cat([here, there]))
     assert value.state == pytest.approx(alone.state)
     alone.update_statistics(torch.tensor([float("nan")]))
     assert value.state == pytest.approx(alone.state)
-    again = build_value(Value(normalise=True), policy_options)
+    again = build_value(ValueSection(normalise=True), policy_options)
     again.state = value.state
     assert again.spec == value.spec and again.moments == value.moments
 
@@ -165,7 +171,7 @@ def test_values_are_backed_up_over_every_next_token(tiny_model_folder, random_ba
     batch = random_batch(6)
     policy, _ = shared_pair(tiny_model_folder)
     own = PolicyOptions(model=str(tiny_model_folder))
-    value = stirred(build_value(Value(head=HeadOptions(type="per_token")), own), std=0.05)
+    value = stirred(build_value(ValueSection(head=HeadOptions(type="per_token")), own), std=0.05)
     value.spec = ValueSpec(head=value.spec.head, shift=0.5, scale=2.0)
     found = backed_up(value, policy, batch.tokens, batch.states, kind, 0.5, temperature=0.8)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)  # adapters off
@@ -202,9 +208,11 @@ def test_one_copy_of_the_weights_three_models(tiny_model_folder, random_batch):
 
 
 def test_adapters_and_head_are_float32_on_bfloat16_weights(tiny_model_folder, random_batch):
-    own = PolicyOptions(model=str(tiny_model_folder), lora=Lora(rank=4), dtype="bfloat16", gradient_checkpointing=True)
+    own = PolicyOptions(
+        model=str(tiny_model_folder), lora=LoraSection(rank=4), dtype="bfloat16", gradient_checkpointing=True
+    )
     policy, batch = build_policy(own), random_batch(7)
-    value = stirred(build_value(Value(share=True, lora=Lora(rank=2)), own, policy), std=0.1)
+    value = stirred(build_value(ValueSection(share=True, lora=LoraSection(rank=2)), own, policy), std=0.1)
     assert {p.dtype for p in value.own_parameters().values()} == {torch.float32}
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
@@ -308,7 +316,7 @@ def test_a_target_network_follows_slowly(tiny_model_folder, random_batch, how):
     if how == "share":
         _, value = shared_pair(tiny_model_folder)
     else:
-        value = stirred(build_value(Value(lora=Lora(rank=2) if how == "lora" else None), own))
+        value = stirred(build_value(ValueSection(lora=LoraSection(rank=2) if how == "lora" else None), own))
     batch = random_batch(11)
     flags = {name: p.requires_grad for name, p in value.named_parameters()}
     target = target_copy(value)

@@ -78,7 +78,7 @@ def test_kinds_of_values_are_those_of_their_losses(path: Path) -> None:
 def test_tilted_weights_have_mean_1_in_every_group(seed: int) -> None:
     batch = case(seed).batch
     weight = weighting.tilted(Outputs(logp=batch.logp_sampler), batch, beta=0.5)
-    alive = batch.scored & ~batch.greedy
+    alive = batch.scored & ~batch.baseline_only
     assert weight.shape == batch.mask.shape and bool((weight[~alive] == 0).all())
     for group in batch.group[alive].unique():
         assert float(weight[(batch.group == group) & alive, 0].mean()) == pytest.approx(1.0, abs=1e-5)

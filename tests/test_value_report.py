@@ -48,7 +48,7 @@ def stored_batch() -> Batch:
         logp_sampler=zeros,
         version=torch.zeros(4, dtype=torch.long),
         step_id=torch.where(mask, (torch.arange(5) - 1) // 2, -1),
-        greedy=torch.zeros(4, dtype=torch.bool),
+        baseline_only=torch.zeros(4, dtype=torch.bool),
         rows=({},) * 4,
         texts=("",) * 4,
         score=score,
@@ -257,16 +257,16 @@ def test_two_ranks_equal_one(random_batch):
 
 def test_metrics_of_a_step_by_hand():
     """Targets are the rewards; at the last token of the completion that was cut off there is none."""
-    from posttrain.training.optimiser import Runtime
+    from posttrain.system.processes import Processes
 
     batch = stored_batch()
     target = torch.where(batch.states, batch.reward[:, None], torch.nan)
     target[3, 2] = torch.nan
-    with Runtime() as runtime:
-        assert values.value_metrics(batch, runtime) == {}
+    with Processes() as processes:
+        assert values.value_metrics(batch, processes) == {}
         batch = batch.set(target=target)
-        plain = values.value_metrics(batch, runtime)
-        clipped = values.value_metrics(batch, runtime, support=torch.linspace(0.0, 0.5, 3))
+        plain = values.value_metrics(batch, processes)
+        clipped = values.value_metrics(batch, processes, support=torch.linspace(0.0, 0.5, 3))
     assert plain == pytest.approx(
         {
             "value/explained_variance": reference.explained_variance(

@@ -81,8 +81,8 @@ def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFacto
     from posttrain.recipe import sections
 
     torch.manual_seed(1)
-    head = sections.Head(type="bernoulli")
-    model = build_value(sections.Value(head=head), sections.Policy(model=str(tiny_model_folder)))
+    head = sections.HeadSection(type="bernoulli")
+    model = build_value(sections.ValueSection(head=head), sections.PolicySection(model=str(tiny_model_folder)))
     torch.nn.init.normal_(model.head.linear.weight, std=0.1)
     folder = tmp_path_factory.mktemp("value")
     save_value(model, AutoTokenizer.from_pretrained(tiny_model_folder), folder)

@@ -65,7 +65,7 @@ def line(values: list[float], mask: list[int], reward: float, *, finish: Finish 
 
 
 def alive(batch: Batch) -> Tensor:
-    return (batch.scored & ~batch.greedy)[:, None]
+    return (batch.scored & ~batch.baseline_only)[:, None]
 
 
 def chosen(result: Tensor, batch: Batch) -> list[float]:
@@ -338,6 +338,6 @@ def test_what_lies_off_the_states_and_unscored_rows_is_not_read(name: str, seed:
 @pytest.mark.parametrize("name", ALL)
 def test_rows_without_chosen_tokens_have_nothing(name: str) -> None:
     batch = value_batch(0)
-    empty = blank_row(batch.set(value_weight=None))
+    empty = blank_row(batch.set(value_share=None))
     result = ALL[name](empty)
     assert (result.isnan() if name in TARGETS else result == 0).all()

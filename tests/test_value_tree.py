@@ -79,7 +79,7 @@ def batch_of(tree: Tree) -> Batch:
         logp_sampler=sampler,
         version=torch.zeros(n, dtype=torch.long),
         step_id=torch.where(mask, column - 1, -1),
-        greedy=torch.zeros(n, dtype=torch.bool),
+        baseline_only=torch.zeros(n, dtype=torch.bool),
         rows=tuple({} for _ in range(n)),
         texts=tuple("" for _ in range(n)),
         score=reward,

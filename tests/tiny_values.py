@@ -12,8 +12,8 @@ from posttrain.models.heads import Head
 from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value import ValueModel, ValueSpec
 from posttrain.models.value_files import build_value, save_value
-from posttrain.recipe.sections import Lora, Value
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import LoraSection, ValueSection
+from posttrain.recipe.sections import PolicySection as PolicyOptions
 
 SMALL = {"vocab_size": 261, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -60,9 +60,9 @@ def stirred(value: ValueModel, seed: int = 0, std: float = 0.3) -> ValueModel:
 def shared_pair(folder, *, checkpointing: bool = False, seed: int = 0) -> tuple[Policy, ValueModel]:
     """A policy and a value model on the same weights, both with adapters that do something."""
     torch.manual_seed(seed)
-    own = PolicyOptions(model=str(folder), lora=Lora(rank=4), gradient_checkpointing=checkpointing)
+    own = PolicyOptions(model=str(folder), lora=LoraSection(rank=4), gradient_checkpointing=checkpointing)
     policy = build_policy(own)
-    value = build_value(Value(share=True), own, policy)
+    value = build_value(ValueSection(share=True), own, policy)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
 
-EXTRA = ("value_next", "value_weight")
+EXTRA = ("value_next", "value_share")
 
 
 def value_batch(seed: int, *, labels: bool = False, plain: bool = False, columns: int = 10) -> Batch:

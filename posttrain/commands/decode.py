@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 from posttrain.output.progress import TABLE_WIDTH
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides
-from posttrain.rollout.session import completed, session
+from posttrain.rollout.session import MEANS, completed, session
 from posttrain.system.files import write_rows
 
 
@@ -47,13 +47,13 @@ def decode(recipe: DecodeRecipe) -> Path:
     """
     check_models(recipe.decoder)
     with session(recipe) as on:
-        runtime = on.runtime
-        decoder = build_decoder(recipe.decoder, on.engine, on.tokenizer, runtime, recipe.policy) or on.engine
+        processes = on.processes
+        decoder = build_decoder(recipe.decoder, on.engine, on.tokenizer, processes, recipe.policy) or on.engine
         start = time.perf_counter()
-        found = runtime.together(lambda: completed(recipe, decoder, on))
+        found = processes.together(lambda: completed(recipe, decoder, on))
         seconds = time.perf_counter() - start
-        everything = [row for part in runtime.gather(found) for row in part]
-        if runtime.is_main:
+        everything = [row for part in processes.gather(found) for row in part]
+        if processes.is_main:
             _write(recipe.file, everything)
             print(f"{recipe.name}: {len(everything)} completions in {recipe.file}")
             Console(width=TABLE_WIDTH).print(summary(recipe, everything, seconds))
@@ -73,10 +73,6 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _storable(value: Any) -> Any:
     """Messages and other nested values as JSON: their members may differ from row to row."""
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
-
-
-MEANS = {"tokens": 1, "generated": 1, "scored": 1, "accepted": 2, "kl": 3, "kl_bound": 3, "log_z": 3, "log_z_upper": 3}
-"""What is averaged over completions for the table, and its decimals."""
 
 
 def summary(recipe: DecodeRecipe, rows: Sequence[dict[str, Any]], seconds: float) -> Table:

@@ -31,7 +31,7 @@ from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_
 from posttrain.rollout.rollouts import single_turn
 from posttrain.rollout.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.system.files import write_rows
-from posttrain.training.optimiser import Runtime
+from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
 
@@ -41,8 +41,8 @@ class LabelRecipe(SamplingRecipe):
 
     modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verify.functions"}
 
-    policy: sections.Policy  # samples the branches, and the completions unless they are stored
-    data: sections.Data | None = None  # prompts to sample completions of
+    policy: sections.PolicySection  # samples the branches, and the completions unless they are stored
+    data: sections.DataSection | None = None  # prompts to sample completions of
     rollouts: str | None = None  # what a run stored, instead: a file, or a folder of them
     verify: tuple[InstanceOf[Part], ...]
     completions: PositiveCount = 4  # a prompt
@@ -88,19 +88,21 @@ def label(recipe: LabelRecipe) -> Path:
     def decode(ids: Any) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    with Runtime(dtype=recipe.policy.dtype) as runtime:
-        stored = _stored(recipe, tokenizer, runtime)
+    with Processes(dtype=recipe.policy.dtype) as processes:
+        stored = _stored(recipe, tokenizer, processes)
         longest = rows.longest_prompt if rows is not None else int(stored.mask.int().argmax(-1).max())  # type: ignore
         with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, longest)) as engine:
             source = Source(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
-            batch = stored if rows is None else complete_all(recipe, rows, source, runtime)
+            batch = stored if rows is None else complete_all(recipe, rows, source, processes)
             assert batch is not None
             sampling = sampling_of(recipe.sampling)
             make = partial(make_step_labels, source, batch, decode, recipe.label, sampling, seed=recipe.seed)
-            labelled = runtime.together(make)
+            labelled = processes.together(make)
         found = [to_row(each, recipe.label.threshold) for each in labelled]
-        counts = runtime.gather((len(batch), found))
-    return _write(recipe, sum(size for size, _ in counts), [row for _, part in counts for row in part], runtime.is_main)
+        counts = processes.gather((len(batch), found))
+    return _write(
+        recipe, sum(size for size, _ in counts), [row for _, part in counts for row in part], processes.is_main
+    )
 
 
 def _write(recipe: LabelRecipe, completions: int, rows: list[dict[str, Any]], is_main: bool) -> Path:
@@ -123,12 +125,12 @@ def summary(completions: int, rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _stored(recipe: LabelRecipe, tokenizer: Any, runtime: Runtime) -> Batch | None:
+def _stored(recipe: LabelRecipe, tokenizer: Any, processes: Processes) -> Batch | None:
     """This rank's share of the stored completions."""
     if recipe.rollouts is None:
         return None
-    examples = rollouts(sections.Data(path=recipe.rollouts), tokenizer, recipe.base)
-    return examples.batch(every_nth(len(examples), runtime, "rollouts"))
+    examples = rollouts(sections.DataSection(path=recipe.rollouts), tokenizer, recipe.base)
+    return examples.batch(every_nth(len(examples), processes, "rollouts"))
 
 
 def _engine(recipe: LabelRecipe, longest_prompt: int) -> Engine:

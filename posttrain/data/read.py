@@ -35,7 +35,7 @@ class Source:
     name: str
 
 
-def read(data: sections.Data, base: Path | None) -> Source:
+def read(data: sections.DataSection, base: Path | None) -> Source:
     """The rows as they are stored, at most ``data.limit``.
 
     Args:
@@ -50,7 +50,7 @@ def read(data: sections.Data, base: Path | None) -> Source:
     return source
 
 
-def _read_stored(data: sections.Data, base: Path | None) -> Source:
+def _read_stored(data: sections.DataSection, base: Path | None) -> Source:
     path = find(data.path, base)
     if path is None:
         return read_hub(data, base)
@@ -206,7 +206,7 @@ READERS: Mapping[str, Callable[[Path], Source]] = {
 }
 
 
-def read_folder(path: Path, data: sections.Data) -> Source:
+def read_folder(path: Path, data: sections.DataSection) -> Source:
     """A folder that ``save_to_disk`` made, or one of data files laid out as on the hub.
 
     Raises:
@@ -225,7 +225,7 @@ def read_folder(path: Path, data: sections.Data) -> Source:
         raise DataError(f"{path}: {_first_line(error)}") from None
 
 
-def read_hub(data: sections.Data, base: Path | None) -> Source:
+def read_hub(data: sections.DataSection, base: Path | None) -> Source:
     """A data set of the hub, or from its cache.
 
     Raises:
@@ -242,7 +242,7 @@ def read_hub(data: sections.Data, base: Path | None) -> Source:
     return _named(rows, f"{data.path} ({data.split})")
 
 
-def read_generator(data: sections.Data, base: Path | None) -> Source:
+def read_generator(data: sections.DataSection, base: Path | None) -> Source:
     """What a user's function yields: dicts of columns.
 
     Raises:

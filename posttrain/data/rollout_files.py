@@ -1,9 +1,9 @@
 """Completions as Parquet files, a row a completion: to look at with pandas, and to train on again later.
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
-verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``greedy``, ``version``, ``row`` (the dataset's
+verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row`` (the dataset's
 columns, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever of
-``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``weight`` the batch has. A list has one
+``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list has one
 element a token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
 """
 
@@ -25,7 +25,7 @@ from posttrain.batch import Batch, Finish
 from posttrain.errors import DataError
 from posttrain.system.files import sync
 
-_NUMBERS = ("group", "version", "greedy", "score", "reward")
+_NUMBERS = ("group", "version", "baseline_only", "score", "reward")
 _LISTS = {
     "tokens": torch.int32,
     "mask": torch.bool,
@@ -38,7 +38,7 @@ _LISTS = {
     "value": torch.float32,
     "advantage": torch.float32,
     "target": torch.float32,
-    "weight": torch.float32,
+    "loss_share": torch.float32,
 }
 _OFF_MASK = {"step_id": -1}  # value of padding columns; 0 for the others
 

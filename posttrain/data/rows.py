@@ -63,7 +63,7 @@ class Rows:
         return _arrow_column(self._rows, name).take(pa.array(self._numbers))
 
 
-def load_rows(data: sections.Data, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Reads, checks, and tokenises a data set.
 
     Args:
@@ -77,7 +77,7 @@ def load_rows(data: sections.Data, *, base: Path | None = None, tokenizer: PreTr
     return tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
 
 
-def tokenise_rows(source: Source, data: sections.Data, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def tokenise_rows(source: Source, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Checks and tokenises the prompts of rows that have been read.
 
     Raises:
@@ -153,7 +153,9 @@ def _check_prompts(source: Source) -> None:
     problems.raise_if_any()
 
 
-def _prompt_maker(source: Source, data: sections.Data, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any]:
+def _prompt_maker(
+    source: Source, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Any], Any]:
     """From a stored prompt to the plain text or the messages that the policy is given."""
     plain = isinstance(source.rows[0]["prompt"], str)
     template = tokenizer.chat_template is not None
@@ -183,7 +185,7 @@ def without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenise(
-    source: Source, data: sections.Data, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
+    source: Source, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
 ) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Prompts as token ids, and how many each has."""
     problems, chunks, lengths, number = Problems(), [], [], 0

@@ -12,15 +12,15 @@ from posttrain.models.load import DTYPES, UNLOADABLE, not_found
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import dotted
-from posttrain.training.optimiser import Runtime
+from posttrain.system.processes import Processes
 
 
 def build_decoder(
     decoder: Part | None,
     engine: Engine | None,
     tokenizer: PreTrainedTokenizerBase,
-    runtime: Runtime,
-    policy: sections.Policy,
+    processes: Processes,
+    policy: sections.PolicySection,
 ) -> Engine | None:
     """The engine as the decoder makes it; None without either. Its scores are in the policy's dtype.
 
@@ -28,12 +28,14 @@ def build_decoder(
     """
     if decoder is None or engine is None:
         return None
-    return decoder(engine, decoder_context(tokenizer, runtime, policy))
+    return decoder(engine, decoder_context(tokenizer, processes, policy))
 
 
-def decoder_context(tokenizer: PreTrainedTokenizerBase, runtime: Runtime, policy: sections.Policy) -> DecoderContext:
+def decoder_context(
+    tokenizer: PreTrainedTokenizerBase, processes: Processes, policy: sections.PolicySection
+) -> DecoderContext:
     """What the decoders of a run are made with; they share the models that several of them name."""
-    return DecoderContext(tokenizer=tokenizer, device=runtime.device, dtype=DTYPES[policy.dtype])
+    return DecoderContext(tokenizer=tokenizer, device=processes.device, dtype=DTYPES[policy.dtype])
 
 
 def check_models(decoder: Part | None) -> None:

@@ -15,7 +15,7 @@ from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
 from posttrain.option_types import Inner, LocalPath
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 
 ModelPath = Annotated[str, LocalPath()]
 """Hub name or local folder."""
@@ -82,7 +82,7 @@ class DecoderContext:
         if model not in self.engines:
             room: Any = self.engine
             dtype = str(self.dtype).removeprefix("torch.")
-            made = make_engine(model, EngineOptions(use=use), dtype=dtype, max_model_len=room.max_model_len)
+            made = make_engine(model, EngineSection(use=use), dtype=dtype, max_model_len=room.max_model_len)
             weakref.finalize(room, made.close)
             self.engines[model] = made
         return self.engines[model]

@@ -27,8 +27,8 @@ class DecodeSettings(SamplingRecipe):
         "decoder": "posttrain.decoding.decoders",
     }
 
-    policy: sections.Policy
-    data: sections.Data
+    policy: sections.PolicySection
+    data: sections.DataSection
     verify: tuple[InstanceOf[Part], ...]
 
 

@@ -97,7 +97,7 @@ def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:
     if model is None:
         return None
     place = f"decoder: log_ratio {name}"
-    source = sections.Policy(model=model)
+    source = sections.PolicySection(model=model)
     loaded = context.loaded("language", model, lambda: load_model(source, dtype=context.dtype, place=place))
     return model_law(loaded)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.recipe.sections import EngineOptions
+from posttrain.recipe.sections import EngineSection
 
 
 def make_engine(
     model: str | Path,
-    options: EngineOptions,
+    options: EngineSection,
     *,
     dtype: str,
     max_model_len: int,
@@ -69,7 +69,7 @@ def make_engine(
     )
 
 
-def _choose(options: EngineOptions) -> str:
+def _choose(options: EngineSection) -> str:
     installed = importlib.util.find_spec("vllm") is not None
     if options.use == "auto":
         return "vllm" if installed else "transformers"

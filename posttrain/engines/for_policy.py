@@ -35,7 +35,7 @@ class Room(NamedTuple):
 
 
 def policy_engine(
-    policy: sections.Policy, engine: sections.EngineOptions, needed: Sequence[Room], *, seed: int
+    policy: sections.PolicySection, engine: sections.EngineSection, needed: Sequence[Room], *, seed: int
 ) -> Engine:
     """The engine of a policy, as long as ``engine.max_model_len`` says or the largest room needs.
 
@@ -53,7 +53,7 @@ def policy_engine(
     return long_engine(policy, engine, length, seed=seed)
 
 
-def long_engine(policy: sections.Policy, engine: sections.EngineOptions, length: int, *, seed: int) -> Engine:
+def long_engine(policy: sections.PolicySection, engine: sections.EngineSection, length: int, *, seed: int) -> Engine:
     """The engine of a policy for prompts and completions of at most ``length`` tokens together.
 
     Raises:

@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from posttrain.recipe.sections import Lora
+from posttrain.recipe.sections import LoraSection
 
 POLICY_ADAPTER = "default"
 """Name of the policy's own adapter; a value model on the same weights has another."""
 
 
-def with_adapter(model: Any, lora: Lora, name: str) -> Any:
+def with_adapter(model: Any, lora: LoraSection, name: str) -> Any:
     """The model with one more adapter, in float32, to be trained; a model without any is wrapped for PEFT first."""
     from peft import LoraConfig, get_peft_model
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from posttrain.recipe import sections
 
 
-def output_count(head: sections.Head, vocabulary: int) -> int:
+def output_count(head: sections.HeadSection, vocabulary: int) -> int:
     """Numbers that a member of the head puts out for a state."""
     if head.type in ("categorical", "quantile"):
         return head.bins
     return vocabulary if head.type == "per_token" else 1
 
 
-def bin_centres(head: sections.Head) -> Float[Tensor, " K"]:
+def bin_centres(head: sections.HeadSection) -> Float[Tensor, " K"]:
     """The centres of a categorical head's bins: equally spaced from ``low`` to ``high``, ends included."""
     return torch.linspace(head.low, head.high, head.bins)
 
@@ -35,7 +35,7 @@ class Head(nn.Module):
     so that they stay different; the same ones in every process.
     """
 
-    def __init__(self, head: sections.Head, hidden: int, vocabulary: int, members: int = 1) -> None:
+    def __init__(self, head: sections.HeadSection, hidden: int, vocabulary: int, members: int = 1) -> None:
         super().__init__()
         self.options, self.members = head, members
         if head.type == "implicit":  # made of log-probs: the output layer of the language model is its head

@@ -20,7 +20,7 @@ class ImplicitValue(ValueModel):
 
         V_t = β Σ_s≤t log π_φ(y_s | y_<s) / π_base(y_s | y_<s), over the tokens s that the policy chose
 
-    Trained such that σ(V) at the end is the probability of being right: Yuan et al. 2024, arXiv:2412.01981; while the
+    JointModel such that σ(V) at the end is the probability of being right: Yuan et al. 2024, arXiv:2412.01981; while the
     policy learns from V_t - V_t-1: Cui et al. 2025 (PRIME), arXiv:2502.01456.
 
     Which tokens were chosen is read off the states: those whose column and the one before are both states. So a single

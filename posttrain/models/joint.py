@@ -25,7 +25,7 @@ class Passes(NamedTuple):
     value_logits: Float[Tensor, "M N L K"] | None
 
 
-class Trained(nn.Module):
+class JointModel(nn.Module):
     """The policy, the value model, or both: those that have a loss."""
 
     def __init__(self, policy: Policy | None, value: ValueModel | None) -> None:
@@ -58,7 +58,7 @@ def forward(
     kl_from: Policy | None = None,
     support: Tensor | None = None,
 ) -> list[Outputs]:
-    """One pass of a (wrapped) :class:`Trained` over a batch: outputs for each member of the value model, or one.
+    """One pass of a (wrapped) :class:`JointModel` over a batch: outputs for each member of the value model, or one.
 
     The log-probs of a policy that is not trained are those of before the update, or 0 where nothing asked for them.
     """

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RecipeError
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import PolicySection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -18,7 +18,7 @@ UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
 """What Transformers raises where a model is absent, of an unknown kind, damaged, or of other shapes than it says."""
 
 
-def load_tokenizer(options: PolicyOptions) -> PreTrainedTokenizerBase:
+def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
     """The policy's tokenizer.
 
     Raises:
@@ -44,7 +44,7 @@ def not_found(place: str, model: str, error: Exception) -> str:
     return f"{place}: cannot load {model!r}: {first}"
 
 
-def context_length(options: PolicyOptions) -> int | None:
+def context_length(options: PolicySection) -> int | None:
     """Longest prompt + completion that the model's positions allow; None where its configuration does not say."""
     config = AutoConfig.from_pretrained(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -53,7 +53,7 @@ def context_length(options: PolicyOptions) -> int | None:
 
 
 def load_model(
-    options: PolicyOptions, *, dtype: torch.dtype, model: str | None = None, place: str = "policy.model"
+    options: PolicySection, *, dtype: torch.dtype, model: str | None = None, place: str = "policy.model"
 ) -> PreTrainedModel:
     """A causal language model in the Hugging Face format, on the CPU, without dropout being touched.
 

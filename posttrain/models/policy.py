@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from posttrain.models.adapters import POLICY_ADAPTER, active_adapter, enable_checkpointing, merged, with_adapter
 from posttrain.models.load import DTYPES, load_model
 from posttrain.models.output_layer import Shape, log_probs
-from posttrain.recipe.sections import Policy as PolicyOptions
+from posttrain.recipe.sections import PolicySection
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits held at once, in float32 elements: rows of a chunk = this / vocabulary."""
 
 
-def build_policy(options: PolicyOptions) -> Policy:
+def build_policy(options: PolicySection) -> Policy:
     """The policy to train: all weights in float32, or frozen weights in ``options.dtype`` with float32 adapters."""
     if options.lora is None:
         model = load_model(options, dtype=torch.float32)

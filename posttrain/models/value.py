@@ -38,7 +38,7 @@ VALUE_ADAPTER = "value"
 class ValueSpec:
     """What a value model's numbers mean; saved with it."""
 
-    head: sections.Head = field(default_factory=sections.Head)
+    head: sections.HeadSection = field(default_factory=sections.HeadSection)
     kind: Backup = "mean"
     """How the value of a state follows from those of the next states: their mean, beta log E exp(./beta), ..."""
     beta: float | None = None

@@ -40,8 +40,8 @@ PLACE = "value.model"
 
 
 def build_value(
-    settings: sections.Value,
-    policy_settings: sections.Policy,
+    settings: sections.ValueSection,
+    policy_settings: sections.PolicySection,
     policy: Policy | None = None,
     kind: Backup | None = None,
     beta: float | None = None,
@@ -78,7 +78,7 @@ def build_value(
     return value
 
 
-def _of_its_own(settings: sections.Value, policy_settings: sections.Policy) -> ValueModel:
+def _of_its_own(settings: sections.ValueSection, policy_settings: sections.PolicySection) -> ValueModel:
     source = policy_settings
     if settings.model is not None:
         source = dataclasses.replace(policy_settings, model=settings.model, revision=None)
@@ -110,9 +110,9 @@ def _of_its_own(settings: sections.Value, policy_settings: sections.Policy) -> V
     return value
 
 
-def _new(model: Any, settings: sections.Value, config: Any, source: sections.Policy) -> ValueModel:
+def _new(model: Any, settings: sections.ValueSection, config: Any, source: sections.PolicySection) -> ValueModel:
     """On a language model, or PEFT's wrapper of one, which most heads need without its output layer."""
-    text, head = config.get_text_config(), settings.head or sections.Head()
+    text, head = config.get_text_config(), settings.head or sections.HeadSection()
     spec = ValueSpec(
         head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=source.model
     )
@@ -124,7 +124,7 @@ def _new(model: Any, settings: sections.Value, config: Any, source: sections.Pol
     return ValueModel(backbone, Head(head, text.hidden_size, text.vocab_size, settings.members), spec)
 
 
-def _fit(value: ValueModel, settings: sections.Value, name: str) -> None:
+def _fit(value: ValueModel, settings: sections.ValueSection, name: str) -> None:
     saved = value.spec
     if settings.head is not None and settings.head != saved.head:
         raise RecipeError(
@@ -133,7 +133,7 @@ def _fit(value: ValueModel, settings: sections.Value, name: str) -> None:
         )
     if settings.members not in (1, saved.members):
         raise RecipeError(f"value.members: {settings.members}, but {name!r} has {saved.members}")
-    standard = sections.Value()
+    standard = sections.ValueSection()
     changes = {
         key: getattr(settings, key)
         for key in ("reduce", "deviations")
@@ -146,8 +146,8 @@ def _fit(value: ValueModel, settings: sections.Value, name: str) -> None:
     value.spec = dataclasses.replace(saved, **changes, step=None)
 
 
-def _refuse_contradictions(settings: sections.Value, policy_settings: sections.Policy) -> None:
-    head = settings.head or sections.Head()
+def _refuse_contradictions(settings: sections.ValueSection, policy_settings: sections.PolicySection) -> None:
+    head = settings.head or sections.HeadSection()
     problems = {
         "value.share: needs `policy.lora`: the adapters stand on weights that nobody trains": (
             settings.share and policy_settings.lora is None
@@ -182,7 +182,7 @@ def _refuse_contradictions(settings: sections.Value, policy_settings: sections.P
         raise RecipeError(found)
 
 
-def _refuse_other_tokens(model: str, policy_settings: sections.Policy) -> None:
+def _refuse_other_tokens(model: str, policy_settings: sections.PolicySection) -> None:
     """A value model reads the policy's token ids, so these must mean the same to both."""
     trust = policy_settings.trust_remote_code
     try:
@@ -227,7 +227,7 @@ def load_value(
     Raises:
         UserError: where there is no such model, or it has no value head.
     """
-    source = sections.Policy(
+    source = sections.PolicySection(
         model=str(path),
         attention=attention,  # pyright: ignore[reportArgumentType]  # checked by pydantic
         revision=revision,
@@ -243,7 +243,7 @@ def load_value(
 
 
 def _with_its_head(
-    source: sections.Policy, dtype: torch.dtype, wanted: sections.Head | None, place: str
+    source: sections.PolicySection, dtype: torch.dtype, wanted: sections.HeadSection | None, place: str
 ) -> ValueModel | None:
     """A model with the head it brings; None for a language model, which brings none. ``place``: where it was named."""
     try:
@@ -277,7 +277,7 @@ def _with_its_head(
     return _assembled(model, spec, weight, bias, f"{place}: {source.model!r}")
 
 
-def _base_of(spec: ValueSpec, source: sections.Policy, dtype: torch.dtype, place: str) -> Policy:
+def _base_of(spec: ValueSpec, source: sections.PolicySection, dtype: torch.dtype, place: str) -> Policy:
     """The model that an implicit value is compared with."""
     where = f"{place}: what the implicit value {source.model!r} is compared with"
     if spec.base is None:
@@ -286,7 +286,7 @@ def _base_of(spec: ValueSpec, source: sections.Policy, dtype: torch.dtype, place
     return Policy(load_model(of_base, dtype=dtype, place=where))
 
 
-def _load(kind: Any, source: sections.Policy, dtype: torch.dtype, place: str) -> PreTrainedModel:
+def _load(kind: Any, source: sections.PolicySection, dtype: torch.dtype, place: str) -> PreTrainedModel:
     try:
         return kind.from_pretrained(
             source.model,
@@ -322,14 +322,14 @@ def _rows(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _foreign_spec(
-    weight: Tensor, bias: Tensor, wanted: sections.Head | None, whose: str
+    weight: Tensor, bias: Tensor, wanted: sections.HeadSection | None, whose: str
 ) -> tuple[ValueSpec, Tensor, Tensor]:
     if len(weight) == 2:  # wrong, right: the probability of right is the sigmoid of the logits' difference
-        return ValueSpec(head=sections.Head(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
+        return ValueSpec(head=sections.HeadSection(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
     if len(weight) != 1:
         raise RecipeError(f"{whose} puts out {len(weight)} numbers a token; a process model has 1 or 2")
     one_output = wanted is not None and wanted.type in ("scalar", "bernoulli")
-    return ValueSpec(head=wanted if one_output and wanted is not None else sections.Head()), weight, bias
+    return ValueSpec(head=wanted if one_output and wanted is not None else sections.HeadSection()), weight, bias
 
 
 def _assembled(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, whose: str) -> ValueModel:

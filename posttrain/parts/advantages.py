@@ -279,9 +279,9 @@ def _spread(
 
 def _greedy_baseline(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
     """Where the greedy completion could not be scored there is no baseline: each completion is its own, advantage 0."""
-    if _valid(batch).any() and not batch.greedy.any():
+    if _valid(batch).any() and not batch.baseline_only.any():
         raise ValueError("outcome: center is greedy, but the rollout made no greedy completions")
-    scored_greedy = batch.greedy & batch.scored
+    scored_greedy = batch.baseline_only & batch.scored
     found = group_sum(scored_greedy.double(), batch.group) > 0
     return torch.where(found, group_mean(reward, batch.group, scored_greedy), reward)
 

@@ -21,7 +21,7 @@ Truncated = Literal["bootstrap", "end"]
 
 def valid_rows(batch: Batch) -> Bool[Tensor, " N"]:
     """Completions that count in statistics and are trained on: scored, and no greedy baseline."""
-    return batch.scored & ~batch.greedy
+    return batch.scored & ~batch.baseline_only
 
 
 def last_chosen(mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:

@@ -100,7 +100,7 @@ def token_sum(batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def _counted(batch: Batch) -> Bool[Tensor, "N L"]:
-    return batch.mask & ~batch.greedy[:, None]
+    return batch.mask & ~batch.baseline_only[:, None]
 
 
 def _sequences(batch: Batch, mask: Bool[Tensor, "N L"]) -> Tensor:

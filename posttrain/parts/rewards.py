@@ -46,7 +46,7 @@ def length(batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, " N"]:
     baselines get 0.
     """
     tokens = batch.tokens_chosen.float()
-    valid = ~batch.score.isnan() & ~batch.greedy
+    valid = ~batch.score.isnan() & ~batch.baseline_only
     _, index = batch.group.unique(return_inverse=True)
     longest = torch.zeros_like(tokens).scatter_reduce(0, index, tokens.where(valid, -torch.inf), "amax")[index]
     shortest = torch.full_like(tokens, torch.inf).scatter_reduce(0, index, tokens.where(valid, torch.inf), "amin")[

@@ -27,7 +27,7 @@ def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
     Decided on ``score``, what the verifiers said, not on ``reward``: a length penalty does not make a solved prompt
     worth learning from. Unscored completions have no say, but stay or go with their group.
     """
-    valid = ~batch.score.isnan() & ~batch.greedy
+    valid = ~batch.score.isnan() & ~batch.baseline_only
     _, index = batch.group.unique(return_inverse=True)
     highest = _group_extreme(batch.score.where(valid, -torch.inf), index, "amax")
     lowest = _group_extreme(batch.score.where(valid, torch.inf), index, "amin")
@@ -49,8 +49,8 @@ def max_variance(batch: Batch, *, keep: Annotated[int, Field(ge=2)]) -> Bool[Ten
     """
     if keep < 2:
         raise ValueError(f"max_variance: at least 2 completions a group have a variance, not keep={keep}")
-    kept = batch.greedy.clone()
-    valid = batch.scored & ~batch.greedy
+    kept = batch.baseline_only.clone()
+    valid = batch.scored & ~batch.baseline_only
     for group in batch.group.unique():
         rows = (valid & (batch.group == group)).nonzero().squeeze(-1)
         rows = rows[batch.reward[rows].argsort(stable=True)]
@@ -63,7 +63,7 @@ def finished(batch: Batch) -> Bool[Tensor, " N"]:
 
     Yu et al. 2025 (DAPO, overlong filtering), section 3.4, arXiv:2503.14476.
     """
-    return (batch.finish == Finish.STOPPED) | batch.greedy
+    return (batch.finish == Finish.STOPPED) | batch.baseline_only
 
 
 def _widest(rows: Int[Tensor, " n"], reward: Float[Tensor, " N"], keep: int) -> Int[Tensor, " k"]:

@@ -73,7 +73,7 @@ def tilted(outputs: Outputs, batch: Batch, *, beta: Positive = 1.0) -> Float[Ten
         beta: temperature, in units of reward.
     """
     ratio = seq_sum(log_ratio(needed(batch, "logp_ref"), batch.logp_sampler, batch.mask), batch.mask)
-    valid = batch.scored & ~batch.greedy
+    valid = batch.scored & ~batch.baseline_only
     log_weight = (batch.reward / beta + ratio).where(valid, -torch.inf)
     _, index = batch.group.unique(return_inverse=True)
     top = torch.full_like(log_weight, -torch.inf).scatter_reduce(0, index, log_weight, "amax")[index]

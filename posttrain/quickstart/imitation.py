@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posttrain.models.policy import Policy
-from posttrain.recipe.sections import Optimizer
+from posttrain.recipe.sections import OptimizerSection
 from posttrain.training.optimiser import learning_rate
 
 
@@ -27,7 +27,7 @@ def fit(
     *,
     steps: int,
     batch_size: int,
-    optimizer: Optimizer,
+    optimizer: OptimizerSection,
     seed: int = 0,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:

@@ -15,12 +15,12 @@ from posttrain.output.progress import Column, Progress
 from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END
 from posttrain.quickstart.problems import Problem, demonstrations, draw
-from posttrain.recipe.sections import Optimizer
+from posttrain.recipe.sections import OptimizerSection
 
 SHARE_WORKED_OUT = 0.5
 HELD_OUT, TRAIN = 256, 2000
 WARM_UP_STEPS, BATCH_SIZE = 800, 32
-OPTIMIZER = Optimizer(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
+OPTIMIZER = OptimizerSection(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
 COLUMNS = (Column("loss", "loss", "{:.3f}"), Column("grad_norm", "gradient norm", "{:.2f}"))
 
 

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from posttrain import load_recipe
 from posttrain.output.run_folder import RunFolder
 from posttrain.output.tracking import read_metrics
 from posttrain.quickstart.model import make_model, make_tokenizer
@@ -28,6 +27,7 @@ from posttrain.quickstart.start import (
     write_problems,
 )
 from posttrain.training import loop as training
+from posttrain.training.recipe import load_recipe
 from posttrain.verify.mathematics import math
 
 MOST_THREADS = 4  # more of them slow a model of this size down

@@ -18,9 +18,9 @@ from posttrain.recipe.part import Checked, Part
 class SamplingRecipe(Checked):
     """How completions are sampled."""
 
-    policy: sections.Policy | None  # none where nothing is sampled after all
-    sampling: sections.SamplingOptions = field(default_factory=sections.SamplingOptions)
-    engine: sections.EngineOptions = field(default_factory=sections.EngineOptions)
+    policy: sections.PolicySection | None  # none where nothing is sampled after all
+    sampling: sections.SamplingSection = field(default_factory=sections.SamplingSection)
+    engine: sections.EngineSection = field(default_factory=sections.EngineSection)
     completions: PositiveCount = 1  # a prompt
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

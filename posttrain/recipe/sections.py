@@ -11,7 +11,7 @@ CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Lora:
+class LoraSection:
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -19,12 +19,12 @@ class Lora:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Policy:
+class PolicySection:
     model: str
     """Hub name or local folder of a causal language model in the Hugging Face format."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward pass. Weights and optimiser states of trained parameters are kept in float32."""
-    lora: Lora | None = None
+    lora: LoraSection | None = None
     """Train low-rank adapters instead of all weights; the reference policy is then the model without them."""
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -33,7 +33,7 @@ class Policy:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Reference:
+class ReferenceSection:
     model: str | None = None
     """Where the reference policy differs from the initial policy. Loaded only if some part reads its log-probs."""
     every: int | None = Field(default=None, ge=1)
@@ -47,7 +47,7 @@ class Reference:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Opponent:
+class OpponentSection:
     share: float = Field(default=1.0, gt=0, le=1)
     """The opponent samples each token from π^(1 - share) π_other^share, normalised: 1 is the other policy itself."""
     average: float | None = Field(default=None, gt=0, le=1)
@@ -56,7 +56,7 @@ class Opponent:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Optimizer:
+class OptimizerSection:
     learning_rate: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -67,7 +67,7 @@ class Optimizer:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Head:
+class HeadSection:
     type: Literal["scalar", "categorical", "quantile", "bernoulli", "per_token", "implicit"] = "scalar"
     """What the value model puts out: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles;
     the logit of a probability; a number for each possible next token (a Q or twist head); or, implicit, log-probs: the
@@ -83,7 +83,7 @@ class Head:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Branches:
+class BranchesSection:
     n: int = Field(default=9, ge=1)
     """Completions of each prefix."""
     separator: str = Field(default="\n", min_length=1)
@@ -91,17 +91,17 @@ class Branches:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Value:
-    branches: Branches | None = None
+class ValueSection:
+    branches: BranchesSection | None = None
     """No model: the value of each reasoning step's beginning is the mean score of completions sampled from there."""
     model: str | None = None
     """A value model saved by another run, a reward or process model, or any language model, which gets a new head.
     Default: the policy's model."""
-    head: Head | None = None
+    head: HeadSection | None = None
     """Default: the head of the saved value model, or else a scalar."""
     share: bool = False
     """Adapters of its own on the policy's weights instead of a model of its own; ``policy.lora`` must be set."""
-    lora: Lora | None = None
+    lora: LoraSection | None = None
     """Train adapters instead of all weights. With ``share``: their rank; default the policy's."""
     frozen: bool = False
     """Use it as it is."""
@@ -120,11 +120,11 @@ class Value:
     """Targets come from a slow copy that moves by this share of the difference each step (Polyak averaging)."""
     ready_at: float | None = Field(default=None, lt=1)
     """The policy waits until the explained variance of a step's values has reached this."""
-    optimizer: Optimizer = Field(default_factory=lambda: Optimizer(learning_rate=1e-5))
+    optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection(learning_rate=1e-5))
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Data:
+class DataSection:
     path: str
     """Hub name, local folder, JSONL / JSON / Parquet / CSV file, or ``my_file.py:function`` that yields rows."""
     name: str | None = None
@@ -147,7 +147,7 @@ class Data:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class SamplingOptions:
+class SamplingSection:
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
@@ -157,7 +157,7 @@ class SamplingOptions:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class EngineOptions:
+class EngineSection:
     use: Literal["auto", "vllm", "transformers"] = "auto"
     """auto: vllm where it is installed, transformers otherwise."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -175,10 +175,10 @@ class EngineOptions:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Evaluation:
-    data: Data | None = None
+class EvaluationSection:
+    data: DataSection | None = None
     """Prompts to complete and verify."""
-    examples: Data | None = None
+    examples: DataSection | None = None
     """Held-out completions, read by the recipe's ``examples`` part: how the policy judges them."""
     every: int = Field(default=50, ge=1)
     """Steps between evaluations; one more is made before the first step and one after the last."""
@@ -186,11 +186,11 @@ class Evaluation:
     """Completions a prompt; the score is their mean."""
     guided: bool = False
     """The recipe's ``decoder`` completes the prompts. By default the policy alone does."""
-    sampling: SamplingOptions = Field(default_factory=lambda: SamplingOptions(temperature=0.0))
+    sampling: SamplingSection = Field(default_factory=lambda: SamplingSection(temperature=0.0))
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class Run:
+class RunSection:
     folder: str | None = None
     """Default: ``runs/<recipe's name>``."""
     save_every: int = Field(default=50, ge=1)

@@ -83,16 +83,16 @@ def measure_all(suite: DecodeSuite, variants: Sequence[Variant]) -> Path:
     for variant in variants:
         check_models(variant.decoder)
     with session(suite) as on:
-        runtime = on.runtime
-        context = decoder_context(on.tokenizer, runtime, suite.policy)
+        processes = on.processes
+        context = decoder_context(on.tokenizer, processes, suite.policy)
         points = []
         for variant in variants:
             decoder = on.engine if variant.decoder is None else variant.decoder(on.engine, context)
-            shares = runtime.gather(runtime.together(partial(_decoded, suite, decoder, on)))
+            shares = processes.gather(processes.together(partial(_decoded, suite, decoder, on)))
             points.append(to_point(variant, shares))
-            if runtime.is_main:
+            if processes.is_main:
                 print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
-        return runtime.from_main(lambda: write_report(suite, points))
+        return processes.from_main(lambda: write_report(suite, points))
 
 
 def _decoded(suite: DecodeSuite, decoder: Engine, on: Session) -> tuple[list[list[dict[str, Any]]], float]:

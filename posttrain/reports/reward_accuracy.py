@@ -59,7 +59,7 @@ Comparer = Callable[[Sequence[tuple[Any, str, str]]], Float[Tensor, " P"]]
 """Pairs to the probability that the first is better, such as ``pairwise_judge(...).probabilities``."""
 
 
-def read_pairs(data: sections.Data, base: Path | None = None) -> list[dict[str, Any]]:
+def read_pairs(data: sections.DataSection, base: Path | None = None) -> list[dict[str, Any]]:
     """Rows of a preference set in RewardBench's format; without ``subset`` all are of one.
 
     Raises:

@@ -35,7 +35,7 @@ class RewardSuite(Checked):
 
     suite: Literal["reward"]
     reward: tuple[InstanceOf[Part], ...]
-    data: sections.Data | None = None  # pairs in RewardBench's format: prompt, chosen, rejected, subset
+    data: sections.DataSection | None = None  # pairs in RewardBench's format: prompt, chosen, rejected, subset
     rollouts: str | None = None  # completions with the verifiers' scores, the gold rewards: a file, or a folder of them
     sizes: tuple[int, ...] = field(
         default=(1, 2, 4, 8, 16, 32, 64)
@@ -110,7 +110,7 @@ def measure_best_of_n(suite: RewardSuite) -> dict[str, Any]:
     proxies, golds = [], []
     for file in _files(suite.rollouts, suite.path.parent if suite.path else None):
         batch = read_rollouts(file)
-        batch = batch[batch.score.isfinite() & ~batch.greedy & batch.mask.any(-1)]
+        batch = batch[batch.score.isfinite() & ~batch.baseline_only & batch.mask.any(-1)]
         if len(batch):
             proxy, gold = _by_group(batch, _sum_of_rewards(suite.reward, batch))
             proxies += proxy

@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.commands.decode import MEANS
 from posttrain.output.tracking import read_metrics
 from posttrain.reports.value_plots import DARK, STYLE
+from posttrain.rollout.session import MEANS
 
 TAIL = 10
 """Steps at the end of a training run whose mean is its metric."""

@@ -39,9 +39,9 @@ from posttrain.reports.value_suite import ValueSuite
 from posttrain.rollout.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
 from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
 from posttrain.rollout.rollouts import single_turn
+from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
 from posttrain.training import value_metrics as values
-from posttrain.training.optimiser import Runtime
 from posttrain.verify import VerifierPool
 
 OF_SAMPLED = {
@@ -61,21 +61,21 @@ def evaluate_value(suite: ValueSuite) -> Path:
     Raises:
         UserError: for what a person can mend.
     """
-    policy = suite.policy or sections.Policy(model=suite.value.model)
+    policy = suite.policy or sections.PolicySection(model=suite.value.model)
     tokenizer = load_tokenizer(policy)
     rows = _rows(suite, tokenizer)
-    with Runtime(dtype=policy.dtype) as runtime:
-        model = load_value(suite.value.model, place="value.model").eval().requires_grad_(False).to(runtime.device)
-        batch = None if rows is not None else stored_batch(suite, runtime)
+    with Processes(dtype=policy.dtype) as processes:
+        model = load_value(suite.value.model, place="value.model").eval().requires_grad_(False).to(processes.device)
+        batch = None if rows is not None else stored_batch(suite, processes)
         prefixes, scores = [], torch.zeros(0, suite.branches.completions)
         if batch is None or suite.branches.prompts:
-            batch, prefixes, scores = sample(suite, rows, batch, tokenizer, runtime)
-        batch = batch.set(all_sum=runtime.all_sum)
+            batch, prefixes, scores = sample(suite, rows, batch, tokenizer, processes)
+        batch = batch.set(all_sum=processes.all_sum)
         if suite.report.separator is not None:
             batch = batch.set(step_id=steps_by_text(batch, decoder(tokenizer), suite.report.separator))
-        value = predict(model, batch, runtime, suite.micro_batch_tokens)
+        value = predict(model, batch, processes, suite.micro_batch_tokens)
         report = make_report(suite, model, batch, value, prefixes, scores)
-        return runtime.from_main(lambda: write_report(suite, report, batch, value, tokenizer))
+        return processes.from_main(lambda: write_report(suite, report, batch, value, tokenizer))
 
 
 def decoder(tokenizer: Any, *, special: bool = True) -> Decode:
@@ -91,7 +91,7 @@ def _rows(suite: ValueSuite, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
     return rows
 
 
-def stored_batch(suite: ValueSuite, runtime: Runtime) -> Batch:
+def stored_batch(suite: ValueSuite, processes: Processes) -> Batch:
     """This rank's share of the stored completions, a group of each file being a prompt of its own.
 
     Raises:
@@ -111,7 +111,7 @@ def stored_batch(suite: ValueSuite, runtime: Runtime) -> Batch:
     whole = Batch.concatenate(batches)
     if not torch.isfinite(whole.score).any():
         raise DataError(f"rollouts: no completion in {place} has a score")
-    mine = torch.tensor(every_nth(groups, runtime, "rollouts"))
+    mine = torch.tensor(every_nth(groups, processes, "rollouts"))
     return whole[torch.isin(whole.group, mine)].trim()
 
 
@@ -122,7 +122,7 @@ def _sampled_fields(batch: Batch) -> Batch:
 
 
 def sample(
-    suite: ValueSuite, rows: Rows | None, batch: Batch | None, tokenizer: Any, runtime: Runtime
+    suite: ValueSuite, rows: Rows | None, batch: Batch | None, tokenizer: Any, processes: Processes
 ) -> tuple[Batch, list[Prefix], Float[Tensor, "P K"]]:
     """Completions of this rank's prompts, unless ``batch`` holds some, and scores of continuations."""
     longest = 0 if rows is None else rows.longest_prompt
@@ -137,9 +137,9 @@ def sample(
         )
         if batch is None:
             assert rows is not None
-            batch = complete_all(suite, rows, source, runtime)
+            batch = complete_all(suite, rows, source, processes)
         prefixes = choose_prefixes(batch, prompts=few.prompts, per_prompt=few.prefixes, seed=suite.seed)
-        scores = runtime.together(partial(continue_prefixes, source, prefixes, few.completions, sampling))
+        scores = processes.together(partial(continue_prefixes, source, prefixes, few.completions, sampling))
     return batch, prefixes, scores
 
 
@@ -151,7 +151,7 @@ def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:
 
 
 @torch.no_grad()
-def predict(model: ValueModel, batch: Batch, runtime: Runtime, micro_batch_tokens: int) -> Float[Tensor, "N L"]:
+def predict(model: ValueModel, batch: Batch, processes: Processes, micro_batch_tokens: int) -> Float[Tensor, "N L"]:
     """The model's value at every state, NaN elsewhere, in micro-batches of completions of like length.
 
     A per-token head knows the states that end with a chosen token, not the prompt.
@@ -168,8 +168,8 @@ def predict(model: ValueModel, batch: Batch, runtime: Runtime, micro_batch_token
         )
     value = torch.zeros_like(batch.logp_sampler)
     for rows in length_groups(batch.length, micro_batch_tokens):
-        part = batch[rows].trim().to(runtime.device)
-        with runtime.autocast():
+        part = batch[rows].trim().to(processes.device)
+        with processes.autocast():
             its, _ = model(part.tokens, part.states)
         value[rows, : its.shape[1]] = its.float().cpu()
     known_at = batch.mask if model.spec.head.type == "per_token" else batch.states
@@ -249,7 +249,9 @@ def write_report(
 
 def choose_examples(batch: Batch, most: int) -> list[int]:
     """Rows to show: of different prompts as far as there are, the highest and the lowest outcomes in turn."""
-    scored = [row for row, score in enumerate(batch.score.tolist()) if math.isfinite(score) and not batch.greedy[row]]
+    scored = [
+        row for row, score in enumerate(batch.score.tolist()) if math.isfinite(score) and not batch.baseline_only[row]
+    ]
     ranked = sorted(scored, key=lambda row: -float(batch.score[row]))
     in_turn = [row for pair in zip(ranked, reversed(ranked), strict=True) for row in pair]
     first_of_prompt: dict[int, int] = {}

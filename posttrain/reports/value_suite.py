@@ -57,8 +57,8 @@ class ValueSuite(SamplingRecipe):
 
     suite: Literal["value"]
     value: ValueModelOptions
-    policy: sections.Policy | None = None  # samples the completions and the branches
-    data: sections.Data | None = None
+    policy: sections.PolicySection | None = None  # samples the completions and the branches
+    data: sections.DataSection | None = None
     rollouts: str | None = None  # a Parquet file that a run stored, or a folder of them, instead of sampling
     verify: tuple[InstanceOf[Part], ...] = ()
     completions: PositiveCount = 4  # a prompt

@@ -17,7 +17,7 @@ from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import UserError
 from posttrain.parts.credit import step_starts
 from posttrain.parts.targets import branch_estimate
-from posttrain.recipe.sections import Branches
+from posttrain.recipe.sections import BranchesSection
 from posttrain.rollout.collect import Source
 from posttrain.seeds import sample_seed
 
@@ -47,7 +47,7 @@ def choose_prefixes(batch: Batch, *, prompts: int, per_prompt: int, seed: int) -
     """
     prefixes = []
     for group in [name for name in batch.group.unique().tolist() if name < prompts]:
-        rows = ((batch.group == group) & ~batch.greedy & batch.mask.any(-1)).nonzero().squeeze(-1).tolist()
+        rows = ((batch.group == group) & ~batch.baseline_only & batch.mask.any(-1)).nonzero().squeeze(-1).tolist()
         for j in range(per_prompt if rows else 0):
             of_this = sample_seed(sample_seed(seed, group), j)
             row = rows[of_this % len(rows)]
@@ -114,7 +114,7 @@ def value_at(value: Float[Tensor, "N L"], prefixes: Sequence[Prefix]) -> Float[T
     return value[at[:, 0], at[:, 1]]
 
 
-def branch_values(source: Source, batch: Batch, options: Branches, sampling: Sampling, seed: int) -> Batch:
+def branch_values(source: Source, batch: Batch, options: BranchesSection, sampling: Sampling, seed: int) -> Batch:
     """The batch with its steps, and as the value of the state before each step the mean score of branches from there.
 
     Kazemnejad et al. 2025 (VinePPO), eq. 4, arXiv:2410.01679. Equal prefixes, such as the prompt of a group, are
@@ -124,7 +124,7 @@ def branch_values(source: Source, batch: Batch, options: Branches, sampling: Sam
         seed: of the branches, which depend on it, the group and the place alone, not on the rank.
     """
     batch = batch.set(step_id=steps_by_text(batch, source.decode, options.separator))
-    trained = batch.scored & ~batch.greedy
+    trained = batch.scored & ~batch.baseline_only
     places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for row, column in (step_starts(batch) & trained[:, None]).nonzero().tolist():
         places.setdefault(tuple(batch.tokens[row, :column].tolist()), []).append((row, column - 1))

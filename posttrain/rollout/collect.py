@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from posttrain.errors import DataError, NothingSelected
 from posttrain.micro_batches import blank_row
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
-from posttrain.recipe.sections import SamplingOptions
+from posttrain.recipe.sections import SamplingSection
 from posttrain.rollout.rollouts import Context, Prompts
 from posttrain.seeds import prompt_seeds
-from posttrain.training.optimiser import Runtime
-from posttrain.training.recipe import Recipe
+from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
 
@@ -38,6 +37,23 @@ class Source:
     decoder: Engine | None = None  # what a step's completions are drawn from, if not from the engine itself
     opponent: Engine | None = None
     encode: Callable[[str], list[int]] | None = None
+
+
+class StepSettings(Protocol):
+    """The settings of a recipe that say how the completions of a step are collected."""
+
+    @property
+    def prompts_per_step(self) -> int: ...
+    @property
+    def completions(self) -> int: ...
+    @property
+    def sampling(self) -> SamplingSection: ...
+    @property
+    def select(self) -> Sequence[Part]: ...
+    @property
+    def max_refills(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -96,33 +112,33 @@ def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], see
     )
 
 
-def complete_all(recipe: SamplingRecipe, rows: Rows, source: Source, runtime: Runtime) -> Batch:
+def complete_all(recipe: SamplingRecipe, rows: Rows, source: Source, processes: Processes) -> Batch:
     """Completions of this rank's share of all rows, with their scores."""
-    prompts = share_of_prompts(rows, recipe.seed, runtime)
+    prompts = share_of_prompts(rows, recipe.seed, processes)
     sampling = sampling_of(recipe.sampling)
-    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
+    batch, _ = processes.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
     return batch
 
 
-def share_of_prompts(rows: Rows, seed: int, runtime: Runtime) -> Prompts:
+def share_of_prompts(rows: Rows, seed: int, processes: Processes) -> Prompts:
     """This rank's share of all rows as prompts."""
-    mine = every_nth(len(rows), runtime, "data")
+    mine = every_nth(len(rows), processes, "data")
     return make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 0, mine))
 
 
-def every_nth(prompts: int, runtime: Runtime, setting: str) -> range:
+def every_nth(prompts: int, processes: Processes, setting: str) -> range:
     """This rank's share of so many prompts from a setting such as ``data``: every ``world``-th of them.
 
     Raises:
         DataError: on all ranks, where one would have none.
     """
-    if prompts < runtime.world:
-        raise DataError(f"{setting}: {prompts} prompts cannot be shared by {runtime.world} processes")
-    return range(runtime.rank, prompts, runtime.world)
+    if prompts < processes.world:
+        raise DataError(f"{setting}: {prompts} prompts cannot be shared by {processes.world} processes")
+    return range(processes.rank, prompts, processes.world)
 
 
 def collect(
-    recipe: Recipe, runtime: Runtime, source: Source, rows: Rows, sampler: PromptSampler, step: int
+    recipe: StepSettings, processes: Processes, source: Source, rows: Rows, sampler: PromptSampler, step: int
 ) -> Collected:
     """Completions of ``prompts_per_step`` prompts that ``select`` keeps, on all ranks together.
 
@@ -134,21 +150,21 @@ def collect(
     """
     sampling = sampling_of(recipe.sampling)
     guided = replace(source, engine=source.decoder or source.engine)
-    missing = recipe.prompts_per_step // runtime.world
+    missing = recipe.prompts_per_step // processes.world
     kept: list[Batch] = []
     values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
     seconds: dict[str, float] = {}
     drawn = tokens = rounds = 0
-    while (wanted := runtime.all_max(missing)) and rounds <= (recipe.max_refills if recipe.select else 0):
-        index = sampler.draw(wanted * runtime.world)
-        mine = index[runtime.rank * wanted : (runtime.rank + 1) * wanted]
-        positions = range(drawn + runtime.rank * wanted, drawn + (runtime.rank + 1) * wanted)
+    while (wanted := processes.all_max(missing)) and rounds <= (recipe.max_refills if recipe.select else 0):
+        index = sampler.draw(wanted * processes.world)
+        mine = index[processes.rank * wanted : (processes.rank + 1) * wanted]
+        positions = range(drawn + processes.rank * wanted, drawn + (processes.rank + 1) * wanted)
         prompts = make_prompts(rows, mine, positions, prompt_seeds(recipe.seed, step, rounds, positions))
-        batch, verdicts = runtime.together(
+        batch, verdicts = processes.together(
             partial(generate_and_verify, guided, prompts, recipe.completions, sampling, seconds)
         )
-        batch = batch.set(step=step, all_sum=runtime.all_sum)
-        report(sampler, runtime, mine, batch)
+        batch = batch.set(step=step, all_sum=processes.all_sum)
+        report(sampler, processes, mine, batch)
         chosen = _first_groups(batch.group, _select(recipe.select, batch), missing)
         missing -= len(batch.group[chosen].unique())
         kept.append(batch[chosen])
@@ -156,7 +172,7 @@ def collect(
             values[name] += [column[i] for i in chosen.nonzero().squeeze(-1).tolist()]
         drawn, tokens, rounds = drawn + len(index), tokens + int(batch.mask.sum()), rounds + 1
     whole = Batch.concatenate(kept)
-    if runtime.all_max(len(whole)) == 0:
+    if processes.all_max(len(whole)) == 0:
         raise NothingSelected(_nothing_kept(recipe, drawn, rounds))
     if not len(whole):
         whole = blank_row(batch)
@@ -164,17 +180,19 @@ def collect(
     return Collected(whole, values, drawn, rounds, tokens, seconds)
 
 
-def draw_examples(recipe: Recipe, runtime: Runtime, examples: Examples, sampler: PromptSampler, step: int) -> Collected:
+def draw_examples(
+    recipe: StepSettings, processes: Processes, examples: Examples, sampler: PromptSampler, step: int
+) -> Collected:
     """``prompts_per_step`` groups of given completions on all ranks together, as if they had just been sampled.
 
     Every rank draws the same list and takes its share.
     """
     start = time.perf_counter()
     index = sampler.draw(recipe.prompts_per_step)
-    mine = share_of(index, runtime)
-    batch = runtime.together(lambda: examples.batch(mine))
-    group = batch.group.unique(return_inverse=True)[1] + runtime.rank * len(mine)
-    batch = batch.set(group=group, step=step, all_sum=runtime.all_sum)
+    mine = share_of(index, processes)
+    batch = processes.together(lambda: examples.batch(mine))
+    group = batch.group.unique(return_inverse=True)[1] + processes.rank * len(mine)
+    batch = batch.set(group=group, step=step, all_sum=processes.all_sum)
     chosen = _select(recipe.select, batch)
     kept = batch[chosen] if bool(chosen.any()) else blank_row(batch)
     return Collected(kept, {}, len(index), 1, int(batch.length.sum()), {"read": time.perf_counter() - start})
@@ -185,13 +203,13 @@ def in_order(size: int, each: int) -> list[list[int]]:
     return [list(range(start, min(start + each, size))) for start in range(0, size, each)]
 
 
-def share_of(index: Sequence[int], runtime: Runtime) -> list[int]:
+def share_of(index: Sequence[int], processes: Processes) -> list[int]:
     """This rank's part of a list; the last ranks have less where it does not come out even."""
-    share = -(-len(index) // runtime.world)
-    return list(index[runtime.rank * share : (runtime.rank + 1) * share])
+    share = -(-len(index) // processes.world)
+    return list(index[processes.rank * share : (processes.rank + 1) * share])
 
 
-def sampling_of(options: SamplingOptions) -> Sampling:
+def sampling_of(options: SamplingSection) -> Sampling:
     """A recipe's sampling section as an engine takes it."""
     return Sampling(
         temperature=options.temperature,
@@ -202,11 +220,11 @@ def sampling_of(options: SamplingOptions) -> Sampling:
     )
 
 
-def report(sampler: PromptSampler, runtime: Runtime, index: Sequence[int], batch: Batch) -> None:
+def report(sampler: PromptSampler, processes: Processes, index: Sequence[int], batch: Batch) -> None:
     """Tells the prompt sampler how the prompts of every rank went, in the same order on all of them."""
-    scores = batch.score.where(~batch.greedy & batch.by(Author.POLICY), float("nan"))
+    scores = batch.score.where(~batch.baseline_only & batch.by(Author.POLICY), float("nan"))
     outcomes = [scores[batch.group == group].tolist() for group in batch.group.unique().tolist()]
-    for rows, theirs in runtime.gather((list(index), outcomes)):
+    for rows, theirs in processes.gather((list(index), outcomes)):
         sampler.update(rows, theirs)
 
 
@@ -223,7 +241,7 @@ def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
     return chosen & torch.isin(group, first)
 
 
-def _nothing_kept(recipe: Recipe, drawn: int, rounds: int) -> str:
+def _nothing_kept(recipe: StepSettings, drawn: int, rounds: int) -> str:
     parts = ", ".join(part.name for part in recipe.select) or "none"
     return (
         f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or "
@@ -232,11 +250,11 @@ def _nothing_kept(recipe: Recipe, drawn: int, rounds: int) -> str:
     )
 
 
-def verifier_means(values: dict[str, list[Any]], runtime: Runtime) -> dict[str, float]:
+def verifier_means(values: dict[str, list[Any]], processes: Processes) -> dict[str, float]:
     """Mean value of each verifier over the completions it applied to, on all ranks; NaN where it applied to none."""
     means = {}
     for name, column in values.items():
         numbers = torch.tensor([v for v in column if v is not None], dtype=torch.float64)
-        total, count = runtime.all_sum(torch.stack([numbers.sum(), torch.tensor(len(numbers)).double()])).tolist()
+        total, count = processes.all_sum(torch.stack([numbers.sum(), torch.tensor(len(numbers)).double()])).tolist()
         means[f"verify/{name}"] = total / count if count else float("nan")
     return means

@@ -61,7 +61,7 @@ def single_turn(
     if greedy:
         at_zero = replace(context, sampling=replace(context.sampling, temperature=0.0))
         sampled = _beside(sampled, _sampled(engine, prompts, 1, at_zero, texts, first=n))
-    batch = to_batch(prompts, sampled, texts, greedy_from=n)
+    batch = to_batch(prompts, sampled, texts, baseline_from=n)
     return batch if separator is None else batch.set(step_id=steps_by_text(batch, context.decode, separator))
 
 
@@ -93,7 +93,7 @@ def against(
     sampled = _sampled(engine, prompts, n, context, texts)
     others = replace(prompts, seeds=[sample_seed(seed, OPPONENTS) for seed in prompts.seeds])
     sampled = _beside(sampled, _sampled(context.opponent, others, opponents, context, texts, first=n))
-    batch = to_batch(prompts, sampled, texts, greedy_from=n if role == "baseline" else None)
+    batch = to_batch(prompts, sampled, texts, baseline_from=n if role == "baseline" else None)
     author = Author.CALIBRATION if role == "calibration" else Author.OPPONENT
     return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(author)] * opponents) * len(prompts)))
 
@@ -155,14 +155,14 @@ def to_batch(
     completions: Sequence[Sequence[Completion]],
     texts: dict[tuple[int, int], str],
     *,
-    greedy_from: int | None = None,
+    baseline_from: int | None = None,
 ) -> Batch:
     """Right-padded tensors of all completions, prompt by prompt; not verified yet (scores and rewards are NaN).
 
     Args:
         completions: one list a prompt.
         texts: decoded completions by (prompt's position, sample's index).
-        greedy_from: samples from this index on are greedy baselines.
+        baseline_from: samples from this index on are greedy baselines.
     """
     flat = [(i, j, c) for i, group in enumerate(completions) for j, c in enumerate(group)]
     lengths = [len(prompts.tokens[i]) + len(c.tokens) for i, _, c in flat]
@@ -186,7 +186,9 @@ def to_batch(
         logp_sampler=logps,
         version=_integers(c.version for _, _, c in flat),
         step_id=torch.where(mask, 0, -1),
-        greedy=torch.tensor([greedy_from is not None and j >= greedy_from for _, j, _ in flat], dtype=torch.bool),
+        baseline_only=torch.tensor(
+            [baseline_from is not None and j >= baseline_from for _, j, _ in flat], dtype=torch.bool
+        ),
         rows=tuple(prompts.rows[i] for i, _, _ in flat),
         texts=tuple(texts[i, j] for i, j, _ in flat),
         score=unscored,

@@ -17,14 +17,14 @@ from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.models.load import load_tokenizer
 from posttrain.rollout.collect import sampling_of, share_of_prompts
 from posttrain.rollout.rollouts import Prompts
-from posttrain.training.optimiser import Runtime
+from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
 
 class Session(NamedTuple):
     """What a rank completes its prompts with."""
 
-    runtime: Runtime
+    processes: Processes
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     verifiers: VerifierPool
@@ -44,13 +44,13 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
     rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
     check_columns(rows, recipe.verify)
     room = Room(rows.longest_prompt, recipe.sampling.max_tokens)
-    with Runtime(dtype=recipe.policy.dtype) as runtime:
-        prompts = share_of_prompts(rows, recipe.seed, runtime)
+    with Processes(dtype=recipe.policy.dtype) as processes:
+        prompts = share_of_prompts(rows, recipe.seed, processes)
         with (
             VerifierPool(recipe.verify) as verifiers,
             closing(policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)) as engine,
         ):
-            yield Session(runtime, tokenizer, engine, verifiers, prompts)
+            yield Session(processes, tokenizer, engine, verifiers, prompts)
 
 
 def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict[str, Any]]:
@@ -88,3 +88,7 @@ def to_row(text: str, completion: Completion) -> dict[str, Any]:
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+MEANS = {"tokens": 1, "generated": 1, "scored": 1, "accepted": 2, "kl": 3, "kl_bound": 3, "log_z": 3, "log_z_upper": 3}
+"""What is averaged over completions for the table, and its decimals."""

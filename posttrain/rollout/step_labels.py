@@ -88,7 +88,7 @@ def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) 
     step_id = steps_by_text(batch, decode, separator)
     solutions = []
     for i in range(len(batch)):
-        if batch.finish[i] != Finish.STOPPED or batch.score[i].isnan() or batch.greedy[i]:
+        if batch.finish[i] != Finish.STOPPED or batch.score[i].isnan() or batch.baseline_only[i]:
             continue
         start, mask = int(batch.mask[i].int().argmax()), batch.mask[i]
         if int(batch.length[i]) != start + int(mask.sum()):

@@ -34,7 +34,7 @@ class ServeRecipe(DecodeRecipe):
         RecipeConflict: when built from settings that do not go together.
     """
 
-    data: sections.Data | None = None  # type: ignore[assignment]  # where prompts come from is the clients' business
+    data: sections.DataSection | None = None  # type: ignore[assignment]  # where prompts come from is the clients' business
     server: Server = field(default_factory=Server)
     name: str = "serve"
 

@@ -24,7 +24,7 @@ from posttrain.serving.limits import Limit
 from posttrain.serving.recipe import Server, ServeRecipe
 from posttrain.serving.routing import Served
 from posttrain.serving.worker import Worker
-from posttrain.training.optimiser import Runtime
+from posttrain.system.processes import Processes
 
 LONGEST = 8192
 """Default of ``engine.max_model_len`` where the model's own context is longer."""
@@ -68,15 +68,15 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
     """
     check_models(recipe.decoder)
     tokenizer = load_tokenizer(recipe.policy)
-    with Runtime(dtype=recipe.policy.dtype) as runtime:
-        if runtime.world > 1:
+    with Processes(dtype=recipe.policy.dtype) as processes:
+        if processes.world > 1:
             raise UserError("posttrain serve: runs in one process; start it without accelerate launch")
         with closing(_engine(recipe)) as engine:
             served = Served(
                 name=recipe.model_name,
                 tokenizer=tokenizer,
                 engine=engine,
-                decoder=build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy) or engine,
+                decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy) or engine,
                 sampling=sampling_of(recipe.sampling),
                 limit=Limit(recipe.server.requests, recipe.server.queue),
                 worker=Worker(engine),

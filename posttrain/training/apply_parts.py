@@ -61,7 +61,7 @@ def credit(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
         ValueError: if a part returns another shape, or a number that is not finite.
     """
     assert recipe.advantage is not None
-    trained = batch.mask & (batch.scored & ~batch.greedy)[:, None]
+    trained = batch.mask & (batch.scored & ~batch.baseline_only)[:, None]
     advantage = _checked(recipe.advantage, recipe.advantage(batch), trained)
     for part in recipe.shape:
         advantage = _checked(part, part(advantage, batch), trained)
@@ -106,7 +106,7 @@ def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     if target.shape != batch.mask.shape:
         expected = list(batch.mask.shape)
         raise ValueError(f"target part {part.name!r} returned shape {list(target.shape)}, expected {expected}")
-    taught = batch.states & (batch.scored & ~batch.greedy)[:, None]
+    taught = batch.states & (batch.scored & ~batch.baseline_only)[:, None]
     target = target.float().where(taught, float("nan"))
     if rows := target.isinf().any(-1).nonzero().squeeze(-1).tolist():
         raise ValueError(f"target part {part.name!r} gave an infinite target in completions {rows[:8]}")
@@ -127,31 +127,31 @@ def taught_states(batch: Batch) -> Bool[Tensor, "N L"]:
 def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch or micro-batch, and the value of each term before its coefficient, by the term's name.
 
-    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.weight, or in place of ``batch.weight`` the term's own slice
-    of ``batch.term_weight``. As these come from sums over the global batch, losses and term values add up over
+    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.loss_share, or in place of ``batch.loss_share`` the term's own slice
+    of ``batch.term_share``. As these come from sums over the global batch, losses and term values add up over
     micro-batches and ranks.
 
     Raises:
         ValueError: if the normaliser's weights are missing.
     """
-    if batch.weight is None:
-        raise ValueError("batch.weight has not been filled: call the recipe's normaliser on the whole batch first")
-    shares = [batch.weight] * len(loss_parts)
+    if batch.loss_share is None:
+        raise ValueError("batch.loss_share has not been filled: call the recipe's normaliser on the whole batch first")
+    shares = [batch.loss_share] * len(loss_parts)
     with_their_own = [i for i, part in enumerate(loss_parts) if part.normaliser is not None]
-    for i, share in zip(with_their_own, () if batch.term_weight is None else batch.term_weight.unbind(-1), strict=True):
+    for i, share in zip(with_their_own, () if batch.term_share is None else batch.term_share.unbind(-1), strict=True):
         shares[i] = share
     return _sum_of_terms(loss_parts, outputs, batch, batch.mask, shares)
 
 
 def total_value_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same over the states that have a target, with ``batch.value_weight``.
+    """The same over the states that have a target, with ``batch.value_share``.
 
     Raises:
         ValueError: if the normaliser's weights or the targets are missing.
     """
-    if batch.value_weight is None:
-        raise ValueError("batch.value_weight has not been filled: call the recipe's normaliser on the states first")
-    return _sum_of_terms(loss_parts, outputs, batch, taught_states(batch), [batch.value_weight] * len(loss_parts))
+    if batch.value_share is None:
+        raise ValueError("batch.value_share has not been filled: call the recipe's normaliser on the states first")
+    return _sum_of_terms(loss_parts, outputs, batch, taught_states(batch), [batch.value_share] * len(loss_parts))
 
 
 def _sum_of_terms(

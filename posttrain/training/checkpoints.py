@@ -43,7 +43,7 @@ def states(run: TrainingRun) -> dict[str, Any]:
                 "bad_steps": run.bad_steps,
                 "policy_waits": run.policy_waits,
                 "value": None if run.learner.value is None else run.learner.value.state,
-                "world": run.runtime.world,
+                "world": run.processes.world,
                 "evaluations": run.evaluations,
                 "prompts": run.sampler.state,
                 "parts": {path: part.state for path, part in parts_with_memory(run.recipe).items()},
@@ -59,15 +59,15 @@ def slow_weights(learner: Learner) -> Mapping[str, torch.Tensor]:
 
 def save_checkpoint(run: TrainingRun, state: dict[str, Any]) -> None:
     """A checkpoint that is whole or absent."""
-    runtime = run.runtime
-    with write_checkpoint(run.folder, run.step, main=runtime.is_main, barrier=runtime.barrier) as folder:
-        runtime.save(folder)
-        if runtime.is_main:
+    processes = run.processes
+    with write_checkpoint(run.folder, run.step, main=processes.is_main, barrier=processes.barrier) as folder:
+        run.learner.optimiser.save(folder)
+        if processes.is_main:
             slow = {name: weight.detach() for name, weight in slow_weights(run.learner).items()}
             torch.save(slow, folder / SLOW_FILE)
             torch.save(run.learner.players.state(), folder / PLAYERS_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    if runtime.is_main:
+    if processes.is_main:
         prune_checkpoints(run.folder, run.recipe.run.keep)
 
 
@@ -78,12 +78,12 @@ def load_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
         UserError: where the number of processes changed under DeepSpeed, whose shards belong to one number.
     """
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    if run.runtime.uses_deepspeed and state["world"] != run.runtime.world:
+    if run.processes.uses_deepspeed and state["world"] != run.processes.world:
         raise UserError(
             f"{checkpoint} was written by {state['world']} processes under DeepSpeed and this run has "
-            f"{run.runtime.world}: resume with --num_processes {state['world']}"
+            f"{run.processes.world}: resume with --num_processes {state['world']}"
         )
-    run.runtime.load(checkpoint)
+    run.learner.optimiser.load(checkpoint)
     saved = torch.load(checkpoint / SLOW_FILE, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, weight in slow_weights(run.learner).items():

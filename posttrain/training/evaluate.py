@@ -10,15 +10,17 @@ import torch
 from posttrain.batch import Finish, Outputs
 from posttrain.data import Rows
 from posttrain.data.examples.dataset_examples import Examples
-from posttrain.recipe.sections import Evaluation
+from posttrain.recipe.sections import EvaluationSection
 from posttrain.rollout.collect import Source, generate_and_verify, in_order, make_prompts, sampling_of, share_of
 from posttrain.seeds import prompt_seeds
+from posttrain.system.processes import Processes
 from posttrain.training.learner import Learner, policy_logp, reference_logp
 from posttrain.training.metrics import add_sums, mean_sums, preference_sums
-from posttrain.training.optimiser import Runtime
 
 
-def evaluate(options: Evaluation, runtime: Runtime, source: Source, rows: Rows, *, seed: int) -> dict[str, float]:
+def evaluate(
+    options: EvaluationSection, processes: Processes, source: Source, rows: Rows, *, seed: int
+) -> dict[str, float]:
     """Mean score of ``options.n`` completions of every row, shared out over the ranks.
 
     The same seeds at every call: two evaluations differ by the policy alone.
@@ -28,16 +30,16 @@ def evaluate(options: Evaluation, runtime: Runtime, source: Source, rows: Rows, 
         ``eval/length`` (mean tokens), ``eval/truncated`` (share cut off at ``max_tokens``), ``eval/unscored`` (share).
     """
     start = time.perf_counter()
-    mine = range(runtime.rank, len(rows), runtime.world)
+    mine = range(processes.rank, len(rows), processes.world)
     prompts = make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 1, mine))
     sampling = sampling_of(options.sampling)
-    batch, _ = runtime.together(partial(generate_and_verify, source, prompts, options.n, sampling, {}))
+    batch, _ = processes.together(partial(generate_and_verify, source, prompts, options.n, sampling, {}))
     sums = torch.zeros(6, dtype=torch.float64)
     if len(batch):
         score = batch.score[batch.scored].double()
         counts = (len(score), len(batch), int(batch.mask.sum()), int((batch.finish == Finish.LENGTH).sum()))
         sums += torch.tensor([float(score.sum()), float((score > 0).sum()), *counts], dtype=torch.float64)
-    total, positive, scored, completions, tokens, truncated = runtime.all_sum(sums).tolist()
+    total, positive, scored, completions, tokens, truncated = processes.all_sum(sums).tolist()
     return {
         "eval/score": total / scored if scored else float("nan"),
         "eval/accuracy": positive / scored if scored else float("nan"),
@@ -56,17 +58,17 @@ def judge(learner: Learner, examples: Examples) -> dict[str, float]:
         ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, with a loss about preferences (see
         :func:`posttrain.training.metrics.preference_sums`); ``eval/nll``, in nats a token, with another one.
     """
-    start, runtime = time.perf_counter(), learner.runtime
+    start, processes = time.perf_counter(), learner.processes
     sums = []
     for index in in_order(len(examples), learner.recipe.prompts_per_step):
-        if mine := share_of(index, runtime):
+        if mine := share_of(index, processes):
             batch = examples.batch(mine)
             if learner.needs.logp_ref and batch.logp_ref is None:
                 batch = batch.set(logp_ref=reference_logp(learner, batch))
             outputs = Outputs(logp=policy_logp(learner, batch))
             batch = batch.set(logp_old=outputs.logp)
-            nll = {"nll": mean_sums(-outputs.logp[batch.mask & ~batch.greedy[:, None]])}
+            nll = {"nll": mean_sums(-outputs.logp[batch.mask & ~batch.baseline_only[:, None]])}
             sums.append(preference_sums(learner.recipe.loss, outputs, batch) or nll)
-    shared = [each for each in runtime.gather(add_sums(sums)) if each]
+    shared = [each for each in processes.gather(add_sums(sums)) if each]
     means = {f"eval/{name}": float(total / count) for name, (total, count) in add_sums(shared).items() if count}
     return means | {"time/judge": time.perf_counter() - start}

@@ -15,12 +15,13 @@ from posttrain.micro_batches import blank_row, length_groups, micro_batches
 from posttrain.models.joint import forward
 from posttrain.models.policy import Policy
 from posttrain.models.value import ValueModel, backed_up, polyak
-from posttrain.recipe.sections import Optimizer, Value
+from posttrain.recipe.sections import OptimizerSection, ValueSection
 from posttrain.seeds import sample_seed
+from posttrain.system.processes import Processes
 from posttrain.training.apply_parts import taught_states, total_loss, total_value_loss, value_target
 from posttrain.training.metrics import add_sums, preference_sums, reduce_means, update_sums
-from posttrain.training.optimiser import Runtime, Update, learning_rate
-from posttrain.training.other_policies import Players
+from posttrain.training.optimiser import Optimiser, Update, learning_rate
+from posttrain.training.other_policies import OtherPolicies
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import Needs
 
@@ -30,9 +31,10 @@ class Learner:
     """The models of a run and what its parts need of them."""
 
     recipe: Recipe
-    runtime: Runtime
+    processes: Processes
+    optimiser: Optimiser
     policy: Policy
-    players: Players
+    players: OtherPolicies
     value: ValueModel | None
     slow_value: ValueModel | None  # the target network, where there is one
     needs: Needs
@@ -43,9 +45,9 @@ class Learner:
         return self.players.reference
 
     @property
-    def optimizers(self) -> list[Optimizer]:
-        """Settings of each group of parameters that is trained, in the runtime's order."""
-        value = (self.recipe.value or Value()).optimizer
+    def optimizers(self) -> list[OptimizerSection]:
+        """Settings of each group of parameters that is trained, in the processes's order."""
+        value = (self.recipe.value or ValueSection()).optimizer
         return [self.recipe.optimizer] * bool(self.recipe.loss) + [value] * bool(self.recipe.value_loss)
 
 
@@ -112,8 +114,8 @@ def _passes(learner: Learner, batch: Batch, pass_: Callable[[Batch], list[Tensor
     # Cut as the update cuts: shapes decide the last bits, and the log-ratio to the same policy is then exactly 0.
     together = batch.group if learner.needs.groups else None
     for rows in length_groups(batch.length, learner.recipe.micro_batch_tokens, together):
-        part = batch[rows].trim().to(learner.runtime.device)
-        with learner.runtime.autocast():
+        part = batch[rows].trim().to(learner.processes.device)
+        with learner.processes.autocast():
             results = pass_(part)
         whole = whole or [torch.zeros_like(batch.logp_sampler) for _ in results]
         for filled, result in zip(whole, results, strict=True):
@@ -128,7 +130,7 @@ def set_targets(learner: Learner, batch: Batch) -> Batch:
         return batch
     judged = score_values(learner, batch, learner.slow_value) if learner.slow_value is not None else batch
     target = value_target(learner.recipe, judged)
-    if learner.value is not None and (learner.recipe.value or Value()).normalise:
+    if learner.value is not None and (learner.recipe.value or ValueSection()).normalise:
         learner.value.update_statistics(target, batch.all_sum)
     return batch.set(target=target)
 
@@ -139,8 +141,8 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
     Args:
         policy_waits: the policy is left as it is, and the value model alone learns.
     """
-    recipe, runtime = learner.recipe, learner.runtime
-    kept = ~batch.greedy
+    recipe, processes = learner.recipe, learner.processes
+    kept = ~batch.baseline_only
     for part in recipe.keep:
         kept &= part(batch)
     rates = [learning_rate(options, step, recipe.steps) for options in learner.optimizers]
@@ -154,18 +156,18 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
         mini = with_shares(recipe, trained[rows] if len(rows) else blank_row(trained))
 
         def loss_of(micro: Batch) -> Tensor:
-            loss, terms = losses_of(learner, micro.to(runtime.device), sums, policy_waits)
+            loss, terms = losses_of(learner, micro.to(processes.device), sums, policy_waits)
             for name, value in {"loss": loss.detach(), **terms}.items():
                 losses[name] = losses.get(name, 0) + value.double()
             return loss
 
-        _seed_dropout(recipe.seed, step, len(updates), runtime.rank)
-        micro = micro_batches(mini, recipe.micro_batch_tokens, runtime.all_max, whole_groups=learner.needs.groups)
-        updates.append(runtime.update(micro, loss_of, rates))
+        _seed_dropout(recipe.seed, step, len(updates), processes.rank)
+        micro = micro_batches(mini, recipe.micro_batch_tokens, processes.all_max, whole_groups=learner.needs.groups)
+        updates.append(learner.optimiser.update(micro, loss_of, rates))
         if learner.slow_value is not None and learner.value is not None and recipe.value is not None:
             polyak(learner.slow_value, learner.value, recipe.value.target_rate or 1.0)
-    totals = (runtime.all_sum(torch.stack(list(losses.values()))) / len(updates)).tolist()
-    metrics = dict(zip(losses, totals, strict=True)) | reduce_means(add_sums(sums), runtime)
+    totals = (processes.all_sum(torch.stack(list(losses.values()))) / len(updates)).tolist()
+    metrics = dict(zip(losses, totals, strict=True)) | reduce_means(add_sums(sums), processes)
     return metrics | update_metrics(learner, updates, rates)
 
 
@@ -173,9 +175,9 @@ def with_shares(recipe: Recipe, mini: Batch) -> Batch:
     """The batch of one optimiser step with each token's share of the loss, and each state's of the value loss."""
     if recipe.loss:
         own = [term.normaliser(mini) for term in recipe.loss if term.normaliser is not None]
-        mini = mini.set(weight=recipe.normaliser(mini), term_weight=torch.stack(own, -1) if own else None)
+        mini = mini.set(loss_share=recipe.normaliser(mini), term_share=torch.stack(own, -1) if own else None)
     if recipe.value_loss:
-        mini = mini.set(value_weight=recipe.normaliser(mini.set(mask=taught_states(mini))))
+        mini = mini.set(value_share=recipe.normaliser(mini.set(mask=taught_states(mini))))
     return mini
 
 
@@ -189,7 +191,7 @@ def losses_of(
     recipe, needs = learner.recipe, learner.needs
     support = learner.value.support if learner.value is not None else None
     members = forward(
-        learner.runtime.model,
+        learner.optimiser.model,
         micro,
         temperature=recipe.sampling.temperature,
         entropy=needs.entropy_gradient,
@@ -230,7 +232,7 @@ def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]
     Of every ``minibatches`` consecutive rows, counted over all ranks, each step has one: the steps are those of one
     process, and ranks are equally busy. Where a loss compares the completions of a group, it is groups, not rows.
     """
-    recipe, runtime = learner.recipe, learner.runtime
+    recipe, processes = learner.recipe, learner.processes
     if recipe.epochs * recipe.minibatches == 1:
         yield list(range(len(batch)))
         return
@@ -238,8 +240,8 @@ def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]
     units: dict[int, list[int]] = {}
     for row, unit in enumerate(together):
         units.setdefault(unit, []).append(row)
-    rows, counts = list(units.values()), runtime.gather(len(units))
-    first, many = sum(counts[: runtime.rank]), recipe.minibatches
+    rows, counts = list(units.values()), processes.gather(len(units))
+    first, many = sum(counts[: processes.rank]), recipe.minibatches
     generator = torch.Generator().manual_seed(sample_seed(recipe.seed, step))
     for _ in range(recipe.epochs):
         draws = torch.rand(math.ceil(sum(counts) / many), many, generator=generator).argsort(-1)

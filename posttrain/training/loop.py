@@ -27,6 +27,7 @@ from posttrain.rollout.branches import branch_values
 from posttrain.rollout.collect import Collected, Source, collect, draw_examples, sampling_of, verifier_means
 from posttrain.rollout.rollouts import single_turn
 from posttrain.seeds import sample_seed
+from posttrain.system.processes import Processes
 from posttrain.system.versions import engine_name
 from posttrain.training.apply_parts import compared, credit, reward_batch, with_baseline
 from posttrain.training.checkpoints import load_checkpoint, save_checkpoint, states
@@ -34,7 +35,6 @@ from posttrain.training.evaluate import evaluate, judge
 from posttrain.training.learner import score, set_targets, update
 from posttrain.training.metrics import peak_memory_mb, rollout_metrics
 from posttrain.training.model_card import write_model_card
-from posttrain.training.optimiser import Runtime
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_needs
 from posttrain.training.setup import (
@@ -73,16 +73,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     needs = find_needs(recipe)
     tokenizer = load_tokenizer(recipe.policy)
     material = load_material(recipe, tokenizer, needs.columns)
-    with Runtime(dtype=recipe.policy.dtype) as runtime:
-        refuse_uneven_prompts(recipe, runtime)
-        folder, checkpoint = runtime.from_main(lambda: open_folder(recipe, resume))
+    with Processes(dtype=recipe.policy.dtype) as processes:
+        refuse_uneven_prompts(recipe, processes)
+        folder, checkpoint = processes.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify) as pool:
-            learner = build_learner(recipe, needs, runtime)
+            learner = build_learner(recipe, needs, processes)
             material = with_cached_reference(learner, material)
             with engine_for(recipe, material) as engine:
                 run = TrainingRun(
                     recipe=recipe,
-                    runtime=runtime,
+                    processes=processes,
                     folder=folder,
                     learner=learner,
                     tokenizer=tokenizer,
@@ -93,7 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                         verifiers=pool,
                         rollout=recipe.rollout,
                         decode=text_of(tokenizer),
-                        decoder=build_decoder(recipe.decoder, engine, tokenizer, runtime, recipe.policy),
+                        decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy),
                         opponent=build_opponent(learner, engine),
                         encode=ids_of(tokenizer),
                     ),
@@ -126,7 +126,7 @@ def ids_of(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def loop(run: TrainingRun) -> None:
     """Steps until the recipe has all of them, with what goes around a step: metrics, evaluation, checkpoints."""
-    recipe, runtime = run.recipe, run.runtime
+    recipe, processes = run.recipe, run.processes
     hand_over(run)
     with (
         Trackers(
@@ -135,11 +135,11 @@ def loop(run: TrainingRun) -> None:
             recipe.run.project,
             recipe.resolved,
             start=run.step,
-            active=runtime.is_main,
+            active=processes.is_main,
         ) as trackers,
-        Progress(recipe.steps, run.step, active=runtime.is_main) as progress,
+        Progress(recipe.steps, run.step, active=processes.is_main) as progress,
     ):
-        if runtime.is_main:
+        if processes.is_main:
             write_left_out(run.folder, run.material.dropped)
             progress.note(introduction(run))
         if recipe.evaluate is not None and run.step == 0:
@@ -180,7 +180,7 @@ def guarded_step(run: TrainingRun) -> tuple[dict[str, float], Batch, Collected]:
 
 def run_step(run: TrainingRun) -> tuple[dict[str, float], Batch, Collected]:
     """One step of the loop: its metrics, the batch as the update saw it, and what was collected."""
-    recipe, runtime = run.recipe, run.runtime
+    recipe, processes = run.recipe, run.processes
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     run.source.verifiers.failures.clear()
@@ -189,7 +189,7 @@ def run_step(run: TrainingRun) -> tuple[dict[str, float], Batch, Collected]:
         batch = compared(recipe, reward_batch(recipe, score(run.learner, with_branches(run, collected.batch))))
         batch = set_targets(run.learner, with_baseline(recipe, with_credit(recipe, batch)))
         support = run.learner.value.support if run.learner.value is not None else None
-        judged = value_metrics(batch, runtime, support=support)
+        judged = value_metrics(batch, processes, support=support)
         run.policy_waits = run.policy_waits and not good_enough(recipe, judged)
     with timed(seconds, "update"), looking_ahead(run):
         learned = update(run.learner, batch, run.step, policy_waits=run.policy_waits)
@@ -198,11 +198,11 @@ def run_step(run: TrainingRun) -> tuple[dict[str, float], Batch, Collected]:
     with timed(seconds, "load"):
         hand_over(run)
     run.bad_steps = run.bad_steps + 1 if learned["skipped"] else 0
-    metrics = rollout_metrics(batch, runtime) | judged | learned | verifier_means(collected.values, runtime)
+    metrics = rollout_metrics(batch, processes) | judged | learned | verifier_means(collected.values, processes)
     metrics |= {"policy/waits": float(run.policy_waits)} if recipe.value and recipe.value.ready_at is not None else {}
     metrics |= {"prompts/drawn": float(collected.prompts_drawn), "prompts/rounds": float(collected.rounds)}
     metrics |= failures(run)
-    tokens = float(runtime.all_sum(torch.tensor(collected.tokens)))
+    tokens = float(processes.all_sum(torch.tensor(collected.tokens)))
     whole = time.perf_counter() - start
     seconds |= collected.seconds
     seconds |= {"other": whole - sum(seconds.values()), "step": whole}
@@ -215,9 +215,9 @@ def take(run: TrainingRun) -> Collected:
     """What a step learns from: sampled completions, or given ones."""
     recipe, material = run.recipe, run.material
     if material.examples is not None:
-        return draw_examples(recipe, run.runtime, material.examples, run.sampler, run.step)
+        return draw_examples(recipe, run.processes, material.examples, run.sampler, run.step)
     assert material.rows is not None
-    return collect(recipe, run.runtime, run.source, material.rows, run.sampler, run.step)
+    return collect(recipe, run.processes, run.source, material.rows, run.sampler, run.step)
 
 
 def with_branches(run: TrainingRun, batch: Batch) -> Batch:
@@ -226,7 +226,7 @@ def with_branches(run: TrainingRun, batch: Batch) -> Batch:
     if branches is None:
         return batch
     sampling, seed = sampling_of(run.recipe.sampling), sample_seed(run.recipe.seed, run.step)
-    return run.runtime.together(lambda: branch_values(run.source, batch, branches, sampling, seed))
+    return run.processes.together(lambda: branch_values(run.source, batch, branches, sampling, seed))
 
 
 def with_credit(recipe: Recipe, batch: Batch) -> Batch:
@@ -255,7 +255,7 @@ def looking_ahead(run: TrainingRun) -> Iterator[None]:
 
     Korpelevich 1976. For preferences: Zhou et al. 2025 (EGPO), algorithm 1, arXiv:2503.08942.
     """
-    players, optimizer = run.learner.players, run.runtime.optimizer
+    players, optimizer = run.learner.players, run.learner.optimiser.optimizer
     if not run.recipe.extragradient or run.step % 2:
         yield
         players.ahead = {}
@@ -270,7 +270,7 @@ def looking_ahead(run: TrainingRun) -> Iterator[None]:
 def failures(run: TrainingRun) -> dict[str, float]:
     """Verifier calls of this step that failed under ``on_error: skip``, on all ranks."""
     counted, of = run.source.verifiers.failures, run.source.verifiers.names
-    totals = run.runtime.all_sum(torch.tensor([float(counted[name]) for name in of])).tolist()
+    totals = run.processes.all_sum(torch.tensor([float(counted[name]) for name in of])).tolist()
     return {f"failures/{name}": total for name, total in zip(of, totals, strict=True) if total}
 
 
@@ -284,7 +284,7 @@ def measure(run: TrainingRun) -> dict[str, float]:
     source = replace(run.source, rollout=Part.of(single_turn)) if run.recipe.others_write else run.source
     if run.recipe.evaluate.guided:
         source = replace(source, engine=source.decoder)
-    return found | evaluate(run.recipe.evaluate, run.runtime, source, rows, seed=run.recipe.seed)
+    return found | evaluate(run.recipe.evaluate, run.processes, source, rows, seed=run.recipe.seed)
 
 
 def stop_if_broken(run: TrainingRun, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:
@@ -295,8 +295,8 @@ def stop_if_broken(run: TrainingRun, metrics: dict[str, float], batch: Batch, co
     """
     if run.bad_steps <= run.recipe.run.max_bad_steps:
         return
-    write_batch(run, run.folder.dump / f"{step_name(run.step)}-rank-{run.runtime.rank}.parquet", batch, collected)
-    run.runtime.barrier()  # the first rank to stop ends the others
+    write_batch(run, run.folder.dump / f"{step_name(run.step)}-rank-{run.processes.rank}.parquet", batch, collected)
+    run.processes.barrier()  # the first rank to stop ends the others
     raise RuntimeError(
         f"the loss or a gradient was not finite in {run.bad_steps} steps in a row (loss {metrics['loss']}, gradient "
         f"norm {metrics['grad_norm']}); weights are those of before. The last batch lies in {run.folder.dump}. A lower "
@@ -306,7 +306,7 @@ def stop_if_broken(run: TrainingRun, metrics: dict[str, float], batch: Batch, co
 
 def store_rollouts(run: TrainingRun, batch: Batch, collected: Collected) -> None:
     """The step's completions as a Parquet file, one file a rank."""
-    write_batch(run, run.folder.rollouts(run.step, run.runtime.rank), batch, collected)
+    write_batch(run, run.folder.rollouts(run.step, run.processes.rank), batch, collected)
 
 
 def write_batch(run: TrainingRun, path: Path, batch: Batch, collected: Collected) -> None:
@@ -327,7 +327,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def introduction(run: TrainingRun) -> str:
     """What is about to run, in a few lines."""
     recipe, material = run.recipe, run.material
-    processes = "1 process" if run.runtime.world == 1 else f"{run.runtime.world} processes"
+    processes = "1 process" if run.processes.world == 1 else f"{run.processes.world} processes"
     models = describe(run.learner.policy)
     if run.learner.value is not None:
         models += f", values from {describe(run.learner.value)}"
@@ -337,7 +337,7 @@ def introduction(run: TrainingRun) -> str:
         size = f"{len(material):,} examples, {recipe.prompts_per_step} a step"
     engine = "no engine" if run.source.engine is None else f"engine {engine_name(run.source.engine)}"
     return (
-        f"{recipe.name}: {models}, {processes} on {run.runtime.device.type}\n"
+        f"{recipe.name}: {models}, {processes} on {run.processes.device.type}\n"
         f"  {size}, {recipe.steps} steps\n"
         + "".join(f"  {entry}\n" for entries in material.dropped.values() for entry in entries)
         + f"  {engine}, run folder {run.folder.path}"
@@ -353,7 +353,7 @@ def standing(run: TrainingRun) -> str:
 def finish(run: TrainingRun) -> None:
     """The trained models in the Hugging Face format, with their cards."""
     recipe, learner = run.recipe, run.learner
-    if run.runtime.is_main:
+    if run.processes.is_main:
         engine = "" if run.source.engine is None else engine_name(run.source.engine)
         if recipe.loss:
             save_model(learner.policy, run.tokenizer, run.folder.model, DTYPES[recipe.policy.dtype])
@@ -371,4 +371,4 @@ def finish(run: TrainingRun) -> None:
                 engine=engine,
                 of_value=of_value,
             )
-    run.runtime.barrier()
+    run.processes.barrier()

@@ -14,19 +14,19 @@ from posttrain.parts.preference.summary import summarise
 from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.selection import mixed_groups
 from posttrain.recipe.part import Part
-from posttrain.training.optimiser import Runtime
+from posttrain.system.processes import Processes
 
 PREFERENCE_TERMS = (pairwise, pointwise, listwise)
 """Loss terms with a score and a beta."""
 
 
-def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
+def rollout_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
     """What the policy wrote and how it was rewarded; what others wrote is out, as are greedy baselines and blank rows.
 
     ``groups/mixed`` is the share of groups whose scores differ, the only ones that teach a group-centred method
     anything; ``groups/spread`` is the mean standard deviation of the scores in a group.
     """
-    batch = batch[~batch.greedy & batch.mask.any(-1) & batch.by(Author.POLICY)]
+    batch = batch[~batch.baseline_only & batch.mask.any(-1) & batch.by(Author.POLICY)]
     scored = batch.scored
     reward, score = batch.reward[scored], batch.score[scored]
     spread = group_std(batch.score, batch.group, scored)
@@ -45,10 +45,10 @@ def rollout_metrics(batch: Batch, runtime: Runtime) -> dict[str, float]:
         "groups/mixed": mean_sums(mixed_groups(batch)[first]),
         "groups/spread": mean_sums(spread[first]),
     }
-    means = reduce_means(sums, runtime)
+    means = reduce_means(sums, processes)
     means["reward/std"] = max(0.0, means.pop("reward/square") - means["reward/mean"] ** 2) ** 0.5
     means["length/std"] = max(0.0, means.pop("length/square") - means["length/mean"] ** 2) ** 0.5
-    longest = runtime.all_max(int(length.max()) if len(length) else 0)
+    longest = processes.all_max(int(length.max()) if len(length) else 0)
     return means | {"length/max": float(longest)}
 
 
@@ -58,7 +58,7 @@ def update_sums(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
     ``policy/entropy`` is estimated by -log p of the sampled tokens; ``policy/kl_old`` and ``sampler/kl`` by the
     estimator e^x - 1 - x, which is never negative. Returns [sum, count] pairs.
     """
-    mask = batch.mask & (batch.weight != 0 if batch.weight is not None else batch.mask)
+    mask = batch.mask & (batch.loss_share != 0 if batch.loss_share is not None else batch.mask)
     now, sampler = outputs.logp.detach()[mask], batch.logp_sampler[mask]
     old = batch.logp_old[mask] if batch.logp_old is not None else now
     known = ~sampler.isnan()  # nobody knows how likely given completions were when they were written
@@ -94,11 +94,11 @@ def add_sums(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([each[name] for each in sums]).sum(0) for name in sums[0]} if sums else {}
 
 
-def reduce_means(sums: Mapping[str, Tensor], runtime: Runtime) -> dict[str, float]:
+def reduce_means(sums: Mapping[str, Tensor], processes: Processes) -> dict[str, float]:
     """[sum, count] pairs to means over all ranks, in one reduction; NaN where nothing was counted."""
     if not sums:
         return {}
-    totals = runtime.all_sum(torch.stack([pair.double().cpu() for pair in sums.values()]))
+    totals = processes.all_sum(torch.stack([pair.double().cpu() for pair in sums.values()]))
     return {name: float(s / c) if c else float("nan") for name, (s, c) in zip(sums, totals, strict=True)}
 
 

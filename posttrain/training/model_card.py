@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from posttrain.output.tracking import TIMING
 from posttrain.recipe.part import Part
-from posttrain.recipe.sections import Value
+from posttrain.recipe.sections import ValueSection
 from posttrain.system.versions import versions
 from posttrain.training.recipe import Recipe
 
@@ -154,7 +154,7 @@ def _model_link(name: str) -> str:
 
 
 def _facts(recipe: Recipe, steps: int | None, engine: str, of_value: bool) -> Iterator[tuple[str, Any]]:
-    value = recipe.value or Value()
+    value = recipe.value or ValueSection()
     optimizer, lora = (value.optimizer, value.lora) if of_value else (recipe.optimizer, recipe.policy.lora)
     yield "data", f"`{recipe.data.path}`, split `{recipe.data.split}`"
     yield "verifiers", ", ".join(f"`{part.name}`" for part in recipe.verify)

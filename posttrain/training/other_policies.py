@@ -81,7 +81,7 @@ def check_twins(player: Policy, policy: Policy) -> None:
 
 
 @dataclass
-class Players:
+class OtherPolicies:
     """The policies beside the one that learns, which its steps move."""
 
     policy: Policy

@@ -57,11 +57,11 @@ class Recipe(Checked):
 
     modules: ClassVar[Mapping[str, str]] = MODULES
 
-    policy: sections.Policy
-    reference: sections.Reference = field(default_factory=sections.Reference)
-    opponent: sections.Opponent | None = None  # who writes some of the completions, where `rollout` asks for it
-    value: sections.Value | None = None  # default: a recipe whose parts read or train values gets one
-    data: sections.Data
+    policy: sections.PolicySection
+    reference: sections.ReferenceSection = field(default_factory=sections.ReferenceSection)
+    opponent: sections.OpponentSection | None = None  # who writes some of the completions, where `rollout` asks for it
+    value: sections.ValueSection | None = None  # default: a recipe whose parts read or train values gets one
+    data: sections.DataSection
     examples: InstanceOf[Part] | None = None  # given completions to learn from, instead of sampling
 
     # The slots, in the order in which a step uses them
@@ -82,11 +82,11 @@ class Recipe(Checked):
     target: InstanceOf[Part] | None = None
     value_loss: tuple[InstanceOf[Part], ...] = ()
 
-    sampling: sections.SamplingOptions = field(default_factory=sections.SamplingOptions)
-    engine: sections.EngineOptions = field(default_factory=sections.EngineOptions)
-    optimizer: sections.Optimizer = field(default_factory=sections.Optimizer)
-    evaluate: sections.Evaluation | None = None
-    run: sections.Run = field(default_factory=sections.Run)
+    sampling: sections.SamplingSection = field(default_factory=sections.SamplingSection)
+    engine: sections.EngineSection = field(default_factory=sections.EngineSection)
+    optimizer: sections.OptimizerSection = field(default_factory=sections.OptimizerSection)
+    evaluate: sections.EvaluationSection | None = None
+    run: sections.RunSection = field(default_factory=sections.RunSection)
 
     steps: PositiveCount = 100
     prompts_per_step: PositiveCount = 32  # over all processes
@@ -208,12 +208,12 @@ def _evaluation_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _value_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    value = recipe.value or sections.Value()
+    value = recipe.value or sections.ValueSection()
     if recipe.value_loss and recipe.target is None:
         yield ("value_loss",), "needs a `target` to learn, such as `target: {use: lambda_return}`"
     if recipe.target is not None and not recipe.value_loss:
         yield ("target",), "nothing learns it: add `value_loss: [{use: mse}]`, or leave `target` out"
-    if value.branches is not None and (recipe.value_loss or value != sections.Value(branches=value.branches)):
+    if value.branches is not None and (recipe.value_loss or value != sections.ValueSection(branches=value.branches)):
         yield ("value", "branches"), "are in place of a value model: leave its settings and `value_loss` out"
     if value.frozen and recipe.value_loss:
         yield ("value", "frozen"), "the value model is to be used as it is, and yet there is a `value_loss` to train it"
@@ -241,7 +241,7 @@ def _player_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         yield ("reference", "rate"), f"{averaged}: set `rate: 1`, or leave `policy.lora` out"
     if moving and lora and recipe.reference.model is not None:
         yield ("reference", "model"), "moves by taking over the policy's adapters, which belong to `policy.model`"
-    if not moving and recipe.reference.rate != sections.Reference().rate:
+    if not moving and recipe.reference.rate != sections.ReferenceSection().rate:
         yield ("reference", "rate"), "the reference never moves: say after how many steps with `reference.every`"
     plays = "opponents" in recipe.rollout.every_option
     if plays and recipe.opponent is None:
@@ -258,7 +258,7 @@ def _player_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
 
 
 def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    full = sections.SamplingOptions()
+    full = sections.SamplingSection()
     for name in ("top_p", "top_k", "min_p"):
         value, neutral = getattr(recipe.sampling, name), getattr(full, name)
         if value != neutral:

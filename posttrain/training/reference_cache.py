@@ -96,15 +96,15 @@ def with_reference(learner: Learner, examples: Examples, schedule: Sequence[Sequ
     Args:
         schedule: the groups of each step of the run, over all ranks.
     """
-    runtime = learner.runtime
-    about = runtime.from_main(lambda: describe_key(learner, examples))
+    processes = learner.processes
+    about = processes.from_main(lambda: describe_key(learner, examples))
     folder = cache_folder(learner.recipe) / key_of(about)
-    runtime.from_main(lambda: _open(folder, about))
-    known = runtime.from_main(lambda: sorted(read_shards(folder)))
+    processes.from_main(lambda: _open(folder, about))
+    known = processes.from_main(lambda: sorted(read_shards(folder)))
     missing = first_draws(schedule, set(known))
     if missing:
-        runtime.together(lambda: compute(learner, examples, missing, folder))
-        runtime.barrier()
+        processes.together(lambda: compute(learner, examples, missing, folder))
+        processes.barrier()
     return ReferencedExamples(examples, read_shards(folder))
 
 
@@ -126,11 +126,11 @@ def first_draws(schedule: Sequence[Sequence[int]], known: set[int]) -> list[tupl
 
 def compute(learner: Learner, examples: Examples, steps: Sequence[tuple[list[int], set[int]]], folder: Path) -> None:
     """Scores this rank's share of each step as the run will draw it, and writes shards of what is new."""
-    runtime, results = learner.runtime, {}
+    processes, results = learner.processes, {}
     written = time.monotonic()
-    with Progress(len(steps), active=runtime.is_main, columns=(), unit="reference log-probs, batch") as progress:
+    with Progress(len(steps), active=processes.is_main, columns=(), unit="reference log-probs, batch") as progress:
         for number, (index, new) in enumerate(steps, start=1):
-            if mine := share_of(index, runtime):
+            if mine := share_of(index, processes):
                 batch = examples.batch(mine)
                 logp = reference_logp(learner, batch)
                 results |= {i: values for i, values in zip(mine, by_group(batch, logp), strict=True) if i in new}

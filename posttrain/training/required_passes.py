@@ -234,7 +234,7 @@ def _probe_batch(*, every_next: bool = False, baseline: bool = False) -> Batch:
         logp_sampler=logp,
         version=torch.zeros(n, dtype=torch.long),
         step_id=torch.where(mask, 0, -1),
-        greedy=torch.tensor([False, False, False, True] * 2),
+        baseline_only=torch.tensor([False, False, False, True] * 2),
         rows=tuple(_AnyRow() for _ in range(n)),
         texts=tuple("" for _ in range(n)),
         score=score,
@@ -246,10 +246,10 @@ def _probe_batch(*, every_next: bool = False, baseline: bool = False) -> Batch:
         value=torch.rand(n, columns, generator=generator),
         value_next=torch.rand(n, columns, generator=generator) if every_next else None,
         advantage=noise,
-        weight=mask / mask.sum(),
+        loss_share=mask / mask.sum(),
         baseline=torch.zeros(n) if baseline else None,
         target=torch.rand(n, columns, generator=generator),
-        value_weight=mask / mask.sum(),
+        value_share=mask / mask.sum(),
     )
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from posttrain.data import PromptSampler, Rows, check_columns, load_rows
 from posttrain.data.examples.columns import read_numbers
-from posttrain.data.examples.dataset_examples import Examples, GivenExamples
+from posttrain.data.examples.dataset_examples import DatasetExamples, Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
-from posttrain.models.joint import Trained
+from posttrain.models.joint import JointModel
 from posttrain.models.load import DTYPES, load_model
 from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value import target_copy
@@ -29,11 +29,12 @@ from posttrain.output.run_folder import RunFolder, changed_settings, open_run
 from posttrain.parts.value_losses import SOFT
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.recipe.sections import Value
+from posttrain.recipe.sections import ValueSection
 from posttrain.rollout.collect import Source, in_order
+from posttrain.system.processes import Processes
 from posttrain.training.learner import Learner
-from posttrain.training.optimiser import Group, Runtime
-from posttrain.training.other_policies import Players, adapted_copy, check_twins
+from posttrain.training.optimiser import Group, Optimiser
+from posttrain.training.other_policies import OtherPolicies, adapted_copy, check_twins
 from posttrain.training.recipe import Recipe
 from posttrain.training.reference_cache import schedule_of, uses_cache, with_reference
 from posttrain.training.required_passes import Needs
@@ -66,7 +67,7 @@ class TrainingRun:
     """Everything that lives as long as a run."""
 
     recipe: Recipe
-    runtime: Runtime
+    processes: Processes
     folder: RunFolder
     learner: Learner
     tokenizer: Any
@@ -104,25 +105,25 @@ def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -
 
 
 def load_examples(
-    part: Part, data: sections.Data, tokenizer: Any, base: Path | None, numbers: Sequence[str]
+    part: Part, data: sections.DataSection, tokenizer: Any, base: Path | None, numbers: Sequence[str]
 ) -> Examples:
     """Given completions, with the columns of numbers that other parts read."""
     examples = part(data, tokenizer, base)
-    if isinstance(examples, GivenExamples):
+    if isinstance(examples, DatasetExamples):
         examples.check_numbers(numbers)
     return examples
 
 
-def refuse_uneven_prompts(recipe: Recipe, runtime: Runtime) -> None:
+def refuse_uneven_prompts(recipe: Recipe, processes: Processes) -> None:
     """Every rank takes an equal share of the prompts of a step.
 
     Raises:
         UserError: with the nearest number that works.
     """
-    if recipe.prompts_per_step % runtime.world:
-        better = -(-recipe.prompts_per_step // runtime.world) * runtime.world
+    if recipe.prompts_per_step % processes.world:
+        better = -(-recipe.prompts_per_step // processes.world) * processes.world
         raise UserError(
-            f"prompts_per_step: {recipe.prompts_per_step} prompts cannot be shared equally by {runtime.world} "
+            f"prompts_per_step: {recipe.prompts_per_step} prompts cannot be shared equally by {processes.world} "
             f"processes; --prompts_per_step={better} can"
         )
 
@@ -139,14 +140,14 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
     return open_run(path, recipe.resolved, resume=resume)
 
 
-def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
+def build_learner(recipe: Recipe, needs: Needs, processes: Processes) -> Learner:
     """The models of a run: those with a loss prepared for training, the others beside them where they are needed."""
     torch.manual_seed(recipe.seed)  # adapters and heads of several members start from random weights
     policy = build_policy(recipe.policy)
-    players = build_players(recipe, needs, runtime, policy)
+    players = build_players(recipe, needs, processes, policy)
     value = slow = None
     if needs.value_model:
-        value = build_value(recipe.value or Value(), recipe.policy, policy, **value_kind(recipe))
+        value = build_value(recipe.value or ValueSection(), recipe.policy, policy, **value_kind(recipe))
     if value is not None and recipe.value is not None and recipe.value.target_rate is not None:
         slow = target_copy(value)
     groups: list[Group] = []
@@ -159,12 +160,13 @@ def build_learner(recipe: Recipe, needs: Needs, runtime: Runtime) -> Learner:
         mine = [p for p in policy.parameters() if p.requires_grad and id(p) not in others]
         groups.append(Group(mine, recipe.optimizer))
     if of_value:
-        groups.append(Group(of_value, (recipe.value or Value()).optimizer))
-    runtime.prepare(Trained(policy if recipe.loss else None, value if recipe.value_loss else None), groups)
+        groups.append(Group(of_value, (recipe.value or ValueSection()).optimizer))
+    trained = JointModel(policy if recipe.loss else None, value if recipe.value_loss else None)
+    optimiser = Optimiser(processes, trained, groups)
     for model in (policy, value, slow):
         if model is not None:
-            model.to(runtime.device)
-    return Learner(recipe, runtime, policy, players, value, slow, needs)
+            model.to(processes.device)
+    return Learner(recipe, processes, optimiser, policy, players, value, slow, needs)
 
 
 def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
@@ -178,26 +180,26 @@ def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
             parameter.requires_grad_(False)
 
 
-def build_players(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Players:
+def build_players(recipe: Recipe, needs: Needs, processes: Processes, policy: Policy) -> OtherPolicies:
     """Who stands beside the policy.
 
     Raises:
         UserError: where a reference is to move that nothing reads, or that cannot; where looking ahead is asked of
             DeepSpeed, whose shards of the optimiser cannot be put back.
     """
-    if recipe.extragradient and runtime.uses_deepspeed:
+    if recipe.extragradient and processes.uses_deepspeed:
         raise UserError("extragradient: DeepSpeed's sharded optimiser cannot be put back a step; launch without it")
     opponent = recipe.opponent
     average = None
     if opponent is not None and opponent.average is not None:
-        average = Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval().to(runtime.device)
-    reference = build_reference(recipe, needs, runtime, policy)
+        average = Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval().to(processes.device)
+    reference = build_reference(recipe, needs, processes, policy)
     if reference is not None and recipe.reference.every is not None:
         check_twins(reference, policy)
-    return Players(policy, reference, average, recipe)
+    return OtherPolicies(policy, reference, average, recipe)
 
 
-def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Policy) -> Policy | None:
+def build_reference(recipe: Recipe, needs: Needs, processes: Processes, policy: Policy) -> Policy | None:
     """The reference policy where one is needed beside the policy, which may be its own without its adapters.
 
     Raises:
@@ -216,10 +218,10 @@ def build_reference(recipe: Recipe, needs: Needs, runtime: Runtime, policy: Poli
         return None
     # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters
     # stand on weights in the recipe's dtype, and DeepSpeed puts all weights into it; else they are float32.
-    in_recipe_dtype = policy.has_adapters or runtime.uses_deepspeed
+    in_recipe_dtype = policy.has_adapters or processes.uses_deepspeed
     dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
     model = load_model(recipe.policy, dtype=dtype, model=other)
-    return Policy(model).requires_grad_(False).eval().to(runtime.device)
+    return Policy(model).requires_grad_(False).eval().to(processes.device)
 
 
 def with_cached_reference(learner: Learner, material: Material) -> Material:

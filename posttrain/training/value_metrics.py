@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish, identity
-from posttrain.training.optimiser import Runtime
+from posttrain.system.processes import Processes
 
 AllSum = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks; the identity in a run of one process."""
@@ -63,7 +63,7 @@ def states_of(
         outcome: of each completion; NaN: unknown.
         at: where there are predictions, such as ``batch.states``.
     """
-    rows = torch.isfinite(outcome) & ~batch.greedy
+    rows = torch.isfinite(outcome) & ~batch.baseline_only
     chosen = (at & rows[:, None]).nonzero(as_tuple=True)
     count = batch.mask.cumsum(-1)
     last = torch.arange(batch.mask.shape[1]) == last_chosen(batch.mask)[:, None]
@@ -319,7 +319,9 @@ def agreement(
     }
 
 
-def value_metrics(batch: Batch, runtime: Runtime, *, support: Float[Tensor, " K"] | None = None) -> dict[str, float]:
+def value_metrics(
+    batch: Batch, processes: Processes, *, support: Float[Tensor, " K"] | None = None
+) -> dict[str, float]:
     """How good the critic of a training step is, as ``value/*`` metrics; none where a batch has no values or targets.
 
     ``value/clipped`` is the share of targets outside the ``support`` of a categorical head, which it cannot express.
@@ -331,7 +333,7 @@ def value_metrics(batch: Batch, runtime: Runtime, *, support: Float[Tensor, " K"
     value, target = batch.value[learned].double().cpu(), batch.target[learned].double().cpu()
     cut = (batch.finish != Finish.STOPPED) & batch.scored & batch.mask.any(-1)
     at_end = batch.value.gather(-1, last_chosen(batch.mask).clamp(min=0)[:, None]).squeeze(-1)
-    share = runtime.all_sum
+    share = processes.all_sum
     metrics = {
         "value/explained_variance": explained_variance(value, target, share),
         "value/mean": mean(value, share),

@@ -8,7 +8,7 @@ from typing import Any
 from posttrain.data.examples.columns import explicit_prompt, need
 from posttrain.data.read import read
 from posttrain.errors import DataError
-from posttrain.recipe.sections import Data
+from posttrain.recipe.sections import DataSection
 from reward_models.preference import ANSWERS, question
 
 
@@ -23,7 +23,7 @@ def comparisons(path: str, split: str = "train", name: str | None = None) -> Ite
     Raises:
         DataError: for a row that is not a pair.
     """
-    source = read(Data(path=path, split=split, name=name), None)
+    source = read(DataSection(path=path, split=split, name=name), None)
     need(source, ("chosen", "rejected"))
     for index, row in enumerate(source.rows):
         pair = explicit_prompt(dict(row))

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.examples.columns import clean, need, read_finishes
-from posttrain.data.examples.dataset_examples import Given, GivenExamples, with_mismatched
+from posttrain.data.examples.dataset_examples import DatasetExamples, EncodedCompletion, with_mismatched
 from posttrain.data.examples.encode import Encoded, Written, encode, turn_ids
 from posttrain.data.examples.groups import Group, Into, TooLong, convert, distinct, fit
 from posttrain.data.left_out import LeftOut, left_out
@@ -33,8 +33,8 @@ class Wanted:
 
 
 def completions(
-    rows: Rows, data: sections.Data, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
-) -> Iterator[Given]:
+    rows: Rows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
+) -> Iterator[EncodedCompletion]:
     """A column's completions, encoded, in the order of the rows."""
     need(rows, (column,))
     finishes = read_finishes(rows)
@@ -43,15 +43,15 @@ def completions(
         yield given_of(each, encoded)
 
 
-def given_of(written: Written, encoded: Encoded) -> Given:
+def given_of(written: Written, encoded: Encoded) -> EncodedCompletion:
     """The completion without a reward; the turns of several messages are its steps."""
     steps: np.ndarray | None = turn_ids(encoded.mask) if encoded.starts is None else None
-    return Given(encoded.tokens, encoded.mask, written.index, written.finish, step_id=steps)
+    return EncodedCompletion(encoded.tokens, encoded.mask, written.index, written.finish, step_id=steps)
 
 
 def make_examples(
     rows: Rows, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, wanted: Wanted
-) -> GivenExamples:
+) -> DatasetExamples:
     """Examples of the groups, with an account of what was left out or cut.
 
     Raises:
@@ -75,7 +75,7 @@ def make_examples(
         made = with_mismatched(made, wanted.max_tokens, rows.source.name)
     kept = {given.row for group in fitted.groups for given in group}
     used = {given.row for group in groups for given in group}
-    return GivenExamples(
+    return DatasetExamples(
         groups=made,
         columns=lambda row: {**rows[row], **wanted.columns.get(row, {})},
         place_of=rows.place,

@@ -59,7 +59,7 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class EncodedCompletion:
     """A prompt with a completion, as token ids."""
 
     tokens: np.ndarray  # int32 [length]
@@ -69,17 +69,17 @@ class Given:
     reward: float = float("nan")
     step_id: np.ndarray | None = None  # int32 [length], -1 off the mask; None: all one step
     step_reward: np.ndarray | None = None  # float32 [length], NaN at the end of a step without a label
-    greedy: bool = False  # serves as a baseline alone, and is never trained on
+    baseline_only: bool = False  # serves as a baseline alone, and is never trained on
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 @dataclass(frozen=True)
-class GivenExamples:
+class DatasetExamples:
     """Completions of a data set's rows, encoded once; see :class:`Examples`."""
 
-    groups: Sequence[Sequence[Given]]
+    groups: Sequence[Sequence[EncodedCompletion]]
     columns: Callable[[int], dict[str, Any]]  # of a row
     place_of: Callable[[int], str]  # of a row
     decode: Callable[[Sequence[int]], str]
@@ -130,7 +130,7 @@ class GivenExamples:
             logp_sampler=torch.where(mask, float("nan"), 0.0),
             version=torch.full((len(chosen),), -1),
             step_id=_padded([_step_id(given) for _, given in chosen], -1).long(),
-            greedy=torch.tensor([given.greedy for _, given in chosen], dtype=torch.bool),
+            baseline_only=torch.tensor([given.baseline_only for _, given in chosen], dtype=torch.bool),
             rows=tuple(rows[given.row] for _, given in chosen),
             texts=tuple(self.decode(given.tokens[given.mask].tolist()) for _, given in chosen),
             score=reward,
@@ -149,7 +149,9 @@ def fingerprint(groups: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]]) -> st
     return made.hexdigest()
 
 
-def with_mismatched(groups: Sequence[Sequence[Given]], longest: int | None, name: str) -> list[list[Given]]:
+def with_mismatched(
+    groups: Sequence[Sequence[EncodedCompletion]], longest: int | None, name: str
+) -> list[list[EncodedCompletion]]:
     """Groups with one more completion behind the same prompt: that of the next group with another prompt.
 
     Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. A completion that would make more than ``longest``
@@ -176,24 +178,24 @@ def with_mismatched(groups: Sequence[Sequence[Given]], longest: int | None, name
     return [[*group, *([new] if not longest or len(new) <= longest else [])] for group, new in pairs]
 
 
-def prompt_tokens(given: Given) -> int:
+def prompt_tokens(given: EncodedCompletion) -> int:
     """Tokens before the first that the policy is to have written."""
     return int(given.mask.argmax())
 
 
-def _behind(prompt: Given, other: Given) -> Given:
+def _behind(prompt: EncodedCompletion, other: EncodedCompletion) -> EncodedCompletion:
     """The completion of the one behind the prompt of the other, without a rating."""
     own, its = prompt_tokens(prompt), prompt_tokens(other)
     tokens = np.concatenate([prompt.tokens[:own], other.tokens[its:]])
     mask = np.concatenate([prompt.mask[:own], other.mask[its:]])
-    return Given(tokens, mask, prompt.row, other.finish, greedy=True)
+    return EncodedCompletion(tokens, mask, prompt.row, other.finish, baseline_only=True)
 
 
-def _step_id(given: Given) -> np.ndarray:
+def _step_id(given: EncodedCompletion) -> np.ndarray:
     return np.where(given.mask, 0, -1).astype(np.int32) if given.step_id is None else given.step_id
 
 
-def _step_reward(given: Given) -> np.ndarray:
+def _step_reward(given: EncodedCompletion) -> np.ndarray:
     return np.zeros(len(given), np.float32) if given.step_reward is None else given.step_reward
 
 

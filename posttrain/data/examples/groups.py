@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from posttrain.batch import Finish
-from posttrain.data.examples.dataset_examples import Given, prompt_tokens
+from posttrain.data.examples.dataset_examples import EncodedCompletion, prompt_tokens
 
-Group = Sequence[Given]
+Group = Sequence[EncodedCompletion]
 Into = Literal["groups", "pairs", "best_and_worst", "single"]
 """What groups become: as they are; a group for each two completions of different reward; one for the best and the worst
 completion; one for each completion."""
@@ -35,9 +35,9 @@ class Fitted(NamedTuple):
     indistinct: list[int]  # would be alike if they were cut
 
 
-def grouped(given: Sequence[Given], keys: Sequence[Hashable]) -> list[list[Given]]:
+def grouped(given: Sequence[EncodedCompletion], keys: Sequence[Hashable]) -> list[list[EncodedCompletion]]:
     """Completions of equal keys together."""
-    groups: dict[Hashable, list[Given]] = {}
+    groups: dict[Hashable, list[EncodedCompletion]] = {}
     for each, key in zip(given, keys, strict=True):
         groups.setdefault(key, []).append(each)
     return list(groups.values())
@@ -107,7 +107,7 @@ def _cut(fitted: Fitted, group: Group, longest: int, too_long: TooLong) -> None:
         fitted.cut.extend(rows)
 
 
-def cut_prompts(group: Group, longest: int) -> list[Given] | None:
+def cut_prompts(group: Group, longest: int) -> list[EncodedCompletion] | None:
     """The group without the beginning of its prompt; None where nothing of the prompt would be left."""
     excess = max(len(given) for given in group) - longest
     if any(prompt_tokens(given) <= excess for given in group):
@@ -115,14 +115,14 @@ def cut_prompts(group: Group, longest: int) -> list[Given] | None:
     return [_sliced(given, slice(excess, None)) for given in group]
 
 
-def cut_completions(group: Group, longest: int) -> list[Given] | None:
+def cut_completions(group: Group, longest: int) -> list[EncodedCompletion] | None:
     """The group without the ends of its longer completions; None where nothing of one would be left."""
     if any(prompt_tokens(given) >= longest for given in group):
         return None
     return [_sliced(given, slice(longest), Finish.LENGTH) if len(given) > longest else given for given in group]
 
 
-def _sliced(given: Given, part: slice, finish: Finish | None = None) -> Given:
+def _sliced(given: EncodedCompletion, part: slice, finish: Finish | None = None) -> EncodedCompletion:
     steps = (None if array is None else array[part] for array in (given.step_id, given.step_reward))
     step_id, step_reward = steps
     cut = replace(given, tokens=given.tokens[part], mask=given.mask[part], step_id=step_id, step_reward=step_reward)

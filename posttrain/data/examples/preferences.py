@@ -29,7 +29,7 @@ from posttrain.recipe import sections
 
 
 def pairs(
-    data: sections.Data,
+    data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -89,7 +89,7 @@ def pairs(
 
 
 def lists(
-    data: sections.Data,
+    data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,

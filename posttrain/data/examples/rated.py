@@ -29,7 +29,7 @@ from posttrain.data.examples.columns import (
     read_steps,
     split_messages,
 )
-from posttrain.data.examples.dataset_examples import Examples, Given
+from posttrain.data.examples.dataset_examples import EncodedCompletion, Examples
 from posttrain.data.examples.encode import Written, encode, ends_of, last_columns, step_ids
 from posttrain.data.examples.groups import Into, TooLong, grouped
 from posttrain.data.problems import Problems
@@ -39,7 +39,7 @@ from posttrain.recipe import sections
 
 
 def demonstrations(
-    data: sections.Data,
+    data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -68,7 +68,7 @@ def demonstrations(
 
 
 def rated(
-    data: sections.Data,
+    data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -110,7 +110,7 @@ def rated(
 
 
 def stepwise(
-    data: sections.Data,
+    data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -147,7 +147,7 @@ def stepwise(
             continue
         step_reward = np.zeros(len(each.tokens), np.float32)
         step_reward[last_columns(steps)] = labels[i]
-        groups.append([Given(each.tokens, each.mask, i, finishes[i], rewards[i], steps, step_reward)])
+        groups.append([EncodedCompletion(each.tokens, each.mask, i, finishes[i], rewards[i], steps, step_reward)])
     problems.raise_if_any()
     return make_examples(rows, groups, tokenizer, Wanted(max_tokens=max_tokens))
 

@@ -62,7 +62,7 @@ class StoredExamples:
 
 
 def rollouts(
-    data: sections.Data,
+    data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
     base: Path | None,
     *,
@@ -114,7 +114,7 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _files(data: sections.Data, base: Path | None, first_step: int, last_step: int | None) -> list[Path]:
+def _files(data: sections.DataSection, base: Path | None, first_step: int, last_step: int | None) -> list[Path]:
     path = find(data.path, base)
     if path is None:
         raise DataError(f"data.path {data.path!r}: there is no such file or folder of rollouts")

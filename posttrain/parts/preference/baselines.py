@@ -1,7 +1,7 @@
 """Baselines ``(batch) -> [N]``: what a score is measured against, from the whole batch before it is updated on.
 
 They read ``logp_old``, the policy's log-probs before the update, and sums over all ranks, so they do not depend on how
-the batch is split. ``batch.greedy`` marks completions that serve as a baseline alone and are dropped before the update.
+the batch is split. ``batch.baseline_only`` marks completions that serve as a baseline alone and are dropped before the update.
 
 Notation: s_i = Σ_t (log π_old(y_it) - log π_ref(y_it)), the log-ratio of completion i.
 """
@@ -25,16 +25,16 @@ def mismatched(batch: Batch) -> Float[Tensor, " N"]:
 
     b = max(0, mean_j s_j), over the baseline completions j of all ranks
 
-    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. Batches must hold a baseline completion (``greedy``)
+    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. Batches must hold a baseline completion (``baseline_only``)
     for each prompt: the completion of another one.
 
     Raises:
         ValueError: for a batch without any.
     """
-    count = batch.total(batch.greedy)
+    count = batch.total(batch.baseline_only)
     if count == 0:
         raise ValueError("mismatched: the batch holds no completion of another prompt to estimate the divergence from")
-    total = batch.total(_log_ratio(batch).where(batch.greedy, 0.0))
+    total = batch.total(_log_ratio(batch).where(batch.baseline_only, 0.0))
     return (total / count).clamp(min=0).expand(len(batch))
 
 

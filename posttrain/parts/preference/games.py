@@ -31,10 +31,10 @@ def rivals(batch: Batch, against: Rivals) -> Bool[Tensor, "N N"]:
 
     Args:
         against: the other completions of the group that are learned from, or those that are baselines alone
-            (``batch.greedy``), such as the opponent's.
+            (``batch.baseline_only``), such as the opponent's.
     """
     ours = labelled(batch)
-    theirs = ours if against == "group" else batch.greedy & batch.scored & batch.mask.any(-1)
+    theirs = ours if against == "group" else batch.baseline_only & batch.scored & batch.mask.any(-1)
     together = (batch.group[:, None] == batch.group) & ours[:, None] & theirs
     return together & ~torch.eye(len(batch), dtype=torch.bool, device=together.device)
 

@@ -52,7 +52,7 @@ class Lists(NamedTuple):
 
 def present(batch: Batch) -> Bool[Tensor, " N"]:
     """Completions that hold a token to train on."""
-    return batch.mask.any(-1) & ~batch.greedy
+    return batch.mask.any(-1) & ~batch.baseline_only
 
 
 def labelled(batch: Batch) -> Bool[Tensor, " N"]:

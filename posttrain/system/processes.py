@@ -1,0 +1,190 @@
+"""The processes of a run: ranks, devices and what they tell each other. Accelerate starts and joins them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+
+
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        dtype: ``float32``, or ``bfloat16`` for a forward pass under autocast.
+
+    Raises:
+        UserError: where a launcher was asked for several processes and only one would train, with what to type instead.
+    """
+
+    def __init__(self, *, dtype: str = "float32") -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        refuse_hidden_single_process(os.environ)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every process that imports DeepSpeed warns of it
+        use_cpu, deepspeed = not torch.cuda.is_available(), _asked_for_deepspeed(os.environ)
+        handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and deepspeed else []
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if dtype == "bfloat16" else "no",
+            cpu=use_cpu and not deepspeed,
+            kwargs_handlers=handlers,
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        refuse_lost_processes(os.environ, self.world)
+        self.is_main = self.rank == 0
+        self.uses_deepspeed = deepspeed
+        self._before_end: list[Callable[[], None]] = []
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, on the tensor's own device."""
+        if self.world == 1:
+            return tensor
+        reduced = tensor.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(reduced)
+        return reduced.to(tensor.device)
+
+    def all_max(self, value: int) -> int:
+        """Largest of an integer over all ranks."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable object from every rank, in order of rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on the main process, on every process. Its error, if any, is raised on all."""
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = make()
+            except Exception as raised:
+                error = raised
+        if self.world > 1:
+            shared = [result, None if error is None else _portable(error)]
+            torch.distributed.broadcast_object_list(shared)
+            result, error = shared[0], error or shared[1]
+        if error is not None:
+            raise error
+        return result
+
+    def together(self, make: Callable[[], Any]) -> Any:
+        """Calls ``make`` on every rank; an error on any of them is raised on all, so that all can act on it alike."""
+        if self.world == 1:
+            return make()
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = make()
+        except Exception as raised:
+            error = raised
+        errors = self.gather(None if error is None else _portable(error))
+        first = next((rank for rank, other in enumerate(errors) if other is not None), None)
+        if first is not None:
+            raise error if error is not None and first == self.rank else errors[first]
+        return result
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the forward pass of a model under training, for models that are not trained."""
+        return self.accelerator.autocast()
+
+    def before_end(self, release: Callable[[], None]) -> None:
+        """Registers what to call before the processes part: it lets go of models that ranks share."""
+        self._before_end.append(release)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the process group. Models are freed first, then all ranks meet: the other order can deadlock gloo.
+
+        Args:
+            failed: this rank stops on an error. The others may not know of it and wait in a collective operation, where
+                meeting them would take forever: this process just goes, and then the launcher ends the others.
+        """
+        if failed and self.world > 1:
+            return
+        for release in self._before_end:
+            release()
+        self.accelerator.free_memory()
+        gc.collect()
+        if self.world > 1:
+            self.barrier()
+        self.accelerator.end_training()
+        if self.world == 1:  # a further run in this process may want another precision
+            from accelerate.state import AcceleratorState, GradientState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error if other processes can be told of it as it is, else its type and message."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _asked_for_deepspeed(environment: Mapping[str, str]) -> bool:
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+_SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def refuse_hidden_single_process(environment: Mapping[str, str]) -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing; this does.
+
+    Raises:
+        UserError: with the command that starts several.
+    """
+    use_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if use_cpu and "MASTER_ADDR" in environment and not any(name in environment for name in _RANK_VARIABLES):
+        raise UserError(
+            "accelerate was asked for several processes on CPU and started only this one (its `--cpu` and MULTI_CPU "
+            "need MPI). For N processes on CPU:\n"
+            "  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N RECIPE"
+        )
+
+
+def refuse_lost_processes(environment: Mapping[str, str], world: int) -> None:
+    """Every rank would train alone if the launcher's world were not the trainer's.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    for name in _SIZE_VARIABLES:
+        expected = int(environment.get(name, "1"))
+        if expected > 1 and expected != world:
+            raise UserError(
+                f"the launcher started {expected} processes ({name}={expected}) but this one sees {world}: each would "
+                "train alone. Launch with `accelerate launch --multi_gpu` or `--use_deepspeed`, or start one process."
+            )

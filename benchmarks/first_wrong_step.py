@@ -54,7 +54,7 @@ verify: [{{use: math}}]
 sampling: {{max_tokens: 64}}
 engine: {{use: {engine}, max_concurrent: 256}}
 completions: {completions}
-label: {{method: {method}, branches: {branches}}}
+label: {{method: {method}, completions: {branches}}}
 output: {folder}/{output}
 seed: {seed}
 """

@@ -256,7 +256,7 @@ SMALL = {
     "tq_star_indirect": [
         "--decoder.k=2",
         "--decoder.score.engine=transformers",
-        "--decoder.score.n=2",
+        "--decoder.score.completions=2",
         "--decoder.score.max_tokens=8",
     ],
     "smc_bounds": ["--decoder.highest=4", "--decoder.population.particles=3", "--decoder.population.strength=0.5"],

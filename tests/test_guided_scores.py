@@ -62,7 +62,7 @@ def decoded(decoder: Part, world: World, context: DecoderContext) -> dict[String
 def test_direct_transfer_guides_by_the_mean_reward_of_the_aligned_policys_rollouts() -> None:
     aligned = quarters()
     plain = make_world(8, vocabulary=2, length=3)
-    decoder = decoder_of("tq_star", aligned, policy="aligned", n=64, temperature=1.0, horizon=None)
+    decoder = decoder_of("tq_star", aligned, policy="aligned", completions=64, temperature=1.0, horizon=None)
     law = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
     expected_law = shaped_by(World(plain.logits, aligned.reward, 2, 3), aligned.mean_values())
     assert distance(law, expected_law) < 1e-12
@@ -76,7 +76,7 @@ def test_indirect_transfer_guides_by_the_value_of_the_policy_aligned_to_the_rewa
     weights = {y: p * math.exp(-other[y] / beta) for y, p in aligned.strings.items()}
     plain = as_world(aligned, {y: w / sum(weights.values()) for y, w in weights.items()})
     tilt = {y: (r - other[y]) / beta for y, r in aligned.reward.items()}
-    decoder = decoder_of("tq_star_indirect", aligned, tilt, policy="aligned", n=64)
+    decoder = decoder_of("tq_star_indirect", aligned, tilt, policy="aligned", completions=64)
     law = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
     values = expected(plain, plain.tilted(), lambda y, prefix: plain.reward[y])
     assert distance(law, shaped_by(plain, values)) < 1e-10
@@ -136,7 +136,7 @@ def test_a_rollout_is_of_the_engine_that_is_guided() -> None:
     built = decoders.population(
         engine,
         context_of(),
-        score=Part.of(scores.rollout, reward=lambda context: table_score(world.reward), max_tokens=3, n=64),
+        score=Part.of(scores.rollout, reward=lambda context: table_score(world.reward), max_tokens=3, completions=64),
     )
     assert built.score.engine is engine  # type: ignore[attr-defined]
 

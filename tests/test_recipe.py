@@ -420,6 +420,11 @@ BROKEN = {
     "override through a scalar": (GOOD, ["--steps.many=1"], ["command line: --steps.many=1", "has no key 'many'"]),
     "override without a value": (GOOD, ["--steps"], ["command line: --steps", "--section.key=value"]),
     "nucleus sampling": (edit("max_tokens: 64", "top_p: 0.9"), [], ["r.yaml:12:3: sampling.top_p", "full softmax"]),
+    "samples a prompt by their old name": (
+        GOOD,
+        ["--evaluate={data: {path: x}, n: 2}", "--value.branches.n=2"],
+        [("--evaluate", "did you mean 'completions'"), ("--value.branches.n=2", "did you mean 'completions'")],
+    ),
     "greedy sampling": (GOOD, ["--sampling.temperature=0"], ["command line: --sampling.temperature=0", "greedily"]),
     "group of one": (
         GOOD,

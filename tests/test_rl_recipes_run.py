@@ -102,7 +102,7 @@ def smaller(name: str, folder: Path, model: Path, request: pytest.FixtureRequest
     if recipe.value is not None and recipe.value.ready_at is not None:
         own["value.ready_at"] = -100
     if recipe.value is not None and recipe.value.branches is not None:
-        own["value.branches.n"] = 2
+        own["value.branches.completions"] = 2
     for place, saved in named_models(recipe).items():
         own[place] = request.getfixturevalue("value_models")[saved]
     return load_recipe(path, flags(tiny(model, folder / "run", **own)))

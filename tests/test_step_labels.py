@@ -76,7 +76,7 @@ def label(batch, **chosen):
 
 def test_soft_labels_are_the_chance_of_a_right_answer():
     k = 150
-    labelled = label(solutions("1111", "1101"), estimate="soft", branches=k)
+    labelled = label(solutions("1111", "1101"), estimate="soft", completions=k)
     for each, right_so_far in ((labelled[0], 4), (labelled[1], 2)):
         assert each.branches == [k, k, k, 1]
         for step in range(STEPS - 1):
@@ -88,18 +88,18 @@ def test_soft_labels_are_the_chance_of_a_right_answer():
 
 
 def test_hard_labels_are_1_up_to_the_first_wrong_step():
-    labelled = label(solutions("1111", "1101", "0111", "1110"), branches=40)
+    labelled = label(solutions("1111", "1101", "0111", "1110"), completions=40)
     assert [each.labels for each in labelled] == [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
     assert labelled[0].estimates[0] == pytest.approx(RIGHT**3, abs=0.35) and labelled[0].estimates[0] < 1
 
 
 def test_binary_search_finds_the_same_with_fewer_branches():
     batch = solutions("1111", "1101", "0111", "1110", "1011")
-    each_step, searched = label(batch, branches=40), label(batch, branches=40, method="binary_search")
+    each_step, searched = label(batch, completions=40), label(batch, completions=40, method="binary_search")
     assert [a.labels for a in searched] == [b.labels for b in each_step]
     looked = [sum(count > 0 for count in each.branches[:-1]) for each in searched]
     assert looked == [0, 2, 2, 2, 2]  # log2 of 4 steps, and none where the solution is right
-    soft = label(batch, branches=40, method="binary_search", estimate="soft")
+    soft = label(batch, completions=40, method="binary_search", estimate="soft")
     for each, hard in zip(soft, searched, strict=True):
         assert [label is not None for label in each.labels] == [count > 0 for count in each.branches]
         assert each.labels == hard.estimates
@@ -116,7 +116,7 @@ def test_search_of_any_length_takes_log2_rounds(first_wrong: int, extra: int):
         rounds.append(len(prefixes))
         return torch.tensor([[float(len(prefix.chosen) <= first_wrong)] for prefix in prefixes])
 
-    (found,) = binary_search([solution], oracle, StepLabels(method="binary_search", branches=1))
+    (found,) = binary_search([solution], oracle, StepLabels(method="binary_search", completions=1))
     assert found.labels == [1.0] * first_wrong + [0.0] * extra
     assert len(rounds) <= math.ceil(math.log2(steps)) if steps > 1 else not rounds
 
@@ -158,7 +158,7 @@ def test_labels_from_a_file_to_examples(tmp_path: Path, tiny_model_folder: Path,
     (tmp_path / "labels.yaml").write_text(
         f"policy: {{model: {tiny_model_folder}}}\ndata: {{path: problems.jsonl}}\n"
         f"verify: [{{use: {__file__}:has_an_e}}]\nsampling: {{max_tokens: 24}}\nengine: {{use: transformers}}\n"
-        "completions: 6\nlabel: {separator: ' ', branches: 2}\noutput: labels/steps.jsonl\n"
+        "completions: 6\nlabel: {separator: ' ', completions: 2}\noutput: labels/steps.jsonl\n"
     )
     path = run_labels("labels.yaml", ["--label.estimate=soft"])
     written = [json.loads(line) for line in path.read_text().splitlines()]
@@ -185,7 +185,7 @@ def has_an_e(completion: str) -> float:
 
 
 def test_rows_hold_the_data_sets_columns(tmp_path: Path):
-    labelled = label(solutions("1101"), branches=20)
+    labelled = label(solutions("1101"), completions=20)
     write_rows(tmp_path / "deep" / "rows.jsonl", map(to_row, labelled))
     (row,) = [json.loads(line) for line in (tmp_path / "deep" / "rows.jsonl").read_text().splitlines()]
     assert row["prompt"] == "p" and row["answer"] == "1\n1\n1\n1"

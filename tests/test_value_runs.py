@@ -130,7 +130,7 @@ def test_the_policy_waits_for_its_critic(tmp_path: Path, tiny_model_folder: Path
 
 def test_values_from_branches(tmp_path: Path, tiny_model_folder: Path) -> None:
     """The value of the prompt is the mean score of the branches from it, the same for its whole group."""
-    changes = {"value": {"branches": {"n": 3, "separator": "0"}}, "steps": 2}
+    changes = {"value": {"branches": {"completions": 3, "separator": "0"}}, "steps": 2}
     changes["advantage"] = {"use": "value_change", "level": "step", "last": "reward"}
     metrics = start(tmp_path, tiny_model_folder, **changes)
     assert all(m["grad_norm"] > 0 for m in metrics)

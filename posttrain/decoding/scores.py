@@ -108,7 +108,7 @@ def rollout(
     reward: Score,
     max_tokens: PositiveCount,
     policy: ModelPath | None = None,
-    n: PositiveCount = 1,
+    completions: PositiveCount = 1,
     horizon: PositiveCount | None = None,
     temperature: NonNegative = 1.0,
     tilt: OptionalScore = None,
@@ -116,7 +116,7 @@ def rollout(
     beta: Positive | None = None,
     engine: Literal["auto", "vllm", "transformers"] = "auto",
 ) -> PrefixScore:
-    """Q(s) = Σ_j w_j r_j / Σ_j w_j over n completions of the prefix, with w_j = exp(tilt_j), or 1 without a tilt.
+    """Q(s) = Σ_j w_j r_j / Σ_j w_j over K completions of the prefix, with w_j = exp(tilt_j), or 1 without a tilt.
 
     TQ*, Chakraborty et al. 2024, arXiv:2405.20495; one greedy completion is SVDD-PM's guess, Li et al. 2024,
     arXiv:2408.08252. See :class:`posttrain.decoding.prefix_scores.RolloutScore`.
@@ -125,7 +125,7 @@ def rollout(
         reward: of completions: a score such as that of a reward model.
         max_tokens: longest completion, of which the prefix is a part: the recipe's ``sampling.max_tokens``.
         policy: what rolls out, a language model of the same vocabulary; default: the policy itself, on its own engine.
-        n: completions of a prefix.
+        completions: K, of a prefix.
         horizon: tokens after which a rollout is scored as it is; TQ*'s code takes 20.
         temperature: of the rollouts; 0 is greedy.
         tilt: log of a completion's weight, where the rollouts are of another policy than the one whose value is meant.
@@ -149,7 +149,7 @@ def rollout(
         engine=context.engine if policy is None else context.engine_of(policy, engine),
         reward=reward(context),
         sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
-        n=n,
+        n=completions,
         horizon=horizon,
         tilt=None if tilt is None else tilt(context),
         kind=kind,

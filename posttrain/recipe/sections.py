@@ -84,7 +84,7 @@ class HeadSection:
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class BranchesSection:
-    n: int = Field(default=9, ge=1)
+    completions: int = Field(default=9, ge=1)
     """Completions of each prefix."""
     separator: str = Field(default="\n", min_length=1)
     """What a reasoning step ends with."""
@@ -182,7 +182,7 @@ class EvaluationSection:
     """Held-out completions, read by the recipe's ``examples`` part: how the policy judges them."""
     every: int = Field(default=50, ge=1)
     """Steps between evaluations; one more is made before the first step and one after the last."""
-    n: int = Field(default=1, ge=1)
+    completions: int = Field(default=1, ge=1)
     """Completions a prompt; the score is their mean."""
     guided: bool = False
     """The recipe's ``decoder`` completes the prompts. By default the policy alone does."""

@@ -71,9 +71,15 @@ def dotted(location: Location) -> str:
     return ".".join(map(str, location))
 
 
+RENAMED = {"n": "completions", "branches": "completions"}
+"""Keys that had another name before: ``evaluate.n``, ``value.branches.n``, ``label.branches``."""
+
+
 def suggestion(name: object, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` for a near miss, otherwise the names there are."""
     known = sorted(set(known))
+    if RENAMED.get(str(name)) in known:
+        return f"did you mean {RENAMED[str(name)]!r}, which was {str(name)!r} before?"
     lowered = {candidate.lower(): candidate for candidate in known}
     if match := difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.6):
         return f"did you mean {lowered[match[0]]!r}?"

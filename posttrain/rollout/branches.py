@@ -129,7 +129,7 @@ def branch_values(source: Source, batch: Batch, options: BranchesSection, sampli
     for row, column in (step_starts(batch) & trained[:, None]).nonzero().tolist():
         places.setdefault(tuple(batch.tokens[row, :column].tolist()), []).append((row, column - 1))
     prefixes = [prefix_at(batch, *where[0], seed) for where in places.values()]
-    estimates = branch_estimate(continue_prefixes(source, prefixes, options.n, sampling)).nan_to_num(0.0)
+    estimates = branch_estimate(continue_prefixes(source, prefixes, options.completions, sampling)).nan_to_num(0.0)
     value = torch.zeros_like(batch.logp_sampler)
     for estimate, where in zip(estimates.tolist(), places.values(), strict=True):
         for row, state in where:

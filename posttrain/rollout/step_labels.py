@@ -39,8 +39,8 @@ class StepLabels:
     the search for the first error looks (OmegaPRM); right solutions need none."""
     estimate: Literal["hard", "soft"] = "hard"
     """hard: 1 where a branch is right, else 0. soft: the share of branches that are right."""
-    branches: int = Field(default=8, ge=1)
-    """Continuations a state."""
+    completions: int = Field(default=8, ge=1)
+    """Continuations of a state."""
     separator: str = Field(default="\n", min_length=1)
     """What a step ends with; several in a row count as one end."""
     threshold: float = 0.0
@@ -173,7 +173,7 @@ def make_step_labels(
         seed: of the branches.
     """
     solutions = find_solutions(batch, decode, options.separator, seed)
-    branch = partial(continue_prefixes, source, n=options.branches, sampling=sampling)
+    branch = partial(continue_prefixes, source, n=options.completions, sampling=sampling)
     return (each_step if options.method == "each_step" else binary_search)(solutions, branch, options)
 
 

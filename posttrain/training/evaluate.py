@@ -21,7 +21,7 @@ from posttrain.training.metrics import add_sums, mean_sums, preference_sums
 def evaluate(
     options: EvaluationSection, processes: Processes, source: Source, rows: Rows, *, seed: int
 ) -> dict[str, float]:
-    """Mean score of ``options.n`` completions of every row, shared out over the ranks.
+    """Mean score of ``options.completions`` completions of every row, shared out over the ranks.
 
     The same seeds at every call: two evaluations differ by the policy alone.
 
@@ -33,7 +33,7 @@ def evaluate(
     mine = range(processes.rank, len(rows), processes.world)
     prompts = make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 1, mine))
     sampling = sampling_of(options.sampling)
-    batch, _ = processes.together(partial(generate_and_verify, source, prompts, options.n, sampling, {}))
+    batch, _ = processes.together(partial(generate_and_verify, source, prompts, options.completions, sampling, {}))
     sums = torch.zeros(6, dtype=torch.float64)
     if len(batch):
         score = batch.score[batch.scored].double()

@@ -283,11 +283,11 @@ def _sampling_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         )
     if recipe.evaluate and recipe.evaluate.guided and recipe.decoder is None:
         yield ("evaluate", "guided"), "needs a `decoder`: there is none, so the policy completes the prompts by itself"
-    if recipe.evaluate and recipe.evaluate.n > 1 and recipe.evaluate.sampling.temperature == 0:
+    if recipe.evaluate and recipe.evaluate.completions > 1 and recipe.evaluate.sampling.temperature == 0:
         yield (
-            ("evaluate", "n"),
-            f"{recipe.evaluate.n} completions a prompt at temperature 0 are all equal; set "
-            "`evaluate.sampling.temperature`, or `n: 1`",
+            ("evaluate", "completions"),
+            f"{recipe.evaluate.completions} completions a prompt at temperature 0 are all equal; set "
+            "`evaluate.sampling.temperature`, or `completions: 1`",
         )
 
 

@@ -1,0 +1,570 @@
+"""``posttrain serve``, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from exact_world import PROMPT, make_world, table_score
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from runs import environment
+from served import MESSAGES, Server, recipe_file, serving
+from tiny_values import save_random_value
+from transformers import AutoModelForCausalLM
+
+from posttrain.commands.cli import main
+from posttrain.decoding.nodes import best_first
+from posttrain.decoding.particles import tilted
+from posttrain.decoding.population import Population
+from posttrain.decoding.prefix_scores import FunctionScore
+from posttrain.decoding.shaping import Shaped
+from posttrain.decoding.tree import TreeSearch
+from posttrain.engines.base import Progress, Sampling
+from posttrain.engines.stepping import SteppingEngine
+from posttrain.models.value import ValueSpec
+from posttrain.models.value_files import load_value
+from posttrain.recipe import sections
+from posttrain.recipe.loading import load_as
+from posttrain.seeds import FreshSeeds
+from posttrain.serving.errors import ApiError
+from posttrain.serving.limits import Limit
+from posttrain.serving.protocol import ChatRequest, CompletionRequest, Guide
+from posttrain.serving.recipe import ServeRecipe
+from posttrain.serving.routing import Served
+from posttrain.serving.server import listening
+from posttrain.serving.text import TextStream
+from posttrain.serving.worker import Job, Worker
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
+
+
+@pytest.fixture(scope="module")
+def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A value model on the tiny decoder, with random weights in its head."""
+    spec = ValueSpec(head=sections.HeadSection(type="scalar"), shift=0.5, scale=2.0)
+    return save_random_value(tmp_path_factory.mktemp("value"), tiny_model_folder, spec)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Without a guide, on the transformers engine; one request runs, and two may wait."""
+    server = {"port": 0, "name": "tiny", "requests": 1, "queue": 2}
+    with serving(recipe_file(tmp_path_factory.mktemp("plain"), tiny_model_folder, server=server)) as made:
+        yield made
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.engine) for name in ("transformers", "vllm")]
+)
+def guided(request, tiny_model_folder: Path, value_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    if request.param == "vllm":
+        pytest.importorskip("vllm")
+    decoder = {"use": "shaped", "k": 4, "strength": 2.0, "score": {"use": "value", "model": str(value_folder)}}
+    path = recipe_file(tmp_path_factory.mktemp("guided"), tiny_model_folder, decoder=decoder)
+    with serving(path, f"--engine.use={request.param}") as made:
+        yield made
+
+
+def guide(strength: float) -> dict[str, Any]:
+    return {"guide": {"lambda": strength}, "return_token_ids": True}
+
+
+# ------------------------------------------------------------------------------------------------------- log-probs
+
+
+@torch.no_grad()
+def base_law(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + tokens])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def guided_law(model: Any, value: Any, prompt: list[int], tokens: list[int], strength: float) -> torch.Tensor:
+    """By definition: the four most probable tokens, each with the value of the text that it leads to."""
+    laws = []
+    for t, law in enumerate(base_law(model, prompt, tokens)):
+        top = law.topk(4)
+        extended = torch.tensor([[*prompt, *tokens[:t], int(token)] for token in top.indices])
+        states = torch.zeros_like(extended, dtype=torch.bool)
+        states[:, -1] = True
+        values = value(extended, states)[0][:, -1]
+        laws.append(torch.full_like(law, -torch.inf).scatter(0, top.indices, top.values + strength * values))
+    return torch.stack(laws).log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+
+
+def test_log_probs_are_those_of_a_forward_pass(guided: Server, model, value_folder: Path):
+    value = load_value(str(value_folder)).eval()
+    for body in ({"guide": False, "return_token_ids": True}, guide(0.0), guide(1.5), {"return_token_ids": True}):
+        (choice,) = guided.complete(seed=1, max_tokens=8, logprobs=0, extra_body=body).choices
+        tokens, prompt = choice.token_ids, choice.prompt_token_ids
+        strength = {"guide": 2.0}.get("guide", 0) if "guide" not in body else body["guide"] and body["guide"]["lambda"]
+        law = guided_law(model, value, prompt, tokens, strength) if strength else base_law(model, prompt, tokens)
+        expected = law.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+        assert choice.logprobs.token_logprobs == pytest.approx(expected, abs=1e-3)
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(tokens)
+        assert choice.logprobs.top_logprobs is None
+        assert ("measured" in choice.model_extra) == bool(strength)
+
+
+def test_log_probs_of_a_chat(guided: Server, model):
+    request = {"seed": 2, "max_tokens": 8, "logprobs": True}
+    (choice,) = guided.chat(**request, extra_body={"guide": False, "return_token_ids": True}).choices
+    tokens, prompt = choice.token_ids, choice.prompt_token_ids
+    assert guided.served.tokenizer.decode(prompt) == "<|user|>2+2<|end|><|assistant|>"
+    expected = base_law(model, prompt, tokens).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    assert [token.logprob for token in choice.logprobs.content] == pytest.approx(expected, abs=1e-3)
+    for token, number in zip(choice.logprobs.content, tokens, strict=True):
+        assert token.token == guided.served.tokenizer.decode([number])
+        assert token.bytes is None or bytes(token.bytes).decode() == token.token
+
+
+# ------------------------------------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("body", [{"guide": False}, {}, {"guide": {"strength": 0.5}}], ids=str)
+def test_a_stream_joined_is_the_whole(guided: Server, body: dict[str, Any]):
+    request = {"seed": 5, "n": 4, "logprobs": 0, "extra_body": body}
+    whole = guided.complete(**request)
+    texts, logps, finishes, pieces = [""] * 4, [[], [], [], []], [None] * 4, 0
+    for event in guided.complete(**request, stream=True, stream_options={"include_usage": True}):
+        if not event.choices:
+            assert event.usage == whole.usage
+            continue
+        assert event.usage is None
+        (choice,) = event.choices
+        texts[choice.index] += choice.text
+        logps[choice.index] += choice.logprobs.token_logprobs
+        finishes[choice.index] = choice.finish_reason
+        pieces += 1
+    assert texts == [choice.text for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3] and len(set(texts)) > 1
+    assert finishes == [choice.finish_reason for choice in whole.choices]
+    for one, choice in zip(logps, whole.choices, strict=True):
+        assert one == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
+    assert pieces == whole.usage.completion_tokens  # one at a time
+    assert whole.usage.prompt_tokens == 5
+
+
+def test_a_streamed_chat_joined_is_the_whole(guided: Server):
+    whole = guided.chat(seed=5, n=2)
+    events = list(guided.chat(seed=5, n=2, stream=True))
+    for index, choice in enumerate(whole.choices):
+        own = [event.choices[0] for event in events if event.choices[0].index == index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(piece.delta.content or "" for piece in own) == choice.message.content
+        assert own[-1].finish_reason == choice.finish_reason
+    assert {event.object for event in events} == {"chat.completion.chunk"}
+    assert len({event.id for event in events}) == 1
+
+
+def test_a_stop_string_ends_the_text_before_it(guided: Server):
+    (whole,) = guided.complete(seed=1).choices
+    stop = whole.text[3]
+    expected = whole.text[: whole.text.index(stop)]
+    stopped = guided.complete(seed=1, stop=["never to be seen", stop])
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (expected, "stop")
+    assert stopped.usage.completion_tokens < 12
+    events = [event.choices[0] for event in guided.complete(seed=1, stop=stop, stream=True)]
+    assert "".join(event.text for event in events) == expected
+    assert events[-1].finish_reason == "stop"
+    assert guided.idle()
+
+
+# ------------------------------------------------------------------------------------------------ several at a time
+
+
+def test_clients_with_different_strengths_at_once_do_not_mix(guided: Server):
+    asked = [{"seed": i, "logprobs": 0, "extra_body": guide(0.5 * (i % 4))} for i in range(8)]
+
+    def answer(request: dict[str, Any]) -> tuple[list[int], list[float]]:
+        (choice,) = guided.complete(["Hello", "Hi", "x"][request["seed"] % 3], **request).choices
+        return choice.token_ids, choice.logprobs.token_logprobs
+
+    alone = [answer(request) for request in asked]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(answer, asked))
+    for (tokens, logps), (expected, its) in zip(together, alone, strict=True):
+        assert tokens == expected
+        assert logps == pytest.approx(its, abs=1e-4)
+
+
+def test_prompts_of_a_request(guided: Server):
+    ids = guided.served.tokenizer("Hello")["input_ids"]
+    request = {"seed": 3, "n": 2, "extra_body": {"return_token_ids": True}}
+    single = guided.complete("Hello", **request)
+    assert [c.text for c in guided.complete(ids, **request).choices] == [c.text for c in single.choices]
+    both = guided.complete([ids, [5, 6]], **request)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert [choice.prompt_token_ids for choice in both.choices] == [ids, ids, [5, 6], [5, 6]]
+    assert [c.text for c in both.choices[:2]] == [c.text for c in single.choices]
+    twice = guided.complete(["Hello", "Hello"], **request)
+    assert twice.choices[0].text != twice.choices[2].text  # each prompt has a seed of its own
+    assert both.usage.prompt_tokens == len(ids) + 2
+
+
+def test_a_client_that_hangs_up_is_sampled_for_no_longer(guided: Server):
+    endless = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
+    stream = guided.complete(stream=True, **endless)
+    next(iter(stream))
+    stream.close()
+    assert guided.idle()
+    with pytest.raises(openai.APITimeoutError):
+        guided.client.with_options(timeout=0.05).completions.create(model="tiny", prompt="Hello", **endless)
+    assert guided.idle()
+
+
+def test_a_score_that_fails_is_told_to_its_own_requests(guided: Server, monkeypatch: pytest.MonkeyPatch):
+    expected = guided.complete(seed=1, extra_body={"guide": False}).choices[0].text
+
+    def broken(prefixes: Any) -> list[float]:
+        raise ArithmeticError("no value")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guided.served.decoder, "score", FunctionScore(function=broken))
+        with ThreadPoolExecutor(2) as pool:
+            plain = pool.submit(guided.complete, seed=1, extra_body={"guide": False})
+            failing = pool.submit(guided.complete, seed=1)
+            with pytest.raises(openai.InternalServerError, match="ArithmeticError: no value"):
+                failing.result()
+            assert plain.result().choices[0].text == expected
+        with pytest.raises(openai.APIError, match="ArithmeticError: no value"):
+            list(guided.complete(seed=1, stream=True))
+    assert guided.complete(seed=1).choices[0].finish_reason == "length"
+
+
+# ------------------------------------------------------------------------------------------------------ the limit
+
+
+def held(server: Server, seed: int) -> Any:
+    """A request that takes a while."""
+    return server.complete(seed=seed, max_tokens=60, extra_body={"ignore_eos": True})
+
+
+@pytest.mark.engine
+def test_requests_over_the_limit_wait_or_are_refused_and_none_is_lost(plain: Server):
+    alone = [held(plain, seed).choices[0].text for seed in range(3)]
+    answers: dict[int, str] = {}
+    refused: list[openai.RateLimitError] = []
+
+    def ask(seed: int) -> None:
+        try:
+            answers[seed] = held(plain, seed % 3).choices[0].text
+        except openai.RateLimitError as error:
+            refused.append(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert len(answers) + len(refused) == 8 and len(answers) >= 3 and refused
+    assert all(text == alone[seed % 3] for seed, text in answers.items())
+    body: Any = refused[0].body
+    assert (refused[0].status_code, body["type"], body["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
+    assert refused[0].response.headers["retry-after"] == "1"
+    assert held(plain, 0).choices[0].text == alone[0]  # the slots are free again
+
+
+def test_who_hangs_up_in_the_queue_frees_the_place(plain: Server):
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(held, plain, 0)
+        time.sleep(0.05)
+        with pytest.raises(openai.APITimeoutError):
+            plain.client.with_options(timeout=0.05).completions.create(model="tiny", prompt="x", max_tokens=100)
+        first.result()
+    assert plain.served.limit.waiting == 0
+    assert plain.complete(seed=1).choices[0].text
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"model": "other"}, 404, "model", "this server has 'tiny'"),
+    ({"prompt": []}, 400, "prompt", "a list of token ids"),
+    ({"prompt": ""}, 400, "prompt", "is empty"),
+    ({"prompt": [1, "a"]}, 400, "prompt", "a list of token ids"),
+    ({"prompt": [7, 100000]}, 400, "prompt", "token 100000"),
+    ({"prompt": None}, 400, "prompt", "should be a string"),
+    ({"prompt": "x" * 200}, 400, "prompt", "maximum context length is 160 tokens: the prompt has 200"),
+    ({"max_tokens": 156}, 400, "max_tokens", "the prompt has 5, and max_tokens 156"),
+    ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    ({"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
+    ({"n": 0}, 400, "n", "greater than or equal to 1"),
+    ({"temprature": 1.0}, 400, "temprature", "unknown argument"),
+    ({"logprobs": 5}, 400, None, "logprobs: "),
+    ({"echo": True}, 400, None, "echo: "),
+    ({"best_of": 3}, 400, None, "best_of: "),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+    ({"stop": [""]}, 400, "stop", "at least 1 character"),
+    ({"stream_options": {"include_usage": True}}, 400, None, "stream: true"),
+    ({"guide": {"strength": 1.0}}, 400, "guide", "its recipe names no decoder"),
+    ({"guide": {"strenght": 1.0}}, 400, "guide", "unknown argument"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "param", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_malformed_requests_get_errors_in_openais_shape(plain: Server, change, status, param, message):
+    body = {"model": "tiny", "prompt": "Hello"} | change
+    reply = httpx.post(f"{plain.url}/completions", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"} and message in error["message"]
+
+
+def test_errors_are_the_clients_own_kinds(plain: Server):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        plain.client.chat.completions.create(model="other", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+        plain.chat(logprobs=True, top_logprobs=3)
+    with pytest.raises(openai.BadRequestError, match="is not JSON|JSON object"):
+        plain.client.post("/completions", cast_to=object, content=b"{no")
+    with pytest.raises(openai.NotFoundError):
+        plain.client.embeddings.create(model="tiny", input="Hello")
+    assert httpx.get(f"{plain.url}/completions").json()["error"]["message"] == "Method Not Allowed"
+
+
+def test_models_and_health(plain: Server):
+    (listed,) = plain.client.models.list().data
+    assert (listed.id, listed.max_model_len, listed.guide) == ("tiny", 160, None)
+    assert plain.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        plain.client.models.retrieve("other")
+    assert httpx.get(plain.url.replace("/v1", "/health")).status_code == 200
+
+
+# --------------------------------------------------------------------------------------------------- other decoders
+
+
+@pytest.mark.engine
+def test_a_population_is_served_in_rounds(tiny_model_folder: Path, value_folder: Path, tmp_path: Path):
+    decoder = {"use": "population", "branch": 4, "block": 4, "pick": {"use": "tilted"}, "strength": 3.0}
+    decoder["score"] = {"use": "value", "model": str(value_folder)}
+    with serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder)) as server:
+        prompt = server.served.tokenizer("Hello")["input_ids"]
+        whole = server.complete(seed=4, n=2)
+        expected = server.served.decoder.generate([prompt], server.served.sampling, 2, seeds=[4])[0]
+        decode = server.served.tokenizer.decode
+        assert [c.text for c in whole.choices] == [decode(c.tokens, skip_special_tokens=True) for c in expected]
+        assert whole.choices[0].measured["scored"] == expected[0].measured["scored"]
+        streamed = ["", ""]
+        for event in server.complete(seed=4, n=2, stream=True):
+            streamed[event.choices[0].index] += event.choices[0].text
+        assert streamed == [choice.text for choice in whole.choices]
+        asked = [{"seed": 4, "extra_body": {"guide": {"strength": s}}} for s in (0.5, 30.0, 3.0)]
+        asked.append({"seed": 4, "extra_body": {"guide": False}})
+        alone = [server.complete(**request).choices[0].text for request in asked]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda request: server.complete(**request).choices[0].text, asked)) == alone
+        assert alone[2] == whole.choices[0].text
+    with (
+        serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder | {"pick": {"use": "top"}})) as server,
+        pytest.raises(openai.BadRequestError, match="whatever the strength"),
+    ):
+        server.complete(extra_body=guide(1.0))
+
+
+@pytest.mark.engine
+def test_edited_hidden_states_are_not_those_of_plain_requests(
+    tiny_model_folder: Path, value_folder: Path, tmp_path: Path
+):
+    decoder = {"use": "edited", "model": str(value_folder), "step_size": 0.3, "steps": 5}
+    with serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder), "--engine.max_concurrent=2") as server:
+        asked = [{"seed": i // 2, "extra_body": {"guide": i % 2 == 0}} for i in range(12)]
+        alone = [server.complete(**request).choices[0].text for request in asked]
+        assert alone[0] != alone[1]
+        with ThreadPoolExecutor(12) as pool:
+            together = list(pool.map(lambda request: server.complete(**request).choices[0].text, asked))
+        assert together == alone
+
+
+@pytest.mark.engine
+def test_values_of_every_beginning(guided: Server, value_folder: Path):
+    reply = httpx.post(f"{guided.url}/values", json={"model": "tiny", "prompt": "Hi", "completion": "abc"}).json()
+    value = load_value(str(value_folder)).eval()
+    tokens = torch.tensor([guided.served.tokenizer("Hiabc")["input_ids"]])
+    with torch.no_grad():
+        expected = value(tokens, torch.ones_like(tokens, dtype=torch.bool))[0][0, 1:]
+    assert reply["values"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert (reply["tokens"], reply["kind"]) == (["a", "b", "c"], "mean")
+
+
+@pytest.mark.engine
+def test_the_command_line_serves_until_it_is_interrupted(tiny_model_folder: Path, tmp_path: Path):
+    path = recipe_file(tmp_path, tiny_model_folder)
+    command = [sys.executable, "-m", "posttrain", "serve", str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"tiny: (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C ends\)\n", line)
+        assert found, line + process.stderr.read()
+        client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=20)
+        assert client.completions.create(model="tiny", prompt="Hello").choices[0].finish_reason
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.strip() == "stopped"
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path: Path, capsys):
+    path = recipe_file(tmp_path, tmp_path / "nothing")
+    with closing(listening(load_as(ServeRecipe, path).server)) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert main(["serve", str(path), f"--server.port={port}"]) == 2
+    assert f"--server.port={port}: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [*sorted((RECIPES / "serve").glob("*.yaml")), RECIPES / "decode" / "smc.yaml"])
+def test_recipes_are_servable(path: Path):
+    recipe = load_as(ServeRecipe, path)
+    assert recipe.model_name == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert "SyntaxError" in path.read_text(encoding="utf-8")
+
+
+def test_a_strength_is_refused_where_the_decoder_has_none():
+    world = make_world()
+    score = table_score(world.mean_values())
+    search = TreeSearch(engine=(engine := world.engine()), score=score, select=best_first)
+    shared: dict[str, Any] = {"name": "world", "tokenizer": None, "engine": engine, "sampling": world.sampling}
+    shared |= {"limit": Limit(1, 1), "worker": Worker(engine), "seeds": FreshSeeds(0)}
+    served = Served(decoder=search, **shared)
+    assert served.route(True, world.sampling) == (search, None)
+    assert served.route(False, world.sampling) == served.route(Guide(strength=0.0), world.sampling) == (engine, None)
+    with pytest.raises(ApiError, match="TreeSearch, has no strength"):
+        served.route(Guide(strength=1.0), world.sampling)
+    served = Served(decoder=Population(engine, score, branch=2, pick=tilted), **shared)
+    decoder, _ = served.route(Guide(strength=3.0), world.sampling)
+    assert isinstance(decoder, Population) and decoder.strength == 3.0
+    assert served.route(Guide(strength=3.0), world.sampling)[0] is decoder
+    with pytest.raises(ApiError, match="cut the law"):
+        Served(decoder=Shaped(engine, score), **shared).route(True, Sampling(top_p=0.5))
+
+
+# ------------------------------------------------------------------------------------------------------- the worker
+
+
+def test_a_worker_that_is_closed_tells_everyone_who_waits():
+    world = make_world()
+    worker = Worker(engine := world.engine())
+    told: list[Progress] = []
+    done = threading.Event()
+
+    def tell(sample: int, progress: Progress) -> None:
+        told.append(progress)
+        done.set()
+
+    terms = {"prompt": PROMPT, "sampling": world.sampling, "n": 2, "seed": 0, "tell": tell}
+    worker.start()
+    worker.submit(Job(**terms, decoder=engine))
+    assert done.wait(5)
+    worker.close()
+    expected = engine.generate([PROMPT], world.sampling, 2, seeds=[0])[0]
+    assert sorted(p.completion.tokens for p in told if p.completion) == sorted(c.tokens for c in expected)
+    assert not worker.alive
+
+
+def test_a_worker_whose_engine_fails_says_so_to_all(monkeypatch: pytest.MonkeyPatch):
+    world = make_world()
+    worker = Worker(engine := world.engine())
+    told: list[Progress] = []
+
+    def fail(self: SteppingEngine) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(type(engine), "_advance", fail)
+    job = {"prompt": PROMPT, "sampling": world.sampling, "n": 1, "seed": 0, "decoder": engine}
+    job["tell"] = lambda sample, progress: told.append(progress)
+    worker.submit(Job(**job))
+    worker.start()
+    until = time.monotonic() + 5
+    while not told and time.monotonic() < until:
+        time.sleep(0.01)
+    worker.submit(Job(**job))
+    worker.close()
+    assert len(told) == 2 and isinstance(told[1].error, MemoryError) and told[0].ended
+    assert not worker.alive
+
+
+# ------------------------------------------------------------------------------------------------- text and requests
+
+
+def decode(tokens: Any) -> str:
+    return bytes(tokens).decode(errors="replace")
+
+
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode))
+def test_pieces_of_text_joined_are_the_text_of_all_tokens(data: bytes):
+    stream = TextStream(decode)
+    pieces = [stream.add(byte) for byte in data]
+    assert "".join(pieces) + stream.finish() == decode(data)
+    assert stream.length == len(decode(data))
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4))
+def test_text_ends_before_a_stop_string(text: str, stop: str):
+    stream, found = TextStream(decode, [stop]), ""
+    for byte in text.encode():
+        if not stream.stopped:
+            found += stream.add(byte)
+    assert found + stream.finish() == text.partition(stop)[0]
+    assert stream.stopped == (stop in text)
+
+
+def test_text_that_might_begin_a_stop_string_is_held_back():
+    stream = TextStream(decode, ["END", "\n\n"])
+    assert [stream.add(byte) for byte in b"aENxEN"] == ["a", "", "", "ENx", "", ""]
+    assert stream.finish() == "EN" and not stream.stopped
+
+
+def test_requests_are_read_as_openai_writes_them():
+    asked = CompletionRequest(model="m", prompt=[[1, 2], [3]], stop="x", guide={"lambda": 2})  # type: ignore[arg-type]
+    assert asked.stop == ["x"] and asked.guide.strength == 2.0  # type: ignore[union-attr]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": parts}], "max_completion_tokens": 7}
+    )
+    assert chat.messages[0].for_template == {"role": "user", "content": "ab"} and chat.max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": []},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"tools": [{}]},
+        {"response_format": {"type": "json_object"}},
+        {"max_tokens": 3, "max_completion_tokens": 4},
+        {"temperature": float("nan")},
+    ],
+    ids=str,
+)
+def test_what_a_chat_cannot_have_is_refused(change: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate({"model": "m", "messages": MESSAGES} | change)
+
+
+def test_an_error_has_openais_keys():
+    body = ApiError(429, "full", code="rate_limit_exceeded").body
+    assert json.loads(json.dumps(body)) == {
+        "error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "rate_limit_exceeded"}
+    }

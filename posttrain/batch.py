@@ -144,6 +144,16 @@ class Batch:
         return ~torch.isnan(self.reward)
 
     @property
+    def trained(self) -> Bool[Tensor, " N"]:
+        """Completions that count in statistics and are trained on: scored, and not there as a baseline only."""
+        return self.scored & ~self.baseline_only
+
+    @property
+    def prompt_length(self) -> Int[Tensor, " N"]:
+        """Tokens before the first chosen one of each completion; 0 for a completion without any."""
+        return self.mask.int().argmax(-1)
+
+    @property
     def states(self) -> Bool[Tensor, "N L"]:
         """Columns whose prefix has a value: each chosen token, and the column right before it, as the prompt's last.
 
@@ -206,6 +216,12 @@ class Outputs:
     collision: Float[Tensor, "N L"] | None = None  # log Σ_v π(v)², of two draws of the next token being equal
 
 
+def pad(rows: Sequence[Any], fill: float = 0, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of unequal lengths (lists, arrays or tensors) as one tensor ``[N, L]``, filled up on the right."""
+    tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+
+
 def broadcast(values: Float[Tensor, " N"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """The completion's number at each of its chosen tokens, 0 elsewhere."""
     return values[:, None] * mask
@@ -232,6 +248,18 @@ def group_mean(values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Boo
     """For each completion, the mean over the valid completions of its group; 0 where there is none."""
     count = group_sum(valid.to(values.dtype), group)
     return group_sum(values.where(valid, 0.0), group) / count.clamp(min=1)
+
+
+def group_max(values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """For each completion, the largest value among the valid completions of its group; -inf where there is none."""
+    _, index = group.unique(return_inverse=True)
+    filled = values.where(valid, -torch.inf)
+    return torch.full_like(filled, -torch.inf).scatter_reduce(0, index, filled, "amax")[index]
+
+
+def group_min(values: Float[Tensor, " N"], group: Int[Tensor, " N"], valid: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """For each completion, the smallest value among the valid completions of its group; inf where there is none."""
+    return -group_max(-values, group, valid)
 
 
 def group_std(

@@ -1,8 +1,8 @@
 """Lists docstrings whose first line is a fragment: ``python scripts/fragments.py [FOLDER ...]``.
 
 A docstring's first line is a sentence with a verb, or a noun phrase that can stand alone. One that begins with "Of",
-"What" or "Those" is neither: it continues a sentence that is not there. Attribute docstrings (a string below a field or a
-constant) count too. Prints one line for each fragment, and exits with 1 if there is any. Part of ``make lint``.
+"What" or "Those" is neither: it continues a sentence that is not there. Attribute docstrings (a string below a field or
+a constant) count too. Prints one line for each fragment, and exits with 1 if there is any. Part of ``make lint``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fragments(path: Path) -> Iterator[str]:
             yield f"{path}:{node.lineno}: {first}"
 
 
-def docstrings(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+def docstrings(tree: ast.AST) -> Iterator[tuple[ast.Expr, str]]:
     """Every string that stands as a statement of its own: docstrings of modules, classes, functions and attributes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):

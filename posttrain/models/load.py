@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,15 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"policy.model: the tokenizer of {options.model} has no end-of-sequence token to stop at")
     return tokenizer
+
+
+def text_of(tokenizer: Any, *, special: bool = False) -> Callable[[Sequence[int]], str]:
+    """A function from token ids to text.
+
+    Args:
+        special: keep special tokens in the text.
+    """
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def not_found(place: str, model: str, error: Exception) -> str:

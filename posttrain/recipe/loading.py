@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from posttrain.recipe.yaml_reader import (
 )
 
 T = TypeVar("T")
+Result = TypeVar("Result")
 
 PATHS: tuple[Location, ...] = (
     ("data", "path"),
@@ -87,6 +88,23 @@ def load_as(kind: type[T], path: str | Path, overrides: Overrides = ()) -> T:
     """
     path = Path(path)
     return _Reader(read_document(path, overrides), path, kind).build()
+
+
+def run_file(kind: type[T], path: str | Path, overrides: Overrides, run: Callable[[T], Result]) -> Result:
+    """Reads what a YAML file describes and runs it; errors of the run carry the file and line of the setting at fault.
+
+    Args:
+        kind: as in :func:`load_as`.
+        run: called with what was read.
+
+    Raises:
+        UserError: if the file is wrong, or the run finds something wrong; the message says where and what to change.
+    """
+    recipe = load_as(kind, path, overrides)
+    try:
+        return run(recipe)
+    except UserError as error:
+        raise placed(error, Path(path), overrides) from error
 
 
 def read_part(document: Document, path: Path, kind: type[Any], location: Location, entry: Any) -> Part:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from posttrain.errors import RecipeError
+from posttrain.option_types import fact
 from posttrain.recipe.resolve import default_options, required
 from posttrain.recipe.validation import Problems
 from posttrain.recipe.yaml_reader import Location, dotted
@@ -97,6 +98,10 @@ class Part:
         if isinstance(self.call, functools.partial):
             return self.call.func
         return self.call if hasattr(self.call, "__name__") else type(self.call)
+
+    def fact(self, name: str) -> Any:
+        """What the part says of itself: a field of :class:`posttrain.option_types.Facts`."""
+        return fact(self.target, name, self.every_option)
 
     @property
     def every_option(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from posttrain.recipe.part import Part
 from posttrain.training.recipe import Recipe
 
 
-def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
+def add_rewards(recipe: Recipe, batch: Batch) -> Batch:
     """The batch with every reward part added: those of ``[N]`` to ``reward``, those of ``[N, L]`` to ``step_reward``.
 
     Every part sees the batch as it was before any of them, so their order does not matter.
@@ -37,7 +37,7 @@ def reward_batch(recipe: Recipe, batch: Batch) -> Batch:
     return batch.set(reward=reward, step_reward=step_reward)
 
 
-def compared(recipe: Recipe, batch: Batch) -> Batch:
+def compare_completions(recipe: Recipe, batch: Batch) -> Batch:
     """The batch with the results of comparing its completions as their rewards, if the recipe compares any.
 
     Raises:
@@ -52,7 +52,7 @@ def compared(recipe: Recipe, batch: Batch) -> Batch:
     return batch.set(reward=found.to(batch.reward).where(batch.scored, float("nan")))
 
 
-def credit(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
+def advantages_of(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     """The advantage of each token: the recipe's advantage, then its shapers in order. Float32, zero off the mask.
 
     Unscored completions and greedy baselines get exactly 0, whatever the parts say of them.
@@ -68,6 +68,11 @@ def credit(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     return advantage
 
 
+def add_advantages(recipe: Recipe, batch: Batch) -> Batch:
+    """Fills ``batch.advantage``, if the recipe has an ``advantage``."""
+    return batch if recipe.advantage is None else batch.set(advantage=advantages_of(recipe, batch))
+
+
 def _checked(part: Part, advantage: Tensor, trained: Tensor) -> Float[Tensor, "N L"]:
     if advantage.shape != trained.shape:
         raise ValueError(f"part {part.name!r} returned shape {list(advantage.shape)}, expected {list(trained.shape)}")
@@ -78,7 +83,7 @@ def _checked(part: Part, advantage: Tensor, trained: Tensor) -> Float[Tensor, "N
     return advantage
 
 
-def with_baseline(recipe: Recipe, batch: Batch) -> Batch:
+def add_baselines(recipe: Recipe, batch: Batch) -> Batch:
     """The batch with what its scores are measured against, and with the groups that a recipe makes anew.
 
     Raises:

@@ -18,7 +18,7 @@ from posttrain.training.setup import TrainingRun
 
 STATE_FILE = "state.json"
 SLOW_FILE = "target_network.pt"
-PLAYERS_FILE = "players.pt"
+OTHER_POLICIES_FILE = "other_policies.pt"
 
 
 def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
     return {path: part.call for path, part in slots.items() if hasattr(part.call, "state")}
 
 
-def states(run: TrainingRun) -> dict[str, Any]:
+def run_state(run: TrainingRun) -> dict[str, Any]:
     """All that changes from step to step beside weights and optimiser, as plain data."""
     return json.loads(
         json.dumps(
@@ -65,7 +65,7 @@ def save_checkpoint(run: TrainingRun, state: dict[str, Any]) -> None:
         if processes.is_main:
             slow = {name: weight.detach() for name, weight in slow_weights(run.learner).items()}
             torch.save(slow, folder / SLOW_FILE)
-            torch.save(run.learner.players.state(), folder / PLAYERS_FILE)
+            torch.save(run.learner.other_policies.state(), folder / OTHER_POLICIES_FILE)
             (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     if processes.is_main:
         prune_checkpoints(run.folder, run.recipe.run.keep)
@@ -88,7 +88,9 @@ def load_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, weight in slow_weights(run.learner).items():
             weight.copy_(saved[name])
-    run.learner.players.restore(torch.load(checkpoint / PLAYERS_FILE, map_location="cpu", weights_only=True))
+    run.learner.other_policies.restore(
+        torch.load(checkpoint / OTHER_POLICIES_FILE, map_location="cpu", weights_only=True)
+    )
     for value in (run.learner.value, run.learner.slow_value):
         if value is not None:
             value.state = state["value"]

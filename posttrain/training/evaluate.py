@@ -18,7 +18,7 @@ from posttrain.training.learner import Learner, policy_logp, reference_logp
 from posttrain.training.metrics import add_sums, mean_sums, preference_sums
 
 
-def evaluate(
+def evaluate_completions(
     options: EvaluationSection, processes: Processes, source: Source, rows: Rows, *, seed: int
 ) -> dict[str, float]:
     """Mean score of ``options.completions`` completions of every row, shared out over the ranks.
@@ -46,12 +46,12 @@ def evaluate(
         "eval/length": tokens / completions,
         "eval/truncated": truncated / completions,
         "eval/unscored": 1 - scored / completions,
-        "time/evaluate": time.perf_counter() - start,
+        "time/evaluate_completions": time.perf_counter() - start,
     }
 
 
 @torch.no_grad()
-def judge(learner: Learner, examples: Examples) -> dict[str, float]:
+def evaluate_ranking(learner: Learner, examples: Examples) -> dict[str, float]:
     """What the policy makes of held-out examples, shared out over the ranks.
 
     Returns:
@@ -63,7 +63,7 @@ def judge(learner: Learner, examples: Examples) -> dict[str, float]:
     for index in in_order(len(examples), learner.recipe.prompts_per_step):
         if mine := share_of(index, processes):
             batch = examples.batch(mine)
-            if learner.needs.logp_ref and batch.logp_ref is None:
+            if learner.required.logp_ref and batch.logp_ref is None:
                 batch = batch.set(logp_ref=reference_logp(learner, batch))
             outputs = Outputs(logp=policy_logp(learner, batch))
             batch = batch.set(logp_old=outputs.logp)
@@ -71,4 +71,4 @@ def judge(learner: Learner, examples: Examples) -> dict[str, float]:
             sums.append(preference_sums(learner.recipe.loss, outputs, batch) or nll)
     shared = [each for each in processes.gather(add_sums(sums)) if each]
     means = {f"eval/{name}": float(total / count) for name, (total, count) in add_sums(shared).items() if count}
-    return means | {"time/judge": time.perf_counter() - start}
+    return means | {"time/evaluate_ranking": time.perf_counter() - start}

@@ -23,7 +23,7 @@ from posttrain.training.metrics import add_sums, preference_sums, reduce_means, 
 from posttrain.training.optimiser import Optimiser, Update, learning_rate
 from posttrain.training.other_policies import OtherPolicies
 from posttrain.training.recipe import Recipe
-from posttrain.training.required_passes import Needs
+from posttrain.training.required_passes import RequiredPasses
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Learner:
     processes: Processes
     optimiser: Optimiser
     policy: Policy
-    players: OtherPolicies
+    other_policies: OtherPolicies
     value: ValueModel | None
     slow_value: ValueModel | None  # the target network, where there is one
-    needs: Needs
+    required: RequiredPasses
 
     @property
     def reference(self) -> Policy | None:
         """None: not needed, or the policy without its adapters."""
-        return self.players.reference
+        return self.other_policies.reference
 
     @property
     def optimizers(self) -> list[OptimizerSection]:
@@ -54,12 +54,12 @@ class Learner:
 @torch.no_grad()
 def score(learner: Learner, batch: Batch) -> Batch:
     """Fills the log-probs, entropies and values that some part reads before the update, and no others."""
-    needs, temperature = learner.needs, learner.recipe.sampling.temperature
+    required, temperature = learner.required, learner.recipe.sampling.temperature
     learner.policy.eval()
-    if needs.scoring_pass:
-        filled = _passes(learner, batch, lambda part: _policy_pass(learner.policy, part, temperature, needs.entropy))
-        batch = batch.set(logp_old=filled[0], entropy=filled[1] if needs.entropy else None)
-    if needs.logp_ref and batch.logp_ref is None:
+    if required.scoring_pass:
+        filled = _passes(learner, batch, lambda part: _policy_pass(learner.policy, part, temperature, required.entropy))
+        batch = batch.set(logp_old=filled[0], entropy=filled[1] if required.entropy else None)
+    if required.logp_ref and batch.logp_ref is None:
         batch = batch.set(logp_ref=reference_logp(learner, batch))
     return score_values(learner, batch, learner.value)
 
@@ -88,9 +88,9 @@ def score_values(learner: Learner, batch: Batch, value: ValueModel | None) -> Ba
     if value is None:
         return batch
     value.eval()
-    if learner.needs.value:
+    if learner.required.value:
         batch = batch.set(value=_passes(learner, batch, lambda part: [value(part.tokens, part.states)[0]])[0])
-    if learner.needs.value_next:
+    if learner.required.value_next:
         base, temperature = learner.reference or learner.policy, learner.recipe.sampling.temperature
         kind, beta = value.spec.kind, value.spec.beta
 
@@ -112,7 +112,7 @@ def _passes(learner: Learner, batch: Batch, pass_: Callable[[Batch], list[Tensor
     """Results [N, L] of a model's passes over micro-batches, put together."""
     whole: list[Tensor] = []
     # Cut as the update cuts: shapes decide the last bits, and the log-ratio to the same policy is then exactly 0.
-    together = batch.group if learner.needs.groups else None
+    together = batch.group if learner.required.groups else None
     for rows in length_groups(batch.length, learner.recipe.micro_batch_tokens, together):
         part = batch[rows].trim().to(learner.processes.device)
         with learner.processes.autocast():
@@ -124,12 +124,12 @@ def _passes(learner: Learner, batch: Batch, pass_: Callable[[Batch], list[Tensor
 
 
 @torch.no_grad()
-def set_targets(learner: Learner, batch: Batch) -> Batch:
-    """Fills what the value model learns, from the slow copy's values where there is one."""
+def add_value_targets(learner: Learner, batch: Batch) -> Batch:
+    """Fills ``batch.target`` with what the value model learns, from the target network's values where there is one."""
     if learner.recipe.target is None:
         return batch
-    judged = score_values(learner, batch, learner.slow_value) if learner.slow_value is not None else batch
-    target = value_target(learner.recipe, judged)
+    with_values = score_values(learner, batch, learner.slow_value) if learner.slow_value is not None else batch
+    target = value_target(learner.recipe, with_values)
     if learner.value is not None and (learner.recipe.value or ValueSection()).normalise:
         learner.value.update_statistics(target, batch.all_sum)
     return batch.set(target=target)
@@ -162,7 +162,7 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
             return loss
 
         _seed_dropout(recipe.seed, step, len(updates), processes.rank)
-        micro = micro_batches(mini, recipe.micro_batch_tokens, processes.all_max, whole_groups=learner.needs.groups)
+        micro = micro_batches(mini, recipe.micro_batch_tokens, processes.all_max, whole_groups=learner.required.groups)
         updates.append(learner.optimiser.update(micro, loss_of, rates))
         if learner.slow_value is not None and learner.value is not None and recipe.value is not None:
             polyak(learner.slow_value, learner.value, recipe.value.target_rate or 1.0)
@@ -188,15 +188,15 @@ def losses_of(
 
     Each member of the value model has a loss of its own, and they are added up.
     """
-    recipe, needs = learner.recipe, learner.needs
+    recipe, required = learner.recipe, learner.required
     support = learner.value.support if learner.value is not None else None
     members = forward(
         learner.optimiser.model,
         micro,
         temperature=recipe.sampling.temperature,
-        entropy=needs.entropy_gradient,
-        collision=needs.collision,
-        kl_from=(learner.reference or learner.policy) if needs.kl_ref else None,
+        entropy=required.entropy_gradient,
+        collision=required.collision,
+        kl_from=(learner.reference or learner.policy) if required.kl_ref else None,
         support=support,
     )
     outputs = members[0]
@@ -236,7 +236,7 @@ def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]
     if recipe.epochs * recipe.minibatches == 1:
         yield list(range(len(batch)))
         return
-    together = batch.group.tolist() if learner.needs.groups else list(range(len(batch)))
+    together = batch.group.tolist() if learner.required.groups else list(range(len(batch)))
     units: dict[int, list[int]] = {}
     for row, unit in enumerate(together):
         units.setdefault(unit, []).append(row)

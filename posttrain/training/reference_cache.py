@@ -39,7 +39,7 @@ from posttrain.rollout.collect import share_of
 from posttrain.system.files import sync
 from posttrain.training.learner import Learner, reference_logp
 from posttrain.training.recipe import Recipe
-from posttrain.training.required_passes import Needs
+from posttrain.training.required_passes import RequiredPasses
 
 SHARD_SECONDS = 30.0  # between shards: what a run that is stopped loses
 FORMAT = 1  # of the shards and of the key
@@ -80,12 +80,12 @@ class ReferencedExamples:
         return batch.set(logp_ref=torch.zeros(batch.mask.shape).masked_scatter(batch.mask, values))
 
 
-def uses_cache(recipe: Recipe, needs: Needs) -> bool:
+def uses_cache(recipe: Recipe, required: RequiredPasses) -> bool:
     """Whether all that a run needs of its reference is known before its first step: log-probs of given completions."""
     frozen = recipe.reference.every is None
-    whole_model = needs.kl_ref or needs.value_next  # of every next token
+    whole_model = required.kl_ref or required.value_next  # of every next token
     given = recipe.examples is not None and recipe.opponent is None
-    return given and frozen and needs.logp_ref and not whole_model and recipe.reference.cache is not False
+    return given and frozen and required.logp_ref and not whole_model and recipe.reference.cache is not False
 
 
 def with_reference(learner: Learner, examples: Examples, schedule: Sequence[Sequence[int]]) -> ReferencedExamples:

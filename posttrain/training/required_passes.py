@@ -1,6 +1,6 @@
 """Finds out what a recipe's parts read, by calling them once on a small made-up batch.
 
-So a part says nothing about its needs, an expensive pass (reference log-probs, entropies) is made only where some part
+So a part says nothing about its required, an expensive pass (reference log-probs, entropies) is made only where some part
 reads its result, and a part that fails or returns the wrong shape is found before any model is loaded.
 """
 
@@ -70,7 +70,7 @@ class _ProbeOutputs(Outputs):
 
 
 @dataclass(frozen=True)
-class Needs:
+class RequiredPasses:
     """Which passes the loop must make."""
 
     logp_old: bool  # before the update; without it, one update per batch takes the current log-probs
@@ -90,7 +90,7 @@ class Needs:
         return self.logp_old or self.entropy
 
 
-def find_needs(recipe: Recipe) -> Needs:
+def find_required_passes(recipe: Recipe) -> RequiredPasses:
     """What the parts of a recipe read.
 
     Raises:
@@ -106,7 +106,7 @@ def find_needs(recipe: Recipe) -> Needs:
     in_policy_loss = _observe_losses("loss", recipe.loss, batch, recipe)
     in_value_loss = _observe_losses("value_loss", recipe.value_loss, batch, recipe)
     during = in_policy_loss | in_value_loss
-    needs = Needs(
+    required = RequiredPasses(
         logp_old="logp_old" in before
         or bool(recipe.loss and recipe.epochs * recipe.minibatches > 1)
         or ("outputs.logp" in in_value_loss and not recipe.loss),
@@ -121,11 +121,11 @@ def find_needs(recipe: Recipe) -> Needs:
         columns=tuple(sorted(_log.columns)),
         groups="group" in during,
     )
-    _refuse_unfilled(recipe, needs, before | during)
-    return needs
+    _refuse_unfilled(recipe, required, before | during)
+    return required
 
 
-def _refuse_unfilled(recipe: Recipe, needs: Needs, read: set[str]) -> None:
+def _refuse_unfilled(recipe: Recipe, required: RequiredPasses, read: set[str]) -> None:
     """A field that nothing fills would only be missed in the first step, after the models were loaded."""
     if recipe.decoder is not None and "logp_sampler" in read and not law_is_known(recipe.decoder):
         raise RecipeError(
@@ -136,12 +136,12 @@ def _refuse_unfilled(recipe: Recipe, needs: Needs, read: set[str]) -> None:
     if recipe.advantage is None and "advantage" in read:
         raise RecipeError("a part reads the advantage, but the recipe has no `advantage:`")
     value = recipe.value
-    if needs.value_model and not recipe.value_loss and not (value is not None and value.frozen):
+    if required.value_model and not recipe.value_loss and not (value is not None and value.frozen):
         raise RecipeError(
             "a part reads values, but nothing trains them: add `value_loss: [{use: mse}]` and `target: {use: "
             "lambda_return}`, or take a trained value model as it is: `value: {model: ..., frozen: true}`"
         )
-    if value is not None and not needs.value_model and not (_branches(recipe) and "value" in read):
+    if value is not None and not required.value_model and not (_branches(recipe) and "value" in read):
         raise RecipeError("value: no part of the recipe reads or trains values; leave the section out")
 
 

@@ -37,7 +37,7 @@ from posttrain.training.optimiser import Group, Optimiser
 from posttrain.training.other_policies import OtherPolicies, adapted_copy, check_twins
 from posttrain.training.recipe import Recipe
 from posttrain.training.reference_cache import schedule_of, uses_cache, with_reference
-from posttrain.training.required_passes import Needs
+from posttrain.training.required_passes import RequiredPasses
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
     return open_run(path, recipe.resolved, resume=resume)
 
 
-def build_learner(recipe: Recipe, needs: Needs, processes: Processes) -> Learner:
+def build_learner(recipe: Recipe, required: RequiredPasses, processes: Processes) -> Learner:
     """The models of a run: those with a loss prepared for training, the others beside them where they are needed."""
     torch.manual_seed(recipe.seed)  # adapters and heads of several members start from random weights
     policy = build_policy(recipe.policy)
-    players = build_players(recipe, needs, processes, policy)
+    other_policies = build_other_policies(recipe, required, processes, policy)
     value = slow = None
-    if needs.value_model:
+    if required.value_model:
         value = build_value(recipe.value or ValueSection(), recipe.policy, policy, **value_kind(recipe))
     if value is not None and recipe.value is not None and recipe.value.target_rate is not None:
         slow = target_copy(value)
@@ -166,7 +166,7 @@ def build_learner(recipe: Recipe, needs: Needs, processes: Processes) -> Learner
     for model in (policy, value, slow):
         if model is not None:
             model.to(processes.device)
-    return Learner(recipe, processes, optimiser, policy, players, value, slow, needs)
+    return Learner(recipe, processes, optimiser, policy, other_policies, value, slow, required)
 
 
 def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
@@ -180,7 +180,9 @@ def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
             parameter.requires_grad_(False)
 
 
-def build_players(recipe: Recipe, needs: Needs, processes: Processes, policy: Policy) -> OtherPolicies:
+def build_other_policies(
+    recipe: Recipe, required: RequiredPasses, processes: Processes, policy: Policy
+) -> OtherPolicies:
     """Who stands beside the policy.
 
     Raises:
@@ -193,13 +195,13 @@ def build_players(recipe: Recipe, needs: Needs, processes: Processes, policy: Po
     average = None
     if opponent is not None and opponent.average is not None:
         average = Policy(copy.deepcopy(policy.model)).requires_grad_(False).eval().to(processes.device)
-    reference = build_reference(recipe, needs, processes, policy)
+    reference = build_reference(recipe, required, processes, policy)
     if reference is not None and recipe.reference.every is not None:
         check_twins(reference, policy)
     return OtherPolicies(policy, reference, average, recipe)
 
 
-def build_reference(recipe: Recipe, needs: Needs, processes: Processes, policy: Policy) -> Policy | None:
+def build_reference(recipe: Recipe, required: RequiredPasses, processes: Processes, policy: Policy) -> Policy | None:
     """The reference policy where one is needed beside the policy, which may be its own without its adapters.
 
     Raises:
@@ -207,9 +209,9 @@ def build_reference(recipe: Recipe, needs: Needs, processes: Processes, policy: 
     """
     other, moves = recipe.reference.model, recipe.reference.every is not None
     plays = recipe.opponent is not None and recipe.opponent.average is None
-    if other is None and uses_cache(recipe, needs):
+    if other is None and uses_cache(recipe, required):
         return None  # before the first step, when it is asked, the policy is the reference
-    needed = needs.logp_ref or needs.kl_ref or (needs.value_next and bool(recipe.loss)) or plays
+    needed = required.logp_ref or required.kl_ref or (required.value_next and bool(recipe.loss)) or plays
     if moves and not needed:
         raise UserError("reference.every: no part of the recipe reads the reference; leave it out")
     if moves and policy.has_adapters:
@@ -227,13 +229,13 @@ def build_reference(recipe: Recipe, needs: Needs, processes: Processes, policy: 
 def with_cached_reference(learner: Learner, material: Material) -> Material:
     """The material with the reference's log-probs from the cache, where it can hold them; a reference model is then
     let go. Called before the first step."""
-    if material.examples is None or not uses_cache(learner.recipe, learner.needs):
+    if material.examples is None or not uses_cache(learner.recipe, learner.required):
         return material
     examples = with_reference(learner, material.examples, schedule_of(learner.recipe, len(material)))
     held_out: Examples | None = material.evaluation_examples
     if held_out is not None:
         held_out = with_reference(learner, held_out, in_order(len(held_out), learner.recipe.prompts_per_step))
-    learner.players.reference = None
+    learner.other_policies.reference = None
     return replace(material, examples=examples, evaluation_examples=held_out)
 
 
@@ -258,9 +260,9 @@ def build_opponent(learner: Learner, engine: Engine | None) -> Engine | None:
     if chosen is None or engine is None:
         return None
     assert isinstance(engine, ShapingEngine)
-    players = learner.players
-    other = players.average or players.reference
-    return Mixture(engine, other or players.policy, share=chosen.share, without_adapters=other is None)
+    other_policies = learner.other_policies
+    other = other_policies.average or other_policies.reference
+    return Mixture(engine, other or other_policies.policy, share=chosen.share, without_adapters=other is None)
 
 
 @contextmanager

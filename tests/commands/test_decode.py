@@ -41,7 +41,7 @@ from posttrain.recipe.part import Part
 from posttrain.rollout.rollouts import Context, Prompts, single_turn
 from posttrain.rollout.session import to_row
 from posttrain.training.recipe import Recipe, load_recipe
-from posttrain.training.required_passes import find_needs
+from posttrain.training.required_passes import find_required_passes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "decode").glob("*.yaml"))
 SCORE = "score: {use: path_logp}"
@@ -218,9 +218,9 @@ CORRECTED = [{"use": "clip", "weights": [{"use": "truncated_importance"}]}]
 
 def test_a_decoder_without_log_probs_is_refused_where_a_part_reads_them(tmp_path):
     with pytest.raises(RecipeError, match=r"decoder: population draws from a law .* truncated_importance"):
-        find_needs(with_decoder(tmp_path, POPULATION, loss=CORRECTED))
-    find_needs(with_decoder(tmp_path, POPULATION))
-    find_needs(with_decoder(tmp_path, {"use": "shaped", "score": {"use": "path_logp"}}, loss=CORRECTED))
+        find_required_passes(with_decoder(tmp_path, POPULATION, loss=CORRECTED))
+    find_required_passes(with_decoder(tmp_path, POPULATION))
+    find_required_passes(with_decoder(tmp_path, {"use": "shaped", "score": {"use": "path_logp"}}, loss=CORRECTED))
 
 
 def test_guided_evaluation_needs_a_guide(tmp_path):

@@ -31,7 +31,7 @@ from posttrain.parts.value_losses import bce
 from posttrain.recipe.sections import HeadSection, LoraSection, ValueSection
 from posttrain.recipe.sections import PolicySection as PolicyOptions
 from posttrain.system.processes import Processes
-from posttrain.training.required_passes import find_needs
+from posttrain.training.required_passes import find_required_passes
 from posttrain.training.setup import build_learner
 
 BETA = 0.3
@@ -242,7 +242,7 @@ def test_a_policy_without_a_loss_requires_no_gradient(tmp_path, tiny_model_folde
     path = write_run(tmp_path, tiny_model_folder, **{name: each for name, each in changes.items() if each is not None})
     recipe = load_recipe(path)
     with Processes() as processes:
-        learner = build_learner(recipe, find_needs(recipe), processes)
+        learner = build_learner(recipe, find_required_passes(recipe), processes)
         assert learner.value is not None
         own = {id(parameter) for parameter in learner.value.own_parameters().values()}
         assert own == {id(parameter) for parameter in learner.policy.parameters() if parameter.requires_grad}

@@ -34,7 +34,7 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 
 
 def saved(run_folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
-    return torch.load(run_folder / "checkpoints" / f"step-{step:06d}" / "players.pt")
+    return torch.load(run_folder / "checkpoints" / f"step-{step:06d}" / "other_policies.pt")
 
 
 @pytest.mark.parametrize(

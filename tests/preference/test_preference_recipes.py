@@ -26,10 +26,10 @@ from posttrain.recipe.resolve import import_file
 from posttrain.recipe.sections import LoraSection
 from posttrain.recipe.sections import PolicySection as PolicyOptions
 from posttrain.system.processes import Processes
-from posttrain.training.apply_parts import with_baseline
+from posttrain.training.apply_parts import add_baselines
 from posttrain.training.learner import score
 from posttrain.training.recipe import Recipe, load_recipe
-from posttrain.training.required_passes import find_needs
+from posttrain.training.required_passes import find_required_passes
 from posttrain.training.setup import build_learner
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -47,7 +47,7 @@ def recipe_of(folder: Path, text: str) -> Recipe:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_is_run_where_a_loss_reads_it_and_groups_stay_whole(name: str) -> None:
-    needs = find_needs(load_recipe(RECIPES / "preference" / f"{name}.yaml"))
+    needs = find_required_passes(load_recipe(RECIPES / "preference" / f"{name}.yaml"))
     without = {"alpha_po", "cpl", "cpo", "orpo", "pmpo", "rebel", "sft", "simpo", "slic", "spo", "sppo_online"}
     without.add("preference_model")
     assert needs.logp_ref == (name not in without)
@@ -64,13 +64,16 @@ LOSS = "policy: {model: m}\ndata: {path: d}\nexamples: {use: pairs}\n"
 
 def test_columns_that_a_loss_reads_are_known_before_the_data_is(tmp_path: Path) -> None:
     margin = "margin: {use: given, name: gap}, target: {use: soft}"
-    assert find_needs(recipe_of(tmp_path, f"{LOSS}loss: {{use: pairwise, {margin}}}")).columns == ("gap", "probability")
+    assert find_required_passes(recipe_of(tmp_path, f"{LOSS}loss: {{use: pairwise, {margin}}}")).columns == (
+        "gap",
+        "probability",
+    )
 
 
 def test_margin_of_a_baseline_that_nothing_fills_is_refused(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, f"{LOSS}loss: {{use: pairwise, margin: {{use: baseline}}}}")
     with pytest.raises(RecipeError, match="slot `baseline` fills, and the recipe has none"):
-        find_needs(recipe)
+        find_required_passes(recipe)
 
 
 def test_mismatched_baseline_without_such_completions_is_refused(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_every_score_is_exactly_0_where_the_policy_is_the_reference(
     )
     assert recipe.examples is not None
     with Processes() as processes:
-        learner = build_learner(recipe, find_needs(recipe), processes)
+        learner = build_learner(recipe, find_required_passes(recipe), processes)
         batch = score(learner, recipe.examples(recipe.data, tokenizer, tmp_path).batch(range(4)))
         micro = micro_batches(batch, recipe.micro_batch_tokens, processes.all_max, whole_groups=True)
         assert len(micro) > 1
@@ -273,7 +276,7 @@ def test_slots_fill_baseline_and_group(name: str) -> None:
     )
     assert batch.logp_old is not None and batch.logp_ref is not None
     ratio = seq_sum(batch.logp_old - batch.logp_ref, batch.mask)
-    filled = with_baseline(recipe, batch)
+    filled = add_baselines(recipe, batch)
     if name == "kto":
         assert filled.baseline is not None
         assert filled.baseline.tolist() == pytest.approx([max(0.0, float(ratio[6:].mean()))] * 8)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
 from posttrain.parts.credit import step_ends
-from posttrain.training.apply_parts import credit, reward_batch, total_loss, total_value_loss, value_target
+from posttrain.training.apply_parts import add_rewards, advantages_of, total_loss, total_value_loss, value_target
 from posttrain.training.learner import with_shares
 from posttrain.training.recipe import Recipe, load_recipe
 
@@ -137,9 +137,9 @@ def updated(recipe: Recipe, batch: Batch, rows: Tensor, logp: Tensor, value: Ten
 
 
 def judged_and_credited(recipe: Recipe, batch: Batch) -> Batch:
-    batch = reward_batch(recipe, batch)
+    batch = add_rewards(recipe, batch)
     if recipe.advantage is not None:
-        batch = batch.set(advantage=credit(recipe, batch))
+        batch = batch.set(advantage=advantages_of(recipe, batch))
     return batch if recipe.target is None else batch.set(target=value_target(recipe, batch))
 
 

@@ -31,7 +31,7 @@ from posttrain.recipe import sections
 from posttrain.reports.reward_suite import run_reward_suite
 from posttrain.rollout.rollouts import Prompts, to_batch
 from posttrain.training.recipe import load_recipe
-from posttrain.training.required_passes import find_needs
+from posttrain.training.required_passes import find_required_passes
 from reward_models.ensemble import reduce
 from reward_models.judge import JudgeError, as_text, filled
 from reward_models.process import step_columns
@@ -223,13 +223,13 @@ def test_reward_models_in_a_recipe(tmp_path, tiny_model_folder, folders, batch):
         "advantage: {use: outcome}\nloss: [{use: clip}]\n"
     )
     loaded = load_recipe(recipe)
-    find_needs(loaded)
+    find_required_passes(loaded)
     assert loaded.reward[0].weight == 2.0
     plain = reward_models.outcome(model=folders["outcome"])(batch)
     torch.testing.assert_close(loaded.reward[0](batch), plain)
     recipe.write_text(recipe.read_text().replace(folders["outcome"], "./nowhere"))
     with pytest.raises(RecipeError, match="nowhere"):
-        find_needs(load_recipe(recipe))
+        find_required_passes(load_recipe(recipe))
 
 
 def test_suite_measures_pairs_and_best_of_n(tmp_path, folders, batch, tokenizer, capsys):

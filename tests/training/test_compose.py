@@ -12,7 +12,7 @@ from parts_cases import close, moved_outputs, rough_batch
 from posttrain.batch import Batch
 from posttrain.parts import losses, normalisers, rewards, weighting
 from posttrain.recipe.part import Part
-from posttrain.training.apply_parts import credit, reward_batch, total_loss
+from posttrain.training.apply_parts import add_rewards, advantages_of, total_loss
 from posttrain.training.recipe import Recipe, load_recipe
 
 GRPO = Path(__file__).parents[2] / "recipes" / "rl" / "grpo.yaml"
@@ -37,7 +37,7 @@ def test_rewards_of_completions_and_of_tokens_are_added_with_their_weights(batch
         part(rewards.kl_penalty, weight=0.1),
         part(lambda b: torch.full_like(b.step_reward, 3.0), weight=2.0),
     )
-    found = reward_batch(recipe(reward=parts), batch)
+    found = add_rewards(recipe(reward=parts), batch)
     torch.testing.assert_close(found.reward, batch.reward + 1, equal_nan=True)
     expected = batch.step_reward + 0.1 * rewards.kl_penalty(batch) + 6
     close(found.step_reward[batch.mask], expected[batch.mask])
@@ -56,21 +56,21 @@ def test_a_reward_that_is_not_finite_is_refused_where_it_counts(batch: Batch, nu
         return recipe(reward=(part(lambda b: values, name="spoilt"),))
 
     with pytest.raises(ValueError, match=rf"reward part 'spoilt' gave .* not finite to completions \[{row}\]"):
-        reward_batch(spoilt(row, column), batch)
+        add_rewards(spoilt(row, column), batch)
     off = int((~batch.mask[row]).nonzero()[0])
-    reward_batch(spoilt(unscored, off) if of == "completion" else spoilt(row, off), batch)
+    add_rewards(spoilt(unscored, off) if of == "completion" else spoilt(row, off), batch)
 
 
 def test_every_reward_sees_the_batch_as_it_was(batch: Batch) -> None:
     doubled = part(lambda b: b.reward)
-    found = reward_batch(recipe(reward=(doubled, doubled)), batch)
+    found = add_rewards(recipe(reward=(doubled, doubled)), batch)
     torch.testing.assert_close(found.reward, 3 * batch.reward, equal_nan=True)
 
 
 def test_shapers_act_in_order_on_what_is_trained(batch: Batch) -> None:
     ones = part(lambda b: torch.ones_like(b.mask, dtype=torch.float64))
     shape = (part(lambda a, b: a + 1), part(lambda a, b: a * 10))
-    found = credit(recipe(advantage=ones, shape=shape), batch)
+    found = advantages_of(recipe(advantage=ones, shape=shape), batch)
     trained = batch.mask & (batch.scored & ~batch.baseline_only)[:, None]
     assert found.dtype == torch.float32
     assert torch.equal(found, 20.0 * trained)
@@ -104,10 +104,10 @@ def test_weights_carry_no_gradient_even_if_they_could(batch: Batch) -> None:
 
 def test_a_part_that_returns_the_wrong_thing_is_named(batch: Batch) -> None:
     with pytest.raises(ValueError, match=r"reward part 'mine' returned shape \[3\], expected \[12\]"):
-        reward_batch(recipe(reward=(part(lambda b: torch.zeros(3)),)), batch)
+        add_rewards(recipe(reward=(part(lambda b: torch.zeros(3)),)), batch)
     with pytest.raises(ValueError, match=r"part 'mine' returned shape \[12\], expected \[12, 10\]"):
-        credit(recipe(advantage=part(lambda b: b.reward)), batch)
+        advantages_of(recipe(advantage=part(lambda b: b.reward)), batch)
     with pytest.raises(ValueError, match="part 'mine' gave an advantage that is not finite in completions"):
-        credit(recipe(advantage=part(lambda b: torch.full(b.mask.shape, torch.inf))), batch)
+        advantages_of(recipe(advantage=part(lambda b: torch.full(b.mask.shape, torch.inf))), batch)
     with pytest.raises(ValueError, match=r"batch\.loss_share has not been filled"):
         total_loss([part(losses.reinforce)], moved_outputs(batch, 0), batch.set(loss_share=None))

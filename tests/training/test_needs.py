@@ -12,7 +12,7 @@ from posttrain.parts import advantages, losses, normalisers, rewards
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import DataSection, PolicySection
 from posttrain.training.recipe import Recipe
-from posttrain.training.required_passes import find_needs
+from posttrain.training.required_passes import find_required_passes
 
 
 def part(function, **options) -> Part:
@@ -34,30 +34,30 @@ def recipe(**changes) -> Recipe:
 
 
 def test_plain_grpo_needs_no_pass_before_the_update():
-    needs = find_needs(recipe())
+    needs = find_required_passes(recipe())
     assert not needs.scoring_pass and not needs.logp_ref and not needs.entropy_gradient
 
 
 def test_several_updates_need_the_old_log_probs():
-    assert find_needs(recipe(minibatches=2)).logp_old and find_needs(recipe(epochs=2)).logp_old
+    assert find_required_passes(recipe(minibatches=2)).logp_old and find_required_passes(recipe(epochs=2)).logp_old
 
 
 def test_a_kl_term_needs_the_reference_and_a_kl_reward_the_old_too():
-    needs = find_needs(recipe(loss=(part(losses.clip), part(losses.kl))))
+    needs = find_required_passes(recipe(loss=(part(losses.clip), part(losses.kl))))
     assert needs.logp_ref and not needs.logp_old
-    needs = find_needs(recipe(reward=(part(rewards.kl_penalty),)))
+    needs = find_required_passes(recipe(reward=(part(rewards.kl_penalty),)))
     assert needs.logp_ref and needs.logp_old
 
 
 def test_an_entropy_term_needs_its_gradient():
-    assert find_needs(recipe(loss=(part(losses.entropy),))).entropy_gradient
+    assert find_required_passes(recipe(loss=(part(losses.entropy),))).entropy_gradient
 
 
 def test_reading_in_a_helper_after_a_copy_is_still_seen():
     def hidden(batch):
         return (batch[batch.mask.any(-1)].set(step=3)).entropy * batch.mask
 
-    assert find_needs(recipe(advantage=part(hidden))).entropy
+    assert find_required_passes(recipe(advantage=part(hidden))).entropy
 
 
 def test_parts_with_memory_forget_the_probe():
@@ -69,7 +69,7 @@ def test_parts_with_memory_forget_the_probe():
             return batch.mask.float()
 
     counter = Counter()
-    find_needs(recipe(advantage=Part(call=counter, name="counter")))
+    find_required_passes(recipe(advantage=Part(call=counter, name="counter")))
     assert counter.calls == 0
 
 
@@ -83,7 +83,7 @@ def test_parts_with_memory_forget_the_probe():
 )
 def test_a_part_that_does_not_fit_is_named(function, message):
     with pytest.raises(RecipeError, match=message):
-        find_needs(recipe(advantage=Part(call=function, name="mine")))
+        find_required_passes(recipe(advantage=Part(call=function, name="mine")))
 
 
 def test_a_loss_keeps_its_gradient_in_the_probe():
@@ -93,5 +93,5 @@ def test_a_loss_keeps_its_gradient_in_the_probe():
         seen["requires_grad"] = outputs.logp.requires_grad
         return torch.exp(outputs.logp)
 
-    find_needs(recipe(loss=(part(loss),)))
+    find_required_passes(recipe(loss=(part(loss),)))
     assert seen["requires_grad"]

@@ -21,7 +21,7 @@ from posttrain.training import reference_cache
 from posttrain.training.learner import score
 from posttrain.training.recipe import load_recipe
 from posttrain.training.reference_cache import ReferencedExamples, first_draws, schedule_of
-from posttrain.training.required_passes import find_needs
+from posttrain.training.required_passes import find_required_passes
 from posttrain.training.setup import build_learner, load_material, with_cached_reference
 
 PAIRS = 12
@@ -66,7 +66,7 @@ class Prepared:
 
     def __init__(self, path: Path, processes: Processes) -> None:
         self.recipe = load_recipe(path)
-        needs, tokenizer = find_needs(self.recipe), AutoTokenizer.from_pretrained(self.recipe.policy.model)
+        needs, tokenizer = find_required_passes(self.recipe), AutoTokenizer.from_pretrained(self.recipe.policy.model)
         material = load_material(self.recipe, tokenizer, needs.columns)
         self.learner = build_learner(self.recipe, needs, processes)
         self.material = with_cached_reference(self.learner, material)

@@ -1,4 +1,4 @@
-"""How the parts of a recipe become rewards, advantages, targets and losses: pure functions that the loop calls."""
+"""Applies the parts of a recipe to a batch: rewards, advantages, baselines, targets and losses, as pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.training.recipe import Recipe
 
 
 def add_rewards(recipe: Recipe, batch: Batch) -> Batch:
-    """The batch with every reward part added: those of ``[N]`` to ``reward``, those of ``[N, L]`` to ``step_reward``.
+    """Adds every reward part to the batch: those of ``[N]`` to ``reward``, those of ``[N, L]`` to ``step_reward``.
 
     Every part sees the batch as it was before any of them, so their order does not matter.
 
@@ -38,30 +38,30 @@ def add_rewards(recipe: Recipe, batch: Batch) -> Batch:
 
 
 def compare_completions(recipe: Recipe, batch: Batch) -> Batch:
-    """The batch with the results of comparing its completions as their rewards, if the recipe compares any.
+    """Replaces the rewards by the results of comparing completions, if the recipe has a ``compare``.
 
     Raises:
         ValueError: if the part returns another shape, or a number that is not finite for a scored completion.
     """
     if recipe.compare is None:
         return batch
-    found = recipe.compare(batch)
-    if found.shape != batch.reward.shape or not bool(found[batch.scored].isfinite().all()):
-        name, wanted = recipe.compare.name, f"{len(batch)} finite numbers"
-        raise ValueError(f"part {name!r} returned {list(found.shape)}; wanted {wanted}")
-    return batch.set(reward=found.to(batch.reward).where(batch.scored, float("nan")))
+    reward = recipe.compare(batch)
+    if reward.shape != batch.reward.shape or not bool(reward[batch.scored].isfinite().all()):
+        name, expected = recipe.compare.name, f"{len(batch)} finite numbers"
+        raise ValueError(f"part {name!r} returned {list(reward.shape)}; expected {expected}")
+    return batch.set(reward=reward.to(batch.reward).where(batch.scored, float("nan")))
 
 
 def advantages_of(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     """The advantage of each token: the recipe's advantage, then its shapers in order. Float32, zero off the mask.
 
-    Unscored completions and greedy baselines get exactly 0, whatever the parts say of them.
+    Completions that are unscored or baselines only get exactly 0, whatever the parts return for them.
 
     Raises:
         ValueError: if a part returns another shape, or a number that is not finite.
     """
     assert recipe.advantage is not None
-    trained = batch.mask & (batch.scored & ~batch.baseline_only)[:, None]
+    trained = batch.mask & batch.trained[:, None]
     advantage = _checked(recipe.advantage, recipe.advantage(batch), trained)
     for part in recipe.shape:
         advantage = _checked(part, part(advantage, batch), trained)
@@ -84,24 +84,26 @@ def _checked(part: Part, advantage: Tensor, trained: Tensor) -> Float[Tensor, "N
 
 
 def add_baselines(recipe: Recipe, batch: Batch) -> Batch:
-    """The batch with what its scores are measured against, and with the groups that a recipe makes anew.
+    """Fills ``batch.baseline`` from the slot ``baseline``, and replaces ``batch.group`` by the result of ``regroup``.
 
     Raises:
         ValueError: if a part returns another shape, or a number that is not finite.
     """
     for field, part in (("baseline", recipe.baseline), ("group", recipe.regroup)):
         if part is not None:
-            found = part(batch)
-            if found.shape != batch.reward.shape or not bool(found.isfinite().all()):
-                raise ValueError(f"part {part.name!r} returned {list(found.shape)}; wanted {len(batch)} finite numbers")
-            batch = batch.set(**{field: found})
+            values = part(batch)
+            if values.shape != batch.reward.shape or not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"part {part.name!r} returned {list(values.shape)}; expected {len(batch)} finite numbers"
+                )
+            batch = batch.set(**{field: values})
     return batch
 
 
 def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
-    """What the value model learns at each state, float32; NaN where there is nothing to learn.
+    """The target of the value model at each state, float32; NaN where there is nothing to learn.
 
-    Unscored completions and greedy baselines teach nothing, whatever the part says of them.
+    Completions that are unscored or baselines only have no targets, whatever the part returns for them.
 
     Raises:
         ValueError: if the part returns another shape, or an infinite number.
@@ -111,7 +113,7 @@ def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     if target.shape != batch.mask.shape:
         expected = list(batch.mask.shape)
         raise ValueError(f"target part {part.name!r} returned shape {list(target.shape)}, expected {expected}")
-    taught = batch.states & (batch.scored & ~batch.baseline_only)[:, None]
+    taught = batch.states & batch.trained[:, None]
     target = target.float().where(taught, float("nan"))
     if rows := target.isinf().any(-1).nonzero().squeeze(-1).tolist():
         raise ValueError(f"target part {part.name!r} gave an infinite target in completions {rows[:8]}")
@@ -119,7 +121,7 @@ def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def taught_states(batch: Batch) -> Bool[Tensor, "N L"]:
-    """States whose value has a target.
+    """True at the states whose value has a target.
 
     Raises:
         ValueError: if the targets are missing.
@@ -132,12 +134,13 @@ def taught_states(batch: Batch) -> Bool[Tensor, "N L"]:
 def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch or micro-batch, and the value of each term before its coefficient, by the term's name.
 
-    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.loss_share, or in place of ``batch.loss_share`` the term's own slice
-    of ``batch.term_share``. As these come from sums over the global batch, losses and term values add up over
-    micro-batches and ranks.
+    loss = Σ_i coef_i Σ_nl term_i · Π_j weight_ij · batch.loss_share
+
+    A term with a normaliser of its own uses its slice of ``batch.term_share`` in place of ``batch.loss_share``. Shares
+    come from sums over the global batch, so losses and term values add up over micro-batches and ranks.
 
     Raises:
-        ValueError: if the normaliser's weights are missing.
+        ValueError: if the shares are missing.
     """
     if batch.loss_share is None:
         raise ValueError("batch.loss_share has not been filled: call the recipe's normaliser on the whole batch first")
@@ -149,10 +152,10 @@ def total_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tu
 
 
 def total_value_loss(loss_parts: Sequence[Part], outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same over the states that have a target, with ``batch.value_share``.
+    """Like :func:`total_loss`, but summed over the states that have a target and weighted by ``batch.value_share``.
 
     Raises:
-        ValueError: if the normaliser's weights or the targets are missing.
+        ValueError: if the shares or the targets are missing.
     """
     if batch.value_share is None:
         raise ValueError("batch.value_share has not been filled: call the recipe's normaliser on the states first")
@@ -174,7 +177,7 @@ def _sum_of_terms(
 
 
 def _unused(name: str, taken: dict[str, Tensor]) -> str:
-    """The name itself, or numbered where a term of that name is there already: kl, kl_2, kl_3."""
+    """The name, with a number if a term of that name is there already: kl, kl_2, kl_3."""
     numbered, count = name, 1
     while numbered in taken:
         count += 1

@@ -1,4 +1,4 @@
-"""What a checkpoint of a training run holds, so that a resumed run repeats one that was never stopped."""
+"""Checkpoints of a training run. A resumed run repeats, bit for bit, one that was never stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_POLICIES_FILE = "other_policies.pt"
 
 
 def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
-    """Parts that keep a ``state``, by their path in the recipe."""
+    """The parts that keep a ``state``, by their path in the recipe."""
     slots: dict[str, Part] = {"rollout": recipe.rollout, "normaliser": recipe.normaliser}
     for slot in ("compare", "advantage", "baseline", "regroup", "target"):
         if (part := getattr(recipe, slot)) is not None:
@@ -35,7 +35,7 @@ def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
 
 
 def run_state(run: TrainingRun) -> dict[str, Any]:
-    """All that changes from step to step beside weights and optimiser, as plain data."""
+    """Everything that changes from step to step besides weights and optimiser, as plain data."""
     return json.loads(
         json.dumps(
             {
@@ -53,12 +53,12 @@ def run_state(run: TrainingRun) -> dict[str, Any]:
 
 
 def slow_weights(learner: Learner) -> Mapping[str, torch.Tensor]:
-    """Weights of the target network, which no optimiser holds."""
+    """Weights of the target network, which the optimiser does not hold; empty if there is none."""
     return {} if learner.slow_value is None else learner.slow_value.own_parameters()
 
 
 def save_checkpoint(run: TrainingRun, state: dict[str, Any]) -> None:
-    """A checkpoint that is whole or absent."""
+    """Writes a checkpoint that is complete or absent, and removes old ones. Called on all ranks."""
     processes = run.processes
     with write_checkpoint(run.folder, run.step, main=processes.is_main, barrier=processes.barrier) as folder:
         run.learner.optimiser.save(folder)
@@ -72,10 +72,10 @@ def save_checkpoint(run: TrainingRun, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
-    """Puts a run where a checkpoint left it.
+    """Restores a run from a checkpoint. Called on all ranks.
 
     Raises:
-        UserError: where the number of processes changed under DeepSpeed, whose shards belong to one number.
+        UserError: if the number of processes changed under DeepSpeed, whose shards fit one number of processes.
     """
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     if run.processes.uses_deepspeed and state["world"] != run.processes.world:

@@ -1,4 +1,4 @@
-"""How good a policy is on held-out rows: decode, verify, average; or how it judges completions that are given."""
+"""Evaluation of the policy: accuracy on held-out prompts, and ranking of held-out completions."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from posttrain.training.metrics import add_sums, mean_sums, preference_sums
 def evaluate_completions(
     options: EvaluationSection, processes: Processes, source: Source, rows: Rows, *, seed: int
 ) -> dict[str, float]:
-    """Mean score of ``options.completions`` completions of every row, shared out over the ranks.
+    """Completes and verifies every row ``options.completions`` times; the rows are shared over the ranks.
 
-    The same seeds at every call: two evaluations differ by the policy alone.
+    Every call uses the same seeds, so two evaluations differ only by the policy.
 
     Returns:
         ``eval/score`` (mean of the scored completions), ``eval/accuracy`` (share with a positive score),
         ``eval/length`` (mean tokens), ``eval/truncated`` (share cut off at ``max_tokens``), ``eval/unscored`` (share).
     """
     start = time.perf_counter()
-    mine = range(processes.rank, len(rows), processes.world)
-    prompts = make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 1, mine))
+    indices = range(processes.rank, len(rows), processes.world)
+    prompts = make_prompts(rows, indices, indices, prompt_seeds(seed, 0, 1, indices))
     sampling = sampling_of(options.sampling)
     batch, _ = processes.together(partial(generate_and_verify, source, prompts, options.completions, sampling, {}))
     sums = torch.zeros(6, dtype=torch.float64)
@@ -52,23 +52,23 @@ def evaluate_completions(
 
 @torch.no_grad()
 def evaluate_ranking(learner: Learner, examples: Examples) -> dict[str, float]:
-    """What the policy makes of held-out examples, shared out over the ranks.
+    """Measures how the policy ranks held-out completions, which are shared over the ranks.
 
     Returns:
-        ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, with a loss about preferences (see
-        :func:`posttrain.training.metrics.preference_sums`); ``eval/nll``, in nats a token, with another one.
+        ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, for a loss of preferences (see
+        :func:`posttrain.training.metrics.preference_sums`); for another loss ``eval/nll``, in nats a token.
     """
     start, processes = time.perf_counter(), learner.processes
     sums = []
     for index in in_order(len(examples), learner.recipe.prompts_per_step):
-        if mine := share_of(index, processes):
-            batch = examples.batch(mine)
+        if own_index := share_of(index, processes):
+            batch = examples.batch(own_index)
             if learner.required.logp_ref and batch.logp_ref is None:
                 batch = batch.set(logp_ref=reference_logp(learner, batch))
             outputs = Outputs(logp=policy_logp(learner, batch))
             batch = batch.set(logp_old=outputs.logp)
             nll = {"nll": mean_sums(-outputs.logp[batch.mask & ~batch.baseline_only[:, None]])}
             sums.append(preference_sums(learner.recipe.loss, outputs, batch) or nll)
-    shared = [each for each in processes.gather(add_sums(sums)) if each]
+    shared = [rank_sums for rank_sums in processes.gather(add_sums(sums)) if rank_sums]
     means = {f"eval/{name}": float(total / count) for name, (total, count) in add_sums(shared).items() if count}
     return means | {"time/evaluate_ranking": time.perf_counter() - start}

@@ -1,4 +1,4 @@
-"""The two passes over a batch that need the models' weights: scoring before the update, and the update."""
+"""The learner: models with their optimiser, and the passes over a batch that need them (scoring, targets, update)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from posttrain.training.required_passes import RequiredPasses
 
 @dataclass(frozen=True)
 class Learner:
-    """The models of a run and what its parts need of them."""
+    """The models of a run, their optimiser, and the forward passes that the recipe's parts need."""
 
     recipe: Recipe
     processes: Processes
@@ -36,17 +36,17 @@ class Learner:
     policy: Policy
     other_policies: OtherPolicies
     value: ValueModel | None
-    slow_value: ValueModel | None  # the target network, where there is one
+    slow_value: ValueModel | None  # the target network, if the recipe has one
     required: RequiredPasses
 
     @property
     def reference(self) -> Policy | None:
-        """None: not needed, or the policy without its adapters."""
+        """The reference policy; None if it is not needed, or if it is the policy without its adapters."""
         return self.other_policies.reference
 
     @property
     def optimizers(self) -> list[OptimizerSection]:
-        """Settings of each group of parameters that is trained, in the processes's order."""
+        """Settings of each group of parameters that is trained, in the optimiser's order."""
         value = (self.recipe.value or ValueSection()).optimizer
         return [self.recipe.optimizer] * bool(self.recipe.loss) + [value] * bool(self.recipe.value_loss)
 
@@ -66,7 +66,7 @@ def score(learner: Learner, batch: Batch) -> Batch:
 
 @torch.no_grad()
 def policy_logp(learner: Learner, batch: Batch) -> Float[Tensor, "N L"]:
-    """Log-probs of the policy as it is."""
+    """Log-probs of the policy with its current weights."""
     temperature = learner.recipe.sampling.temperature
     learner.policy.eval()
     return _passes(learner, batch, lambda part: _policy_pass(learner.policy, part, temperature))[0]
@@ -74,7 +74,7 @@ def policy_logp(learner: Learner, batch: Batch) -> Float[Tensor, "N L"]:
 
 @torch.no_grad()
 def reference_logp(learner: Learner, batch: Batch) -> Float[Tensor, "N L"]:
-    """Log-probs of the reference, which may be the policy without its adapters, or as it is before the first step."""
+    """Log-probs of the reference: a model of its own, or the policy without adapters or before its first step."""
     model, temperature = learner.reference or learner.policy, learner.recipe.sampling.temperature
     without_adapters = learner.reference is None
     learner.policy.eval()
@@ -84,7 +84,7 @@ def reference_logp(learner: Learner, batch: Batch) -> Float[Tensor, "N L"]:
 
 @torch.no_grad()
 def score_values(learner: Learner, batch: Batch, value: ValueModel | None) -> Batch:
-    """Fills what the parts read of a value model."""
+    """Fills the values that some part reads."""
     if value is None:
         return batch
     value.eval()
@@ -109,7 +109,7 @@ def _policy_pass(
 
 
 def _passes(learner: Learner, batch: Batch, pass_: Callable[[Batch], list[Tensor]]) -> list[Tensor]:
-    """Results [N, L] of a model's passes over micro-batches, put together."""
+    """Runs a model over micro-batches and joins the results to tensors [N, L]."""
     whole: list[Tensor] = []
     # Cut as the update cuts: shapes decide the last bits, and the log-ratio to the same policy is then exactly 0.
     together = batch.group if learner.required.groups else None
@@ -136,10 +136,10 @@ def add_value_targets(learner: Learner, batch: Batch) -> Batch:
 
 
 def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = False) -> dict[str, float]:
-    """All optimiser steps on a batch. Completions that ``keep`` drops, and greedy baselines, have no part in them.
+    """Takes all optimiser steps on a batch, without the completions that ``keep`` drops or that are baselines only.
 
     Args:
-        policy_waits: the policy is left as it is, and the value model alone learns.
+        policy_waits: train the value model alone; the policy keeps its weights.
     """
     recipe, processes = learner.recipe, learner.processes
     kept = ~batch.baseline_only
@@ -172,7 +172,7 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
 
 
 def with_shares(recipe: Recipe, mini: Batch) -> Batch:
-    """The batch of one optimiser step with each token's share of the loss, and each state's of the value loss."""
+    """Fills the share of each token in the loss of one optimiser step, and of each state in the value loss."""
     if recipe.loss:
         own = [term.normaliser(mini) for term in recipe.loss if term.normaliser is not None]
         mini = mini.set(loss_share=recipe.normaliser(mini), term_share=torch.stack(own, -1) if own else None)
@@ -184,9 +184,9 @@ def with_shares(recipe: Recipe, mini: Batch) -> Batch:
 def losses_of(
     learner: Learner, micro: Batch, sums: list[dict[str, Tensor]], policy_waits: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch and its terms; what compares the policies is added to ``sums``.
+    """The loss of a micro-batch and its terms. Sums that compare the policies are appended to ``sums``.
 
-    Each member of the value model has a loss of its own, and they are added up.
+    Each member of the value model has a loss of its own; the losses are added up.
     """
     recipe, required = learner.recipe, learner.required
     support = learner.value.support if learner.value is not None else None
@@ -218,19 +218,20 @@ def losses_of(
 
 
 def update_metrics(learner: Learner, updates: list[Update], rates: list[float]) -> dict[str, float]:
-    """Gradient norms (mean over the optimiser steps), rates, and optimiser steps skipped as not finite."""
-    norms = [sum(column) / len(updates) for column in zip(*(each.grad_norms for each in updates), strict=True)]
+    """Gradient norms (mean over the optimiser steps), learning rates, and the number of skipped optimiser steps."""
+    norms = [sum(column) / len(updates) for column in zip(*(step.grad_norms for step in updates), strict=True)]
     names = [""] * bool(learner.recipe.loss) + ["value/"] * bool(learner.recipe.value_loss)
     metrics = {f"{name}grad_norm": norm for name, norm in zip(names, norms, strict=True)}
     metrics |= {f"{name}learning_rate": rate for name, rate in zip(names, rates, strict=True)}
-    return metrics | {"skipped": float(sum(each.skipped for each in updates))}
+    return metrics | {"skipped": float(sum(step.skipped for step in updates))}
 
 
 def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]]:
-    """Rows of each optimiser step: all in order if there is one, else an even share at random, drawn anew each epoch.
+    """Rows of each optimiser step: all rows if there is one step, else even random shares, drawn again in each epoch.
 
-    Of every ``minibatches`` consecutive rows, counted over all ranks, each step has one: the steps are those of one
-    process, and ranks are equally busy. Where a loss compares the completions of a group, it is groups, not rows.
+    Of every ``minibatches`` consecutive rows, counted over all ranks, each step gets one. So the steps are those of a
+    run on one process, and ranks are equally busy. If a loss compares the completions of a group, whole groups are
+    drawn in place of rows.
     """
     recipe, processes = learner.recipe, learner.processes
     if recipe.epochs * recipe.minibatches == 1:
@@ -245,11 +246,11 @@ def minibatches(learner: Learner, batch: Batch, step: int) -> Iterator[list[int]
     generator = torch.Generator().manual_seed(sample_seed(recipe.seed, step))
     for _ in range(recipe.epochs):
         draws = torch.rand(math.ceil(sum(counts) / many), many, generator=generator).argsort(-1)
-        mine = draws.flatten()[first : first + len(rows)]  # in which step each of this rank's units is
+        step_of_unit = draws.flatten()[first : first + len(rows)]  # for this rank's units
         for number in range(many):
-            yield [row for unit in (mine == number).nonzero().squeeze(-1).tolist() for row in rows[unit]]
+            yield [row for unit in (step_of_unit == number).nonzero().squeeze(-1).tolist() for row in rows[unit]]
 
 
 def _seed_dropout(seed: int, step: int, number: int, rank: int) -> None:
-    """Dropout as a function of the step, so that a resumed run repeats it."""
+    """Makes dropout a function of the step, so that a resumed run repeats it."""
     torch.manual_seed(sample_seed(sample_seed(sample_seed(seed, step), number), rank))

@@ -1,4 +1,4 @@
-"""The numbers of a step, as sums over all ranks."""
+"""Metrics of rollouts, updates and preferences, made of sums over all ranks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from posttrain.recipe.part import Part
 from posttrain.system.processes import Processes
 
 PREFERENCE_TERMS = (pairwise, pointwise, listwise)
-"""Loss terms with a score and a beta."""
+"""Loss terms with options ``score`` and ``beta``, by which the policy ranks completions."""
 
 
 def rollout_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
-    """What the policy wrote and how it was rewarded; what others wrote is out, as are greedy baselines and blank rows.
+    """Length, score and reward statistics of the policy's own completions (no opponents, baselines or padding rows).
 
-    ``groups/mixed`` is the share of groups whose scores differ, the only ones that teach a group-centred method
-    anything; ``groups/spread`` is the mean standard deviation of the scores in a group.
+    ``groups/mixed`` is the share of groups whose scores differ: a group-centred method learns from no other.
+    ``groups/spread`` is the mean standard deviation of the scores in a group.
     """
     batch = batch[~batch.baseline_only & batch.mask.any(-1) & batch.by(Author.POLICY)]
     scored = batch.scored
@@ -61,7 +61,7 @@ def update_sums(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
     mask = batch.mask & (batch.loss_share != 0 if batch.loss_share is not None else batch.mask)
     now, sampler = outputs.logp.detach()[mask], batch.logp_sampler[mask]
     old = batch.logp_old[mask] if batch.logp_old is not None else now
-    known = ~sampler.isnan()  # nobody knows how likely given completions were when they were written
+    known = ~sampler.isnan()  # NaN for completions from the dataset: the sampler's log-probs are unknown
     moved, gap = now - old, (old - sampler)[known]
     sums = {
         "policy/entropy": mean_sums(-now),
@@ -77,25 +77,25 @@ def update_sums(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
 
 
 def preference_sums(terms: Sequence[Part], outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """How the policy ranks the completions of a micro-batch, by the first loss term that is about preferences.
+    """Sums that say how the policy ranks the completions of a micro-batch, by the first loss term of preferences.
 
-    Returns [sum, count] pairs; none where no term is.
+    Returns [sum, count] pairs; none if the loss has no such term.
     """
     term = next((term for term in terms if term.target in PREFERENCE_TERMS), None)
     if term is None:
         return {}
-    chosen = term.every_option
-    found = summarise(outputs, batch, chosen["score"], chosen["beta"])
-    return {f"preference/{name}": mean_sums(values) for name, values in found.items()}
+    options = term.every_option
+    summary = summarise(outputs, batch, options["score"], options["beta"])
+    return {f"preference/{name}": mean_sums(values) for name, values in summary.items()}
 
 
 def add_sums(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """[sum, count] pairs of several micro-batches, added up."""
-    return {name: torch.stack([each[name] for each in sums]).sum(0) for name in sums[0]} if sums else {}
+    """Adds up the [sum, count] pairs of several micro-batches."""
+    return {name: torch.stack([pairs[name] for pairs in sums]).sum(0) for name in sums[0]} if sums else {}
 
 
 def reduce_means(sums: Mapping[str, Tensor], processes: Processes) -> dict[str, float]:
-    """[sum, count] pairs to means over all ranks, in one reduction; NaN where nothing was counted."""
+    """Turns [sum, count] pairs into means over all ranks, in one reduction; NaN if nothing was counted."""
     if not sums:
         return {}
     totals = processes.all_sum(torch.stack([pair.double().cpu() for pair in sums.values()]))
@@ -103,7 +103,7 @@ def reduce_means(sums: Mapping[str, Tensor], processes: Processes) -> dict[str, 
 
 
 def peak_memory_mb() -> float:
-    """Most memory used so far: of the GPU where there is one, else of this process."""
+    """Peak memory so far, in MiB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -111,7 +111,7 @@ def peak_memory_mb() -> float:
 
 
 def mean_sums(values: Tensor) -> Tensor:
-    """The [sum, count] pair of some numbers."""
+    """The [sum, count] pair of a tensor's values."""
     return torch.stack([values.double().sum(), torch.tensor(values.numel(), device=values.device).double()])
 
 

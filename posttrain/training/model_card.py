@@ -33,7 +33,7 @@ VALUE_USAGE = """```python
 from posttrain import load_value
 
 value_model = load_value(".")  # this folder
-values, _ = value_model(tokens, states)  # of each prefix of tokens [N, L] that ends where states [N, L] is true
+values, _ = value_model(tokens, states)  # values of the prefixes of tokens [N, L] that end where states [N, L] is true
 ```
 
 or in a recipe: `value: {model: <this folder>}`. The entry `posttrain` of `config.json` says what the values mean. Plain
@@ -84,29 +84,29 @@ def write_model_card(
 
 
 def front_matter(recipe: Recipe, cited: list[str], library: str, of_value: bool = False) -> str:
-    """The YAML block. Models and data sets that are files of this machine have no page on the hub to link to."""
-    of_evaluation = [recipe.evaluate.data, recipe.evaluate.examples] if recipe.evaluate else []
-    data = [recipe.data, *(each for each in of_evaluation if each is not None)]
+    """The YAML block at the top of the card. Local models and datasets are left out: they have no page on the hub."""
+    held_out = [recipe.evaluate.data, recipe.evaluate.examples] if recipe.evaluate else []
+    data = [recipe.data, *(section for section in held_out if section is not None)]
     names = [section.path for section in data if is_hub_name(section.path)]
-    found = [identifier for line in cited for identifier in ARXIV.findall(line)]
+    arxiv_ids = [identifier for line in cited for identifier in ARXIV.findall(line)]
     card = ModelCardData(
         base_model=recipe.policy.model if is_hub_name(recipe.policy.model) else None,
         datasets=list(dict.fromkeys(names)) or None,
         library_name=library,
         pipeline_tag="token-classification" if of_value else "text-generation",
-        tags=["posttrain", "reinforcement-learning", *(f"arxiv:{name}" for name in dict.fromkeys(found))],
+        tags=["posttrain", "reinforcement-learning", *(f"arxiv:{name}" for name in dict.fromkeys(arxiv_ids))],
         model_name=recipe.name,
     )
     return card.to_yaml()
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can only be one of the hub: ``owner/name``, and nothing of that name lies here."""
+    """True if a name can only be one of the hub: it reads ``owner/name``, and no local file has that name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists() and name[0] not in "./"
 
 
 def parts_of(recipe: Recipe) -> Iterator[Part]:
-    """All parts of a recipe, the weights of loss terms included."""
+    """All parts of a recipe, including the weights and normalisers of loss terms."""
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         for part in value if isinstance(value, tuple) else (value,):
@@ -133,7 +133,7 @@ def papers(recipe: Recipe) -> list[str]:
 
 
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """A Markdown table of the metrics, before and after training; empty without any."""
+    """A Markdown table of the metrics before and after training; empty if there are none."""
     names = [name for name in dict.fromkeys([*before, *after]) if not name.startswith(TIMING)]
     if not names:
         return ""

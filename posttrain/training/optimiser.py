@@ -27,15 +27,15 @@ DEEPSPEED_TAG = "deepspeed"
 
 @dataclass(frozen=True)
 class Update:
-    """One optimiser step."""
+    """The result of one optimiser step."""
 
-    grad_norms: tuple[float, ...]  # of each group of parameters, before clipping
-    skipped: bool  # the loss or a gradient was not finite: nothing was changed
+    grad_norms: tuple[float, ...]  # gradient norm of each group of parameters, before clipping
+    skipped: bool  # True if the loss or a gradient was not finite; then nothing was changed
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are trained alike, such as those of the policy."""
+    """Parameters with the same optimiser settings, such as those of the policy."""
 
     parameters: Sequence[torch.nn.Parameter]
     options: OptimizerSection
@@ -96,9 +96,9 @@ class Optimiser:
     def update(
         self, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor], learning_rates: Sequence[float]
     ) -> Update:
-        """One optimiser step on the sum of the losses of all micro-batches of all ranks.
+        """Takes one optimiser step on the sum of the losses of all micro-batches of all ranks.
 
-        Every rank must bring the same number of micro-batches. A loss or gradient that is not finite on any rank leaves
+        Every rank must pass the same number of micro-batches. A loss or gradient that is not finite on any rank leaves
         weights and optimiser as they were on all of them.
         """
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
@@ -144,18 +144,18 @@ class Optimiser:
         return Update((whole,) * len(self._groups), bool(self.model.optimizer.overflow))
 
     def save(self, folder: Path) -> None:
-        """JointModel weights and optimiser state, exactly. Called on all ranks."""
+        """Saves trained weights and optimiser state exactly. Called on all ranks."""
         if self._processes.uses_deepspeed:
             self.model.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, exclude_frozen_parameters=True)
         elif self._processes.is_main:
             torch.save({"weights": self._weights(), "optimizer": self.optimizer.state_dict()}, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """What :meth:`save` wrote. Called on all ranks.
+        """Loads what :meth:`save` wrote. Called on all ranks.
 
         Raises:
-            UserError: if it was written with DeepSpeed and this run is without, or the other way round, or if it holds
-                other weights than this recipe trains.
+            UserError: if one of the runs uses DeepSpeed and the other does not, or if the file holds other weights than
+                this recipe trains.
         """
         with_deepspeed = (folder / DEEPSPEED_TAG).is_dir()
         if with_deepspeed != self._processes.uses_deepspeed:
@@ -165,11 +165,11 @@ class Optimiser:
             self.model.load_checkpoint(str(folder), tag=DEEPSPEED_TAG, load_module_strict=False)
             return
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        mine = self._weights()
-        if mine.keys() != state["weights"].keys():
+        weights = self._weights()
+        if weights.keys() != state["weights"].keys():
             raise UserError(f"{folder} holds other trained weights than this recipe trains; was policy.lora changed?")
         with torch.no_grad():
-            for name, parameter in mine.items():
+            for name, parameter in weights.items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -179,9 +179,9 @@ class Optimiser:
 
 
 def learning_rate(options: OptimizerSection, step: int, steps: int) -> float:
-    """Rate of the optimiser step number ``step`` (from 0) of ``steps``: linear warm-up, then the schedule down to 0.
+    """Learning rate of step number ``step`` (from 0) of ``steps``: linear warm-up, then the schedule down to 0.
 
-    A function of the step alone, so that a resumed run has nothing to restore.
+    It is a function of the step alone, so a resumed run has nothing to restore.
     """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps

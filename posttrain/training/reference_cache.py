@@ -1,15 +1,15 @@
-"""Log-probs of given completions under a frozen reference policy, computed once and kept on disk.
+"""Reference cache: log-probs of dataset completions under a frozen reference, computed once and kept on disk.
 
 ::
 
     <folder>/<key>/
-      about.json                    what the key was made of
+      about.json                    everything that the key is a hash of
       shard-5f0c….safetensors       log-probs of some of the groups
 
 The key is a hash of the reference's weights, of how it is run, and of the completions' token ids: another model or
-other data have another key. Groups are scored in the order and in the batches in which the run will draw them, so that
-of a pass over the data the log-probs are those of a run without the cache, to the bit. Shards appear whole or not at
-all, and what a stopped run left is gone on with.
+other data have another key. Groups are scored in the order and in the batches in which the run will draw them, so that the
+log-probs of the first pass over the data equal, bit for bit, those of a run without the cache. Shards are written
+atomically, and a run that was stopped continues with the shards that it left.
 """
 
 from __future__ import annotations
@@ -36,21 +36,26 @@ from posttrain.data.left_out import LeftOut
 from posttrain.errors import UserError
 from posttrain.output.progress import Progress
 from posttrain.rollout.collect import share_of
-from posttrain.system.files import sync
+from posttrain.system.files import atomic_write, sync
 from posttrain.training.learner import Learner, reference_logp
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import RequiredPasses
 
-SHARD_SECONDS = 30.0  # between shards: what a run that is stopped loses
-FORMAT = 1  # of the shards and of the key
+SHARD_SECONDS = 30.0  # seconds of work between shards, which a run that is stopped may lose
+FORMAT = 1  # version of the format of shards and key
 
 
 @dataclass(frozen=True)
 class ReferencedExamples:
-    """Examples whose batches hold the reference's log-probs; see :class:`posttrain.data.examples.dataset_examples.Examples`."""
+    """Examples whose batches hold the reference's log-probs.
+
+    See :class:`posttrain.data.examples.dataset_examples.Examples`.
+    """
 
     examples: Examples
-    logp: Mapping[int, np.ndarray]  # of each group: float32, the chosen tokens of its completions one after another
+    logp: Mapping[
+        int, np.ndarray
+    ]  # log-probs of each group: float32, the chosen tokens of its completions one after another
 
     @property
     def left_out(self) -> int:
@@ -74,27 +79,30 @@ class ReferencedExamples:
         return self.examples.fingerprint()
 
     def batch(self, index: Sequence[int]) -> Batch:
-        """The completions of these groups, with ``logp_ref``."""
+        """The completions of some groups, with ``logp_ref``."""
         batch = self.examples.batch(index)
         values = torch.from_numpy(np.concatenate([self.logp[i] for i in index]))
         return batch.set(logp_ref=torch.zeros(batch.mask.shape).masked_scatter(batch.mask, values))
 
 
 def uses_cache(recipe: Recipe, required: RequiredPasses) -> bool:
-    """Whether all that a run needs of its reference is known before its first step: log-probs of given completions."""
+    """True if the reference is needed only for log-probs of dataset completions.
+
+    These can be computed before training.
+    """
     frozen = recipe.reference.every is None
-    whole_model = required.kl_ref or required.value_next  # of every next token
-    given = recipe.examples is not None and recipe.opponent is None
-    return given and frozen and required.logp_ref and not whole_model and recipe.reference.cache is not False
+    whole_model = required.kl_ref or required.value_next  # needs the distribution over every next token
+    nothing_sampled = recipe.examples is not None and recipe.opponent is None
+    return nothing_sampled and frozen and required.logp_ref and not whole_model and recipe.reference.cache is not False
 
 
 def with_reference(learner: Learner, examples: Examples, schedule: Sequence[Sequence[int]]) -> ReferencedExamples:
-    """The examples with the log-probs of the learner's reference, from the cache as far as it has them.
+    """Adds the reference's log-probs to the examples: from the cache where it has them, else computed now.
 
-    Called before the first step, on all ranks; the policy, where it is its own reference, has its initial weights.
+    Called before the first step, on all ranks. A policy that is its own reference still has its initial weights then.
 
     Args:
-        schedule: the groups of each step of the run, over all ranks.
+        schedule: the groups that each step of the run draws, over all ranks.
     """
     processes = learner.processes
     about = processes.from_main(lambda: describe_key(learner, examples))
@@ -109,34 +117,34 @@ def with_reference(learner: Learner, examples: Examples, schedule: Sequence[Sequ
 
 
 def schedule_of(recipe: Recipe, size: int) -> list[list[int]]:
-    """The groups that each step of a run draws; given completions teach a prompt sampler nothing, so this is known."""
+    """The groups that each step of a run draws. They are known before: samplers do not learn from the dataset."""
     sampler = recipe.prompts.call(size=size, seed=recipe.seed)
     return [sampler.draw(recipe.prompts_per_step) for _ in range(recipe.steps)]
 
 
 def first_draws(schedule: Sequence[Sequence[int]], known: set[int]) -> list[tuple[list[int], set[int]]]:
-    """Steps that draw a group for the first time: all that they draw, and what of it is new."""
-    seen, found = set(known), []
+    """The steps that draw a group for the first time: all groups that they draw, and the new ones among them."""
+    seen, steps = set(known), []
     for index in schedule:
         if new := set(index) - seen:
-            found.append((list(index), new))
+            steps.append((list(index), new))
             seen |= new
-    return found
+    return steps
 
 
 def compute(learner: Learner, examples: Examples, steps: Sequence[tuple[list[int], set[int]]], folder: Path) -> None:
-    """Scores this rank's share of each step as the run will draw it, and writes shards of what is new."""
+    """Scores this rank's share of each step as the run will draw it, and writes shards of the new groups."""
     processes, results = learner.processes, {}
-    written = time.monotonic()
+    last_shard = time.monotonic()
     with Progress(len(steps), active=processes.is_main, columns=(), unit="reference log-probs, batch") as progress:
         for number, (index, new) in enumerate(steps, start=1):
-            if mine := share_of(index, processes):
-                batch = examples.batch(mine)
+            if own_index := share_of(index, processes):
+                batch = examples.batch(own_index)
                 logp = reference_logp(learner, batch)
-                results |= {i: values for i, values in zip(mine, by_group(batch, logp), strict=True) if i in new}
-            if results and (number == len(steps) or time.monotonic() - written > SHARD_SECONDS):
+                results |= {i: values for i, values in zip(own_index, by_group(batch, logp), strict=True) if i in new}
+            if results and (number == len(steps) or time.monotonic() - last_shard > SHARD_SECONDS):
                 write_shard(folder, results)
-                results, written = {}, time.monotonic()
+                results, last_shard = {}, time.monotonic()
             progress.update(number, {})
 
 
@@ -148,7 +156,7 @@ def by_group(batch: Batch, logp: Float[Tensor, "N L"]) -> Iterator[np.ndarray]:
 
 
 def write_shard(folder: Path, results: Mapping[int, np.ndarray]) -> None:
-    """A file that has its name, which tells its groups, only when all of it is on disk."""
+    """Writes a shard durably and atomically; its name is a hash of its groups."""
     groups = sorted(results)
     path = folder / f"shard-{hashlib.blake2b(repr(groups).encode(), digest_size=8).hexdigest()}.safetensors"
     tensors = {
@@ -156,20 +164,18 @@ def write_shard(folder: Path, results: Mapping[int, np.ndarray]) -> None:
         "tokens": np.array([len(results[i]) for i in groups], np.int64),
         "logp": np.concatenate([results[i] for i in groups]),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    save_file(tensors, temporary)
-    sync(temporary)
-    temporary.replace(path)
+    with atomic_write(path, durable=True) as temporary:
+        save_file(tensors, temporary)
     sync(path.parent)
 
 
 def read_shards(folder: Path) -> dict[int, np.ndarray]:
-    """Log-probs of all groups that the shards of a folder hold.
+    """Reads the log-probs of all groups from the shards of a folder.
 
     Raises:
-        UserError: naming a file that is damaged.
+        UserError: if a file is damaged, with its name.
     """
-    found: dict[int, np.ndarray] = {}
+    logp: dict[int, np.ndarray] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
         try:
             shard = load_file(path)
@@ -178,15 +184,15 @@ def read_shards(folder: Path) -> dict[int, np.ndarray]:
                 f"{path}: a damaged shard of reference log-probs ({error}); remove it to have it made again"
             ) from error
         pieces = np.split(shard["logp"], shard["tokens"].cumsum()[:-1])
-        found |= dict(zip(shard["group"].tolist(), pieces, strict=True))
-    return found
+        logp |= dict(zip(shard["group"].tolist(), pieces, strict=True))
+    return logp
 
 
 # -------------------------------------------------------------------------------------------------------------- key
 
 
 def describe_key(learner: Learner, examples: Examples) -> dict[str, Any]:
-    """All that the log-probs depend on."""
+    """Everything that the log-probs depend on, as plain data."""
     recipe, model = learner.recipe, learner.reference or learner.policy
     policy = recipe.policy
     return {
@@ -203,10 +209,7 @@ def describe_key(learner: Learner, examples: Examples) -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of a policy's configuration and of every weight but those of adapters, which the reference is without.
-
-    An adapter that the reference does have (a reference of its own with adapters) is hashed with it.
-    """
+    """Hash of a policy's configuration and weights, without adapters, which the reference does not use."""
     made = hashlib.blake2b(digest_size=16)
     configuration = model.base.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"):
@@ -221,15 +224,15 @@ def fingerprint(model: Any) -> str:
 
 
 def key_of(about: Mapping[str, Any]) -> str:
-    """Name of the folder for what :func:`describe_key` tells."""
+    """Name of the cache folder, from the result of :func:`describe_key`."""
     return hashlib.blake2b(json.dumps(dict(about), sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where the recipe keeps reference log-probs."""
-    chosen = recipe.reference.cache
-    if isinstance(chosen, str):
-        return Path(chosen).expanduser()
+    """The folder in which the recipe keeps reference log-probs."""
+    folder = recipe.reference.cache
+    if isinstance(folder, str):
+        return Path(folder).expanduser()
     if home := os.environ.get("POSTTRAIN_CACHE"):
         return Path(home).expanduser() / "reference"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain" / "reference"
@@ -239,6 +242,5 @@ def _open(folder: Path, about: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "about.json"
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-        temporary.write_text(json.dumps(dict(about), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(dict(about), indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Finds out what a recipe's parts read, by calling them once on a small made-up batch.
+"""The forward passes that a recipe needs, found by calling its parts once on a small made-up batch.
 
-So a part says nothing about its required, an expensive pass (reference log-probs, entropies) is made only where some part
-reads its result, and a part that fails or returns the wrong shape is found before any model is loaded.
+A part need not declare what it reads. An expensive pass (reference log-probs, entropies) is made only if some part
+reads its result. A part that fails or returns the wrong shape is found before any model is loaded.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _FIELDS = frozenset(f.name for f in fields(Batch)) | frozenset(f.name for f in f
 
 @dataclass
 class _Log:
+    """Names of the fields and dataset columns that parts have read."""
+
     seen: set[str] = field(default_factory=set)
-    columns: set[str] = field(default_factory=set)  # of the data set
+    columns: set[str] = field(default_factory=set)  # dataset columns that were read
     paused: bool = False
 
 
@@ -35,6 +37,7 @@ _log = _Log()
 
 
 def _read(self: Any, name: str) -> Any:
+    """Attribute access that notes which field is read."""
     if name in _FIELDS and not _log.paused:
         _log.seen.add(f"outputs.{name}" if isinstance(self, Outputs) else name)
     return object.__getattribute__(self, name)
@@ -42,6 +45,7 @@ def _read(self: Any, name: str) -> Any:
 
 @contextmanager
 def _unobserved() -> Iterator[None]:
+    """Inside, nothing that is read is noted."""
     before, _log.paused = _log.paused, True
     try:
         yield
@@ -50,7 +54,7 @@ def _unobserved() -> Iterator[None]:
 
 
 class _ProbeBatch(Batch):
-    """A batch that notes which fields are read; copying it is not reading it."""
+    """A batch that notes which of its fields are read. Copying it does not count as reading."""
 
     __slots__ = ()
     __getattribute__ = _read
@@ -65,37 +69,40 @@ class _ProbeBatch(Batch):
 
 
 class _ProbeOutputs(Outputs):
+    """Outputs that note which of their fields are read."""
+
     __slots__ = ()
     __getattribute__ = _read
 
 
 @dataclass(frozen=True)
 class RequiredPasses:
-    """Which passes the loop must make."""
+    """The forward passes that the loop must make, and what else the parts ask for."""
 
-    logp_old: bool  # before the update; without it, one update per batch takes the current log-probs
-    logp_ref: bool
-    entropy: bool  # of the policy before the update
+    logp_old: bool  # log-probs before the update; without them a single update takes the current ones
+    logp_ref: bool  # log-probs of the reference policy
+    entropy: bool  # entropy of the policy before the update
     entropy_gradient: bool  # Outputs.entropy, which a loss term reads
-    value: bool = False  # of the value model, before the update; each step tells how good they are
-    value_next: bool = False  # its Q head backed up over every next token
-    value_model: bool = False  # some part reads or trains values
+    value: bool = False  # values before the update
+    value_next: bool = False  # values of a Q head, backed up over every next token
+    value_model: bool = False  # a value model, because some part reads or trains values
     kl_ref: bool = False  # Outputs.kl_ref: KL from the reference over the vocabulary
     collision: bool = False  # Outputs.collision
-    columns: tuple[str, ...] = ()  # of the data set, which must hold numbers
-    groups: bool = False  # a loss compares the completions of a group: micro-batches must not cut groups
+    columns: tuple[str, ...] = ()  # dataset columns that parts read; they must hold numbers
+    groups: bool = False  # groups that must stay whole in a micro-batch, because a loss compares their completions
 
     @property
     def scoring_pass(self) -> bool:
+        """True if the policy needs a forward pass before the update."""
         return self.logp_old or self.entropy
 
 
 def find_required_passes(recipe: Recipe) -> RequiredPasses:
-    """What the parts of a recipe read.
+    """Finds the forward passes that the parts of a recipe need.
 
     Raises:
-        RecipeError: if a part fails on the made-up batch or returns something of the wrong shape, or reads what nothing
-            in the recipe fills.
+        RecipeError: if a part fails on the made-up batch, returns something of the wrong shape, or reads a field that
+            nothing in the recipe fills.
     """
     batch = _probe_batch(every_next=_has_q_head(recipe), baseline=recipe.baseline is not None)
     before: set[str] = set()
@@ -126,7 +133,7 @@ def find_required_passes(recipe: Recipe) -> RequiredPasses:
 
 
 def _refuse_unfilled(recipe: Recipe, required: RequiredPasses, read: set[str]) -> None:
-    """A field that nothing fills would only be missed in the first step, after the models were loaded."""
+    """Raises an error for a field that nothing fills, before the models are loaded."""
     if recipe.decoder is not None and "logp_sampler" in read and not law_is_known(recipe.decoder):
         raise RecipeError(
             f"decoder: {recipe.decoder.name} draws from a law whose log-probs are not known in closed form, and a part "
@@ -162,7 +169,7 @@ def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
 
 
 def _shapes(slot: str, batch: Batch) -> list[tuple[int, ...]]:
-    """What a part of a slot may return."""
+    """Shapes that a part of a slot may return."""
     n, columns = batch.mask.shape
     one_each = dict.fromkeys(("select", "compare", "keep", "baseline", "regroup"), [(n,)])
     return {"reward": [(n,), (n, columns)], **one_each}.get(slot, [(n, columns)])
@@ -180,7 +187,7 @@ def _observe_losses(slot: str, terms: Sequence[Part], batch: Batch, recipe: Reci
 
 def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, ...]]) -> set[str]:
     if (declared := getattr(part.call, "needs", None)) is not None:
-        return set(declared())  # a model or a service stands behind it, which is not asked about made-up tokens
+        return set(declared())  # a model or a service computes it, and is not called with made-up tokens
     _log.seen = set()
     call = copy.deepcopy(part.call)  # a part with memory must not remember the made-up batch
     try:
@@ -190,9 +197,11 @@ def _observe(slot: str, part: Part, arguments: tuple, allowed: list[tuple[int, .
             f"{slot}: {part.name} failed on a small made-up batch: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(result, Tensor) or tuple(result.shape) not in allowed:
-        found = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        wanted = " or ".join("[N, L]" if len(shape) == 2 else "[N]" for shape in allowed)
-        raise RecipeError(f"{slot}: {part.name} returned {found} for a batch of {list(allowed[-1])}; wanted {wanted}")
+        returned = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        expected = " or ".join("[N, L]" if len(shape) == 2 else "[N]" for shape in allowed)
+        raise RecipeError(
+            f"{slot}: {part.name} returned {returned} for a batch of {list(allowed[-1])}; expected {expected}"
+        )
     return set(_log.seen)
 
 
@@ -206,7 +215,7 @@ def _has_q_head(recipe: Recipe) -> bool:
 
 
 class _AnyRow(dict[str, float]):
-    """A row of the data set that has every column."""
+    """A dataset row that has every column."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -254,7 +263,7 @@ def _probe_batch(*, every_next: bool = False, baseline: bool = False) -> Batch:
 
 
 def _probe_outputs(batch: Batch, recipe: Recipe) -> Outputs:
-    """Outputs as the recipe's models would make them; the head of a saved value model is not known yet."""
+    """Made-up outputs like those of the recipe's models. The head of a saved value model is not known yet."""
     with _unobserved():
         assert batch.logp_old is not None and batch.entropy is not None and batch.value is not None
         logp = (batch.logp_old + 0.05).where(batch.mask, 0.0).requires_grad_()

@@ -1,4 +1,4 @@
-"""Puts together what a run needs: data, folder, models, engine."""
+"""Sets up what a training run needs: data, folder, models, optimiser, engine."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ from posttrain.training.required_passes import RequiredPasses
 
 @dataclass(frozen=True)
 class Material:
-    """What a run learns from, prompts or given completions, and what it is measured on."""
+    """The data of a run: prompts to sample from or completions from the dataset, and held-out data to measure on."""
 
-    rows: Rows | None
-    examples: Examples | None
-    evaluation_rows: Rows | None
-    evaluation_examples: Examples | None = None
+    rows: Rows | None  # prompts; None if the completions come from the dataset
+    examples: Examples | None  # completions from the dataset; None if they are sampled
+    evaluation_rows: Rows | None  # held-out prompts
+    evaluation_examples: Examples | None = None  # held-out completions
 
     @property
     def dropped(self) -> dict[str, tuple[LeftOut, ...]]:
-        """What is not used of the training data and of the evaluation's, and why."""
+        """Rows of the training and evaluation data that are not used, with the reasons."""
         training, held_out = self.rows or self.examples, (self.evaluation_rows, self.evaluation_examples)
-        found = {"data": training.dropped if training is not None else ()}
-        found |= {"evaluate": sum((each.dropped for each in held_out if each is not None), ())}
-        return {name: entries for name, entries in found.items() if entries}
+        dropped = {"data": training.dropped if training is not None else ()}
+        dropped |= {"evaluate": sum((data.dropped for data in held_out if data is not None), ())}
+        return {name: entries for name, entries in dropped.items() if entries}
 
     def __len__(self) -> int:
-        """Prompts or groups of given completions."""
+        """Number of prompts, or of groups of completions from the dataset."""
         return len(self.rows if self.rows is not None else self.examples or ())
 
 
 @dataclass
 class TrainingRun:
-    """Everything that lives as long as a run."""
+    """The state of a run: everything that lives from its first step to its last."""
 
     recipe: Recipe
     processes: Processes
@@ -74,18 +74,18 @@ class TrainingRun:
     material: Material
     sampler: PromptSampler
     source: Source
-    step: int = 0  # steps of the loop that are done
+    step: int = 0  # number of steps of the loop that are done
     bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
-    weights_version: int = -1  # of the policy that the engine has; -1: none yet
-    policy_waits: bool = False  # until the value model has become good enough
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # "before" and "after"
+    weights_version: int = -1  # version of the policy's weights in the engine; -1: none yet
+    policy_waits: bool = False  # True until the value model is good enough
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by time: "before" and "after"
 
 
 def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -> Material:
-    """Training and evaluation data, with the columns that the verifiers ask for.
+    """Loads training and evaluation data, and checks that the columns which verifiers and other parts read are there.
 
     Args:
-        numbers: columns of numbers that other parts read.
+        numbers: columns of numbers that parts other than verifiers read.
     """
     base = recipe.path.parent if recipe.path else None
     rows = examples = held_out = held_out_examples = None
@@ -107,7 +107,7 @@ def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -
 def load_examples(
     part: Part, data: sections.DataSection, tokenizer: Any, base: Path | None, numbers: Sequence[str]
 ) -> Examples:
-    """Given completions, with the columns of numbers that other parts read."""
+    """Loads completions from the dataset, and checks the columns of numbers that parts read."""
     examples = part(data, tokenizer, base)
     if isinstance(examples, DatasetExamples):
         examples.check_numbers(numbers)
@@ -115,10 +115,10 @@ def load_examples(
 
 
 def refuse_uneven_prompts(recipe: Recipe, processes: Processes) -> None:
-    """Every rank takes an equal share of the prompts of a step.
+    """Checks that every rank can take an equal share of the prompts of a step.
 
     Raises:
-        UserError: with the nearest number that works.
+        UserError: if not, with the next number that works.
     """
     if recipe.prompts_per_step % processes.world:
         better = -(-recipe.prompts_per_step // processes.world) * processes.world
@@ -129,7 +129,7 @@ def refuse_uneven_prompts(recipe: Recipe, processes: Processes) -> None:
 
 
 def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
-    """The run's folder, rewound to its newest checkpoint if the run is resumed."""
+    """Opens the run's folder, rewound to its newest checkpoint if the run is resumed."""
     path = Path(recipe.run.folder or Path("runs") / recipe.name)
     folder = RunFolder(path)
     if resume and folder.recipe.exists():
@@ -141,7 +141,7 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
 
 
 def build_learner(recipe: Recipe, required: RequiredPasses, processes: Processes) -> Learner:
-    """The models of a run: those with a loss prepared for training, the others beside them where they are needed."""
+    """Builds the models of a run. Those with a loss are prepared for training; others are loaded only if needed."""
     torch.manual_seed(recipe.seed)  # adapters and heads of several members start from random weights
     policy = build_policy(recipe.policy)
     other_policies = build_other_policies(recipe, required, processes, policy)
@@ -152,15 +152,15 @@ def build_learner(recipe: Recipe, required: RequiredPasses, processes: Processes
         slow = target_copy(value)
     groups: list[Group] = []
     learns = value.own_parameters() if value is not None and recipe.value_loss else {}
-    of_value = [parameter for parameter in learns.values() if parameter.requires_grad]
+    value_parameters = [parameter for parameter in learns.values() if parameter.requires_grad]
     if not recipe.loss:
         freeze_policy(policy, learns)
     if recipe.loss:
-        others = {id(parameter) for parameter in of_value}
-        mine = [p for p in policy.parameters() if p.requires_grad and id(p) not in others]
-        groups.append(Group(mine, recipe.optimizer))
-    if of_value:
-        groups.append(Group(of_value, (recipe.value or ValueSection()).optimizer))
+        value_ids = {id(parameter) for parameter in value_parameters}
+        policy_parameters = [p for p in policy.parameters() if p.requires_grad and id(p) not in value_ids]
+        groups.append(Group(policy_parameters, recipe.optimizer))
+    if value_parameters:
+        groups.append(Group(value_parameters, (recipe.value or ValueSection()).optimizer))
     trained = JointModel(policy if recipe.loss else None, value if recipe.value_loss else None)
     optimiser = Optimiser(processes, trained, groups)
     for model in (policy, value, slow):
@@ -170,27 +170,28 @@ def build_learner(recipe: Recipe, required: RequiredPasses, processes: Processes
 
 
 def freeze_policy(policy: Policy, learns: Mapping[str, nn.Parameter]) -> None:
-    """A policy without a loss requires no gradients; a value model's own adapters on its weights, ``learns``, still do.
+    """Switches off the gradients of a policy without a loss, but not those of ``learns``.
 
-    Data-parallel wrappers would wait for the gradients of adapters that the loss does not reach.
+    ``learns`` are a value model's adapters on the policy's weights. Data-parallel wrappers would wait for the gradients
+    of adapters that the loss does not reach.
     """
-    others = {id(parameter) for parameter in learns.values()}
+    learning = {id(parameter) for parameter in learns.values()}
     for parameter in policy.parameters():
-        if id(parameter) not in others:
+        if id(parameter) not in learning:
             parameter.requires_grad_(False)
 
 
 def build_other_policies(
     recipe: Recipe, required: RequiredPasses, processes: Processes, policy: Policy
 ) -> OtherPolicies:
-    """Who stands beside the policy.
+    """Builds the policies beside the one that learns: the reference, and the average that the opponent may need.
 
     Raises:
-        UserError: where a reference is to move that nothing reads, or that cannot; where looking ahead is asked of
-            DeepSpeed, whose shards of the optimiser cannot be put back.
+        UserError: if a reference should move that nothing reads or that cannot move; if extragradient steps are asked
+            for under DeepSpeed, whose sharded optimiser state cannot be restored.
     """
     if recipe.extragradient and processes.uses_deepspeed:
-        raise UserError("extragradient: DeepSpeed's sharded optimiser cannot be put back a step; launch without it")
+        raise UserError("extragradient: DeepSpeed's sharded optimiser cannot go back a step; launch without DeepSpeed")
     opponent = recipe.opponent
     average = None
     if opponent is not None and opponent.average is not None:
@@ -202,15 +203,15 @@ def build_other_policies(
 
 
 def build_reference(recipe: Recipe, required: RequiredPasses, processes: Processes, policy: Policy) -> Policy | None:
-    """The reference policy where one is needed beside the policy, which may be its own without its adapters.
+    """Builds the reference policy if one is needed; None if the policy without its adapters is the reference.
 
     Raises:
-        UserError: where it is to move and nothing reads it.
+        UserError: if it should move and nothing reads it.
     """
     other, moves = recipe.reference.model, recipe.reference.every is not None
     plays = recipe.opponent is not None and recipe.opponent.average is None
     if other is None and uses_cache(recipe, required):
-        return None  # before the first step, when it is asked, the policy is the reference
+        return None  # it is read before the first step only, when the policy is the reference
     needed = required.logp_ref or required.kl_ref or (required.value_next and bool(recipe.loss)) or plays
     if moves and not needed:
         raise UserError("reference.every: no part of the recipe reads the reference; leave it out")
@@ -218,8 +219,8 @@ def build_reference(recipe: Recipe, required: RequiredPasses, processes: Process
         return adapted_copy(policy)
     if not needed or (other is None and policy.has_adapters):
         return None
-    # Held as the policy is: of equal weights the log-probs are then equal to the bit, and their KL is 0. Adapters
-    # stand on weights in the recipe's dtype, and DeepSpeed puts all weights into it; else they are float32.
+    # Load it in the same dtype as the policy, so that equal weights give bit-equal log-probs and a KL of exactly 0.
+    # Base weights under adapters have the recipe's dtype, and so have all weights under DeepSpeed; else they are float32.
     in_recipe_dtype = policy.has_adapters or processes.uses_deepspeed
     dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
     model = load_model(recipe.policy, dtype=dtype, model=other)
@@ -227,8 +228,10 @@ def build_reference(recipe: Recipe, required: RequiredPasses, processes: Process
 
 
 def with_cached_reference(learner: Learner, material: Material) -> Material:
-    """The material with the reference's log-probs from the cache, where it can hold them; a reference model is then
-    let go. Called before the first step."""
+    """Takes the reference's log-probs from the cache if it can hold them, and then frees the reference model.
+
+    Called before the first step.
+    """
     if material.examples is None or not uses_cache(learner.recipe, learner.required):
         return material
     examples = with_reference(learner, material.examples, schedule_of(learner.recipe, len(material)))
@@ -240,9 +243,9 @@ def with_cached_reference(learner: Learner, material: Material) -> Material:
 
 
 def value_kind(recipe: Recipe) -> dict[str, Any]:
-    """What the values that a recipe trains mean: the backup and temperature that their checkpoint records.
+    """The kind and temperature of the values that a recipe trains, which their checkpoint records.
 
-    Without a target nothing is learned, and a saved value model keeps its own.
+    Without a target nothing is learned, and a saved value model keeps its kind.
     """
     if recipe.target is None:
         return {"kind": None, "beta": None}
@@ -255,7 +258,7 @@ def value_kind(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_opponent(learner: Learner, engine: Engine | None) -> Engine | None:
-    """What the recipe's opponent samples from; None where there is none."""
+    """Builds the engine that samples the opponent's completions; None if the recipe has no opponent."""
     chosen = learner.recipe.opponent
     if chosen is None or engine is None:
         return None
@@ -267,7 +270,7 @@ def build_opponent(learner: Learner, engine: Engine | None) -> Engine | None:
 
 @contextmanager
 def engine_for(recipe: Recipe, material: Material) -> Iterator[Engine | None]:
-    """The engine of a run, closed at its end; none where nothing is sampled."""
+    """The engine of a run, closed at its end; None if nothing is sampled."""
     if material.rows is None and material.evaluation_rows is None:
         yield None
         return
@@ -276,10 +279,10 @@ def engine_for(recipe: Recipe, material: Material) -> Iterator[Engine | None]:
 
 
 def build_engine(recipe: Recipe, material: Material) -> Engine:
-    """The engine, with room for the longest prompt and completion.
+    """Builds an engine that is long enough for the longest prompt and completion.
 
     Raises:
-        UserError: where that is more than ``engine.max_model_len`` or the model's positions.
+        UserError: if that is more than ``engine.max_model_len`` or than the model's positions.
     """
     needed: list[Room] = []
     if material.rows is not None:

@@ -1,7 +1,7 @@
-"""What a value model is worth, in numbers.
+"""Metrics of a value model: explained variance, calibration, errors by position and step, agreement with branches.
 
-Every figure is made of sums over states (prefixes of completions), which ``all_sum`` completes over the ranks: the
-numbers of several processes are those of one. Values and outcomes are in reward units, computed in float64.
+Every figure is made of sums over states (prefixes of completions). ``all_sum`` adds them up over the ranks, so that
+several processes give the numbers of one. Values and outcomes are in reward units, computed in float64.
 
 Sizes in the shape annotations: ``M`` states, ``B`` bins, ``P`` prefixes with ``K`` continuations each.
 """
@@ -26,17 +26,15 @@ AllSum = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class States:
-    """Prefixes of completions whose outcome is known, one element a prefix. A group's completions are on one rank."""
+    """Prefixes of completions whose outcome is known, one element each. The completions of a group are on one rank."""
 
-    value: Float[Tensor, " M"]  # predicted
-    outcome: Float[Tensor, " M"]  # of the completion that passed through the state
-    position: Float[
-        Tensor, " M"
-    ]  # share of the completion's tokens that are chosen: 0 at the prompt's end, 1 at its own
-    step: Int[Tensor, " M"]  # reasoning step that the prefix ends in; -1 before the first token
-    last: Bool[Tensor, " M"]  # the whole completion
-    truncated: Bool[Tensor, " M"]  # of a completion that was cut off
-    group: Int[Tensor, " M"]  # prompt
+    value: Float[Tensor, " M"]  # predicted value
+    outcome: Float[Tensor, " M"]  # outcome of the completion that the state belongs to
+    position: Float[Tensor, " M"]  # share of the completion before the state: 0 at the prompt's end, 1 at its own end
+    step: Int[Tensor, " M"]  # reasoning step that the state ends in; -1 before the first token
+    last: Bool[Tensor, " M"]  # True for the whole completion
+    truncated: Bool[Tensor, " M"]  # True if the completion was cut off
+    group: Int[Tensor, " M"]  # index of the prompt
     all_sum: AllSum = identity
 
     def __len__(self) -> int:
@@ -44,11 +42,11 @@ class States:
 
     @property
     def error(self) -> Float[Tensor, " M"]:
-        """Predicted minus what came."""
+        """Predicted value minus outcome."""
         return self.value - self.outcome
 
     def where(self, chosen: Bool[Tensor, " M"]) -> States:
-        """Those states alone."""
+        """The selected states."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "all_sum"]
         return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
@@ -56,12 +54,12 @@ class States:
 def states_of(
     batch: Batch, value: Float[Tensor, "N L"], outcome: Float[Tensor, " N"], at: Bool[Tensor, "N L"]
 ) -> States:
-    """The states of all completions that have an outcome; greedy baselines are out.
+    """The states of all completions that have an outcome, without completions that are baselines only.
 
     Args:
         value: predictions.
-        outcome: of each completion; NaN: unknown.
-        at: where there are predictions, such as ``batch.states``.
+        outcome: the outcome of each completion; NaN where it is unknown.
+        at: True where there is a prediction, such as ``batch.states``.
     """
     rows = torch.isfinite(outcome) & ~batch.baseline_only
     chosen = (at & rows[:, None]).nonzero(as_tuple=True)
@@ -80,16 +78,16 @@ def states_of(
 
 
 def last_chosen(mask: Bool[Tensor, "N L"]) -> Int[Tensor, " N"]:
-    """Column of each completion's last chosen token; -1 where there is none."""
+    """Column of the last chosen token of each completion; -1 for a completion without any."""
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (mask * columns).amax(-1) - 1
 
 
 def on_mean_scale(reward: Tensor, kind: str, beta: float, top: float) -> Float[Tensor, ...]:
-    """Rewards or values on the scale on which a right value is the *mean* of what follows, and can be checked as one.
+    """Puts rewards or values on the scale on which a correct value is the *mean* of the outcomes.
 
     A soft value ``V = beta log E[exp(r / beta)]`` is a mean of ``exp((r - top) / beta)``; ``top`` keeps it finite.
-    Other kinds stay as they are.
+    Values of other kinds are returned unchanged.
     """
     return ((reward - top) / beta).exp() if kind == "soft" else reward
 
@@ -98,7 +96,7 @@ def on_mean_scale(reward: Tensor, kind: str, beta: float, top: float) -> Float[T
 
 
 def mean(values: Tensor, all_sum: AllSum = identity) -> float:
-    """Mean over all ranks; NaN of nothing."""
+    """Mean over all ranks; NaN if there are no values."""
     values = values.double()
     total, count = all_sum(torch.stack([values.sum(), torch.tensor(float(values.numel())).double()])).tolist()
     return total / count if count else math.nan
@@ -121,33 +119,33 @@ def brier_score(value: Float[Tensor, " M"], outcome: Float[Tensor, " M"], all_su
 
     Brier 1950, "Verification of forecasts expressed in terms of probability", of one of two classes.
     """
-    others = float(all_sum(((outcome != 0) & (outcome != 1)).sum().double()))
-    return math.nan if others else mean((value - outcome).square(), all_sum)
+    not_binary = float(all_sum(((outcome != 0) & (outcome != 1)).sum().double()))
+    return math.nan if not_binary else mean((value - outcome).square(), all_sum)
 
 
 def global_quantiles(
     values: Float[Tensor, " M"], levels: Sequence[float], all_sum: AllSum = identity
 ) -> Float[Tensor, " B"]:
-    """The smallest values that at least a share ``levels`` of all values, on all ranks, do not exceed.
+    """Quantiles over all ranks: the smallest values that at least a share ``levels`` of all values do not exceed.
 
     Exact for float32: floats are ordered as their bit patterns are, so each quantile is found by bisection over 32 bits
-    with counts alone. NaN of nothing.
+    with counts alone. NaN if there are no values.
     """
     keys = _ordered(values)
     total = float(all_sum(torch.tensor(float(len(keys))).double()))
     if not total:
         return torch.full((len(levels),), math.nan, dtype=torch.float64)
-    wanted = (torch.tensor(list(levels), dtype=torch.float64) * total).ceil().clamp(min=1)
-    low, high = torch.full(wanted.shape, -(2**31)), torch.full(wanted.shape, 2**31 - 1)
+    ranks = (torch.tensor(list(levels), dtype=torch.float64) * total).ceil().clamp(min=1)
+    low, high = torch.full(ranks.shape, -(2**31)), torch.full(ranks.shape, 2**31 - 1)
     for _ in range(32):
         middle = (low + high).div(2, rounding_mode="floor")
-        enough = all_sum((keys[:, None] <= middle).sum(0).double()) >= wanted
+        enough = all_sum((keys[:, None] <= middle).sum(0).double()) >= ranks
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
     return _ordered_back(high).double()
 
 
 def _ordered(values: Tensor) -> Int[Tensor, " M"]:
-    """Integers in the order of float32 numbers; zeros of both signs are one."""
+    """Integers in the same order as the float32 numbers; zeros of both signs give the same integer."""
     bits = (values.float() + 0.0).view(torch.int32).long()
     return torch.where(bits < 0, -(2**31) - bits - 1, bits)
 
@@ -161,22 +159,22 @@ def _ordered_back(keys: Tensor) -> Float[Tensor, " B"]:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Values and outcomes bin by bin; NaN in bins without a state."""
+    """Values and outcomes in each bin; NaN in bins without a state."""
 
-    low: list[float]  # bounds of the bins
-    high: list[float]
-    count: list[float]  # states
-    value: list[float]  # mean
-    outcome: list[float]  # mean
+    low: list[float]  # lower bound of each bin
+    high: list[float]  # upper bound
+    count: list[float]  # number of states
+    value: list[float]  # mean value
+    outcome: list[float]  # mean outcome
     rmse: list[float]  # root mean square of value - outcome
-    standard_error: list[float]  # of the mean of value - outcome, with the states of a prompt as one cluster
+    standard_error: list[float]  # standard error of the mean of value - outcome; the states of a prompt are one cluster
 
 
 def binned(states: States, bins: Int[Tensor, " M"], low: Sequence[float], high: Sequence[float]) -> Curve:
-    """Sums of the states bin by bin.
+    """Values, outcomes and errors of the states in each bin.
 
-    States of a prompt share outcomes, so a standard error that took them for independent would be far too small: the
-    squares are of the sums over each prompt's states (Liang and Zeger 1986, "Longitudinal data analysis using
+    States of a prompt share outcomes, so a standard error that takes them for independent is far too small. Here the
+    squares are taken of the sums over each prompt's states (Liang and Zeger 1986, "Longitudinal data analysis using
     generalized linear models", for a mean).
     """
     many = len(low)
@@ -208,7 +206,7 @@ def calibration(states: States, bins: int = 10) -> Curve:
 def expected_calibration_error(curve: Curve) -> float:
     """``sum_b count_b / M * |mean value_b - mean outcome_b|`` (Guo et al. 2017, eq. 3, arXiv:1706.04599).
 
-    Of a perfect model it is not 0 but what sampling leaves in bins of this size.
+    It is above 0 even for a perfect model, because the means of the bins are sampled.
     """
     total = sum(curve.count)
     gaps = [abs(v - o) * n for n, v, o in zip(curve.count, curve.value, curve.outcome, strict=True) if n]
@@ -222,14 +220,17 @@ def by_position(states: States, bins: int = 10) -> Curve:
 
 
 def by_step(states: States, most: int = 16) -> Curve:
-    """Reasoning step by reasoning step; -1 is before the first token, the last bin holds all steps from ``most`` on."""
+    """Values, outcomes and errors by reasoning step.
+
+    Step -1 is before the first token; the last bin holds all steps from ``most`` on.
+    """
     longest = int(global_quantiles(states.step.double(), [1.0], states.all_sum).nan_to_num(-1.0))
     names = [float(step) for step in range(-1, min(longest, most) + 1)]
     return binned(states, (states.step + 1).clamp(max=len(names) - 1), names, names)
 
 
 def value_bands(states: States, bins: int = 10) -> dict[str, list[list[float]]]:
-    """Quartiles of the value along the completion, of those with an outcome above the mean and of the others.
+    """Quartiles of the value along the completion, for completions with an outcome above the mean and for the rest.
 
     Returns:
         ``above`` and ``below``, each a [25 %, 50 %, 75 %] triple for every bin of the relative position.
@@ -239,7 +240,7 @@ def value_bands(states: States, bins: int = 10) -> dict[str, list[list[float]]]:
     bands: dict[str, list[list[float]]] = {}
     for name, side in (("above", states.outcome > middle), ("below", states.outcome <= middle)):
         values = [states.value[side & (index == i)] for i in range(bins)]
-        bands[name] = [global_quantiles(one, (0.25, 0.5, 0.75), states.all_sum).tolist() for one in values]
+        bands[name] = [global_quantiles(in_bin, (0.25, 0.5, 0.75), states.all_sum).tolist() for in_bin in values]
     return bands
 
 
@@ -258,7 +259,7 @@ def error_histogram(states: States, bins: int = 40) -> dict[str, list[float]]:
 
 
 def summary(states: States, curve: Curve) -> dict[str, float]:
-    """The figures of a value report that are single numbers, by the name they have in metrics.
+    """The single figures of a value report, by the names they have in metrics.
 
     Every state counts once, so that long completions count more than short ones.
 
@@ -266,7 +267,7 @@ def summary(states: States, curve: Curve) -> dict[str, float]:
         curve: the states' :func:`calibration`.
 
     ``bias_truncated`` is the mean of value - outcome at the last token of completions that were cut off, where the
-    outcome is not what the policy was heading for; ``bias_finished`` is the same of those that ended by themselves.
+    outcome is not what the policy was heading for; ``bias_finished`` is that of completions that ended.
     """
     share, finished = states.all_sum, states.where(~states.truncated)
     whole = states.where(states.last)
@@ -289,19 +290,20 @@ def summary(states: States, curve: Curve) -> dict[str, float]:
 def agreement(
     value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"], all_sum: AllSum = identity
 ) -> dict[str, float]:
-    """Values against the mean outcome of ``K`` continuations of the same prefixes, the measure of Kazemnejad et al.
+    """Compares values with the mean outcome of ``K`` continuations of the same prefixes.
 
-    2024, arXiv:2410.01679, section 7. Means of ``K`` samples are noisy themselves: with their standard error ``s`` at
-    each prefix, ``rmse`` is ``sqrt(mean((value - mean)^2) - mean(s^2))``, and ``correlation_ceiling`` the largest
-    correlation that even the true values can be expected to reach, ``sqrt(1 - mean(s^2) / Var(mean))`` (Spearman 1904).
+    Kazemnejad et al. 2024, section 7, arXiv:2410.01679. Means of ``K`` samples are noisy themselves. With their standard
+    error ``s`` at each prefix, ``rmse`` is ``sqrt(mean((value - mean)^2) - mean(s^2))``, and ``correlation_ceiling`` is
+    the largest correlation that even the true values can be expected to reach, ``sqrt(1 - mean(s^2) / Var(mean))``
+    (Spearman 1904).
 
     Args:
-        value: NaN where there is none; those prefixes are left out.
-        outcomes: NaN where a continuation has none; prefixes with fewer than two are left out.
+        value: NaN where a prefix has no value; such prefixes are left out.
+        outcomes: NaN where a continuation has no outcome; prefixes with fewer than two outcomes are left out.
     """
     known = torch.isfinite(outcomes)
-    kept = (known.sum(-1) >= 2) & torch.isfinite(value)
-    samples, known, value = outcomes[kept].double(), known[kept], value[kept].double()
+    usable = (known.sum(-1) >= 2) & torch.isfinite(value)
+    samples, known, value = outcomes[usable].double(), known[usable], value[usable].double()
     count = known.sum(-1)
     means = samples.where(known, 0.0).sum(-1) / count
     noise = (samples - means[:, None]).where(known, 0.0).square().sum(-1) / (count - 1) / count
@@ -322,7 +324,7 @@ def agreement(
 def value_metrics(
     batch: Batch, processes: Processes, *, support: Float[Tensor, " K"] | None = None
 ) -> dict[str, float]:
-    """How good the critic of a training step is, as ``value/*`` metrics; none where a batch has no values or targets.
+    """Quality of the critic in a training step, as ``value/*`` metrics; none if the batch has no values or targets.
 
     ``value/clipped`` is the share of targets outside the ``support`` of a categorical head, which it cannot express.
     ``value/bias_truncated`` is the mean of value - reward at the last token of completions that were cut off.

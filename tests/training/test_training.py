@@ -155,20 +155,28 @@ def test_micro_batches_do_not_change_a_run(tmp_path, tiny_model_folder):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-5)
 
 
-def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, tiny_model_folder):
+ONLY_VALUES = {
+    "loss": [],
+    "target": {"use": "lambda_return"},
+    "value_loss": [{"use": "broken.py:broken_value"}],
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": [{"use": "broken.py:broken"}]}, ONLY_VALUES], ids=["policy", "value model alone"]
+)
+def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, tiny_model_folder, changes):
+    """The message names the gradient norms that the recipe has; a recipe may train the value model alone."""
     recipe = write_run(
-        tmp_path,
-        tiny_model_folder,
-        steps=9,
-        loss=[{"use": "broken.py:broken"}],
-        run={"folder": str(tmp_path / "run"), "max_bad_steps": 2},
+        tmp_path, tiny_model_folder, steps=9, run={"folder": str(tmp_path / "run"), "max_bad_steps": 2}, **changes
     )
     # finite on the probe's batch of 8, not on the run's of 16
     (tmp_path / "broken.py").write_text(
-        "def broken(outputs, batch):\n    return outputs.logp * (float('nan') if len(batch) == 16 else 1.0)\n",
+        "def broken(outputs, batch):\n    return outputs.logp * (float('nan') if len(batch) == 16 else 1.0)\n\n"
+        "def broken_value(outputs, batch):\n    return outputs.value * (float('nan') if len(batch) == 16 else 1.0)\n",
         encoding="utf-8",
     )
-    with pytest.raises(RuntimeError, match="not finite in 3 steps in a row"):
+    with pytest.raises(RuntimeError, match=r"not finite in 3 steps in a row \(loss nan, .*grad_norm"):
         train(load_recipe(recipe))
     assert [line["skipped"] for line in read_metrics(tmp_path / "run")] == [1, 1, 1]
     assert len(read_rollouts(tmp_path / "run" / "dump" / "step-000003-rank-0.parquet")) == 16

@@ -76,7 +76,7 @@ def test_parts_with_memory_forget_the_probe():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda batch: batch.reward, r"returned \[8\] for a batch of \[8, 6\]; wanted \[N, L\]"),
+        (lambda batch: batch.reward, r"returned \[8\] for a batch of \[8, 6\]; expected \[N, L\]"),
         (lambda batch: 3.0, "returned float"),
         (lambda batch: batch.rewards, "AttributeError"),
     ],

@@ -1,0 +1,37 @@
+"""Processes: launches that would silently be one process are refused, and errors reach other processes whole."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from posttrain.errors import UserError, VerifierError
+from posttrain.system.processes import _portable, refuse_hidden_single_process, refuse_lost_processes
+
+
+def test_a_launch_that_would_hide_processes_is_refused():
+    """What ``accelerate launch --cpu --num_processes 2`` sets, and what torchrun sets."""
+    with pytest.raises(UserError, match="--multi_gpu --num_processes"):
+        refuse_hidden_single_process({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"})
+    refuse_hidden_single_process({"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "RANK": "0"})
+    refuse_hidden_single_process({"ACCELERATE_USE_CPU": "True"})
+
+
+def test_ranks_that_would_train_alone_are_refused():
+    with pytest.raises(UserError, match="WORLD_SIZE=2"):
+        refuse_lost_processes({"WORLD_SIZE": "2"}, 1)
+    refuse_lost_processes({"WORLD_SIZE": "2"}, 2)
+    refuse_lost_processes({}, 1)
+
+
+def test_errors_reach_other_processes_whole():
+    """Or, where they cannot be rebuilt there, with their type and message."""
+    error = VerifierError("math", "raised ValueError: no", "data.jsonl:3", {"answer": 1}, "text", "trace")
+    copied = pickle.loads(pickle.dumps(_portable(error)))
+    assert type(copied) is VerifierError and str(copied) == str(error) and copied.place == "data.jsonl:3"
+
+    class Local(Exception):
+        pass
+
+    assert str(_portable(Local("said"))) == "Local: said"

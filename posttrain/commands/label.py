@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from posttrain.batch import Batch
 from posttrain.data import check_columns, load_rows
 from posttrain.data.examples import rollouts
-from posttrain.engines.base import Engine
+from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import UserError
 from posttrain.models.load import load_tokenizer
@@ -27,7 +27,7 @@ from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.rollout.branches import BUCKETS
-from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
+from posttrain.rollout.collect import Source, complete_all, every_nth
 from posttrain.rollout.rollouts import single_turn
 from posttrain.rollout.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.system.files import write_rows
@@ -95,7 +95,7 @@ def label(recipe: LabelRecipe) -> Path:
             source = Source(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
             batch = stored if rows is None else complete_all(recipe, rows, source, processes)
             assert batch is not None
-            sampling = sampling_of(recipe.sampling)
+            sampling = Sampling.of(recipe.sampling)
             make = partial(make_step_labels, source, batch, decode, recipe.label, sampling, seed=recipe.seed)
             labelled = processes.together(make)
         found = [to_row(each, recipe.label.threshold) for each in labelled]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Finish
+from posttrain.recipe.sections import SamplingSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,17 @@ class Sampling:
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence tokens
     ignore_eos: bool = False  # for benchmarks
+
+    @classmethod
+    def of(cls, section: SamplingSection) -> Sampling:
+        """The settings of a recipe's ``sampling`` section, in the form that an engine takes."""
+        return cls(
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            min_p=section.min_p,
+            max_tokens=section.max_tokens,
+        )
 
     @property
     def is_full_softmax(self) -> bool:

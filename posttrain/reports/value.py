@@ -24,7 +24,7 @@ from posttrain.batch import Batch, Finish
 from posttrain.data import Rows, check_columns, load_rows
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.data.steps import Decode, pieces, steps_by_text
-from posttrain.engines.base import Engine
+from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.micro_batches import length_groups
@@ -37,7 +37,7 @@ from posttrain.reports.page import Example, figure, write_page
 from posttrain.reports.value_plots import PICTURES, draw_all
 from posttrain.reports.value_suite import ValueSuite
 from posttrain.rollout.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
-from posttrain.rollout.collect import Source, complete_all, every_nth, sampling_of
+from posttrain.rollout.collect import Source, complete_all, every_nth
 from posttrain.rollout.rollouts import single_turn
 from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
@@ -127,7 +127,7 @@ def sample(
     """Completions of this rank's prompts, unless ``batch`` holds some, and scores of continuations."""
     longest = 0 if rows is None else rows.longest_prompt
     longest = longest if batch is None else int(batch.mask.int().argmax(-1).max())
-    sampling, few = sampling_of(suite.sampling), suite.branches
+    sampling, few = Sampling.of(suite.sampling), suite.branches
     with VerifierPool(suite.verify) as pool, closing(_engine(suite, longest)) as engine:
         source = Source(
             engine=engine,

@@ -115,7 +115,7 @@ def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], see
 def complete_all(recipe: SamplingRecipe, rows: Rows, source: Source, processes: Processes) -> Batch:
     """Completions of this rank's share of all rows, with their scores."""
     prompts = share_of_prompts(rows, recipe.seed, processes)
-    sampling = sampling_of(recipe.sampling)
+    sampling = Sampling.of(recipe.sampling)
     batch, _ = processes.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
     return batch
 
@@ -148,7 +148,7 @@ def collect(
     Raises:
         NothingSelected: where not one prompt was kept on any rank.
     """
-    sampling = sampling_of(recipe.sampling)
+    sampling = Sampling.of(recipe.sampling)
     guided = replace(source, engine=source.decoder or source.engine)
     missing = recipe.prompts_per_step // processes.world
     kept: list[Batch] = []
@@ -207,17 +207,6 @@ def share_of(index: Sequence[int], processes: Processes) -> list[int]:
     """This rank's part of a list; the last ranks have less where it does not come out even."""
     share = -(-len(index) // processes.world)
     return list(index[processes.rank * share : (processes.rank + 1) * share])
-
-
-def sampling_of(options: SamplingSection) -> Sampling:
-    """A recipe's sampling section as an engine takes it."""
-    return Sampling(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        max_tokens=options.max_tokens,
-    )
 
 
 def report(sampler: PromptSampler, processes: Processes, index: Sequence[int], batch: Batch) -> None:

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.batch import Finish
 from posttrain.data import check_columns, load_rows
 from posttrain.decoding.recipe import DecodeSettings
-from posttrain.engines.base import Completion, Engine
+from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.engines.for_policy import Room, policy_engine
 from posttrain.models.load import load_tokenizer
-from posttrain.rollout.collect import sampling_of, share_of_prompts
+from posttrain.rollout.collect import share_of_prompts
 from posttrain.rollout.rollouts import Prompts
 from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
@@ -62,7 +62,7 @@ def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict
         row, place = prompts.rows[prompt], prompts.places[prompt]
         on.verifiers.submit((prompt, sample), text, completion.tokens, row, place=place)
 
-    sampling = sampling_of(recipe.sampling)
+    sampling = Sampling.of(recipe.sampling)
     groups = decoder.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)
     verdicts = on.verifiers.collect()
     found = []

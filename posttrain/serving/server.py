@@ -11,13 +11,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from posttrain.decoding.build import build_decoder, check_models
+from posttrain.engines.base import Sampling
 from posttrain.engines.for_policy import long_engine
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.models.load import context_length, load_tokenizer
 from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.yaml_reader import Overrides
-from posttrain.rollout.collect import sampling_of
 from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app
 from posttrain.serving.limits import Limit
@@ -77,7 +77,7 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
                 tokenizer=tokenizer,
                 engine=engine,
                 decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy) or engine,
-                sampling=sampling_of(recipe.sampling),
+                sampling=Sampling.of(recipe.sampling),
                 limit=Limit(recipe.server.requests, recipe.server.queue),
                 worker=Worker(engine),
                 seeds=FreshSeeds(recipe.seed),

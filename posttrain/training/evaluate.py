@@ -10,8 +10,9 @@ import torch
 from posttrain.batch import Finish, Outputs
 from posttrain.data import Rows
 from posttrain.data.examples.dataset_examples import Examples
+from posttrain.engines.base import Sampling
 from posttrain.recipe.sections import EvaluationSection
-from posttrain.rollout.collect import Source, generate_and_verify, in_order, make_prompts, sampling_of, share_of
+from posttrain.rollout.collect import Source, generate_and_verify, in_order, make_prompts, share_of
 from posttrain.seeds import prompt_seeds
 from posttrain.system.processes import Processes
 from posttrain.training.learner import Learner, policy_logp, reference_logp
@@ -32,7 +33,7 @@ def evaluate_completions(
     start = time.perf_counter()
     indices = range(processes.rank, len(rows), processes.world)
     prompts = make_prompts(rows, indices, indices, prompt_seeds(seed, 0, 1, indices))
-    sampling = sampling_of(options.sampling)
+    sampling = Sampling.of(options.sampling)
     batch, _ = processes.together(partial(generate_and_verify, source, prompts, options.completions, sampling, {}))
     sums = torch.zeros(6, dtype=torch.float64)
     if len(batch):

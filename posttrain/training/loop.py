@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
+from posttrain.engines.base import Sampling
 from posttrain.errors import NothingSelected, Stopped, VerifierError
 from posttrain.models.load import load_tokenizer, text_of
 from posttrain.output.progress import Progress
@@ -22,7 +23,7 @@ from posttrain.output.run_folder import step_of, write_left_out
 from posttrain.output.tracking import Trackers, check_trackers
 from posttrain.recipe.part import Part
 from posttrain.rollout.branches import branch_values
-from posttrain.rollout.collect import Collected, Source, collect, draw_examples, sampling_of
+from posttrain.rollout.collect import Collected, Source, collect, draw_examples
 from posttrain.rollout.rollouts import single_turn
 from posttrain.seeds import sample_seed
 from posttrain.system.processes import Processes
@@ -214,7 +215,7 @@ def add_branch_values(run: TrainingRun, batch: Batch) -> Batch:
     branches = run.recipe.value.branches if run.recipe.value is not None else None
     if branches is None:
         return batch
-    sampling, seed = sampling_of(run.recipe.sampling), sample_seed(run.recipe.seed, run.step)
+    sampling, seed = Sampling.of(run.recipe.sampling), sample_seed(run.recipe.seed, run.step)
     return run.processes.together(lambda: branch_values(run.source, batch, branches, sampling, seed))
 
 

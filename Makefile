@@ -16,6 +16,7 @@ lint: $(INSTALLED)
 	ruff check .
 	ruff format --check .
 	pyright
+	python scripts/fragments.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -55,6 +55,8 @@ class Facts:
     """A rollout that samples from the recipe's ``opponent``."""
     learns_without_advantage: bool = False
     """A loss of preferences, which needs no ``advantage``."""
+    ranks_completions: bool = False
+    """A loss of preferences with options ``score`` and ``beta``, by which metrics rank the completions."""
     needs_mismatched: bool = False
     """Reads completions that were written for other prompts, which ``examples: {mismatched: true}`` adds."""
     gives_mismatched: bool | Callable[[Option], bool] = False

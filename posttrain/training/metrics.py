@@ -11,13 +11,9 @@ from torch import Tensor
 
 from posttrain.batch import Author, Batch, Finish, Outputs, group_std
 from posttrain.parts.preference.summary import summarise
-from posttrain.parts.preference.terms import listwise, pairwise, pointwise
 from posttrain.parts.selection import mixed_groups
 from posttrain.recipe.part import Part
 from posttrain.system.processes import Processes
-
-PREFERENCE_TERMS = (pairwise, pointwise, listwise)
-"""Loss terms with options ``score`` and ``beta``, by which the policy ranks completions."""
 
 
 def rollout_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
@@ -81,7 +77,7 @@ def preference_sums(terms: Sequence[Part], outputs: Outputs, batch: Batch) -> di
 
     Returns [sum, count] pairs; none if the loss has no such term.
     """
-    term = next((term for term in terms if term.target in PREFERENCE_TERMS), None)
+    term = next((term for term in terms if term.fact("ranks_completions")), None)
     if term is None:
         return {}
     options = term.every_option

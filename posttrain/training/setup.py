@@ -18,7 +18,7 @@ from posttrain.data.examples.dataset_examples import DatasetExamples, Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
-from posttrain.engines.for_policy import Room, policy_engine
+from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
 from posttrain.models.joint import JointModel
 from posttrain.models.load import DTYPES, load_model
@@ -26,7 +26,6 @@ from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value import target_copy
 from posttrain.models.value_files import build_value
 from posttrain.output.run_folder import RunFolder, changed_settings, open_run
-from posttrain.parts.value_losses import SOFT
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import ValueSection
@@ -250,9 +249,9 @@ def value_kind(recipe: Recipe) -> dict[str, Any]:
     if recipe.target is None:
         return {"kind": None, "beta": None}
     chosen = recipe.target.every_option
-    soft = next((part for part in (*recipe.value_loss, recipe.target) if part.target.__name__ in SOFT), None)
+    soft = next((part for part in (*recipe.value_loss, recipe.target) if part.fact("soft_value")), None)
     if soft is not None:
-        return {"kind": "soft", "beta": soft.every_option["beta"]}
+        return {"kind": "soft", "beta": soft.every_option[soft.fact("soft_value")]}
     kind = chosen.get("backup", "mean")
     return {"kind": kind, "beta": chosen.get("beta") if kind == "soft" else None}
 
@@ -284,10 +283,10 @@ def build_engine(recipe: Recipe, material: Material) -> Engine:
     Raises:
         UserError: if that is more than ``engine.max_model_len`` or than the model's positions.
     """
-    needed: list[Room] = []
+    needed: list[LengthBudget] = []
     if material.rows is not None:
-        needed.append(Room(material.rows.longest_prompt, recipe.sampling.max_tokens))
+        needed.append(LengthBudget(material.rows.longest_prompt, recipe.sampling.max_tokens))
     if recipe.evaluate is not None and material.evaluation_rows is not None:
         most = recipe.evaluate.sampling.max_tokens
-        needed.append(Room(material.evaluation_rows.longest_prompt, most, "evaluate.sampling.max_tokens"))
+        needed.append(LengthBudget(material.evaluation_rows.longest_prompt, most, "evaluate.sampling.max_tokens"))
     return policy_engine(recipe.policy, recipe.engine, needed, seed=recipe.seed)

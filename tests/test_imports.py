@@ -27,11 +27,11 @@ OUTSIDE = ("recipes", "benchmarks", "examples", "scripts")  # scripts that use t
 NAME = re.compile(r"(posttrain|reward_models)(\.\w+)*")
 
 EXCEPTIONS: set[tuple[str, str]] = set()
-"""Pairs (module, imported module) that may break the rule: none does."""
+"""Pairs (module, imported module) that may break the rule. It stays empty."""
 
 
 class Import(NamedTuple):
-    """A module that another one names."""
+    """An import of a module, by statement or by a name in a string."""
 
     name: str
     line: int
@@ -45,14 +45,14 @@ def module_name(path: Path) -> str:
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """The text of every module that counts, by the module's name."""
+    """The text of every module that the rule is about, by the module's name."""
     folders = ("posttrain", "reward_models", *OUTSIDE)
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return {module_name(path): path.read_text(encoding="utf-8") for path in paths}
 
 
 def imports(text: str, modules: set[str]) -> Iterator[Import]:
-    """All that a source text imports from these modules, wherever in the file, by statement or by string."""
+    """Finds all imports of these modules in a source text, anywhere in the file, by statement or by string."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
@@ -74,7 +74,7 @@ def room(module: str) -> str:
 
 
 def place(module: str) -> int:
-    """Where a module's room stands in the order; what is outside comes after all rooms."""
+    """The number of a module's room in the order; scripts outside come after all rooms."""
     return len(ROOMS) if room(module) in OUTSIDE else ROOMS.index(room(module))
 
 
@@ -118,7 +118,7 @@ def test_the_package_is_rooms_and_at_most_eight_modules() -> None:
 
 
 def test_no_import_is_relative() -> None:
-    """The rule reads names from the package's root."""
+    """The rule reads absolute names only."""
     for module, text in sources().items():
         relative = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
         assert not relative, module
@@ -154,7 +154,7 @@ def test_no_import_goes_round_in_a_circle() -> None:
     ],
 )
 def test_the_rule_sees_imports_in_functions_in_typing_blocks_and_in_strings(module: str, lines: str) -> None:
-    """The test of the test: a line that breaks the rule, added to a module that keeps it."""
+    """A line that breaks the rule, added to a module that keeps it, is found: the test of the test."""
     texts = dict(sources())
     before = violations(texts)
     texts[module] += f"\n{lines}\n"

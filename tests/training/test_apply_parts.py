@@ -1,4 +1,4 @@
-"""How parts are put together: sums of rewards, chains of shapers, weighted terms, and what is refused."""
+"""Parts applied to a batch: sums of rewards, chains of shapers, weighted loss terms, and errors for wrong results."""
 
 from __future__ import annotations
 

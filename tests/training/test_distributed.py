@@ -1,4 +1,4 @@
-"""Several processes, launched as users launch them: the same losses, gradients and rollouts as one."""
+"""Runs on several processes, launched as users launch them, give the losses, gradients and rollouts of one process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ZERO = ("--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--gradi
 
 
 def check_equal(one: list[dict], two: list[dict], *names: str) -> None:
-    """These metrics of two runs, at every step."""
+    """The values of some metrics in two runs, at every step."""
     for ours, theirs in zip(one, two, strict=True):
         for name in names:
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
@@ -201,7 +201,7 @@ def launch_failing(folder: Path, model: Path, **changes):
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path, tiny_model_folder):
-    """The others wait for that rank in a collective operation, so it must not wait for them."""
+    """The other ranks wait for the failing rank in a collective operation, so it must not wait for them."""
     done = launch_failing(tmp_path, tiny_model_folder, shape=[{"use": "fails.py:on_one_rank"}])
     assert done.returncode != 0 and "a part that fails here only" in done.stderr
 

@@ -1,4 +1,4 @@
-"""Reference log-probs on disk: the same numbers as without, made again where anything changed, and gone on with."""
+"""The reference cache gives the numbers of a run without it, sees every change, and continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write(folder: Path, model: Path, data: list[dict[str, Any]] | None = None, *
 
 
 class Prepared:
-    """A run up to its first step."""
+    """A run that is set up but has taken no step."""
 
     def __init__(self, path: Path, processes: Processes) -> None:
         self.recipe = load_recipe(path)
@@ -80,7 +80,7 @@ class Prepared:
 
 @pytest.fixture(scope="module")
 def prepare():
-    """``prepare(path)``: a run up to its first step, on one process."""
+    """``prepare(path)`` sets up a run on one process, without taking a step."""
     with Processes() as processes:
         yield lambda path: Prepared(path, processes)
 
@@ -95,7 +95,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 def test_at_the_first_step_every_score_is_exactly_zero(
     prepare, tmp_path, tiny_model_folder, lora, conversational, cached
 ):
-    """The policy is the reference, and the batches of the cache are those of the run."""
+    """The policy is the reference, and the cache scores the batches of the run, so log-ratios are exactly 0."""
     policy = {"model": str(tiny_model_folder)} | ({"lora": {"rank": 4}} if lora else {})
     changes = {"policy": policy} | ({} if cached else {"reference": {"cache": False}})
     run = prepare(write(tmp_path, tiny_model_folder, rows(conversational), **changes))

@@ -1,4 +1,4 @@
-"""Whole runs with reference log-probs from disk, killed and on two ranks, and with held-out pairs."""
+"""Whole runs with the reference cache: killed and resumed, on two ranks, and with held-out pairs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ train(load_recipe(sys.argv[1]))
 
 
 def test_a_run_with_the_cache_is_the_run_without_it(tmp_path, tiny_model_folder):
-    """One pass over the data: the same batches, so the same bits. Later passes have other batches: 1e-5."""
+    """The first pass over the data has the same batches and so the same bits. Later passes agree to 1e-5."""
     found = {}
     for name, changes in (("with", {}), ("without", {"reference": {"cache": False}})):
         folder = tmp_path / name
@@ -49,7 +49,7 @@ def test_a_run_with_the_cache_is_the_run_without_it(tmp_path, tiny_model_folder)
 
 
 def test_evaluation_on_held_out_pairs(tmp_path, tiny_model_folder):
-    """Accuracy and margin before, during and after; at first the policy is the reference: ½ and 0."""
+    """Before training the policy is the reference, so accuracy is ½ and margin 0; both grow with training."""
     changes = {"evaluate": {"examples": {"path": "pairs.jsonl"}, "every": 2}, "steps": 4}
     train(load_recipe(write(tmp_path, tiny_model_folder, **changes)))
     metrics = {row["step"]: row for row in read_metrics(tmp_path / "run")}

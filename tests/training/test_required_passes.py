@@ -1,4 +1,4 @@
-"""The probe finds what parts read, and parts that do not fit."""
+"""The probe finds which fields parts read, and refuses parts that fail or return the wrong shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: they learn, repeat, survive kill -9, and stop on what is wrong."""
+"""Whole runs on a tiny model learn, repeat bit for bit, survive kill -9, and stop on errors with a message."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.engine
 
 
 def start(folder: Path, model: Path, **changes) -> list[dict]:
-    """A run in this process; its metrics without the timing."""
+    """Runs a recipe in this process and returns its metrics without timing."""
     train(load_recipe(write_run(folder, model, **changes)))
     return read_metrics(folder / "run", timing=False)
 
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 
 def test_stored_log_probs_are_those_of_the_policy(finished, tiny_model_folder):
-    """Step 1 was sampled by the initial model: a plain forward pass gives the same log-probs."""
+    """The initial model sampled step 1, so a plain forward pass of it gives the same log-probs."""
     batch = read_rollouts(finished / "rollouts" / "step-000001.parquet")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     for row, length in enumerate(batch.length.tolist()[:4]):
@@ -204,7 +204,7 @@ def test_a_verifier_that_fails_stops_the_run_after_a_checkpoint(tmp_path, tiny_m
 
 
 def test_where_nothing_is_selected_the_state_is_saved_and_resume_goes_on(tmp_path, tiny_model_folder, capsys):
-    """All completions score 0 until the verifier is mended."""
+    """All completions score 0 until the verifier is repaired, and then the run can be resumed."""
     changes = {"select": [{"use": "mixed_groups"}], "max_refills": 1, "steps": 2}
     recipe = write_run(tmp_path, tiny_model_folder, **changes)
     (tmp_path / "verifier.py").write_text(
@@ -220,7 +220,7 @@ def test_where_nothing_is_selected_the_state_is_saved_and_resume_goes_on(tmp_pat
 
 
 def wait_for_lines(process: subprocess.Popen, metrics: Path, lines: int) -> None:
-    """Until a run has written so many lines of metrics."""
+    """Waits until a run has written a number of lines of metrics."""
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= lines:
@@ -275,7 +275,7 @@ def test_kill_and_resume_repeat_a_whole_run_bit_for_bit(engine, tmp_path, tiny_m
 
 
 def test_a_rank_without_completions_counts_as_none(random_batch):
-    """Its blank row takes part in the passes and in no statistic."""
+    """The blank row of a rank without prompts takes part in the passes but in no statistic."""
     with Processes() as processes:
         batch = random_batch(0)
         alone = rollout_metrics(batch, processes)
@@ -284,7 +284,7 @@ def test_a_rank_without_completions_counts_as_none(random_batch):
 
 
 def test_failures_are_counted_by_the_step(tmp_path, tiny_model_folder):
-    """A resumed run could not know of those before it."""
+    """The count is of one step, not of the run: a resumed run could not know earlier failures."""
     verify = [{"use": "fails.py:always", "on_error": "skip"}]
     (tmp_path / "fails.py").write_text("def always(completion):\n    raise ValueError\n", encoding="utf-8")
     metrics = start(tmp_path, tiny_model_folder, verify=verify, steps=2)
@@ -308,7 +308,7 @@ def test_what_does_not_fit_the_engine_is_refused_before_the_first_step(changes, 
 
 
 def damaged(model: Path, folder: Path, how: str) -> Path:
-    """A copy of a model with something wrong."""
+    """Copies a model and damages the copy."""
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Whole runs with a value model: every recipe of recipes/value, resuming, warm starts, waiting, given examples."""
+"""Whole runs with a value model: recipes of recipes/value, resuming, warm starts, waiting policies, dataset examples."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ STEPWISE = [{"prompt": f"{a}+1+1=", "completions": [f"{a + 1}", f"{a}"], "labels
 
 
 def start(folder: Path, model: Path, **changes: Any) -> list[dict]:
-    """A run in this process; its metrics without the timing."""
+    """Runs a recipe in this process and returns its metrics without timing."""
     train(load_recipe(write_run(folder, model, **changes)))
     return read_metrics(folder / "run", timing=False)
 
 
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """The folder of a finished PPO run."""
+    """The run folder of a finished PPO run."""
     folder = tmp_path_factory.mktemp("ppo")
     start(folder, tiny_model_folder, **PPO, steps=12)
     return folder / "run"
@@ -79,7 +79,7 @@ def test_a_saved_value_model_gives_the_same_values_in_a_fresh_process(ppo: Path)
 
 
 def test_a_saved_critic_warm_starts_another_run(ppo: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
-    """The values of its first step are those of the saved model, to the bit."""
+    """The values of the first step equal those of the saved model, bit for bit."""
     changes = PPO | {"value": {"model": str(ppo / "value"), "optimizer": {"learning_rate": 0.003}}}
     start(tmp_path, tiny_model_folder, **changes, steps=1)
     batch = read_rollouts(tmp_path / "run" / "rollouts" / "step-000001.parquet")
@@ -152,7 +152,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
-    """Other model, data, verifier and sizes, the recipe's own method: the value model moves, and can be loaded."""
+    """Runs each recipe's method with a tiny model, data and verifier: the value model changes and can be loaded."""
     write_run(tmp_path, tiny_model_folder)
     recipe = load_recipe(FOLDER / f"{name}.yaml")
     data = tmp_path / "data.jsonl"

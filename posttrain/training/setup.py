@@ -219,7 +219,7 @@ def build_reference(recipe: Recipe, required: RequiredPasses, processes: Process
     if not needed or (other is None and policy.has_adapters):
         return None
     # Load it in the same dtype as the policy, so that equal weights give bit-equal log-probs and a KL of exactly 0.
-    # Base weights under adapters have the recipe's dtype, and so have all weights under DeepSpeed; else they are float32.
+    # Base weights under adapters have the recipe's dtype, as have all weights under DeepSpeed; else they are float32.
     in_recipe_dtype = policy.has_adapters or processes.uses_deepspeed
     dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
     model = load_model(recipe.policy, dtype=dtype, model=other)

@@ -1,4 +1,4 @@
-"""Whole runs with a value model: recipes of recipes/value, resuming, warm starts, waiting policies, dataset examples."""
+"""Whole runs with a value model: recipes of recipes/value, resuming, warm starts, waiting policies, dataset rows."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
 
 The key is a hash of the reference's weights, of how it is run, and of the completions' token ids: another model
 or other data have another key. Groups are scored in the order and in the batches in which the run will draw them,
-so that the log-probs of the first pass over the data equal, bit for bit, those of a run without the cache. Shards are written
-atomically, and a run that was stopped continues with the shards that it left.
+so that the log-probs of the first pass over the data equal, bit for bit, those of a run without the cache. Shards are
+written atomically, and a run that was stopped continues with the shards that it left.
 """
 
 from __future__ import annotations

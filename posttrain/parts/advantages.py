@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
-from posttrain.option_types import Count, Fraction, NonNegative, Positive
+from posttrain.option_types import Count, Fraction, NonNegative, Option, Positive, facts
 from posttrain.parts.credit import (
     Truncated,
     accumulate,
@@ -36,6 +36,12 @@ Center = Literal["none", "group", "leave_one_out", "greedy", "length", "batch"]
 Scale = Literal["none", "group", "batch"]
 
 
+def _by_group(options: Option) -> bool:
+    """True if the baseline or the scale comes from the completions of the same prompt."""
+    return bool({options["center"], options.get("scale")} & {"group", "leave_one_out", "length"})
+
+
+@facts(compares_group=_by_group)
 def outcome(
     batch: Batch, *, center: Center = "group", scale: Scale = "none", ddof: Count = 1, eps: NonNegative = 1e-4
 ) -> Float[Tensor, "N L"]:
@@ -74,6 +80,7 @@ def outcome(
     return broadcast(centred.where(valid, 0.0).float(), batch.mask)
 
 
+@facts(compares_group=_by_group)
 def returns(
     batch: Batch,
     *,

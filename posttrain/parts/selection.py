@@ -15,8 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
+from posttrain.option_types import facts
 
 
+@facts(compares_group=True)
 def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
     """Groups from which there is something to learn: whose completions did not all get the same verifier score.
 
@@ -34,6 +36,7 @@ def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
     return highest > lowest
 
 
+@facts(compares_group=True)
 def max_variance(batch: Batch, *, keep: Annotated[int, Field(ge=2)]) -> Bool[Tensor, " N"]:
     """In each group, the ``keep`` completions whose rewards have the largest variance.
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, broadcast
-from posttrain.option_types import Fraction, NonNegative, Positive
+from posttrain.option_types import Fraction, NonNegative, Positive, facts
 from posttrain.parts.credit import (
     Truncated,
     accumulate,
@@ -122,6 +122,7 @@ def lambda_return(
     return _at_states(accumulate(terms.where(batch.mask, 0.0), batch.mask, decay.squeeze(-1)), batch, truncated)
 
 
+@facts(soft_value="beta")
 def soft_return(batch: Batch, *, beta: Positive = 0.5, truncated: Truncated = "end") -> Float[Tensor, "N L"]:
     """The reward less what the policy that sampled pays, in KL, for what it does from the state on.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posttrain.batch import Batch, Outputs, broadcast, group_sum
-from posttrain.option_types import BelowHalf, Fraction, NonNegative, OpenFraction, Positive
+from posttrain.option_types import BelowHalf, Fraction, NonNegative, OpenFraction, Positive, facts
 from posttrain.parts import categorical
 from posttrain.parts.credit import (
     Truncated,
@@ -30,11 +30,6 @@ from posttrain.parts.credit import (
     valid_rows,
 )
 from posttrain.parts.ratio import log_ratio, needed
-
-SOFT = frozenset({"soft_path", "contrastive_twist", "noise_contrastive", "soft_return"})
-"""Losses whose minimum is a soft value at the temperature of their option ``beta``, whatever the target's kind; and the
-target of that name."""
-
 
 # ---- of a number ----------------------------------------------------------------------------------------------------
 
@@ -82,6 +77,7 @@ def expectile(outputs: Outputs, batch: Batch, *, tau: OpenFraction = 0.7) -> Flo
     return torch.where(error < 0, 1 - tau, tau) * error.square()
 
 
+@facts(soft_value="beta")
 def soft_path(outputs: Outputs, batch: Batch, *, beta: Positive = 0.03) -> Float[Tensor, "N L"]:
     """Squared error of soft path consistency: the value is what is still to come, less what the policy pays for it.
 
@@ -259,6 +255,7 @@ def centred(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     return broadcast((losses.where(pairs, 0.0) * share).sum(-1), _compared(batch))
 
 
+@facts(soft_value="beta")
 def contrastive_twist(
     outputs: Outputs, batch: Batch, *, beta: Positive = 1.0, importance: bool = False
 ) -> Float[Tensor, "N L"]:
@@ -283,6 +280,7 @@ def contrastive_twist(
     return ((negative - positive) * value / beta * _depth_count(learned, batch.group)).where(learned, 0.0)
 
 
+@facts(soft_value="beta")
 def noise_contrastive(
     outputs: Outputs, batch: Batch, *, beta: Positive = 1.0, importance: bool = False
 ) -> Float[Tensor, "N L"]:

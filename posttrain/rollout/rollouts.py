@@ -13,7 +13,7 @@ from posttrain.batch import Author, Batch, Finish
 from posttrain.data.steps import steps_by_text
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import DataError
-from posttrain.option_types import PositiveCount
+from posttrain.option_types import PositiveCount, facts
 from posttrain.seeds import OPPONENTS, sample_seed
 
 
@@ -65,6 +65,7 @@ def single_turn(
     return batch if separator is None else batch.set(step_id=steps_by_text(batch, context.decode, separator))
 
 
+@facts(others_write=True, plays_opponent=True)
 def against(
     engine: Engine,
     prompts: Prompts,
@@ -98,6 +99,7 @@ def against(
     return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(author)] * opponents) * len(prompts)))
 
 
+@facts(others_write=True)
 def beside_given(engine: Engine, prompts: Prompts, n: int, context: Context, *, given: str = "completion") -> Batch:
     """``n`` completions of each prompt by the policy, and beside them the one that the data set gives.
 

@@ -177,9 +177,9 @@ def test_a_copy_of_adapters_is_the_policy_of_then(tiny_model_folder: Path) -> No
         ("dpo", ["--reference.rate=0.5"], "the reference never moves"),
         ("nash_ema", ["--policy.lora={rank: 4}"], "averages of adapters' factors"),
         ("online_dpo", ["--rollout={use: against}"], "asks for completions of an opponent"),
-        ("online_dpo", ["--opponent={share: 0.5}"], "writes nothing unless `rollout` asks"),
+        ("online_dpo", ["--opponent={share: 0.5}"], "samples nothing unless `rollout` asks"),
         ("egpo", ["--steps=3"], "come in pairs with `extragradient`, and 3 is odd"),
-        ("dpo", ["--extragradient=true"], "is about the policy's own samples"),
+        ("dpo", ["--extragradient=true"], "works on the policy's own samples"),
     ],
 )
 def test_settings_that_do_not_go_together(name: str, overrides: list[str], expected: str) -> None:

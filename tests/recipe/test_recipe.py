@@ -52,6 +52,8 @@ OWN_PARTS = '''\
 from dataclasses import dataclass, field
 from typing import Literal
 
+from posttrain.option_types import facts
+
 
 def doubled(batch, *, factor: float = 2.0, mode: Literal["plain", "odd"] = "plain"):
     """Twice the reward.
@@ -70,6 +72,11 @@ def trl_style(completions, prompts=None, **columns) -> list[float]:
 
 
 def needs_scale(batch, *, scale: float):
+    return batch
+
+
+@facts(compares_group=True)
+def against_the_rest(batch):
     return batch
 
 
@@ -429,7 +436,12 @@ BROKEN = {
     "group of one": (
         GOOD,
         ["--completions=1"],
-        ["r.yaml:6:1: advantage: outcome with `center: group`", "`completions: 1`"],
+        ["r.yaml:6:1: advantage: outcome compares", "`completions: 1`"],
+    ),
+    "own part for groups, of one": (
+        edit("{use: outcome, scale: group}", "{use: 'parts.py:against_the_rest'}"),
+        ["--completions=1"],
+        ["r.yaml:6:1: advantage: parts.py:against_the_rest compares", "`completions: 1`"],
     ),
     "more updates than rows": (GOOD, ["--minibatches=999"], ["--minibatches=999", "a step has 256 completions"]),
     "misspelt weight": (

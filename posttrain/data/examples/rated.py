@@ -35,6 +35,7 @@ from posttrain.data.examples.groups import Into, TooLong, grouped
 from posttrain.data.problems import Problems
 from posttrain.data.read import read
 from posttrain.data.rows import tokenise_rows, with_columns
+from posttrain.option_types import facts
 from posttrain.recipe import sections
 
 
@@ -67,6 +68,7 @@ def demonstrations(
     return make_examples(rows, groups, tokenizer, Wanted(max_tokens=max_tokens, too_long=too_long))
 
 
+@facts(gives_mismatched=lambda options: options["mismatched"])
 def rated(
     data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,

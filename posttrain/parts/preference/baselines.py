@@ -16,10 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.batch import Batch, seq_sum
+from posttrain.option_types import facts
 from posttrain.parts.preference.groups import find_pairs, labelled
 from posttrain.parts.ratio import needed
 
 
+@facts(needs_mismatched=True)
 def mismatched(batch: Batch) -> Float[Tensor, " N"]:
     """Estimate of KL(π ‖ π_ref) from completions put behind prompts that they do not answer.
 

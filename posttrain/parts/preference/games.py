@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Author, Batch
-from posttrain.option_types import Positive
+from posttrain.option_types import Positive, facts
 from posttrain.parts.preference.groups import labelled
 
 Rivals = Literal["group", "baselines"]
@@ -53,6 +53,7 @@ def mean_over_rivals(
     return torch.where(compared.any(1), wins / count.clamp(min=1), 0.5)
 
 
+@facts(compares_group=True)
 def win_rate(
     batch: Batch,
     *,

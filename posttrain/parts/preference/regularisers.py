@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, seq_sum
-from posttrain.option_types import Positive
+from posttrain.option_types import Positive, facts
 from posttrain.parts.preference.groups import Rows, at_first_token, column, labelled, present, rows_of, share
 from posttrain.parts.ratio import needed
 
 
+@facts(learns_without_advantage=True)
 def nll(
     outputs: Outputs, batch: Batch, *, rows: Rows = "best", level: Literal["sum", "mean"] = "sum"
 ) -> Float[Tensor, "N L"]:
@@ -38,6 +39,7 @@ def nll(
     return (-outputs.logp * weight[:, None]).where(batch.mask, 0.0)
 
 
+@facts(learns_without_advantage=True)
 def optimism(
     outputs: Outputs,
     batch: Batch,
@@ -68,6 +70,7 @@ def optimism(
     return at_first_token(s.clamp(min=-bound) * share(batch, chosen), batch.mask)
 
 
+@facts(learns_without_advantage=True)
 def reference_kl(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     """Divergence from the reference along the labelled completions, exact over the vocabulary.
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs, group_sum
-from posttrain.option_types import Positive
+from posttrain.option_types import Positive, facts
 from posttrain.parts.preference import list_links, list_targets, pair_links, pair_targets, point_links, scores
 from posttrain.parts.preference.groups import (
     Pairs,
@@ -37,6 +37,7 @@ from posttrain.parts.preference.inner import (
 )
 
 
+@facts(learns_without_advantage=True, compares_group=True, ranks_completions=True)
 def pairwise(
     outputs: Outputs,
     batch: Batch,
@@ -78,6 +79,7 @@ def pairwise(
     return at_first_token(pairs.score.new_zeros(len(batch)).index_add(0, chosen, each), batch.mask)
 
 
+@facts(learns_without_advantage=True, ranks_completions=True)
 def pointwise(
     outputs: Outputs,
     batch: Batch,
@@ -113,6 +115,7 @@ def pointwise(
     return at_first_token(loss, batch.mask)
 
 
+@facts(learns_without_advantage=True, compares_group=True, ranks_completions=True)
 def listwise(
     outputs: Outputs,
     batch: Batch,

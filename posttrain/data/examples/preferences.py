@@ -25,9 +25,11 @@ from posttrain.data.examples.groups import Group, Into, Judged, TooLong, merge_a
 from posttrain.data.read import read
 from posttrain.data.rows import tokenise_rows, with_columns
 from posttrain.errors import DataError
+from posttrain.option_types import facts
 from posttrain.recipe import sections
 
 
+@facts(gives_mismatched=lambda options: options["mismatched"])
 def pairs(
     data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,6 +90,7 @@ def pairs(
     return make_examples(rows, judged.groups, tokenizer, wanted)
 
 
+@facts(gives_mismatched=lambda options: options["mismatched"])
 def lists(
     data: sections.DataSection,
     tokenizer: PreTrainedTokenizerBase,

@@ -299,7 +299,7 @@ def test_show_marks_what_differs(recipe, capsys, monkeypatch):
     text = "\n".join(lines)
     assert "doubled(batch, *, factor=3.0*, mode='plain')" in text
     assert "Twice the reward." in text and "A = 2 R.  Someone 2026, eq. 1, arXiv:2601.00001." in text
-    assert "parts.py:7" in next(line for line in lines if line.startswith("advantage"))
+    assert "parts.py:9" in next(line for line in lines if line.startswith("advantage"))
     star = {line.split()[1]: line.split()[2:] for line in lines if line.startswith("* ")}
     assert star["sampling.max_tokens"] == ["64", "256"] and star["steps"] == ["3", "100"]
     assert "optimizer.eps" not in star and "  optimizer.eps " in text

@@ -81,7 +81,7 @@ WHAT_OPTIONS_DO = {
 """One sentence for each option that is a part itself, by its name and by what is passed to it."""
 
 GIVES = {"baseline": "Float", "regroup": "Int", "select(tree)": "list", "decide(tree)": "Node", "act(tree)": "Node"}
-"""How the return type begins, where slots that pass the same arguments share a module."""
+"""The beginning of the return type, where slots that pass the same arguments share a module."""
 
 
 class Place(NamedTuple):
@@ -147,7 +147,7 @@ Some options of parts are parts themselves, written in the same way: `loss: [{us
 
 
 class Page:
-    """What has been written, and which options that are parts have been met on the way."""
+    """Writes sections, and remembers which parts are listed already and which options still need a section."""
 
     def __init__(self) -> None:
         self.options: dict[str, list[str]] = {}  # parts that have an option, by the option's key
@@ -214,7 +214,7 @@ def reward_models(comparing: bool) -> list[Part]:
 
 
 def fits(part: Part, place: Place) -> bool:
-    """Whether a part is called with what the place passes, and returns what the place needs."""
+    """True if a part is called with what the place passes, and returns what the place needs."""
     if place.takes is None:  # a verifier: any function of a completion
         return not isinstance(part, type)
     if not place.takes:  # a prompt sampler, built by name

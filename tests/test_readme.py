@@ -270,7 +270,7 @@ FRAGMENTS: dict[str, tuple[str, list[str]]] = {
     "reward:": (MATH[0], [*MATH[1], "--advantage={use: outcome}"]),
     "examples:": PREFERENCE,
 }
-"""How each YAML block that is a part of a recipe begins, the base that makes it whole, and what else it needs."""
+"""The beginning of each YAML block that is a part of a recipe, the base that completes it, and what else it needs."""
 
 
 def test_dapo_is_the_recipe_of_the_package():
@@ -402,7 +402,7 @@ NUMBERS: dict[str, Callable[[], list[str]]] = {
         for name in ("shared", "three_full")
     ],
 }
-"""How a row of README's tables begins, and the numbers in it, from the result files."""
+"""The beginning of each row of README's tables, and the numbers in it, from the result files."""
 
 
 def test_rows_of_results_are_all_checked():
@@ -423,6 +423,10 @@ def test_the_output_of_the_quickstart_is_what_it_printed():
     for line in block.splitlines():
         shown = line.removesuffix(" ...")
         assert line in printed or (shown != line and any(one.startswith(shown) for one in printed)), line
+    row = next(line for line in TEXT.splitlines() if line.startswith("| `recipes/quickstart.yaml`"))
+    assert "| 2.3 GB, 111 s, 0.46 to 0.96 |" in row and "  (111 s)" in printed
+    assert any("memory MB 2,278" in line for line in printed)
+    assert printed[-1].startswith("quickstart: accuracy 0.46 -> 0.96")
 
 
 @pytest.mark.parametrize(("path", "count"), re.findall(r"`(recipes/\w+)/` \((\d+)", TEXT))

@@ -26,7 +26,7 @@ ANSWERS = ("A", "B")
 
 
 def question(prompt: Any, a: str, b: str, template: str = QUESTION) -> str:
-    """What a preference model is asked; ``recipes/preference/comparisons.py`` trains on the same words."""
+    """What a preference model is asked; ``recipes/data/comparisons.py`` trains on the same words."""
     return filled(template, prompt=as_text(prompt), a=a, b=b)
 
 

@@ -18,7 +18,7 @@ from posttrain.recipe.resolve import import_file
 from posttrain.training.loop import train
 from reward_models.preference import question
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "preference"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def asked(*completions: str, groups: tuple[int, ...] = (), greedy: tuple[bool, ...] = ()) -> Any:
@@ -73,7 +73,7 @@ def test_a_template_without_its_places_is_refused() -> None:
 
 
 def test_pairs_become_questions_in_both_orders(tmp_path: Path) -> None:
-    module = import_file(RECIPES / "comparisons.py")
+    module = import_file(RECIPES / "data" / "comparisons.py")
     said, sides = [{"role": "user", "content": "1+1="}], (("chosen", "2"), ("rejected", "3"))
     text = {"prompt": "1+1="} | dict(sides)
     conversation = {side: [*said, {"role": "assistant", "content": answer}] for side, answer in sides}
@@ -94,7 +94,8 @@ def test_a_preference_model_learns_and_labels_an_online_run(tmp_path: Path, tiny
     rows = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": "?"} for a in range(8)]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"data.path": f"{RECIPES / 'comparisons.py'}:comparisons", "data.options": f"{{path: '{pairs}'}}"}
+    generator = RECIPES / "data" / "comparisons.py"
+    changes = {"data.path": f"{generator}:comparisons", "data.options": f"{{path: '{pairs}'}}"}
     changes |= {"steps": 30, "prompts_per_step": 8, "optimizer.learning_rate": 0.003, "optimizer.warmup_steps": 3}
     train(small("preference/preference_model", tmp_path, tiny_model_folder, **changes))
     model = str(tmp_path / "run" / "model")

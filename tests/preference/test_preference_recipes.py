@@ -295,7 +295,7 @@ def test_slots_fill_baseline_and_group(name: str) -> None:
 
 
 def test_a_step_is_a_pair_behind_the_steps_before_it(tmp_path: Path, tokenizer: Any) -> None:
-    module = import_file(RECIPES / "preference" / "step_pairs.py")
+    module = import_file(RECIPES / "data" / "step_pairs.py")
     row = {"prompt": "1+1+1?", "initial_reason_steps": "Step 1: 1+1=2.\nStep 2: ", "chosen": "2+1=3.", "rejected": "4."}
     found = module.pair(row)
     assert found["prompt"].endswith("<|im_start|>assistant\nStep 1: 1+1=2.\nStep 2: ") and "{}" in found["prompt"]

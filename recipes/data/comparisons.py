@@ -1,4 +1,4 @@
-"""The data of ``preference_model.yaml``: pairs as questions which of two answers is better, in both orders."""
+"""The data of ``recipes/preference/preference_model.yaml``: each pair asks which of two answers is better, twice."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from reward_models.preference import ANSWERS, question
 
 
 def comparisons(path: str, split: str = "train", name: str | None = None) -> Iterator[dict[str, str]]:
-    """Two questions a pair: the chosen answer stands first in one and second in the other.
+    """Two questions for each pair: one shows the chosen answer first, the other shows it second.
 
     Args:
-        path: of pairs, as ``data.path`` of a recipe.
-        split: of a data set of the hub.
-        name: its configuration.
+        path: where the pairs are, written like ``data.path`` in a recipe.
+        split: the split to read, for a dataset on the hub.
+        name: the dataset's configuration, for a dataset on the hub.
 
     Raises:
         DataError: for a row that is not a pair.
@@ -35,5 +35,5 @@ def comparisons(path: str, split: str = "train", name: str | None = None) -> Ite
 
 
 def text_of(answer: Any) -> str:
-    """An answer as a preference model reads it: text, or what the assistant's messages say."""
+    """An answer as plain text. Of a conversation, the assistant's messages are joined."""
     return answer if isinstance(answer, str) else "\n\n".join(message["content"] for message in answer)

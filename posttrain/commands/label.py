@@ -17,7 +17,7 @@ from posttrain.batch import Batch
 from posttrain.data import check_columns, load_rows
 from posttrain.data.examples import rollouts
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.for_policy import Room, policy_engine
+from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
 from posttrain.models.load import load_tokenizer
 from posttrain.option_types import PositiveCount
@@ -27,7 +27,7 @@ from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.yaml_reader import Location, Overrides
 from posttrain.rollout.branches import BUCKETS
-from posttrain.rollout.collect import Source, complete_all, every_nth
+from posttrain.rollout.collect import CompletionSource, complete_all
 from posttrain.rollout.rollouts import single_turn
 from posttrain.rollout.step_labels import StepLabels, make_step_labels, to_row
 from posttrain.system.files import write_rows
@@ -92,7 +92,7 @@ def label(recipe: LabelRecipe) -> Path:
         stored = _stored(recipe, tokenizer, processes)
         longest = rows.longest_prompt if rows is not None else int(stored.mask.int().argmax(-1).max())  # type: ignore
         with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, longest)) as engine:
-            source = Source(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
+            source = CompletionSource(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
             batch = stored if rows is None else complete_all(recipe, rows, source, processes)
             assert batch is not None
             sampling = Sampling.of(recipe.sampling)
@@ -130,11 +130,11 @@ def _stored(recipe: LabelRecipe, tokenizer: Any, processes: Processes) -> Batch 
     if recipe.rollouts is None:
         return None
     examples = rollouts(sections.DataSection(path=recipe.rollouts), tokenizer, recipe.base)
-    return examples.batch(every_nth(len(examples), processes, "rollouts"))
+    return examples.batch(processes.every_nth(len(examples), "rollouts"))
 
 
 def _engine(recipe: LabelRecipe, longest_prompt: int) -> Engine:
     """The engine, with room for what exceeds a branch's own limit in a call for several."""
     most = recipe.sampling.max_tokens
-    room = Room(longest_prompt, most, branches=math.ceil(most / BUCKETS))
-    return policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)
+    budget = LengthBudget(longest_prompt, most, branches=math.ceil(most / BUCKETS))
+    return policy_engine(recipe.policy, recipe.engine, [budget], seed=recipe.seed)

@@ -27,7 +27,7 @@ from posttrain.recipe.yaml_reader import suggestion
 
 
 @dataclass(frozen=True)
-class Source:
+class RawRows:
     """Rows, and how to name each of them in a message."""
 
     rows: datasets.Dataset
@@ -35,7 +35,7 @@ class Source:
     name: str
 
 
-def read(data: sections.DataSection, base: Path | None) -> Source:
+def read(data: sections.DataSection, base: Path | None) -> RawRows:
     """The rows as they are stored, at most ``data.limit``.
 
     Args:
@@ -46,11 +46,11 @@ def read(data: sections.DataSection, base: Path | None) -> Source:
     """
     source = read_generator(data, base) if ".py:" in data.path else _read_stored(data, base)
     if data.limit is not None and data.limit < len(source.rows):
-        return Source(source.rows.select(range(data.limit)), source.place, source.name)
+        return RawRows(source.rows.select(range(data.limit)), source.place, source.name)
     return source
 
 
-def _read_stored(data: sections.DataSection, base: Path | None) -> Source:
+def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:
     path = find(data.path, base)
     if path is None:
         return read_hub(data, base)
@@ -77,7 +77,7 @@ def find(path: str, base: Path | None) -> Path | None:
     return None
 
 
-def read_json_lines(path: Path) -> Source:
+def read_json_lines(path: Path) -> RawRows:
     """One JSON object a line, in UTF-8; blank lines are skipped.
 
     Raises:
@@ -115,7 +115,7 @@ def _json_line(line: bytes, place: str, problems: Problems) -> dict[str, Any] | 
     return None
 
 
-def read_json(path: Path) -> Source:
+def read_json(path: Path) -> RawRows:
     """A JSON array of objects.
 
     Raises:
@@ -142,7 +142,7 @@ def read_json(path: Path) -> Source:
     return _collect(path, lambda: values, place, problems)
 
 
-def read_csv(path: Path) -> Source:
+def read_csv(path: Path) -> RawRows:
     """Comma- or tab-separated values under a header, in UTF-8. CSV has no types: every value is text.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise DataError(f"{path}:1: column {twice[0]!r} occurs twice in the header")
 
 
-def read_parquet(path: Path) -> Source:
+def read_parquet(path: Path) -> RawRows:
     """A Parquet file.
 
     Raises:
@@ -194,10 +194,10 @@ def read_parquet(path: Path) -> Source:
         raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
     if not len(table):
         raise DataError(f"{path}: no rows")
-    return Source(datasets.Dataset(table), lambda index: f"{path}, row {index + 1}", str(path))
+    return RawRows(datasets.Dataset(table), lambda index: f"{path}, row {index + 1}", str(path))
 
 
-READERS: Mapping[str, Callable[[Path], Source]] = {
+READERS: Mapping[str, Callable[[Path], RawRows]] = {
     ".jsonl": read_json_lines,
     ".json": read_json,
     ".parquet": read_parquet,
@@ -206,7 +206,7 @@ READERS: Mapping[str, Callable[[Path], Source]] = {
 }
 
 
-def read_folder(path: Path, data: sections.DataSection) -> Source:
+def read_folder(path: Path, data: sections.DataSection) -> RawRows:
     """A folder that ``save_to_disk`` made, or one of data files laid out as on the hub.
 
     Raises:
@@ -225,7 +225,7 @@ def read_folder(path: Path, data: sections.DataSection) -> Source:
         raise DataError(f"{path}: {_first_line(error)}") from None
 
 
-def read_hub(data: sections.DataSection, base: Path | None) -> Source:
+def read_hub(data: sections.DataSection, base: Path | None) -> RawRows:
     """A data set of the hub, or from its cache.
 
     Raises:
@@ -242,7 +242,7 @@ def read_hub(data: sections.DataSection, base: Path | None) -> Source:
     return _named(rows, f"{data.path} ({data.split})")
 
 
-def read_generator(data: sections.DataSection, base: Path | None) -> Source:
+def read_generator(data: sections.DataSection, base: Path | None) -> RawRows:
     """What a user's function yields: dicts of columns.
 
     Raises:
@@ -276,18 +276,18 @@ def read_generator(data: sections.DataSection, base: Path | None) -> Source:
 
 def _collect(
     name: str | Path, rows: Callable[[], Iterable[dict[str, Any]]], place: Callable[[int], str], problems: Problems
-) -> Source:
+) -> RawRows:
     table = to_table(rows, place)
     problems.raise_if_any()
     if not len(table):
         raise DataError(f"{name}: no rows")
-    return Source(datasets.Dataset(table), place, str(name))
+    return RawRows(datasets.Dataset(table), place, str(name))
 
 
-def _named(rows: Any, name: str) -> Source:
+def _named(rows: Any, name: str) -> RawRows:
     if not len(rows):
         raise DataError(f"{name}: no rows")
-    return Source(rows, lambda index: f"{name}, row {index + 1}", name)
+    return RawRows(rows, lambda index: f"{name}, row {index + 1}", name)
 
 
 def _pick_split(stored: Any, split: str, path: Path) -> datasets.Dataset:

@@ -17,7 +17,7 @@ from trl.data_utils import apply_chat_template
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.problems import Problems
 from posttrain.data.prompts import prompt_problem
-from posttrain.data.read import Source, read
+from posttrain.data.read import RawRows, read
 from posttrain.errors import DataError
 from posttrain.recipe import sections
 from posttrain.recipe.yaml_reader import suggestion
@@ -37,7 +37,7 @@ class Rows:
     left_out: int  # prompts longer than ``max_prompt_tokens``
     dropped: tuple[LeftOut, ...]  # the same, with where they are
     longest_prompt: int  # tokens
-    source: Source
+    source: RawRows
     _rows: datasets.Dataset
     _tokens: pa.ChunkedArray  # list<int32>
     _numbers: np.ndarray  # of each row, in the source
@@ -77,7 +77,7 @@ def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer
     return tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
 
 
-def tokenise_rows(source: Source, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def tokenise_rows(source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Checks and tokenises the prompts of rows that have been read.
 
     Raises:
@@ -105,7 +105,7 @@ def tokenise_rows(source: Source, data: sections.DataSection, tokenizer: PreTrai
     )
 
 
-def with_columns(source: Source, copies: Mapping[str, str]) -> Source:
+def with_columns(source: RawRows, copies: Mapping[str, str]) -> RawRows:
     """The source with columns copied under new names.
 
     Raises:
@@ -122,10 +122,10 @@ def with_columns(source: Source, copies: Mapping[str, str]) -> Source:
     for new, old in copies.items():
         if new != old:
             rows = rows.add_column(new, _arrow_column(rows, old))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return Source(rows, source.place, source.name)
+    return RawRows(rows, source.place, source.name)
 
 
-def _require_prompt(source: Source) -> None:
+def _require_prompt(source: RawRows) -> None:
     there = source.rows.column_names
     if "prompt" not in there:
         close = next((name for name in ("question", "problem", "instruction", "query", "input") if name in there), None)
@@ -137,12 +137,12 @@ def _arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return rows.select_columns(name).with_format("arrow")[:][name]  # pyright: ignore[reportReturnType]
 
 
-def _batches(source: Source) -> Iterator[list[Any]]:
+def _batches(source: RawRows) -> Iterator[list[Any]]:
     for batch in source.rows.select_columns("prompt").iter(BATCH):
         yield batch["prompt"]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _check_prompts(source: Source) -> None:
+def _check_prompts(source: RawRows) -> None:
     problems, number = Problems(), 0
     for prompts in _batches(source):
         for prompt in prompts:
@@ -154,7 +154,7 @@ def _check_prompts(source: Source) -> None:
 
 
 def _prompt_maker(
-    source: Source, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase
+    source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Any], Any]:
     """From a stored prompt to the plain text or the messages that the policy is given."""
     plain = isinstance(source.rows[0]["prompt"], str)
@@ -185,7 +185,7 @@ def without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenise(
-    source: Source, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
+    source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
 ) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Prompts as token ids, and how many each has."""
     problems, chunks, lengths, number = Problems(), [], [], 0
@@ -212,7 +212,7 @@ def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[s
     return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
 
 
-def _keep(lengths: np.ndarray, longest: int | None, source: Source) -> np.ndarray:
+def _keep(lengths: np.ndarray, longest: int | None, source: RawRows) -> np.ndarray:
     """Numbers of the rows whose prompts have tokens, and not too many."""
     problems = Problems()
     for number in np.flatnonzero(lengths == 0):

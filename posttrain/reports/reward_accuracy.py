@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.data.problems import Problems, shown
-from posttrain.data.read import Source, read
+from posttrain.data.read import RawRows, read
 from posttrain.data.rows import with_columns
 from posttrain.errors import DataError
 from posttrain.recipe import sections
@@ -78,7 +78,7 @@ def read_pairs(data: sections.DataSection, base: Path | None = None) -> list[dic
     return rows
 
 
-def _need(source: Source) -> None:
+def _need(source: RawRows) -> None:
     there = source.rows.column_names
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in there]
     if missing:

@@ -25,7 +25,7 @@ from posttrain.data import Rows, check_columns, load_rows
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.data.steps import Decode, pieces, steps_by_text
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.for_policy import Room, policy_engine
+from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.micro_batches import length_groups
 from posttrain.models.load import load_tokenizer
@@ -36,8 +36,8 @@ from posttrain.recipe.part import Part
 from posttrain.reports.page import Example, figure, write_page
 from posttrain.reports.value_plots import PICTURES, draw_all
 from posttrain.reports.value_suite import ValueSuite
-from posttrain.rollout.branches import BUCKETS, Prefix, choose_prefixes, continue_prefixes, value_at
-from posttrain.rollout.collect import Source, complete_all, every_nth
+from posttrain.rollout.branches import BUCKETS, BranchPoint, choose_branch_points, branch_scores, value_at
+from posttrain.rollout.collect import CompletionSource, complete_all
 from posttrain.rollout.rollouts import single_turn
 from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
@@ -111,7 +111,7 @@ def stored_batch(suite: ValueSuite, processes: Processes) -> Batch:
     whole = Batch.concatenate(batches)
     if not torch.isfinite(whole.score).any():
         raise DataError(f"rollouts: no completion in {place} has a score")
-    mine = torch.tensor(every_nth(groups, processes, "rollouts"))
+    mine = torch.tensor(processes.every_nth(groups, "rollouts"))
     return whole[torch.isin(whole.group, mine)].trim()
 
 
@@ -123,13 +123,13 @@ def _sampled_fields(batch: Batch) -> Batch:
 
 def sample(
     suite: ValueSuite, rows: Rows | None, batch: Batch | None, tokenizer: Any, processes: Processes
-) -> tuple[Batch, list[Prefix], Float[Tensor, "P K"]]:
+) -> tuple[Batch, list[BranchPoint], Float[Tensor, "P K"]]:
     """Completions of this rank's prompts, unless ``batch`` holds some, and scores of continuations."""
     longest = 0 if rows is None else rows.longest_prompt
     longest = longest if batch is None else int(batch.mask.int().argmax(-1).max())
     sampling, few = Sampling.of(suite.sampling), suite.branches
     with VerifierPool(suite.verify) as pool, closing(_engine(suite, longest)) as engine:
-        source = Source(
+        source = CompletionSource(
             engine=engine,
             verifiers=pool,
             rollout=Part.of(single_turn),
@@ -138,16 +138,16 @@ def sample(
         if batch is None:
             assert rows is not None
             batch = complete_all(suite, rows, source, processes)
-        prefixes = choose_prefixes(batch, prompts=few.prompts, per_prompt=few.prefixes, seed=suite.seed)
-        scores = processes.together(partial(continue_prefixes, source, prefixes, few.completions, sampling))
+        prefixes = choose_branch_points(batch, prompts=few.prompts, per_prompt=few.prefixes, seed=suite.seed)
+        scores = processes.together(partial(branch_scores, source, prefixes, few.completions, sampling))
     return batch, prefixes, scores
 
 
 def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:
     assert suite.policy is not None
     most = suite.sampling.max_tokens
-    room = Room(longest_prompt, most, branches=math.ceil(most / BUCKETS) if suite.branches.prompts else 0)
-    return policy_engine(suite.policy, suite.engine, [room], seed=suite.seed)
+    budget = LengthBudget(longest_prompt, most, branches=math.ceil(most / BUCKETS) if suite.branches.prompts else 0)
+    return policy_engine(suite.policy, suite.engine, [budget], seed=suite.seed)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def make_report(
     model: ValueModel,
     batch: Batch,
     value: Float[Tensor, "N L"],
-    prefixes: Sequence[Prefix],
+    prefixes: Sequence[BranchPoint],
     scores: Float[Tensor, "P K"],
 ) -> dict[str, Any]:
     """Everything that the page shows, as plain data without NaN."""

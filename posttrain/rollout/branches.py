@@ -18,7 +18,7 @@ from posttrain.errors import UserError
 from posttrain.parts.credit import step_starts
 from posttrain.parts.targets import branch_estimate
 from posttrain.recipe.sections import BranchesSection
-from posttrain.rollout.collect import Source
+from posttrain.rollout.collect import CompletionSource
 from posttrain.seeds import sample_seed
 
 BUCKETS = 8
@@ -26,7 +26,7 @@ BUCKETS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class BranchPoint:
     """A prompt with the first tokens of a completion of it."""
 
     prompt: list[int]
@@ -36,7 +36,7 @@ class Prefix:
     at: tuple[int, int]  # row and column of the batch where its value stands
 
 
-def choose_prefixes(batch: Batch, *, prompts: int, per_prompt: int, seed: int) -> list[Prefix]:
+def choose_branch_points(batch: Batch, *, prompts: int, per_prompt: int, seed: int) -> list[BranchPoint]:
     """Prefixes at random places of the completions of each group below ``prompts``.
 
     Place ``j`` of ``per_prompt`` lies in the ``j``-th part of its completion. A function of ``seed`` and the group
@@ -60,11 +60,11 @@ def choose_prefixes(batch: Batch, *, prompts: int, per_prompt: int, seed: int) -
             share = (sample_seed(of_this, 0) >> 10) / 2**53
             column = start + int((j + share) / per_prompt * length)
             tokens = batch.tokens[row].tolist()
-            prefixes.append(Prefix(tokens[:start], tokens[start:column], batch.rows[row], of_this, (row, column - 1)))
+            prefixes.append(BranchPoint(tokens[:start], tokens[start:column], batch.rows[row], of_this, (row, column - 1)))
     return prefixes
 
 
-def continue_prefixes(source: Source, prefixes: Sequence[Prefix], n: int, sampling: Sampling) -> Float[Tensor, "P K"]:
+def branch_scores(source: CompletionSource, prefixes: Sequence[BranchPoint], n: int, sampling: Sampling) -> Float[Tensor, "P K"]:
     """Scores of ``n`` continuations of each prefix; NaN where one has none.
 
     A prefix and its continuation have ``sampling.max_tokens`` together, as the completions have that it comes from. The
@@ -95,7 +95,7 @@ def continue_prefixes(source: Source, prefixes: Sequence[Prefix], n: int, sampli
 
 
 def _verify(
-    source: Source, prefixes: Sequence[Prefix], index: Sequence[int], most: int
+    source: CompletionSource, prefixes: Sequence[BranchPoint], index: Sequence[int], most: int
 ) -> Callable[[int, int, Completion], None]:
     """Hands a prefix with its continuation to the verifiers as soon as it ends."""
 
@@ -108,13 +108,13 @@ def _verify(
     return done
 
 
-def value_at(value: Float[Tensor, "N L"], prefixes: Sequence[Prefix]) -> Float[Tensor, " P"]:
+def value_at(value: Float[Tensor, "N L"], prefixes: Sequence[BranchPoint]) -> Float[Tensor, " P"]:
     """The predicted value of each prefix."""
     at = torch.tensor([prefix.at for prefix in prefixes], dtype=torch.long).view(-1, 2)
     return value[at[:, 0], at[:, 1]]
 
 
-def branch_values(source: Source, batch: Batch, options: BranchesSection, sampling: Sampling, seed: int) -> Batch:
+def branch_values(source: CompletionSource, batch: Batch, options: BranchesSection, sampling: Sampling, seed: int) -> Batch:
     """The batch with its steps, and as the value of the state before each step the mean score of branches from there.
 
     Kazemnejad et al. 2025 (VinePPO), eq. 4, arXiv:2410.01679. Equal prefixes, such as the prompt of a group, are
@@ -128,8 +128,8 @@ def branch_values(source: Source, batch: Batch, options: BranchesSection, sampli
     places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for row, column in (step_starts(batch) & trained[:, None]).nonzero().tolist():
         places.setdefault(tuple(batch.tokens[row, :column].tolist()), []).append((row, column - 1))
-    prefixes = [prefix_at(batch, *where[0], seed) for where in places.values()]
-    estimates = branch_estimate(continue_prefixes(source, prefixes, options.completions, sampling)).nan_to_num(0.0)
+    prefixes = [branch_point_at(batch, *where[0], seed) for where in places.values()]
+    estimates = branch_estimate(branch_scores(source, prefixes, options.completions, sampling)).nan_to_num(0.0)
     value = torch.zeros_like(batch.logp_sampler)
     for estimate, where in zip(estimates.tolist(), places.values(), strict=True):
         for row, state in where:
@@ -137,9 +137,9 @@ def branch_values(source: Source, batch: Batch, options: BranchesSection, sampli
     return batch.set(value=value)
 
 
-def prefix_at(batch: Batch, row: int, state: int, seed: int) -> Prefix:
+def branch_point_at(batch: Batch, row: int, state: int, seed: int) -> BranchPoint:
     """What a completion begins with, up to column ``state``."""
     tokens, prompt = batch.tokens[row, : state + 1].tolist(), int(batch.mask[row].int().argmax())
     number = row - int((batch.group == batch.group[row]).int().argmax())  # of the completion in its group
     own = sample_seed(sample_seed(sample_seed(seed, int(batch.group[row])), number), state)
-    return Prefix(tokens[:prompt], tokens[prompt:], batch.rows[row], own, (row, state))
+    return BranchPoint(tokens[:prompt], tokens[prompt:], batch.rows[row], own, (row, state))

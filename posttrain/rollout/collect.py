@@ -1,4 +1,4 @@
-"""Draws prompts, generates, verifies and selects until a step has the prompts it wants."""
+"""Collects the completions of a step: draws prompts, generates, verifies and selects, until there are enough prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from posttrain.batch import Author, Batch
 from posttrain.data import PromptSampler, Rows
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.engines.base import Engine, Sampling
-from posttrain.errors import DataError, NothingSelected
+from posttrain.errors import NothingSelected
 from posttrain.micro_batches import blank_row
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
@@ -27,14 +27,14 @@ from posttrain.verify import VerifierPool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where completions come from, on one rank."""
+class CompletionSource:
+    """Everything that one rank needs to complete prompts and to score the completions."""
 
     engine: Engine | None  # None: nothing is sampled
     verifiers: VerifierPool
     rollout: Part
     decode: Callable[[Sequence[int]], str]
-    decoder: Engine | None = None  # what a step's completions are drawn from, if not from the engine itself
+    decoder: Engine | None = None  # samples the completions of a step in place of the engine
     opponent: Engine | None = None
     encode: Callable[[str], list[int]] | None = None
 
@@ -58,23 +58,26 @@ class StepSettings(Protocol):
 
 @dataclass(frozen=True)
 class Collected:
-    """Completions of a step on one rank, and what it took to get them."""
+    """The completions of a step on one rank, and what it took to get them."""
 
     batch: Batch
-    values: dict[str, list[float | None]]  # of each verifier, one a completion
-    prompts_drawn: int  # over all ranks
+    values: dict[str, list[float | None]]  # values of each verifier, one a completion
+    prompts_drawn: int  # on all ranks together
     rounds: int
-    tokens: int  # generated on this rank, discarded ones too; of given completions those of their prompts too
+    tokens: int  # tokens generated on this rank, discarded ones included; of dataset completions with their prompts
     seconds: dict[str, float]
 
 
 def generate_and_verify(
-    source: Source, prompts: Prompts, n: int, sampling: Sampling, seconds: dict[str, float]
+    source: CompletionSource, prompts: Prompts, n: int, sampling: Sampling, seconds: dict[str, float]
 ) -> tuple[Batch, dict[str, list[float | None]]]:
-    """A batch with its scores. Completions are verified, in other processes, while the rest is still generated.
+    """Samples a batch and scores it. Other processes verify completions while further ones are still generated.
 
     Args:
-        seconds: ``generate`` and ``verify`` (the wait after the last token) are added to.
+        seconds: the times of ``generate`` and ``verify`` (the wait after the last token) are added here.
+
+    Returns:
+        The batch, and the values of each verifier, one a completion.
     """
     start = time.perf_counter()
 
@@ -91,8 +94,8 @@ def generate_and_verify(
     batch = source.rollout(source.engine, prompts, n, context)
     generated = time.perf_counter()
     verdicts = source.verifiers.collect()
-    each = len(batch) // max(1, len(prompts))
-    ordered = [verdicts[i, j] for i in range(len(prompts)) for j in range(each)]
+    per_prompt = len(batch) // max(1, len(prompts))
+    ordered = [verdicts[i, j] for i in range(len(prompts)) for j in range(per_prompt)]
     score = torch.tensor([verdict.score for verdict in ordered], dtype=torch.float32)
     score = score.masked_fill(batch.by(Author.CALIBRATION), float("nan"))
     values = {name: [verdict.values.get(name) for verdict in ordered] for name in source.verifiers.names}
@@ -102,7 +105,7 @@ def generate_and_verify(
 
 
 def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], seeds: Sequence[int]) -> Prompts:
-    """Prompts of the data set's rows ``index``; ``positions`` number them over all ranks and rounds of the step."""
+    """Makes prompts of the dataset's rows ``index``; ``positions`` number them over all ranks and rounds of the step."""
     return Prompts(
         tokens=[rows.prompt_tokens(i) for i in index],
         rows=[rows[i] for i in index],
@@ -112,8 +115,8 @@ def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], see
     )
 
 
-def complete_all(recipe: SamplingRecipe, rows: Rows, source: Source, processes: Processes) -> Batch:
-    """Completions of this rank's share of all rows, with their scores."""
+def complete_all(recipe: SamplingRecipe, rows: Rows, source: CompletionSource, processes: Processes) -> Batch:
+    """Completes and scores this rank's share of all rows."""
     prompts = share_of_prompts(rows, recipe.seed, processes)
     sampling = Sampling.of(recipe.sampling)
     batch, _ = processes.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
@@ -121,100 +124,83 @@ def complete_all(recipe: SamplingRecipe, rows: Rows, source: Source, processes: 
 
 
 def share_of_prompts(rows: Rows, seed: int, processes: Processes) -> Prompts:
-    """This rank's share of all rows as prompts."""
-    mine = every_nth(len(rows), processes, "data")
-    return make_prompts(rows, mine, mine, prompt_seeds(seed, 0, 0, mine))
-
-
-def every_nth(prompts: int, processes: Processes, setting: str) -> range:
-    """This rank's share of so many prompts from a setting such as ``data``: every ``world``-th of them.
-
-    Raises:
-        DataError: on all ranks, where one would have none.
-    """
-    if prompts < processes.world:
-        raise DataError(f"{setting}: {prompts} prompts cannot be shared by {processes.world} processes")
-    return range(processes.rank, prompts, processes.world)
+    """Makes prompts of this rank's share of all rows."""
+    index = processes.every_nth(len(rows), "data")
+    return make_prompts(rows, index, index, prompt_seeds(seed, 0, 0, index))
 
 
 def collect(
-    recipe: StepSettings, processes: Processes, source: Source, rows: Rows, sampler: PromptSampler, step: int
+    recipe: StepSettings, processes: Processes, source: CompletionSource, rows: Rows, sampler: PromptSampler, step: int
 ) -> Collected:
-    """Completions of ``prompts_per_step`` prompts that ``select`` keeps, on all ranks together.
+    """Collects completions of ``prompts_per_step`` prompts that ``select`` keeps, on all ranks together.
 
     Every rank draws the same list of rows and takes its share. Rounds of generation go on until all ranks have their
-    share of prompts, or ``max_refills`` is used up; what a round brings beyond the share is dropped.
+    share of prompts, or ``max_refills`` is used up. Prompts beyond the share are dropped.
 
     Raises:
-        NothingSelected: where not one prompt was kept on any rank.
+        NothingSelected: if not one prompt was kept on any rank.
     """
     sampling = Sampling.of(recipe.sampling)
     guided = replace(source, engine=source.decoder or source.engine)
     missing = recipe.prompts_per_step // processes.world
-    kept: list[Batch] = []
+    batches: list[Batch] = []
     values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
     seconds: dict[str, float] = {}
     drawn = tokens = rounds = 0
-    while (wanted := processes.all_max(missing)) and rounds <= (recipe.max_refills if recipe.select else 0):
-        index = sampler.draw(wanted * processes.world)
-        mine = index[processes.rank * wanted : (processes.rank + 1) * wanted]
-        positions = range(drawn + processes.rank * wanted, drawn + (processes.rank + 1) * wanted)
-        prompts = make_prompts(rows, mine, positions, prompt_seeds(recipe.seed, step, rounds, positions))
+    while (size := processes.all_max(missing)) and rounds <= (recipe.max_refills if recipe.select else 0):
+        index = sampler.draw(size * processes.world)
+        own_index = index[processes.rank * size : (processes.rank + 1) * size]
+        positions = range(drawn + processes.rank * size, drawn + (processes.rank + 1) * size)
+        prompts = make_prompts(rows, own_index, positions, prompt_seeds(recipe.seed, step, rounds, positions))
         batch, verdicts = processes.together(
             partial(generate_and_verify, guided, prompts, recipe.completions, sampling, seconds)
         )
         batch = batch.set(step=step, all_sum=processes.all_sum)
-        report(sampler, processes, mine, batch)
+        update_sampler(sampler, processes, own_index, batch)
         chosen = _first_groups(batch.group, _select(recipe.select, batch), missing)
         missing -= len(batch.group[chosen].unique())
-        kept.append(batch[chosen])
+        batches.append(batch[chosen])
         for name, column in verdicts.items():
             values[name] += [column[i] for i in chosen.nonzero().squeeze(-1).tolist()]
         drawn, tokens, rounds = drawn + len(index), tokens + int(batch.mask.sum()), rounds + 1
-    whole = Batch.concatenate(kept)
-    if processes.all_max(len(whole)) == 0:
-        raise NothingSelected(_nothing_kept(recipe, drawn, rounds))
-    if not len(whole):
-        whole = blank_row(batch)
+    collected = Batch.concatenate(batches)
+    if processes.all_max(len(collected)) == 0:
+        raise NothingSelected(_nothing_selected(recipe, drawn, rounds))
+    if not len(collected):
+        collected = blank_row(batch)
         values = {name: [None] for name in source.verifiers.names}
-    return Collected(whole, values, drawn, rounds, tokens, seconds)
+    return Collected(collected, values, drawn, rounds, tokens, seconds)
 
 
 def draw_examples(
     recipe: StepSettings, processes: Processes, examples: Examples, sampler: PromptSampler, step: int
 ) -> Collected:
-    """``prompts_per_step`` groups of given completions on all ranks together, as if they had just been sampled.
+    """Draws ``prompts_per_step`` groups of dataset completions on all ranks together, in the form of sampled ones.
 
     Every rank draws the same list and takes its share.
     """
     start = time.perf_counter()
     index = sampler.draw(recipe.prompts_per_step)
-    mine = share_of(index, processes)
-    batch = processes.together(lambda: examples.batch(mine))
-    group = batch.group.unique(return_inverse=True)[1] + processes.rank * len(mine)
+    own_index = processes.share_of(index)
+    batch = processes.together(lambda: examples.batch(own_index))
+    group = batch.group.unique(return_inverse=True)[1] + processes.rank * len(own_index)
     batch = batch.set(group=group, step=step, all_sum=processes.all_sum)
     chosen = _select(recipe.select, batch)
-    kept = batch[chosen] if bool(chosen.any()) else blank_row(batch)
-    return Collected(kept, {}, len(index), 1, int(batch.length.sum()), {"read": time.perf_counter() - start})
+    selected = batch[chosen] if bool(chosen.any()) else blank_row(batch)
+    return Collected(selected, {}, len(index), 1, int(batch.length.sum()), {"read": time.perf_counter() - start})
 
 
-def in_order(size: int, each: int) -> list[list[int]]:
-    """All numbers below ``size``, ``each`` at a time."""
-    return [list(range(start, min(start + each, size))) for start in range(0, size, each)]
+def index_chunks(size: int, length: int) -> list[list[int]]:
+    """Cuts the numbers below ``size`` into consecutive lists of ``length``; the last one may be shorter."""
+    return [list(range(start, min(start + length, size))) for start in range(0, size, length)]
 
 
-def share_of(index: Sequence[int], processes: Processes) -> list[int]:
-    """This rank's part of a list; the last ranks have less where it does not come out even."""
-    share = -(-len(index) // processes.world)
-    return list(index[processes.rank * share : (processes.rank + 1) * share])
-
-
-def report(sampler: PromptSampler, processes: Processes, index: Sequence[int], batch: Batch) -> None:
-    """Tells the prompt sampler how the prompts of every rank went, in the same order on all of them."""
+def update_sampler(sampler: PromptSampler, processes: Processes, index: Sequence[int], batch: Batch) -> None:
+    """Gives the prompt sampler the scores of the prompts of all ranks, in the same order on every rank."""
     scores = batch.score.where(~batch.baseline_only & batch.by(Author.POLICY), float("nan"))
     outcomes = [scores[batch.group == group].tolist() for group in batch.group.unique().tolist()]
-    for rows, theirs in processes.gather((list(index), outcomes)):
-        sampler.update(rows, theirs)
+    for rank_index, rank_outcomes in processes.gather((list(index), outcomes)):
+        sampler.update(rank_index, rank_outcomes)
 
 
 def _select(parts: Sequence[Part], batch: Batch) -> Tensor:
@@ -225,17 +211,17 @@ def _select(parts: Sequence[Part], batch: Batch) -> Tensor:
 
 
 def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
-    """Of the chosen completions, those of the first ``limit`` groups that have any."""
+    """Narrows ``chosen`` to the first ``limit`` groups that have a chosen completion."""
     first = group[chosen].unique()[:limit]
     return chosen & torch.isin(group, first)
 
 
-def _nothing_kept(recipe: StepSettings, drawn: int, rounds: int) -> str:
+def _nothing_selected(recipe: StepSettings, drawn: int, rounds: int) -> str:
     parts = ", ".join(part.name for part in recipe.select) or "none"
     return (
-        f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or "
-        "too easy for this policy, so that all completions of a prompt score alike, or does the verifier not recognise "
-        "its answers? The rollouts of earlier steps show what it writes. Once that is mended, --resume goes on here."
+        f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or too "
+        "easy for this policy, so that all completions of a prompt have the same score? Or does the verifier not "
+        "recognise its answers? The rollouts of earlier steps show what it writes. After a fix, --resume continues here."
     )
 
 

@@ -13,7 +13,7 @@ from posttrain.batch import Finish
 from posttrain.data import check_columns, load_rows
 from posttrain.decoding.recipe import DecodeSettings
 from posttrain.engines.base import Completion, Engine, Sampling
-from posttrain.engines.for_policy import Room, policy_engine
+from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.models.load import load_tokenizer
 from posttrain.rollout.collect import share_of_prompts
 from posttrain.rollout.rollouts import Prompts
@@ -43,12 +43,12 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
     tokenizer = load_tokenizer(recipe.policy)
     rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
     check_columns(rows, recipe.verify)
-    room = Room(rows.longest_prompt, recipe.sampling.max_tokens)
+    budget = LengthBudget(rows.longest_prompt, recipe.sampling.max_tokens)
     with Processes(dtype=recipe.policy.dtype) as processes:
         prompts = share_of_prompts(rows, recipe.seed, processes)
         with (
             VerifierPool(recipe.verify) as verifiers,
-            closing(policy_engine(recipe.policy, recipe.engine, [room], seed=recipe.seed)) as engine,
+            closing(policy_engine(recipe.policy, recipe.engine, [budget], seed=recipe.seed)) as engine,
         ):
             yield Session(processes, tokenizer, engine, verifiers, prompts)
 

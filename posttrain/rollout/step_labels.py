@@ -22,11 +22,11 @@ from posttrain.data.steps import Decode, cut, steps_by_text
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError
 from posttrain.recipe.sections import CONFIG
-from posttrain.rollout.branches import Prefix, continue_prefixes
-from posttrain.rollout.collect import Source
+from posttrain.rollout.branches import BranchPoint, branch_scores
+from posttrain.rollout.collect import CompletionSource
 from posttrain.seeds import sample_seed
 
-Branch = Callable[[Sequence[Prefix]], Float[Tensor, "P K"]]
+Branch = Callable[[Sequence[BranchPoint]], Float[Tensor, "P K"]]
 """Scores of K continuations of each of P prefixes; NaN where one could not be scored."""
 
 
@@ -59,10 +59,10 @@ class Solution:
     score: float
     seed: int
 
-    def prefix(self, count: int) -> Prefix:
+    def prefix(self, count: int) -> BranchPoint:
         """The state after the first ``count`` steps."""
         seed = sample_seed(self.seed, count)
-        return Prefix(self.prompt, self.chosen[: self.ends[count - 1]], self.row, seed, (0, 0))
+        return BranchPoint(self.prompt, self.chosen[: self.ends[count - 1]], self.row, seed, (0, 0))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def binary_search(solutions: Sequence[Solution], branch: Branch, options: StepLa
 
 
 def make_step_labels(
-    source: Source, batch: Batch, decode: Decode, options: StepLabels, sampling: Sampling, *, seed: int = 0
+    source: CompletionSource, batch: Batch, decode: Decode, options: StepLabels, sampling: Sampling, *, seed: int = 0
 ) -> list[Labelled]:
     """Labels the steps of a batch's finished, scored completions.
 
@@ -173,7 +173,7 @@ def make_step_labels(
         seed: of the branches.
     """
     solutions = find_solutions(batch, decode, options.separator, seed)
-    branch = partial(continue_prefixes, source, n=options.completions, sampling=sampling)
+    branch = partial(branch_scores, source, n=options.completions, sampling=sampling)
     return (each_step if options.method == "each_step" else binary_search)(solutions, branch, options)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.errors import UserError
+from posttrain.errors import DataError, UserError
 
 
 class Processes:
@@ -101,6 +101,24 @@ class Processes:
         if first is not None:
             raise error if error is not None and first == self.rank else errors[first]
         return result
+
+    def share_of(self, index: Sequence[int]) -> list[int]:
+        """This rank's part of a list: consecutive elements. The last ranks have fewer if it does not come out even."""
+        size = -(-len(index) // self.world)
+        return list(index[self.rank * size : (self.rank + 1) * size])
+
+    def every_nth(self, size: int, setting: str) -> range:
+        """This rank's share of the numbers below ``size``: every ``world``-th of them.
+
+        Args:
+            setting: what is shared, such as ``data``, for the message.
+
+        Raises:
+            DataError: on all ranks, if one would have none.
+        """
+        if size < self.world:
+            raise DataError(f"{setting}: {size} prompts cannot be shared by {self.world} processes")
+        return range(self.rank, size, self.world)
 
     def barrier(self) -> None:
         """Waits for all ranks."""

@@ -12,7 +12,7 @@ from posttrain.data import Rows
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.engines.base import Sampling
 from posttrain.recipe.sections import EvaluationSection
-from posttrain.rollout.collect import Source, generate_and_verify, in_order, make_prompts, share_of
+from posttrain.rollout.collect import CompletionSource, generate_and_verify, index_chunks, make_prompts
 from posttrain.seeds import prompt_seeds
 from posttrain.system.processes import Processes
 from posttrain.training.learner import Learner, policy_logp, reference_logp
@@ -20,7 +20,7 @@ from posttrain.training.metrics import add_sums, mean_sums, preference_sums
 
 
 def evaluate_completions(
-    options: EvaluationSection, processes: Processes, source: Source, rows: Rows, *, seed: int
+    options: EvaluationSection, processes: Processes, source: CompletionSource, rows: Rows, *, seed: int
 ) -> dict[str, float]:
     """Completes and verifies every row ``options.completions`` times; the rows are shared over the ranks.
 
@@ -61,8 +61,8 @@ def evaluate_ranking(learner: Learner, examples: Examples) -> dict[str, float]:
     """
     start, processes = time.perf_counter(), learner.processes
     sums = []
-    for index in in_order(len(examples), learner.recipe.prompts_per_step):
-        if own_index := share_of(index, processes):
+    for index in index_chunks(len(examples), learner.recipe.prompts_per_step):
+        if own_index := processes.share_of(index):
             batch = examples.batch(own_index)
             if learner.required.logp_ref and batch.logp_ref is None:
                 batch = batch.set(logp_ref=reference_logp(learner, batch))

@@ -23,7 +23,7 @@ from posttrain.output.run_folder import step_of, write_left_out
 from posttrain.output.tracking import Trackers, check_trackers
 from posttrain.recipe.part import Part
 from posttrain.rollout.branches import branch_values
-from posttrain.rollout.collect import Collected, Source, collect, draw_examples
+from posttrain.rollout.collect import Collected, CompletionSource, collect, draw_examples
 from posttrain.rollout.rollouts import single_turn
 from posttrain.seeds import sample_seed
 from posttrain.system.processes import Processes
@@ -95,7 +95,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     tokenizer=tokenizer,
                     material=material,
                     sampler=recipe.prompts.call(size=len(material), seed=recipe.seed),
-                    source=Source(
+                    source=CompletionSource(
                         engine=engine,
                         verifiers=pool,
                         rollout=recipe.rollout,

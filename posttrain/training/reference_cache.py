@@ -35,7 +35,6 @@ from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.errors import UserError
 from posttrain.output.progress import Progress
-from posttrain.rollout.collect import share_of
 from posttrain.system.files import atomic_write, sync
 from posttrain.training.learner import Learner, reference_logp
 from posttrain.training.recipe import Recipe
@@ -138,7 +137,7 @@ def compute(learner: Learner, examples: Examples, steps: Sequence[tuple[list[int
     last_shard = time.monotonic()
     with Progress(len(steps), active=processes.is_main, columns=(), unit="reference log-probs, batch") as progress:
         for number, (index, new) in enumerate(steps, start=1):
-            if own_index := share_of(index, processes):
+            if own_index := processes.share_of(index):
                 batch = examples.batch(own_index)
                 logp = reference_logp(learner, batch)
                 results |= {i: values for i, values in zip(own_index, by_group(batch, logp), strict=True) if i in new}

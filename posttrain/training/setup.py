@@ -29,7 +29,7 @@ from posttrain.output.run_folder import RunFolder, changed_settings, open_run
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.sections import ValueSection
-from posttrain.rollout.collect import Source, in_order
+from posttrain.rollout.collect import CompletionSource, index_chunks
 from posttrain.system.processes import Processes
 from posttrain.training.learner import Learner
 from posttrain.training.optimiser import Group, Optimiser
@@ -72,7 +72,7 @@ class TrainingRun:
     tokenizer: Any
     material: Material
     sampler: PromptSampler
-    source: Source
+    source: CompletionSource
     step: int = 0  # number of steps of the loop that are done
     bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
     weights_version: int = -1  # version of the policy's weights in the engine; -1: none yet
@@ -236,7 +236,7 @@ def with_cached_reference(learner: Learner, material: Material) -> Material:
     examples = with_reference(learner, material.examples, schedule_of(learner.recipe, len(material)))
     held_out: Examples | None = material.evaluation_examples
     if held_out is not None:
-        held_out = with_reference(learner, held_out, in_order(len(held_out), learner.recipe.prompts_per_step))
+        held_out = with_reference(learner, held_out, index_chunks(len(held_out), learner.recipe.prompts_per_step))
     learner.other_policies.reference = None
     return replace(material, examples=examples, evaluation_examples=held_out)
 

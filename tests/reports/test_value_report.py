@@ -17,7 +17,7 @@ from posttrain.batch import Batch, Finish
 from posttrain.data.steps import pieces, steps_by_text
 from posttrain.reports.page import Example, write_page
 from posttrain.reports.value_plots import draw_all, draw_branches, draw_steps
-from posttrain.rollout.branches import choose_prefixes, value_at
+from posttrain.rollout.branches import choose_branch_points, value_at
 from posttrain.training import value_metrics as values
 
 # --------------------------------------------------------------------------------------------------- figures, by hand
@@ -315,7 +315,7 @@ def test_prefixes_spread_over_completions_and_do_not_depend_on_other_prompts(ran
     batch = random_batch(1, groups=4)
     prompt = torch.arange(batch.mask.shape[1]) < 3
     batch = batch.set(mask=(torch.arange(batch.mask.shape[1]) < batch.length[:, None]) & ~prompt)
-    prefixes = choose_prefixes(batch, prompts=3, per_prompt=3, seed=5)
+    prefixes = choose_branch_points(batch, prompts=3, per_prompt=3, seed=5)
     assert len(prefixes) == 9
     for j, prefix in enumerate(prefixes):
         row, column = prefix.at
@@ -324,7 +324,7 @@ def test_prefixes_spread_over_completions_and_do_not_depend_on_other_prompts(ran
         assert batch.tokens[row, : column + 1].tolist() == prefix.prompt + prefix.chosen
         assert len(prefix.prompt) == 3 and j % 3 <= 3 * len(prefix.chosen) / length + 3 / length
         assert 3 * len(prefix.chosen) / length < j % 3 + 1
-    own = choose_prefixes(batch[batch.group == 1], prompts=3, per_prompt=3, seed=5)
+    own = choose_branch_points(batch[batch.group == 1], prompts=3, per_prompt=3, seed=5)
     assert [one.chosen for one in own] == [one.chosen for one in prefixes[3:6]]
     assert batch.value is not None
     assert value_at(batch.value, prefixes).tolist() == [float(batch.value[one.at]) for one in prefixes]

@@ -24,7 +24,7 @@ from posttrain.models.load import load_tokenizer
 from posttrain.recipe import sections
 from posttrain.recipe.loading import RecipeError
 from posttrain.recipe.part import Part
-from posttrain.rollout.collect import Source
+from posttrain.rollout.collect import CompletionSource
 from posttrain.rollout.rollouts import Prompts, single_turn, to_batch
 from posttrain.rollout.step_labels import Solution, StepLabels, binary_search, find_solutions, make_step_labels, to_row
 from posttrain.system.files import write_rows
@@ -70,7 +70,7 @@ def solutions(*digits: str):
 
 def label(batch, **chosen):
     with VerifierPool([Part.of(exact)]) as pool:
-        source = Source(engine=engine(), verifiers=pool, rollout=Part.of(single_turn), decode=decode)
+        source = CompletionSource(engine=engine(), verifiers=pool, rollout=Part.of(single_turn), decode=decode)
         return make_step_labels(source, batch, decode, StepLabels(**chosen), SAMPLING, seed=3)
 
 

@@ -13,7 +13,7 @@ from trl.data_utils import extract_prompt
 from posttrain.batch import Finish
 from posttrain.data.arrow import to_table
 from posttrain.data.problems import Problems, shown
-from posttrain.data.read import Source
+from posttrain.data.read import RawRows
 from posttrain.data.rows import Rows, without_nulls
 from posttrain.errors import DataError
 from posttrain.recipe.yaml_reader import suggestion
@@ -21,7 +21,7 @@ from posttrain.recipe.yaml_reader import suggestion
 REWARD_COLUMNS = ("reward", "score", "label")
 
 
-def need(rows: Rows | Source, names: Sequence[str]) -> None:
+def need(rows: Rows | RawRows, names: Sequence[str]) -> None:
     """
     Raises:
         DataError: where one of the columns is not there.
@@ -169,7 +169,7 @@ def clean(completion: Any) -> Any:
     return [without_nulls(message) if isinstance(message, dict) else message for message in completion]
 
 
-def converted(source: Source, convert: Callable[[dict[str, Any]], dict[str, Any] | str]) -> Source:
+def converted(source: RawRows, convert: Callable[[dict[str, Any]], dict[str, Any] | str]) -> RawRows:
     """The source with each row converted; ``convert`` says in words what is wrong with a row that does not fit."""
     problems = Problems()
     for i, row in enumerate(source.rows):
@@ -177,7 +177,7 @@ def converted(source: Source, convert: Callable[[dict[str, Any]], dict[str, Any]
             problems.add(source.place(i), found)
     problems.raise_if_any()
     table = to_table(partial(map, lambda row: convert(dict(row)), source.rows), source.place)  # type: ignore[arg-type]
-    return Source(datasets.Dataset(table), source.place, source.name)
+    return RawRows(datasets.Dataset(table), source.place, source.name)
 
 
 def split_messages(row: dict[str, Any]) -> dict[str, Any] | str:

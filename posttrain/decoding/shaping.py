@@ -24,7 +24,7 @@ from posttrain.decoding.base import Decoder
 from posttrain.decoding.kl import token_kl
 from posttrain.decoding.prefix_scores import next_scores
 from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore
-from posttrain.engines.base import Completion, OnCompletion, Progress, Request, Row, Sampling, ShapingEngine
+from posttrain.engines.base import Completion, OnCompletion, Request, RequestUpdate, Row, Sampling, ShapingEngine
 from posttrain.engines.stepping import SteppingEngine
 
 Rest = Literal["drop", "mean", "state", "residual"]
@@ -156,15 +156,15 @@ class Shaped(Decoder):
             raise TypeError(f"a {type(self.engine).__name__} does not take requests one by one")
         place = next(self._places), 0
 
-        def tell(progress: Progress) -> None:
-            if progress.completion is not None:
-                measured = self._stream.measured(*place, progress.completion)
-                progress = dataclasses.replace(progress, completion=measured)
-            if progress.ended:
+        def on_update(update: RequestUpdate) -> None:
+            if update.completion is not None:
+                measured = self._stream.measured(*place, update.completion)
+                update = dataclasses.replace(update, completion=measured)
+            if update.ended:
                 self._stream.rows.pop(place)
-            request.tell(progress)
+            request.on_update(update)
 
-        own = dataclasses.replace(request, shaper=self._shaper, place=place, tell=tell)
+        own = dataclasses.replace(request, shaper=self._shaper, place=place, on_update=on_update)
         number = self.engine.submit(own)
         strength = self.strength if strength is None else strength
         self._stream.rows[place] = _Path(start=len(request.prompt), strength=strength)

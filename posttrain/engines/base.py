@@ -155,7 +155,7 @@ class Aborted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RequestUpdate:
     """What became of a request since its caller was last told. The last one has a completion or an error."""
 
     tokens: list[int] = field(default_factory=list)  # new ones
@@ -176,7 +176,7 @@ class Request:
     prompt: Sequence[int]
     sampling: Sampling
     seed: int  # of this sample: see sample_seed
-    tell: Callable[[Progress], None]  # called by ``step`` and ``abort``, and must not raise
+    on_update: Callable[[RequestUpdate], None]  # called by ``step`` and ``abort``, and must not raise
     stream: bool = False  # tell of every token, not only of the end
     shaper: Shaper | None = None
     place: tuple[int, int] = (0, 0)  # indices of prompt and sample, as the shaper is told them

@@ -12,7 +12,7 @@ from posttrain.models.load import context_length
 from posttrain.recipe import sections
 
 
-class Room(NamedTuple):
+class LengthBudget(NamedTuple):
     """What a call of the engine needs positions for, in tokens."""
 
     prompt: int
@@ -35,7 +35,7 @@ class Room(NamedTuple):
 
 
 def policy_engine(
-    policy: sections.PolicySection, engine: sections.EngineSection, needed: Sequence[Room], *, seed: int
+    policy: sections.PolicySection, engine: sections.EngineSection, needed: Sequence[LengthBudget], *, seed: int
 ) -> Engine:
     """The engine of a policy, as long as ``engine.max_model_len`` says or the largest room needs.
 
@@ -50,10 +50,12 @@ def policy_engine(
                 f"{most} need {most.positions} positions; {whose} has {positions}. Lower {most.setting} or set "
                 "data.max_prompt_tokens."
             )
-    return long_engine(policy, engine, length, seed=seed)
+    return engine_of_length(policy, engine, length, seed=seed)
 
 
-def long_engine(policy: sections.PolicySection, engine: sections.EngineSection, length: int, *, seed: int) -> Engine:
+def engine_of_length(
+    policy: sections.PolicySection, engine: sections.EngineSection, length: int, *, seed: int
+) -> Engine:
     """The engine of a policy for prompts and completions of at most ``length`` tokens together.
 
     Raises:

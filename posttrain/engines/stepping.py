@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Aborted, Completion, OnCompletion, Progress, Request, Sampling, Shaper
+from posttrain.engines.base import Aborted, Completion, OnCompletion, Request, RequestUpdate, Sampling, Shaper
 from posttrain.engines.requests import check_prompts, check_shaper
 from posttrain.seeds import FreshSeeds, sample_seed
 
@@ -89,10 +89,10 @@ class SteppingEngine(ABC):
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         seeds = self._fresh_seeds.unless(seeds, len(prompts))
         done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
-        ended: deque[tuple[int, int, Progress]] = deque()
+        ended: deque[tuple[int, int, RequestUpdate]] = deque()
 
-        def teller(i: int, j: int) -> Callable[[Progress], None]:
-            return lambda progress: ended.append((i, j, progress))
+        def teller(i: int, j: int) -> Callable[[RequestUpdate], None]:
+            return lambda update: ended.append((i, j, update))
 
         pending: dict[tuple[int, int], int] = {}
         try:
@@ -100,12 +100,12 @@ class SteppingEngine(ABC):
                 for j in range(n):
                     seed = sample_seed(seeds[i], j)
                     terms = {"sampling": sampling, "seed": seed, "shaper": shaper, "place": (i, j)}
-                    pending[i, j] = self.submit(Request(prompt=prompt, tell=teller(i, j), **terms))
+                    pending[i, j] = self.submit(Request(prompt=prompt, on_update=teller(i, j), **terms))
             while pending:
                 self.step()
                 while ended:
-                    i, j, progress = ended.popleft()
-                    done[i][j] = completion = _completed(progress)
+                    i, j, update = ended.popleft()
+                    done[i][j] = completion = _completed(update)
                     del pending[i, j]
                     if on_completion is not None:
                         on_completion(i, j, completion)
@@ -142,19 +142,19 @@ class SteppingEngine(ABC):
         if finish is not None:
             del self._in_flight[number]
             completion = Completion(flight.tokens, flight.logps, finish, self.version)
-        flight.request.tell(Progress(tokens, logps, completion))
+        flight.request.on_update(RequestUpdate(tokens, logps, completion))
 
     def _fail(self, number: int, error: Exception) -> None:
         """The request ends without a completion."""
-        self._in_flight.pop(number).request.tell(Progress(error=error))
+        self._in_flight.pop(number).request.on_update(RequestUpdate(error=error))
 
 
 def _nothing() -> None:
     """Nobody has anything to do before a step."""
 
 
-def _completed(progress: Progress) -> Completion:
-    if progress.error is not None:
-        raise progress.error
-    assert progress.completion is not None
-    return progress.completion
+def _completed(update: RequestUpdate) -> Completion:
+    if update.error is not None:
+        raise update.error
+    assert update.completion is not None
+    return update.completion

@@ -36,7 +36,7 @@ from posttrain.recipe.part import Part
 from posttrain.reports.page import Example, figure, write_page
 from posttrain.reports.value_plots import PICTURES, draw_all
 from posttrain.reports.value_suite import ValueSuite
-from posttrain.rollout.branches import BUCKETS, BranchPoint, choose_branch_points, branch_scores, value_at
+from posttrain.rollout.branches import BUCKETS, BranchPoint, branch_scores, choose_branch_points, value_at
 from posttrain.rollout.collect import CompletionSource, complete_all
 from posttrain.rollout.rollouts import single_turn
 from posttrain.system.processes import Processes

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from posttrain.engines.base import Aborted, Progress
+from posttrain.engines.base import Aborted, RequestUpdate
 from posttrain.seeds import seeds_of
 from posttrain.serving.errors import ApiError, of_failure
 from posttrain.serving.prompts import sampling_for
@@ -33,7 +33,7 @@ class Run:
             return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
         self._writer = Writer(asked, lambda token: str(tokenizer.decode([token])))
-        self._news: asyncio.Queue[tuple[int, Progress]] = asyncio.Queue()
+        self._news: asyncio.Queue[tuple[int, RequestUpdate]] = asyncio.Queue()
         self.choices = [
             Choice(i * asked.n + j, prompt, TextStream(decode, asked.stop or ()))
             for i, prompt in enumerate(prompts)
@@ -49,9 +49,9 @@ class Run:
         (seed,) = served.seeds.unless(None if asked.seed is None else [asked.seed], 1)
         loop = asyncio.get_running_loop()
 
-        def tell(first: int, sample: int, progress: Progress) -> None:
+        def on_update(first: int, sample: int, update: RequestUpdate) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._news.put_nowait, (first + sample, progress))
+                loop.call_soon_threadsafe(self._news.put_nowait, (first + sample, update))
 
         terms = {
             "sampling": sampling,
@@ -62,7 +62,7 @@ class Run:
         }
         seeds = seeds_of(seed, len(self._prompts))
         return [
-            Job(prompt=prompt, seed=own, tell=partial(tell, place * asked.n), **terms)
+            Job(prompt=prompt, seed=own, on_update=partial(on_update, place * asked.n), **terms)
             for place, (prompt, own) in enumerate(zip(self._prompts, seeds, strict=True))
         ]
 
@@ -99,16 +99,16 @@ class Run:
         """Choices with something new, until all have ended."""
         unfinished = len(self.choices)
         while unfinished:
-            index, progress = await self._news.get()
+            index, update = await self._news.get()
             choice = self.choices[index]
             if choice.finish is not None:
                 continue  # what came after a stop string
-            if progress.error is not None:
-                raise _told(progress.error)
-            choice.take(progress)
+            if update.error is not None:
+                raise _told(update.error)
+            choice.take(update)
             if choice.finish is not None:
                 unfinished -= 1
-                if not progress.ended:
+                if not update.ended:
                     place, sample = divmod(index, self._asked.n)
                     self._served.worker.cancel(self._jobs[place], sample)
             yield choice

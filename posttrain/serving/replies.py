@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.batch import Finish
-from posttrain.engines.base import Completion, Progress
+from posttrain.engines.base import Completion, RequestUpdate
 from posttrain.serving.protocol import ChatRequest, CompletionRequest
 from posttrain.serving.text import INCOMPLETE, TextStream
 
@@ -34,9 +34,9 @@ class Choice:
     finish: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
-    def take(self, progress: Progress) -> None:
+    def take(self, update: RequestUpdate) -> None:
         """More tokens; those after a stop string are left out."""
-        for token, logp in zip(progress.tokens, progress.logps, strict=True):
+        for token, logp in zip(update.tokens, update.logps, strict=True):
             if self.finish is not None:
                 return
             self.offsets.append(self.text.length)
@@ -46,8 +46,8 @@ class Choice:
             self.piece += self.text.add(token)
             if self.text.stopped:
                 self.finish = "stop"
-        if progress.completion is not None and self.finish is None:
-            self._end(progress.completion)
+        if update.completion is not None and self.finish is None:
+            self._end(update.completion)
 
     def _end(self, completion: Completion) -> None:
         self.piece += self.text.finish()

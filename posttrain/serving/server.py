@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from posttrain.decoding.build import build_decoder, check_models
 from posttrain.engines.base import Sampling
-from posttrain.engines.for_policy import long_engine
+from posttrain.engines.for_policy import engine_of_length
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.models.load import context_length, load_tokenizer
@@ -90,7 +90,7 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
 def _engine(recipe: ServeRecipe) -> SteppingEngine:
     limit = context_length(recipe.policy) or LONGEST
     length = recipe.engine.max_model_len or min(limit, LONGEST)
-    engine = long_engine(recipe.policy, recipe.engine, length, seed=recipe.seed)
+    engine = engine_of_length(recipe.policy, recipe.engine, length, seed=recipe.seed)
     assert isinstance(engine, SteppingEngine)
     return engine
 

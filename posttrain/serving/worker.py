@@ -14,11 +14,11 @@ from typing import Any
 
 from posttrain.decoding.base import Decoder
 from posttrain.decoding.shaping import Shaped
-from posttrain.engines.base import Aborted, Completion, Engine, Progress, Request, Sampling
+from posttrain.engines.base import Aborted, Completion, Engine, Request, RequestUpdate, Sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.seeds import sample_seed
 
-Tell = Callable[[int, Progress], None]
+OnUpdate = Callable[[int, RequestUpdate], None]
 """Called by the worker's thread with a sample's index and what became of it; must not raise."""
 
 
@@ -30,7 +30,7 @@ class Job:
     sampling: Sampling
     n: int
     seed: int
-    tell: Tell
+    on_update: OnUpdate
     decoder: Engine  # what it is sampled from
     strength: float | None = None  # of a token-wise decoder
     stream: bool = False
@@ -132,7 +132,7 @@ class Worker:
             prompt=job.prompt,
             sampling=job.sampling,
             seed=sample_seed(job.seed, sample),
-            tell=lambda progress: job.tell(sample, progress),
+            on_update=lambda update: job.on_update(sample, update),
             stream=job.stream,
         )
         try:
@@ -141,7 +141,7 @@ class Worker:
             else:
                 number = self._engine.submit(request)
         except ValueError as error:
-            job.tell(sample, Progress(error=error))
+            job.on_update(sample, RequestUpdate(error=error))
         else:
             job.numbers[sample] = number
 
@@ -162,7 +162,7 @@ class Worker:
         self._waiting = [job for job in self._waiting if job not in jobs]
 
         def ended(i: int, sample: int, completion: Completion) -> None:
-            jobs[i].tell(sample, Progress(completion.tokens, completion.logps, completion))
+            jobs[i].on_update(sample, RequestUpdate(completion.tokens, completion.logps, completion))
 
         prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
         self._alone = _alone(first)
@@ -187,4 +187,4 @@ def _terms(job: Job) -> tuple[Any, ...]:
 
 def _tell_all(job: Job, error: Exception) -> None:
     for sample in range(job.n):
-        job.tell(sample, Progress(error=error))
+        job.on_update(sample, RequestUpdate(error=error))

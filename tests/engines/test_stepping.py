@@ -11,7 +11,7 @@ from exact_world import PROMPT, make_world, table_score
 from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
-from posttrain.engines.base import Aborted, Completion, Progress, Request, Sampling
+from posttrain.engines.base import Aborted, Completion, Request, RequestUpdate, Sampling
 from posttrain.recipe.sections import EngineSection
 from posttrain.seeds import sample_seed
 
@@ -47,9 +47,9 @@ class Told:
     """A caller that notes what it is told."""
 
     def __init__(self) -> None:
-        self.news: list[Progress] = []
+        self.news: list[RequestUpdate] = []
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: RequestUpdate) -> None:
         assert not self.ended
         self.news.append(progress)
 
@@ -66,7 +66,7 @@ class Told:
 
 def submit(engine, prompt, sampling, seed, *, stream: bool = True, **more) -> tuple[int, Told]:
     told = Told()
-    terms = {"prompt": prompt, "sampling": sampling, "seed": sample_seed(seed, 0), "tell": told, "stream": stream}
+    terms = {"prompt": prompt, "sampling": sampling, "seed": sample_seed(seed, 0), "on_update": told, "stream": stream}
     return engine.submit(Request(**terms, **more)), told
 
 
@@ -147,7 +147,7 @@ def test_strengths_of_requests_do_not_mix(engine, prompts, sampling):
     told = [Told() for _ in prompts]
     for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):
         decoder.submit(
-            Request(prompt=prompt, sampling=sampling, seed=sample_seed(i, 0), tell=told[i]), strength=strength
+            Request(prompt=prompt, sampling=sampling, seed=sample_seed(i, 0), on_update=told[i]), strength=strength
         )
     finish(engine)
     for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):

@@ -35,7 +35,7 @@ from posttrain.decoding.population import Population
 from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch
-from posttrain.engines.base import Progress, Sampling
+from posttrain.engines.base import RequestUpdate, Sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.models.value import ValueSpec
 from posttrain.models.value_files import load_value
@@ -466,14 +466,14 @@ def test_a_strength_is_refused_where_the_decoder_has_none():
 def test_a_worker_that_is_closed_tells_everyone_who_waits():
     world = make_world()
     worker = Worker(engine := world.engine())
-    told: list[Progress] = []
+    told: list[RequestUpdate] = []
     done = threading.Event()
 
-    def tell(sample: int, progress: Progress) -> None:
-        told.append(progress)
+    def on_update(sample: int, update: RequestUpdate) -> None:
+        told.append(update)
         done.set()
 
-    terms = {"prompt": PROMPT, "sampling": world.sampling, "n": 2, "seed": 0, "tell": tell}
+    terms = {"prompt": PROMPT, "sampling": world.sampling, "n": 2, "seed": 0, "on_update": on_update}
     worker.start()
     worker.submit(Job(**terms, decoder=engine))
     assert done.wait(5)
@@ -486,14 +486,14 @@ def test_a_worker_that_is_closed_tells_everyone_who_waits():
 def test_a_worker_whose_engine_fails_says_so_to_all(monkeypatch: pytest.MonkeyPatch):
     world = make_world()
     worker = Worker(engine := world.engine())
-    told: list[Progress] = []
+    told: list[RequestUpdate] = []
 
     def fail(self: SteppingEngine) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(type(engine), "_advance", fail)
     job = {"prompt": PROMPT, "sampling": world.sampling, "n": 1, "seed": 0, "decoder": engine}
-    job["tell"] = lambda sample, progress: told.append(progress)
+    job["on_update"] = lambda sample, update: told.append(update)
     worker.submit(Job(**job))
     worker.start()
     until = time.monotonic() + 5

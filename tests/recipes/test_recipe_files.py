@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posttrain.training.recipe import load_recipe
 from posttrain.recipe.part import SLOTS
+from posttrain.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

@@ -145,7 +145,7 @@ def policy_options(tiny_model_folder: Path):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_folder: Path):
-    """Of the tiny model."""
+    """The tokenizer of the tiny model."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_folder)

@@ -283,7 +283,7 @@ def model_overrides(part: Any, place: str, saved: dict[str, str], value: str) ->
 
 
 def overrides(path: Path, folder: Path, saved: dict[str, str]) -> list[str]:
-    """What makes a recipe run on the tiny model and four prompts."""
+    """Overrides that make a recipe run on the tiny model and four prompts."""
     decoder = load_as(DecodeRecipe, path).decoder
     assert decoder is not None
     (folder / "data.jsonl").write_text(

@@ -321,7 +321,7 @@ def test_a_moving_anchor_goes_to_the_best_string_and_away_from_the_policy() -> N
 
 
 def test_settings_reach_a_program_of_its_own(tmp_path: Path) -> None:
-    """As arguments they make the recipe that they make as documents."""
+    """Settings given as arguments make the same recipe as settings given as documents."""
     plan = plan_of(write(tmp_path), f"--folder={tmp_path / 'all'}", "--set={sampling: {max_tokens: 7}}")
     for number in (1, 2):
         arguments = as_arguments(plan.settings(number, "values"))

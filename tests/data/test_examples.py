@@ -290,7 +290,7 @@ def test_rollouts_that_cannot_be_had(stored, tokenizer, tmp_path, tiny_model_fol
     folder, _ = stored
     with pytest.raises(DataError, match="no rollouts of steps 7 to None; there are those of steps 1 to 3"):
         examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None, first_step=7)
-    with pytest.raises(DataError, match="no such file or folder"):
+    with pytest.raises(DataError, match="there is no file or folder"):
         examples.rollouts(sections.DataSection(path=str(tmp_path / "nothing")), tokenizer, None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no rollouts"):

@@ -91,7 +91,7 @@ def test_unpaired_become_pairs_where_a_prompt_has_both(make):
 
 
 def test_annotators_become_a_probability(make):
-    """Of three, two prefer 'x': one of them in the other order of columns."""
+    """Two of three annotators prefer 'x', one of them in the other order of columns."""
     said = [("x", "y", "ann"), ("y", "x", "bob"), ("x", "y", "cleo"), ("x", "z", "ann")]
     rows = [{"prompt": "p", "chosen": c, "rejected": r, "who": who} for c, r, who in said]
     found = make(examples.pairs, rows, annotator="who")
@@ -154,7 +154,7 @@ def test_cut_prompts_lose_their_beginning_on_both_sides_alike(make, tokenizer):
 
 
 def test_cut_completions_keep_the_difference_or_are_left_out(make, tokenizer):
-    """Of 12 tokens, 4 are the prompt: 'aaaaaaaabb' differs from 'aaaaaaaacc' only after the eight that remain."""
+    """The prompt takes 4 of 12 tokens: 'aaaaaaaabb' differs from 'aaaaaaaacc' only after the eight that remain."""
     rows = [
         {"prompt": "0123", "chosen": "a" * 7 + "xyz", "rejected": "a" * 7 + "uvw"},
         {"prompt": "0123", "chosen": "a" * 8 + "bb", "rejected": "a" * 8 + "cc"},

@@ -53,7 +53,7 @@ def given_accepted(law: dict) -> dict:
 @pytest.mark.parametrize(("world", "width", "rounds"), [(TINY, 1, 1), (TINY, 2, 1), (TINY, 1, 3), (ENDING, 1, 2)])
 @pytest.mark.parametrize("margin", [0.0, 0.3])
 def test_what_is_accepted_has_the_tilted_law(world: World, width: int, rounds: int, margin: float):
-    """And one in exp(λ highest) / Z is."""
+    """The acceptance rate is Z / exp(λ highest)."""
     highest = max(world.reward.values()) + margin
     law = outcomes(world, width=width, rounds=rounds, highest=highest, pick=keep)
     assert distance(given_accepted(law), world.tilted()) < 1e-12
@@ -63,7 +63,7 @@ def test_what_is_accepted_has_the_tilted_law(world: World, width: int, rounds: i
 
 
 def test_where_nothing_is_accepted_the_answer_is_drawn_by_weight():
-    """Of the draws, on each of which chance had decided against."""
+    """The answer comes from draws that chance has all rejected."""
     law = outcomes(TINY, "log_z", width=2, pick=keep)
     refused = {y: 1 - math.exp((r - max(TINY.reward.values())) / TINY.beta) for y, r in TINY.reward.items()}
     expected: dict = {}

@@ -160,7 +160,7 @@ def expected(world: World, law, label) -> dict[String, float]:
 
 
 def as_world(world: World, law) -> World:
-    """The same world with another base law."""
+    """A copy of the world with another base distribution."""
     mass = {prefix: sum(p for y, p in law.items() if y[: len(prefix)] == prefix) for prefix in world.prefixes}
     logits = {
         PROMPT + s: [math.log(mass[*s, a] / mass[s]) for a in range(world.vocabulary)]
@@ -309,7 +309,7 @@ def sampled_batch(world: World, reward) -> Batch:
 
 
 def gradient(world: World, batch: Batch, table, loss) -> torch.Tensor:
-    """Of the sum of a value loss over the batch, by the value of each prefix: ``loss(outputs, batch)``."""
+    """Gradient of the summed value loss ``loss(outputs, batch)`` by the value of each prefix."""
     strings = list(world.prefixes)
     values = torch.tensor([table[s] for s in strings], dtype=torch.float64, requires_grad=True)
     places = [[strings.index(tuple(row[1 : t + 1])) for t in range(len(row))] for row in batch.tokens.tolist()]

@@ -144,7 +144,7 @@ def test_negamax_over_a_whole_tree_is_minimax():
         maximum(leaf, sign=-1)
 
     def minimax(string: String, mine: bool) -> float:
-        """What the first player gets; a reward is for whoever chose the last token."""
+        """The first player's payoff; a reward goes to whoever chose the last token."""
         if WORLD.ended(string):
             return -WORLD.reward[string] if mine else WORLD.reward[string]
         return (max if mine else min)(minimax((*string, a), not mine) for a in range(WORLD.vocabulary))

@@ -16,7 +16,7 @@ from posttrain.batch import Batch, Outputs
 
 Result = TypeVar("Result")
 seeds = st.integers(0, 2**31 - 1)
-"""Of random batches."""
+"""Strategy that draws seeds of random batches."""
 PER_TOKEN = ("logp_sampler", "step_reward", "logp_old", "logp_ref", "entropy", "value", "advantage", "target")
 
 

@@ -44,7 +44,7 @@ class Table(nn.Module):
 
 
 def ours(model: Table, batch: Batch) -> Outputs:
-    """The same table, in our alignment."""
+    """Log-probs of the same table, in the alignment of this package."""
     every = model(batch.tokens).logits[:, :-1].log_softmax(-1)
     logp = every.gather(-1, batch.tokens[:, 1:, None])[..., 0]
     pad = logp.new_zeros(len(batch), 1)

@@ -47,7 +47,7 @@ class Server:
         return self.client.chat.completions.create(model="tiny", messages=MESSAGES, **request)
 
     def idle(self, seconds: float = 5.0) -> bool:
-        """Whether nothing is sampled any more, after a while."""
+        """True if after a while nothing is sampled any more."""
         until = time.monotonic() + seconds
         while self.served.engine.in_flight and time.monotonic() < until:
             time.sleep(0.02)

@@ -39,7 +39,7 @@ def value_batch(seed: int, *, labels: bool = False, plain: bool = False, columns
 
 
 def value_outputs(batch: Batch, seed: int, outputs: int = 7) -> Outputs:
-    """What a value model and a policy put out; leaves that take gradient, NaN off the states and the mask."""
+    """Random outputs of a value model and a policy: leaves that take gradient, NaN off the states and the mask."""
     g = torch.Generator().manual_seed(seed)
     value = torch.randn(batch.mask.shape, generator=g).where(batch.states, torch.nan)
     logits = torch.randn(*batch.mask.shape, outputs, generator=g).where(batch.states[..., None], torch.nan)

@@ -16,10 +16,7 @@ from transformers import (
 )
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.models.value import (
-    ValueSpec,
-    target_copy,
-)
+from posttrain.models.value import ValueKind, ValueSpec, target_copy
 from posttrain.models.value_files import build_value, load_value, save_value
 from posttrain.recipe.sections import HeadSection as HeadOptions
 from posttrain.recipe.sections import LoraSection, ValueSection
@@ -34,7 +31,7 @@ TYPES = ("scalar", "categorical", "quantile", "bernoulli", "per_token")
 @pytest.mark.parametrize("kind", TYPES)
 def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tmp_path, random_batch, kind):
     section = ValueSection(head=HeadOptions(type=kind, bins=5, low=-1, high=1), members=1 if kind == "per_token" else 2)
-    value, batch = stirred(build_value(section, policy_options, kind="soft", beta=0.3)), random_batch(12)
+    value, batch = stirred(build_value(section, policy_options, kind=ValueKind("soft", 0.3))), random_batch(12)
     if kind != "bernoulli":
         value.update_statistics(torch.tensor([1.0, 2.0]))
     save_value(value, tokenizer, tmp_path, step=7)
@@ -104,16 +101,16 @@ def test_adapters_are_merged_into_what_is_saved(tiny_model_folder, tokenizer, tm
 
 def test_a_saved_critic_starts_another(policy_options, tokenizer, tmp_path, random_batch):
     section = ValueSection(head=HeadOptions(type="categorical", bins=5), members=2, reduce="min")
-    value, batch = stirred(build_value(section, policy_options, kind="soft", beta=0.5)), random_batch(16)
+    value, batch = stirred(build_value(section, policy_options, kind=ValueKind("soft", 0.5))), random_batch(16)
     save_value(value, tokenizer, tmp_path)
     expected, _ = value(batch.tokens, batch.states)
     warm = build_value(ValueSection(model=str(tmp_path)), policy_options)
     assert torch.equal(warm(batch.tokens, batch.states)[0], expected)
     assert (warm.spec.kind, warm.spec.beta, warm.spec.reduce, warm.spec.members) == ("soft", 0.5, "min", 2)
     assert all(p.requires_grad for p in warm.parameters())
-    frozen = build_value(ValueSection(model=str(tmp_path), frozen=True), policy_options, kind="mean")
+    frozen = build_value(ValueSection(model=str(tmp_path), frozen=True), policy_options, kind=ValueKind("mean"))
     assert frozen.spec.kind == "soft" and not any(p.requires_grad for p in frozen.parameters())
-    other = build_value(ValueSection(model=str(tmp_path), reduce="max"), policy_options, kind="mean")
+    other = build_value(ValueSection(model=str(tmp_path), reduce="max"), policy_options, kind=ValueKind("mean"))
     assert (other.spec.kind, other.spec.beta) == ("mean", None) and (
         other(batch.tokens, batch.states)[0] >= expected
     ).all()
@@ -233,7 +230,7 @@ def test_contradictions_are_refused(policy_options, section, complaint):
 
 def test_a_soft_value_needs_its_temperature(policy_options):
     with pytest.raises(RecipeError, match="target.beta"):
-        build_value(ValueSection(), policy_options, kind="soft")
+        build_value(ValueSection(), policy_options, kind=ValueKind("soft"))
 
 
 def test_a_value_model_of_another_tokenizer_is_refused(policy_options, tmp_path):

@@ -220,7 +220,7 @@ logging.getLogger("engine").info("logged after")
 
 
 def screen(output: str) -> list[str]:
-    """What a terminal shows at the end: carriage returns, cursor-up and erase-line carried out."""
+    """The final screen of a terminal, with carriage returns, cursor-up and erase-line carried out."""
     lines, row = [""], 0
     for token in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
         if token == "\n":

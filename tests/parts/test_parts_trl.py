@@ -27,7 +27,7 @@ HORIZON = 16
 
 
 def trainer(settings: dict[str, Any], logp: Tensor) -> SimpleNamespace:
-    """What ``_compute_loss`` reads of a trainer in training, on one process without gradient accumulation."""
+    """The attributes of a trainer that ``_compute_loss`` reads, on one process without gradient accumulation."""
     arguments = {"delta": None, "use_bias_correction_kl": False, "steps_per_generation": 1, "beta": 0.0}
     values = {
         "loss_type": "grpo",

@@ -236,7 +236,7 @@ def test_expected_gradients_are_the_exact_policy_gradient(name: str) -> None:
 
 
 def log_probs(tree: Tree, theta: dict[Prefix, Tensor]) -> Tensor:
-    """Of each leaf's tokens under a table of logits, ``[N, L]``."""
+    """Log-probs of the tokens of each leaf under a table of logits, ``[N, L]``."""
     rows = []
     for leaf in tree.leaves:
         row = [theta[leaf[:t]].log_softmax(-1)[token] for t, token in enumerate(leaf)]

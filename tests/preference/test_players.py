@@ -207,7 +207,7 @@ def test_a_mixture_of_laws_is_the_normalised_product_of_their_powers(share: floa
 def test_completions_of_a_mixture_have_the_mixture_s_log_probs(
     library: Any, lora: bool, tiny_model_folder: Path
 ) -> None:
-    """Of every token, as two full forward passes give them; a share of 1 samples what the reference would."""
+    """Log-probs of every token equal those of two full forward passes; a share of 1 samples as the reference does."""
     reference = build_policy(PolicyOptions(model=str(tiny_model_folder)))
     if lora:
         policy = wide_lora(tiny_model_folder)
@@ -257,7 +257,7 @@ def prompts_of(*rows: dict[str, Any]) -> Prompts:
 
 @pytest.mark.parametrize("role", ["player", "baseline", "calibration"])
 def test_the_opponent_s_completions_stand_beside_the_policy_s(role: Any) -> None:
-    """The same table, and yet other draws; each is reported under its own number."""
+    """Both policies have the same table but draw differently; each draw is reported under its own number."""
     told: list[tuple[int, int]] = []
     context = Context(
         sampling=Sampling(max_tokens=2),
@@ -289,5 +289,5 @@ def test_a_given_completion_stands_beside_the_policy_s(tiny_model_folder: Path) 
     assert batch.tokens[1, 1:].tolist() == [*tokenizer.encode("a"), eos] and batch.finish[1] == 0
     assert batch.tokens[3, 1:].tolist() == tokenizer.encode("ab") and batch.finish[3] == 1  # cut at two tokens
     assert batch.logp_sampler[[1, 3]][:, 1:].isnan().all()
-    with pytest.raises(DataError, match="d.jsonl:1: column 'said' is to hold the given completion as text, not None"):
+    with pytest.raises(DataError, match="d.jsonl:1: column 'said' should hold the completion .* as text, not None"):
         beside_given(TabularEngine(TREE, max_model_len=3), prompts_of({}), 1, context, given="said")

@@ -31,7 +31,7 @@ GAME = ROCK_PAPER_SCISSORS
 REFERENCE = torch.tensor([0.6, 0.3, 0.1]).double()
 UNIFORM = torch.full((3,), 1 / 3).double()
 NASH = {0.2: (0.53812, 0.18123, 0.28064), 0.05: (0.37743, 0.2765, 0.34607)}
-"""Of REFERENCE at two strengths of the KL penalty."""
+"""Equilibria with a KL penalty to REFERENCE, by the strength of the penalty."""
 
 
 def slope(logits: Tensor, centre: Tensor, reward: Tensor, eta: float) -> Tensor:
@@ -48,7 +48,7 @@ def slope(logits: Tensor, centre: Tensor, reward: Tensor, eta: float) -> Tensor:
 
 @cache
 def inverse_curvature() -> Tensor:
-    """Of that loss: it is quadratic in the logits, and its curvature depends on nothing else."""
+    """Inverse curvature of the regression loss, which is quadratic in the logits, so that it is the same everywhere."""
     start, zero = torch.zeros(3).double(), torch.zeros(3).double()
     rows = [slope(start + unit, zero, zero, 1.0) - slope(start, zero, zero, 1.0) for unit in torch.eye(3).double()]
     return torch.linalg.pinv(torch.stack(rows), hermitian=True)
@@ -277,7 +277,7 @@ def sampled_groups(sampler: Tensor, size: int, centre: Tensor = REFERENCE) -> Ba
 
 @cache
 def options_of_egpo() -> dict[str, Any]:
-    """Of the loss term in the recipe, which is IPO-MD's too."""
+    """Options of the loss term in the recipe, which is also that of IPO-MD."""
     (term,) = shipped("egpo").loss
     return dict(term.options)
 

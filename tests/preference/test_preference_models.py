@@ -34,7 +34,7 @@ def asked(*completions: str, groups: tuple[int, ...] = (), greedy: tuple[bool, .
 
 
 def test_both_orders_are_one_probability(tiny_model_folder: Path) -> None:
-    """As plain Transformers gives them, one question at a time."""
+    """Probabilities equal those of plain Transformers, one question at a time."""
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model_folder)
     letters = [tokenizer.encode(letter)[0] for letter in "AB"]

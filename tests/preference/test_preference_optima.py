@@ -1,4 +1,4 @@
-"""What each preference loss is the minimum of: a table trained with the parts as shipped reaches the closed form.
+"""Optima of preference losses: a table trained with the shipped parts reaches the closed form of each.
 
 The policy is a softmax over a handful of answers. Expected numbers are closed forms, or minima of the
 papers' objectives found without these parts.
@@ -242,7 +242,7 @@ def desirable_with(probabilities: Sequence[float]) -> Batch:
 
 
 def test_kto_starts_at_a_half_and_ends_in_a_corner() -> None:
-    """What most like goes up until it saturates, the rest vanishes; ref e^(r / beta) is not its optimum."""
+    """The answer that most prefer takes all probability in the end; ref e^(r / beta) is not the optimum."""
     batch = desirable_with((0.7, 0.55, 0.3))
     kto = partial(pointwise, beta=1.0)
     logits = torch.tensor(KTO_REFERENCE).double().log().requires_grad_()

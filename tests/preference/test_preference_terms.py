@@ -325,7 +325,7 @@ def wider(outputs: Outputs, columns: int) -> Outputs:
 
 
 TIE_ORDER = {"lists: ranking", "pairs: soft", "pairs: given weight", "pairs: given margin and length"}
-"""What asks which of two equal completions comes first, or reads a number of that row."""
+"""Terms that ask which of two equal completions comes first, or that read a number of that row."""
 
 
 @pytest.mark.parametrize("name", TERMS)

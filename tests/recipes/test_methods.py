@@ -26,7 +26,7 @@ def rows() -> dict[str, re.Match[str]]:
 
 
 def runs(path: Path) -> str:
-    """What a recipe runs: its parts, its decoder, or the recipes of a round."""
+    """The content of a recipe: its parts, its decoder, or the recipes of a round."""
     if path.parent.name == "decode":
         return f"`{load_as(DecodeRecipe, path).decoder}`"
     if path.parent.name == "iterate":

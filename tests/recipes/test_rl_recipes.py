@@ -153,7 +153,7 @@ def losses_of(recipe: Recipe, outputs: Outputs, batch: Batch) -> tuple[Tensor, T
 def formula_of(name: str) -> Callable[[Case], Losses]:
     if name not in RECIPES:
         pytest.fail(
-            f"recipes/rl/{name}.yaml has no formula in tests/references/reference.py or tests/references/reference_value_recipes.py"
+            f"recipes/rl/{name}.yaml has no formula in reference.py or reference_value_recipes.py of tests/references"
         )
     return RECIPES[name]
 
@@ -198,7 +198,7 @@ def test_losses_and_gradients_equal_the_formula(name: str, seed: int) -> None:
 @given(seed=seeds)
 @examples(6)
 def test_dapo_where_completions_are_overlong(seed: int) -> None:
-    """The same with a limit that completions of this test reach, as the recipe's own is far above them."""
+    """The recipe with a limit that the completions of this test reach; the recipe's own is far above them."""
     inputs = case(seed)
     short = load_recipe(FOLDER / "dapo.yaml", ["--reward.0.limit=5", "--reward.0.buffer=4"])
     formula = without_values(partial(reference.dapo, limit=5, buffer=4))
@@ -209,7 +209,7 @@ def test_dapo_where_completions_are_overlong(seed: int) -> None:
 @given(seed=seeds)
 @examples(6)
 def test_vapo_where_the_length_decides(seed: int) -> None:
-    """The same with a λ between 0 and 1 at the lengths of this test; with the recipe's own it is 0 up to 20 tokens."""
+    """The recipe with a λ between 0 and 1 at the lengths of this test; the recipe's own is 0 up to 20 tokens."""
     inputs = case(seed)
     short = load_recipe(FOLDER / "vapo.yaml", ["--advantage.alpha=0.5"])
     agree(taken(short, inputs), by_formula(partial(vapo, alpha=0.5), inputs))
@@ -307,7 +307,7 @@ def test_the_formula_can_tell_recipes_apart(name: str) -> None:
 def test_every_recipe_has_its_formula() -> None:
     missing, stray = set(NAMES) - RECIPES.keys(), RECIPES.keys() - set(NAMES)
     assert not missing, (
-        f"no formula in tests/references/reference.py or tests/references/reference_value_recipes.py for {sorted(missing)}"
+        f"no formula in reference.py or reference_value_recipes.py of tests/references for {sorted(missing)}"
     )
     assert not stray, f"a formula without a recipe in recipes/rl: {sorted(stray)}"
 

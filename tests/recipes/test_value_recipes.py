@@ -70,7 +70,7 @@ def test_the_value_of_re_control_learns_one_step_targets_by_classification(seed:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_kinds_of_values_are_those_of_their_losses(path: Path) -> None:
     kind = value_kind(load_recipe(path))
-    assert kind == ({"kind": "soft", "beta": SOFT[path.stem]} if path.stem in SOFT else {"kind": "mean", "beta": None})
+    assert kind == (("soft", SOFT[path.stem]) if path.stem in SOFT else ("mean", None))
 
 
 @given(seed=seeds)

@@ -208,12 +208,12 @@ def sequence_ratio(rows: Rows, logp: Matrix, i: int) -> float:
 
 
 def clip_sequence(rows: Rows, a: Matrix, logp: Matrix, low: float, high: float) -> Term:
-    """The same number at every token: the value of GSPO, eq. 5, with one advantage a completion."""
+    """The value of GSPO, eq. 5, with one advantage for each completion: the same number at all of its tokens."""
     return lambda i, t: -surrogate(sequence_ratio(rows, logp, i), a[i][t], low, high)
 
 
 def geometric(rows: Rows, a: Matrix, logp: Matrix, low: float, high: float) -> Term:
-    """The same number at every token, with one advantage a completion."""
+    """One number for all tokens of a completion, from one advantage for each completion."""
 
     def term(i: int, t: int) -> float:
         logs = [log_ratio(logp, rows.logp_old, i, u) for u in rows.tokens(i)]
@@ -327,7 +327,7 @@ def add_kl_to_reward(rows: Rows, weight: float) -> None:
 # ---- recipes: the loss of a batch, by the paper's formula and with its numbers --------------------------------------
 
 Loss = Callable[[Matrix, Matrix], float]
-"""Of (logp, fixed)."""
+"""The type of a scalar loss: a function of (logp, fixed)."""
 
 
 def plus(first: Term, coef: float, second: Term) -> Term:

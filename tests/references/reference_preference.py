@@ -45,7 +45,7 @@ class Rows:
         return [i for i in self.present() if not math.isnan(self.label[i])]
 
     def groups(self) -> list[list[int]]:
-        """Of those with a token, whatever their label."""
+        """Completions with at least one token, with any label."""
         return [
             [i for i in self.present() if self.group[i] == g] for g in sorted({self.group[i] for i in self.present()})
         ]

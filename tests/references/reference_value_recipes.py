@@ -17,7 +17,7 @@ from reference import Loss, Matrix, clip, kl, plus, token_mean, whiten
 from reference_values import bce, gae, lambda_return, mse, value_change
 
 ValueLoss = Callable[[Matrix, Matrix], float]
-"""Of (values, log-probs of the policy)."""
+"""The type of a scalar loss: a function of (values, log-probs of the policy)."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Case:
 
 
 class Losses(NamedTuple):
-    """Of one optimiser step; ``value`` is None where no value model learns."""
+    """Losses of one optimiser step; ``value`` is None if no value model learns."""
 
     policy: Loss
     value: ValueLoss | None = None

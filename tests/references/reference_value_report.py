@@ -77,7 +77,7 @@ def calibration_error(curve: list[dict]) -> float:
 
 
 def agreement(values: list[float], outcomes: list[list[float]]) -> dict[str, float]:
-    """Of prefixes with a value and at least two outcomes that are not NaN."""
+    """Agreement over the prefixes with a value and at least two outcomes that are not NaN."""
     pairs = []
     for value, row in zip(values, outcomes, strict=True):
         known = [x for x in row if not math.isnan(x)]

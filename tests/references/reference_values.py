@@ -124,7 +124,7 @@ def lambda_return(
 
 
 def soft_return(rows: Rows, beta: float, truncated: str = "end") -> Matrix:
-    """What is still to come, less β times what the sampler pays for it."""
+    """Reward still to come, minus β times the sampler's log-ratio for it."""
     result = lambda_return(rows, truncated="end")
     for i in range(len(rows.mask)):
         for c in rows.states(i):
@@ -313,7 +313,7 @@ def bce(logit: float, target: float) -> float:
 
 
 def q_ranking(scores: Vector, correct: list[bool], margin: float) -> float:
-    """Of one completion, PQM's loss."""
+    """PQM's loss of one completion."""
     wrong = sum(math.exp(q + margin) for q, right in zip(scores, correct, strict=True) if not right)
     terms = [math.log(1 / (1 + wrong))] if wrong else []
     before = 1.0

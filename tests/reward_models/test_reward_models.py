@@ -78,7 +78,7 @@ def folders(tiny_model_folder: Path, tmp_path_factory, tokenizer):
 
 
 def own_scores(folder: str, batch, tokenizer) -> torch.Tensor:
-    """What Hugging Face's class says, a completion at a time."""
+    """Scores of Hugging Face's class, one completion at a time."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     texts = [
         tokenizer.apply_chat_template([*row["prompt"], {"role": "assistant", "content": text}], tokenize=False)

@@ -1,8 +1,7 @@
-"""Labels of steps, against a world in which every state's chance of a right answer is known."""
+"""Tests of step labels in a world in which every state's chance of a right answer is known."""
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import product
 from pathlib import Path
@@ -27,7 +26,7 @@ from posttrain.recipe.part import Part
 from posttrain.rollout.collect import CompletionSource
 from posttrain.rollout.rollouts import Prompts, single_turn, to_batch
 from posttrain.rollout.step_labels import Solution, StepLabels, binary_search, find_solutions, make_step_labels, to_row
-from posttrain.system.files import write_rows
+from posttrain.system.files import read_rows, write_rows
 from posttrain.verify import VerifierPool
 from posttrain.verify.functions import exact
 
@@ -43,7 +42,7 @@ def decode(ids) -> str:
 
 
 def engine() -> TabularEngine:
-    """Writes STEPS digits, a line each; a digit is 1 with probability RIGHT."""
+    """An engine that writes STEPS digits, a line each; a digit is 1 with probability RIGHT."""
     table = {}
     digit = [math.log(1 - RIGHT), math.log(RIGHT), -1e9, -1e9, -1e9]
     for count in range(STEPS):
@@ -57,7 +56,7 @@ def engine() -> TabularEngine:
 
 
 def solutions(*digits: str):
-    """A batch of these solutions, scored: all digits have to be 1."""
+    """A batch of solutions with their scores: right if all digits are 1."""
     ids = [[token for d in word for token in (int(d), LINE)][:-1] + [END] for word in digits]
     row = {"prompt": "p", "answer": "\n".join("1" * STEPS)}
     n = len(digits)
@@ -77,14 +76,14 @@ def label(batch, **chosen):
 def test_soft_labels_are_the_chance_of_a_right_answer():
     k = 150
     labelled = label(solutions("1111", "1101"), estimate="soft", completions=k)
-    for each, right_so_far in ((labelled[0], 4), (labelled[1], 2)):
-        assert each.branches == [k, k, k, 1]
+    for solution, right_so_far in ((labelled[0], 4), (labelled[1], 2)):
+        assert solution.branches == [k, k, k, 1]
         for step in range(STEPS - 1):
             chance = RIGHT ** (STEPS - step - 1) if step < right_so_far else 0.0
             error = math.sqrt(chance * (1 - chance) / k)
-            assert each.labels[step] == pytest.approx(chance, abs=4.5 * error + 1e-12)
-        assert each.labels[-1] == (1.0 if right_so_far == STEPS else 0.0)
-        assert each.estimates == each.labels
+            assert solution.labels[step] == pytest.approx(chance, abs=4.5 * error + 1e-12)
+        assert solution.labels[-1] == (1.0 if right_so_far == STEPS else 0.0)
+        assert solution.estimates == solution.labels
 
 
 def test_hard_labels_are_1_up_to_the_first_wrong_step():
@@ -97,12 +96,12 @@ def test_binary_search_finds_the_same_with_fewer_branches():
     batch = solutions("1111", "1101", "0111", "1110", "1011")
     each_step, searched = label(batch, completions=40), label(batch, completions=40, method="binary_search")
     assert [a.labels for a in searched] == [b.labels for b in each_step]
-    looked = [sum(count > 0 for count in each.branches[:-1]) for each in searched]
-    assert looked == [0, 2, 2, 2, 2]  # log2 of 4 steps, and none where the solution is right
+    visited = [sum(count > 0 for count in each.branches[:-1]) for each in searched]
+    assert visited == [0, 2, 2, 2, 2]  # log2 of 4 steps, and none for the right solution
     soft = label(batch, completions=40, method="binary_search", estimate="soft")
-    for each, hard in zip(soft, searched, strict=True):
-        assert [label is not None for label in each.labels] == [count > 0 for count in each.branches]
-        assert each.labels == hard.estimates
+    for solution, hard in zip(soft, searched, strict=True):
+        assert [label is not None for label in solution.labels] == [count > 0 for count in solution.branches]
+        assert solution.labels == hard.estimates
 
 
 @given(first_wrong=st.integers(0, 40), extra=st.integers(1, 40))
@@ -112,12 +111,12 @@ def test_search_of_any_length_takes_log2_rounds(first_wrong: int, extra: int):
     solution = Solution([9], list(range(steps)), list(range(1, steps + 1)), ["s"] * steps, {}, 0.0, 1)
     rounds = []
 
-    def oracle(prefixes):
-        rounds.append(len(prefixes))
-        return torch.tensor([[float(len(prefix.chosen) <= first_wrong)] for prefix in prefixes])
+    def oracle(points):
+        rounds.append(len(points))
+        return torch.tensor([[float(len(point.chosen) <= first_wrong)] for point in points])
 
-    (found,) = binary_search([solution], oracle, StepLabels(method="binary_search", completions=1))
-    assert found.labels == [1.0] * first_wrong + [0.0] * extra
+    (labelled,) = binary_search([solution], oracle, StepLabels(method="binary_search", completions=1))
+    assert labelled.labels == [1.0] * first_wrong + [0.0] * extra
     assert len(rounds) <= math.ceil(math.log2(steps)) if steps > 1 else not rounds
 
 
@@ -153,20 +152,19 @@ def test_steps_lie_where_their_tokens_do():
 @pytest.mark.engine
 def test_labels_from_a_file_to_examples(tmp_path: Path, tiny_model_folder: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    problems = [{"prompt": f"{i}", "answer": "no", "level": i} for i in range(4)]
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    write_rows(tmp_path / "problems.jsonl", [{"prompt": f"{i}", "answer": "no", "level": i} for i in range(4)])
     (tmp_path / "labels.yaml").write_text(
         f"policy: {{model: {tiny_model_folder}}}\ndata: {{path: problems.jsonl}}\n"
         f"verify: [{{use: {__file__}:has_an_e}}]\nsampling: {{max_tokens: 24}}\nengine: {{use: transformers}}\n"
         "completions: 6\nlabel: {separator: ' ', completions: 2}\noutput: labels/steps.jsonl\n"
     )
     path = run_labels("labels.yaml", ["--label.estimate=soft"])
-    written = [json.loads(line) for line in path.read_text().splitlines()]
-    assert f"{len(written)} of 24 completions labelled" in capsys.readouterr().out
+    rows = read_rows(path)
+    assert f"{len(rows)} of 24 completions labelled" in capsys.readouterr().out
     tokenizer = load_tokenizer(sections.PolicySection(model=str(tiny_model_folder)))
-    found = examples.stepwise(sections.DataSection(path=str(path)), tokenizer, None, separator=" ")
-    batch = found.batch(range(len(found)))
-    for i, row in enumerate(written):
+    stepwise = examples.stepwise(sections.DataSection(path=str(path)), tokenizer, None, separator=" ")
+    batch = stepwise.batch(range(len(stepwise)))
+    for i, row in enumerate(rows):
         assert len(row["completions"]) == len(row["labels"]) == len(row["estimates"]) == len(row["branches"])
         assert row["level"] in range(4) and row["reward"] in (0.0, 1.0)
         assert batch.texts[i] == " ".join(row["completions"])
@@ -175,19 +173,18 @@ def test_labels_from_a_file_to_examples(tmp_path: Path, tiny_model_folder: Path,
     write_rollouts(tmp_path / "stored" / "step-000001.parquet", scored, [""] * len(batch))
     (tmp_path / "again.yaml").write_text((tmp_path / "labels.yaml").read_text().replace(*STORED))
     again = run_labels("again.yaml", ["--output=again.jsonl"])
-    rows = [json.loads(line) for line in again.read_text().splitlines()]
-    assert [row["completions"] for row in rows] == [row["completions"] for row in written]
+    assert [row["completions"] for row in read_rows(again)] == [row["completions"] for row in rows]
 
 
 def has_an_e(completion: str) -> float:
-    """Whether the completion has that letter."""
+    """A verifier: 1 if the completion contains the letter e, else 0."""
     return float("e" in completion)
 
 
-def test_rows_hold_the_data_sets_columns(tmp_path: Path):
+def test_rows_hold_the_dataset_s_columns(tmp_path: Path):
     labelled = label(solutions("1101"), completions=20)
     write_rows(tmp_path / "deep" / "rows.jsonl", map(to_row, labelled))
-    (row,) = [json.loads(line) for line in (tmp_path / "deep" / "rows.jsonl").read_text().splitlines()]
+    (row,) = read_rows(tmp_path / "deep" / "rows.jsonl")
     assert row["prompt"] == "p" and row["answer"] == "1\n1\n1\n1"
     assert row["completions"] == ["1", "1", "0", "1"] and row["labels"] == [1.0, 1.0, 0.0, 0.0]
     assert row["branches"] == [20, 20, 20, 1] and row["reward"] == 0.0

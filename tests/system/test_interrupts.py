@@ -15,7 +15,7 @@ from posttrain.system.interrupts import uninterrupted
 
 @pytest.fixture(autouse=True)
 def python_handles_ctrl_c():
-    """As in a program of its own, whatever the process that runs the tests does with the signal."""
+    """Handles the signal as a program of its own does, however the process that runs the tests handles it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

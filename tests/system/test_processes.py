@@ -11,7 +11,7 @@ from posttrain.system.processes import _portable, refuse_hidden_single_process, 
 
 
 def test_a_launch_that_would_hide_processes_is_refused():
-    """What ``accelerate launch --cpu --num_processes 2`` sets, and what torchrun sets."""
+    """The environments are those of ``accelerate launch --cpu --num_processes 2`` and of torchrun."""
     with pytest.raises(UserError, match="--multi_gpu --num_processes"):
         refuse_hidden_single_process({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"})
     refuse_hidden_single_process({"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "RANK": "0"})

@@ -185,7 +185,7 @@ def test_two_steps(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
     for row in metrics:
         assert row["value/grad_norm"] > 0 and row["skipped"] == 0 and math.isfinite(row["loss"])
     model = load_value(folder)
-    assert {"kind": model.spec.kind, "beta": model.spec.beta} == value_kind(recipe)
+    assert (model.spec.kind, model.spec.beta) == value_kind(recipe)
     before, after = load_file(tiny_model_folder / "model.safetensors"), load_file(folder / "model.safetensors")
     stayed = all(torch.equal(after[key], before[key]) for key in before if key in after)
     assert stayed == (recipe.value is not None and recipe.value.head_only)

@@ -192,7 +192,7 @@ def table_score(values: Mapping[String, float], kind: Kind = "mean", beta: float
 
 @dataclass(frozen=True)
 class TableOfNext:
-    """The same with vectors over the vocabulary."""
+    """Score read from a table, as vectors over the vocabulary."""
 
     values: Mapping[String, float]
     vocabulary: int

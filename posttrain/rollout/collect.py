@@ -1,4 +1,4 @@
-"""Collects the completions of a step: draws prompts, generates, verifies and selects, until there are enough prompts."""
+"""Collects the completions of a step: draws prompts, generates, verifies and selects until there are enough."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def generate_and_verify(
 
 
 def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], seeds: Sequence[int]) -> Prompts:
-    """Makes prompts of the dataset's rows ``index``; ``positions`` number them over all ranks and rounds of the step."""
+    """Makes prompts of the rows ``index``; ``positions`` number them over all ranks and rounds of the step."""
     return Prompts(
         tokens=[rows.prompt_tokens(i) for i in index],
         rows=[rows[i] for i in index],
@@ -221,7 +221,7 @@ def _nothing_selected(recipe: StepSettings, drawn: int, rounds: int) -> str:
     return (
         f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or too "
         "easy for this policy, so that all completions of a prompt have the same score? Or does the verifier not "
-        "recognise its answers? The rollouts of earlier steps show what it writes. After a fix, --resume continues here."
+        "recognise its answers? The rollouts of earlier steps show its completions. --resume continues here after a fix."
     )
 
 

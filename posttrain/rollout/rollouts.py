@@ -1,4 +1,4 @@
-"""Prompts and an engine make a :class:`Batch`."""
+"""Parts of the slot ``rollout``: prompts and an engine make a :class:`Batch` of completions."""
 
 from __future__ import annotations
 
@@ -19,48 +19,50 @@ from posttrain.seeds import OPPONENTS, sample_seed
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """The prompts of one round of generation, on one rank."""
+    """Prompts of one round of generation on one rank."""
 
     tokens: Sequence[Sequence[int]]
-    rows: Sequence[dict[str, Any]]  # the dataset columns of each prompt
-    places: Sequence[str]  # where each row is, for messages: problems.jsonl:7
-    group: Sequence[int]  # unique over ranks and rounds of a step
-    seeds: Sequence[int]  # what each prompt's samples depend on
+    rows: Sequence[dict[str, Any]]  # dataset columns of each prompt
+    places: Sequence[str]  # place of each row for messages, such as problems.jsonl:7
+    group: Sequence[int]  # group of each prompt, unique over ranks and rounds of a step
+    seeds: Sequence[int]  # seed of each prompt, on which its samples depend
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 OnText = Callable[[int, int, str, list[int]], None]
-"""Called as a completion ends: prompt's position, sample's index, text and token ids. Verification starts there."""
+"""Function that is called as a completion ends: ``(prompt's position, sample's index, text, token ids)``.
+
+Verification starts there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a rollout may use beside the engine and the prompts."""
+    """Everything that a rollout may use beside the engine and the prompts."""
 
     sampling: Sampling
     decode: Callable[[Sequence[int]], str]  # token ids to text, special tokens left out
     on_text: OnText | None = None
-    opponent: Engine | None = None  # whom `against` plays
-    encode: Callable[[str], list[int]] | None = None  # a completion as the policy would write it, to its end token
+    opponent: Engine | None = None  # opponent that `against` samples from
+    encode: Callable[[str], list[int]] | None = None  # text to the policy's token ids, end token included
 
 
 def single_turn(
     engine: Engine, prompts: Prompts, n: int, context: Context, *, greedy: bool = False, separator: str | None = None
 ) -> Batch:
-    """``n`` independent completions of each prompt.
+    """Samples ``n`` independent completions of each prompt.
 
     Args:
-        greedy: one more completion a prompt, decoded greedily, as the baseline of ``outcome(center="greedy")``
-            (ReMax, Li et al. 2023, arXiv:2310.10505). It is verified like the others and never trained on.
-        separator: what a reasoning step ends with, such as a line break; without one a completion is a single step.
+        greedy: add one completion a prompt that is decoded greedily, as the baseline of ``outcome(center="greedy")``
+            (ReMax, Li et al. 2023, arXiv:2310.10505). It is verified and never trained on.
+        separator: end of a reasoning step, such as a line break. By default a completion is a single step.
     """
     texts: dict[tuple[int, int], str] = {}
     sampled = _sampled(engine, prompts, n, context, texts)
     if greedy:
         at_zero = replace(context, sampling=replace(context.sampling, temperature=0.0))
-        sampled = _beside(sampled, _sampled(engine, prompts, 1, at_zero, texts, first=n))
+        sampled = _joined(sampled, _sampled(engine, prompts, 1, at_zero, texts, first=n))
     batch = to_batch(prompts, sampled, texts, baseline_from=n)
     return batch if separator is None else batch.set(step_id=steps_by_text(batch, context.decode, separator))
 
@@ -75,25 +77,26 @@ def against(
     opponents: PositiveCount = 1,
     role: Literal["player", "baseline", "calibration"] = "player",
 ) -> Batch:
-    """``n`` completions of each prompt by the policy, and beside them some by the recipe's ``opponent``.
+    """Samples ``n`` completions of each prompt from the policy, and some from the recipe's ``opponent``.
 
     Munos et al. 2024 (Nash-MD), section 7, arXiv:2312.00886, with ``role: baseline``; Xie et al. 2024 (XPO), algorithm
     1, arXiv:2405.21046, with the reference as a player.
 
     Args:
-        opponents: completions that the opponent writes of each prompt.
-        role: a ``player``'s completions are compared and learned from; a ``baseline``'s are compared with, and never
-            learned from; ``calibration`` samples have no score, and a regulariser alone reads them.
+        opponents: number of completions that the opponent writes of each prompt.
+        role: a ``player``'s completions are compared with the policy's and learned from. A ``baseline``'s are compared
+            with the policy's and never learned from. ``calibration`` samples have no score: only a regulariser reads
+            them.
 
     Raises:
-        ValueError: without an opponent.
+        ValueError: if there is no opponent.
     """
     if context.opponent is None:
-        raise ValueError("against: there is no opponent; the recipe's section `opponent` says who it is")
+        raise ValueError("against: there is no opponent; the recipe's section `opponent` sets one")
     texts: dict[tuple[int, int], str] = {}
     sampled = _sampled(engine, prompts, n, context, texts)
-    others = replace(prompts, seeds=[sample_seed(seed, OPPONENTS) for seed in prompts.seeds])
-    sampled = _beside(sampled, _sampled(context.opponent, others, opponents, context, texts, first=n))
+    for_opponent = replace(prompts, seeds=[sample_seed(seed, OPPONENTS) for seed in prompts.seeds])
+    sampled = _joined(sampled, _sampled(context.opponent, for_opponent, opponents, context, texts, first=n))
     batch = to_batch(prompts, sampled, texts, baseline_from=n if role == "baseline" else None)
     author = Author.CALIBRATION if role == "calibration" else Author.OPPONENT
     return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(author)] * opponents) * len(prompts)))
@@ -101,37 +104,43 @@ def against(
 
 @facts(others_write=True)
 def beside_given(engine: Engine, prompts: Prompts, n: int, context: Context, *, given: str = "completion") -> Batch:
-    """``n`` completions of each prompt by the policy, and beside them the one that the data set gives.
+    """Samples ``n`` completions of each prompt from the policy, and adds the completion from the dataset.
 
     Chen et al. 2024 (SPIN), algorithm 1, arXiv:2401.01335.
 
     Args:
-        given: the column with it: plain text, which is cut at the longest completion.
+        given: column with the dataset completion: plain text, which is cut to ``sampling.max_tokens``.
 
     Raises:
-        DataError: naming the row without such a text.
+        DataError: if a row has no such text; the message names the row.
     """
     assert context.encode is not None
     texts: dict[tuple[int, int], str] = {}
     sampled = _sampled(engine, prompts, n, context, texts)
-    record, written = _recorder(context, texts, n), []
+    record, from_dataset = _recorder(context, texts, n), []
     for i, (row, place) in enumerate(zip(prompts.rows, prompts.places, strict=True)):
         text = row.get(given)
         if not isinstance(text, str) or not text:
-            raise DataError(f"{place}: column {given!r} is to hold the given completion as text, not {text!r}")
-        whole = context.encode(text)
-        ids = whole[: context.sampling.max_tokens]
-        finish = Finish.STOPPED if len(ids) == len(whole) else Finish.LENGTH
-        written.append([Completion(ids, [float("nan")] * len(ids), finish, engine.version)])
-        record(i, 0, written[-1][0])
-    batch = to_batch(prompts, _beside(sampled, written), texts)
+            raise DataError(
+                f"{place}: column {given!r} should hold the completion from the dataset as text, not {text!r}"
+            )
+        all_ids = context.encode(text)
+        ids = all_ids[: context.sampling.max_tokens]
+        finish = Finish.STOPPED if len(ids) == len(all_ids) else Finish.LENGTH
+        from_dataset.append([Completion(ids, [float("nan")] * len(ids), finish, engine.version)])
+        record(i, 0, from_dataset[-1][0])
+    batch = to_batch(prompts, _joined(sampled, from_dataset), texts)
     return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(Author.GIVEN)]) * len(prompts)))
 
 
 def _recorder(
     context: Context, texts: dict[tuple[int, int], str], first: int
 ) -> Callable[[int, int, Completion], None]:
-    """What an engine calls as completions end: keeps their texts, and passes them on, as samples from ``first`` on."""
+    """Returns a function for the engine to call as completions end: it keeps their texts and passes them on.
+
+    Args:
+        first: index of the first sample of a prompt.
+    """
 
     def done(prompt: int, sample: int, completion: Completion) -> None:
         text = texts[prompt, first + sample] = context.decode(completion.tokens)
@@ -148,8 +157,8 @@ def _sampled(
     return engine.generate(prompts.tokens, context.sampling, n, seeds=prompts.seeds, on_completion=record)
 
 
-def _beside(mine: list[list[Completion]], others: list[list[Completion]]) -> list[list[Completion]]:
-    return [own + its for own, its in zip(mine, others, strict=True)]
+def _joined(first: list[list[Completion]], second: list[list[Completion]]) -> list[list[Completion]]:
+    return [a + b for a, b in zip(first, second, strict=True)]
 
 
 def to_batch(
@@ -159,12 +168,12 @@ def to_batch(
     *,
     baseline_from: int | None = None,
 ) -> Batch:
-    """Right-padded tensors of all completions, prompt by prompt; not verified yet (scores and rewards are NaN).
+    """Puts all completions, prompt by prompt, into right-padded tensors. Scores and rewards are NaN until verified.
 
     Args:
-        completions: one list a prompt.
+        completions: list of completions of each prompt.
         texts: decoded completions by (prompt's position, sample's index).
-        baseline_from: samples from this index on are greedy baselines.
+        baseline_from: samples from this index on are baselines only.
     """
     flat = [(i, j, c) for i, group in enumerate(completions) for j, c in enumerate(group)]
     lengths = [len(prompts.tokens[i]) + len(c.tokens) for i, _, c in flat]

@@ -1,8 +1,7 @@
-"""A session: a rank's prompts with the engine that completes them and the verifiers that score them."""
+"""Sessions: a rank's prompts with the engine that completes them and the verifiers that score them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
@@ -14,15 +13,16 @@ from posttrain.data import check_columns, load_rows
 from posttrain.decoding.recipe import DecodeSettings
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.engines.for_policy import LengthBudget, policy_engine
-from posttrain.models.load import load_tokenizer
+from posttrain.models.load import load_tokenizer, text_of
 from posttrain.rollout.collect import share_of_prompts
 from posttrain.rollout.rollouts import Prompts
+from posttrain.system.files import json_number
 from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
 
 class Session(NamedTuple):
-    """What a rank completes its prompts with."""
+    """A rank's prompts and everything that completes and scores them."""
 
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
@@ -33,12 +33,12 @@ class Session(NamedTuple):
 
 @contextmanager
 def session(recipe: DecodeSettings) -> Iterator[Session]:
-    """A rank's share of the prompts with all that it takes to complete and verify them.
+    """Opens the session of this rank: loads tokenizer and data, and starts verifiers and engine.
 
     The engine has room for the longest prompt and completion.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if the input is wrong; the message says what to change.
     """
     tokenizer = load_tokenizer(recipe.policy)
     rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
@@ -54,41 +54,41 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
 
 
 def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict[str, Any]]:
-    """A row for each completion; verifiers work while others are still decoded."""
-    prompts, texts = on.prompts, dict[tuple[int, int], str]()
+    """Completes the session's prompts with a decoder, and returns a row for each completion.
+
+    Verifiers work while further completions are still decoded.
+    """
+    prompts, decode = on.prompts, text_of(on.tokenizer)
+    texts: dict[tuple[int, int], str] = {}
 
     def ended(prompt: int, sample: int, completion: Completion) -> None:
-        texts[prompt, sample] = text = str(on.tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        texts[prompt, sample] = text = decode(completion.tokens)
         row, place = prompts.rows[prompt], prompts.places[prompt]
         on.verifiers.submit((prompt, sample), text, completion.tokens, row, place=place)
 
     sampling = Sampling.of(recipe.sampling)
     groups = decoder.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)
     verdicts = on.verifiers.collect()
-    found = []
+    rows = []
     for i, group in enumerate(groups):
         for j, completion in enumerate(group):
-            score = {"score": _number(verdicts[i, j].score)} if recipe.verify else {}
-            found.append({**prompts.rows[i], **to_row(texts[i, j], completion), **score})
-    return found
+            score = {"score": json_number(verdicts[i, j].score)} if recipe.verify else {}
+            rows.append({**prompts.rows[i], **to_row(texts[i, j], completion), **score})
+    return rows
 
 
 def to_row(text: str, completion: Completion) -> dict[str, Any]:
-    """What is written of a completion; what a number does not know (NaN, infinite) is null."""
+    """Makes the row of a completion for a JSON file; NaN and infinite numbers become null."""
     length = len(completion.tokens)
     return {
         "completion": text,
         "tokens": length,
         "finish": Finish(completion.finish).name.lower(),
-        "logp": _number(sum(completion.logps)),
+        "logp": json_number(sum(completion.logps)),
         "generated": float(length),
-        **{name: _number(value) for name, value in completion.measured.items()},
+        **{name: json_number(value) for name, value in completion.measured.items()},
     }
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 MEANS = {"tokens": 1, "generated": 1, "scored": 1, "accepted": 2, "kl": 3, "kl_bound": 3, "log_z": 3, "log_z_upper": 3}
-"""What is averaged over completions for the table, and its decimals."""
+"""Columns that tables average over completions, with the number of decimals."""

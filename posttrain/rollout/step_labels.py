@@ -1,7 +1,7 @@
-"""Labels of reasoning steps, made by sampling: can the problem still be solved after this step?
+"""Labels reasoning steps by sampling: can the problem still be solved after this step?
 
 Branches are sampled from prefixes that end with a step, and verified. All prefixes of all solutions go to the engine
-together. A state is a prompt with the first steps of a solution; MC(s) is the share of its branches that end well.
+together. A state s is a prompt with the first steps of a solution. MC(s) is the share of its branches that are right.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from posttrain.rollout.collect import CompletionSource
 from posttrain.seeds import sample_seed
 
 Branch = Callable[[Sequence[BranchPoint]], Float[Tensor, "P K"]]
-"""Scores of K continuations of each of P prefixes; NaN where one could not be scored."""
+"""Function that returns the scores of K continuations of each of P branch points; NaN where one could not be scored."""
 
 
 @checked_dataclass(config=CONFIG, kw_only=True, frozen=True)
 class StepLabels:
-    """How steps are labelled."""
+    """Settings of step labels: the section ``label`` of a label recipe."""
 
     method: Literal["each_step", "binary_search"] = "each_step"
-    """each_step: branches from every step (Math-Shepherd). binary_search: of wrong solutions, from the steps at which
-    the search for the first error looks (OmegaPRM); right solutions need none."""
+    """Steps that are branched. each_step: every step (Math-Shepherd). binary_search: the steps that a search for the
+    first error of a wrong solution visits (OmegaPRM); right solutions need no branches."""
     estimate: Literal["hard", "soft"] = "hard"
-    """hard: 1 where a branch is right, else 0. soft: the share of branches that are right."""
+    """Kind of label. hard: 1 if a branch is right, else 0. soft: the share of branches that are right."""
     completions: int = Field(default=8, ge=1)
-    """Continuations of a state."""
+    """Number of continuations of a state."""
     separator: str = Field(default="\n", min_length=1)
-    """What a step ends with; several in a row count as one end."""
+    """Text at the end of a step; several in a row count as one end."""
     threshold: float = 0.0
-    """A completion is right if its score is above."""
+    """Score above which a completion is right."""
 
 
 @dataclass(frozen=True)
@@ -53,49 +53,49 @@ class Solution:
 
     prompt: list[int]
     chosen: list[int]
-    ends: list[int]  # chosen tokens up to the end of each step
-    steps: list[str]  # without the separator behind each but the last
-    row: dict[str, Any]
+    ends: list[int]  # number of chosen tokens up to the end of each step
+    steps: list[str]  # text of each step, without the separator that joins them
+    row: dict[str, Any]  # dataset columns of the prompt
     score: float
     seed: int
 
     def prefix(self, count: int) -> BranchPoint:
-        """The state after the first ``count`` steps."""
+        """The branch point after the first ``count`` steps."""
         seed = sample_seed(self.seed, count)
         return BranchPoint(self.prompt, self.chosen[: self.ends[count - 1]], self.row, seed, (0, 0))
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A solution with what was found of each step."""
+    """A solution with the labels of its steps."""
 
     solution: Solution
-    labels: list[float | None]  # None: not known
-    estimates: list[float | None]  # MC(s) after the step; the last one's is whether the solution is right
-    branches: list[int]  # scored continuations behind each estimate
+    labels: list[float | None]  # label of each step; None: not known
+    estimates: list[float | None]  # MC(s) after each step; of the last step 1 if the solution is right, else 0
+    branches: list[int]  # number of scored continuations for each estimate
 
 
 def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) -> list[Solution]:
-    """The completions of a batch that ended and have a score, cut into steps; the others are left out.
+    """Cuts the completions that ended and have a score into steps; other completions are left out.
 
     Args:
-        decode: token ids to text, special tokens left out, as in ``batch.texts``.
-        seed: of their branches.
+        decode: token ids to text without special tokens, as in ``batch.texts``.
+        seed: seed of the branches.
 
     Raises:
-        DataError: for completions of several turns, which an engine alone cannot continue.
+        DataError: if a completion has several turns, which an engine alone cannot continue.
     """
     step_id = steps_by_text(batch, decode, separator)
-    solutions = []
+    solutions, starts = [], batch.prompt_length.tolist()
     for i in range(len(batch)):
         if batch.finish[i] != Finish.STOPPED or batch.score[i].isnan() or batch.baseline_only[i]:
             continue
-        start, mask = int(batch.mask[i].int().argmax()), batch.mask[i]
+        start, mask = starts[i], batch.mask[i]
         if int(batch.length[i]) != start + int(mask.sum()):
             raise DataError("step labels: completions of several turns, which an engine alone cannot continue")
         steps = step_id[i][mask]
         ends = (steps[1:] != steps[:-1]).nonzero().squeeze(-1).add(1).tolist() + [len(steps)]
-        if len(ends) > 1 and batch.texts[i].startswith(separator):  # what stands before the first step belongs to it
+        if len(ends) > 1 and batch.texts[i].startswith(separator):  # text before the first step belongs to it
             ends = ends[1:]
         solutions.append(
             Solution(
@@ -112,17 +112,17 @@ def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) 
 
 
 def each_step(solutions: Sequence[Solution], branch: Branch, options: StepLabels) -> list[Labelled]:
-    """Branches from every step; the label of the last step is whether the solution is right.
+    """Labels every step by branches from it; the last step's label says if the solution is right.
 
     hard: y_i = 1 if any branch of step i is right, else 0;  soft: y_i = MC(s_i)
 
     Wang et al. 2024 (Math-Shepherd), eq. 3 and 4, arXiv:2312.08935, with 8 branches and hard labels.
     """
     states = [(i, count) for i, solution in enumerate(solutions) for count in range(1, len(solution.ends))]
-    found = _estimates(solutions, states, branch, options.threshold)
+    measured = _estimates(solutions, states, branch, options.threshold)
     labelled = []
     for i, solution in enumerate(solutions):
-        estimates, counts = _with_ending(solution, {s: found[i, s] for s in range(1, len(solution.ends))}, options)
+        estimates, counts = _with_ending(solution, {s: measured[i, s] for s in range(1, len(solution.ends))}, options)
         hard = [None if estimate is None else float(estimate > 0) for estimate in estimates]
         labelled.append(Labelled(solution, hard if options.estimate == "hard" else estimates, estimates, counts))
     return labelled
@@ -134,25 +134,25 @@ def binary_search(solutions: Sequence[Solution], branch: Branch, options: StepLa
     low = 0, high = number of steps;  m = (low + high) / 2:  low = m if MC(s_m) > 0 else high = m;  until high = low + 1
 
     Luo et al. 2024 (OmegaPRM), arXiv:2406.06592: about log2 of the number of steps a solution instead of
-    all of them. That a problem cannot be solved after its first wrong step, and can before, is taken for granted.
+    all of them. The search assumes that a problem can be solved before its first wrong step, and not after it.
 
     hard: 1 before the first wrong step, 0 from it on; all steps of a right solution are 1. soft: MC(s) of the states
-    that were looked at, None for the others.
+    that the search visited, None for other states.
     """
     low = [0] * len(solutions)
     high = [len(solution.ends) for solution in solutions]
-    looked: list[dict[int, tuple[float, int]]] = [{} for _ in solutions]
+    visited: list[dict[int, tuple[float, int]]] = [{} for _ in solutions]
     wrong = [i for i, solution in enumerate(solutions) if solution.score <= options.threshold]
     while states := [(i, (low[i] + high[i]) // 2) for i in wrong if high[i] - low[i] > 1]:
-        for (i, middle), found in _estimates(solutions, states, branch, options.threshold).items():
-            looked[i][middle] = found
-            if found[0] > 0:
+        for (i, middle), estimate in _estimates(solutions, states, branch, options.threshold).items():
+            visited[i][middle] = estimate
+            if estimate[0] > 0:
                 low[i] = middle
-            else:  # without a branch that could be scored, such as at the length limit, there is no way on either
+            else:  # also if no branch could be scored, such as at the length limit: the solution cannot be completed
                 high[i] = middle
     labelled = []
     for i, solution in enumerate(solutions):
-        estimates, counts = _with_ending(solution, looked[i], options)
+        estimates, counts = _with_ending(solution, visited[i], options)
         first_wrong = high[i] - 1 if i in set(wrong) else len(solution.ends)
         hard: list[float | None] = [float(step < first_wrong) for step in range(len(solution.ends))]
         labelled.append(Labelled(solution, hard if options.estimate == "hard" else estimates, estimates, counts))
@@ -165,12 +165,12 @@ def make_step_labels(
     """Labels the steps of a batch's finished, scored completions.
 
     Args:
-        source: engine of the policy, and verifiers.
+        source: the policy's engine, and the verifiers.
         batch: completions with their scores.
-        decode: token ids to text, special tokens left out.
-        options: what is sampled, and what becomes of it.
-        sampling: a solution's steps and their branch have ``max_tokens`` together.
-        seed: of the branches.
+        decode: token ids to text without special tokens.
+        options: the settings of step labels.
+        sampling: sampling of the branches; a solution's steps and their branch have ``max_tokens`` together.
+        seed: seed of the branches.
     """
     solutions = find_solutions(batch, decode, options.separator, seed)
     branch = partial(branch_scores, source, n=options.completions, sampling=sampling)
@@ -178,7 +178,7 @@ def make_step_labels(
 
 
 def to_row(labelled: Labelled, threshold: float = 0.0) -> dict[str, Any]:
-    """A row in TRL's stepwise format, with the data set's columns and how the labels came about."""
+    """Makes a row in TRL's stepwise format, with the dataset's columns, estimates and numbers of branches."""
     solution = labelled.solution
     return {
         **solution.row,
@@ -193,7 +193,7 @@ def to_row(labelled: Labelled, threshold: float = 0.0) -> dict[str, Any]:
 def _estimates(
     solutions: Sequence[Solution], states: Sequence[tuple[int, int]], branch: Branch, threshold: float
 ) -> dict[tuple[int, int], tuple[float, int]]:
-    """Share of right branches (NaN without any) and number of scored ones of each state (solution, steps)."""
+    """Share of right branches (NaN without any) and number of scored branches of each state (solution, steps)."""
     if not states:
         return {}
     scores = branch([solutions[i].prefix(count) for i, count in states])
@@ -205,13 +205,13 @@ def _estimates(
 
 
 def _with_ending(
-    solution: Solution, found: dict[int, tuple[float, int]], options: StepLabels
+    solution: Solution, measured: dict[int, tuple[float, int]], options: StepLabels
 ) -> tuple[list[float | None], list[int]]:
-    """Estimates and counts of all steps: the last one's is the solution's own score."""
+    """Estimates and counts of all steps; the last step's estimate says if the solution is right, from its score."""
     estimates: list[float | None] = []
     counts = []
     for count in range(1, len(solution.ends)):
-        share, scored = found.get(count, (math.nan, 0))
+        share, scored = measured.get(count, (math.nan, 0))
         estimates.append(None if math.isnan(share) else share)
         counts.append(scored)
     return [*estimates, float(solution.score > options.threshold)], [*counts, 1]

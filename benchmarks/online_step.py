@@ -1,4 +1,4 @@
-"""How long a step of the online loop takes, where the time goes, and how that compares with TRL's GRPOTrainer.
+"""Time of a step of the online loop, stage by stage, beside TRL's GRPOTrainer.
 
     python benchmarks/online_step.py --json benchmarks/results/online_step.json
 
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from sides import SHARES, WORKERS, Settings
-from turns import Worker
+from contenders import SHARES, WORKERS, Settings
+from alternating import Worker
 
 CASES = ("even", "heavy_tailed")
 
@@ -58,13 +58,13 @@ def rate(turns: Sequence[dict[str, Any]]) -> float:
 
 
 def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
-    """How much faster we are: the median over pairs of turns that were neighbours in time."""
+    """Ratio of posttrain's speed to TRL's: the median over pairs of turns that were neighbours in time."""
     pairs = zip(ours, theirs, strict=True)
     return statistics.median(rate([mine]) / rate([other]) for mine, other in pairs)
 
 
 def cpu_ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
-    """The same from processor seconds, which other load on the machine changes less."""
+    """Ratio of speeds in processor seconds, which other load on the machine changes less."""
     used = [[turn["cpu_seconds"] / sum(turn["lengths"]) for turn in turns] for turns in (ours, theirs)]
     return statistics.median(used[1]) / statistics.median(used[0])
 
@@ -123,7 +123,7 @@ def engine_against_bare(settings: Settings) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Describes the machine: processor, cores and versions."""
     import importlib.metadata
 
     import torch

@@ -1,4 +1,4 @@
-"""How fast preferences are learned offline, in how much memory and how well, beside TRL's DPOTrainer.
+"""Speed, memory and quality of offline preference learning, beside TRL's DPOTrainer.
 
     python benchmarks/preference.py --json benchmarks/results/preference_cpu.json
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import workload
 from online_step import write_result
-from turns import Timed, Turns, Worker
+from alternating import Timed, Turns, Worker
 
 WORDS = 2048  # tokens that the texts are made of; the model's vocabulary is larger, as it would be
 SIZE = workload.Size(hidden=256, layers=6, heads=4, kv_heads=2, intermediate=768, vocabulary=151936)
@@ -36,7 +36,7 @@ HELD_OUT = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; every process gets a copy."""
+    """The settings of the measurement; every process gets a copy."""
 
     folder: str
     pairs: int  # a step
@@ -257,7 +257,7 @@ def work_trl(settings: Settings, turns: Turns, *, precompute: bool = False) -> N
 
 
 def work_trl_precomputed(settings: Settings, turns: Turns) -> None:
-    """The same with ``precompute_ref_log_probs``."""
+    """TRL's trainer with ``precompute_ref_log_probs``."""
     work_trl(settings, turns, precompute=True)
 
 
@@ -368,7 +368,7 @@ def ratios(sides: dict[str, dict[str, float]], other: str) -> dict[str, float]:
 
 
 def judge(settings: Settings) -> dict[str, dict[str, float]]:
-    """What each side's model has become; ``start`` is the one that they all began as."""
+    """Quality of the model that each contender trained; ``start`` is the model that all of them began with."""
     worker = settings.worker("judge")
     names = ("held_out_accuracy", "held_out_margin", "reward", "kl_from_reference")
     try:

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +32,13 @@ from posttrain.recipe import sections
 
 VALUE_ADAPTER = "value"
 """Name of a value model's adapter, on weights of its own or the policy's."""
+
+
+class ValueKind(NamedTuple):
+    """Kind of the values that a recipe trains, which their checkpoint records."""
+
+    backup: Backup  # how the value of a state follows from those of the next states
+    beta: float | None = None  # temperature of a soft value, in reward units
 
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)

@@ -32,8 +32,7 @@ from posttrain.models.heads import Head
 from posttrain.models.implicit_value import ImplicitValue
 from posttrain.models.load import DTYPES, load_model, not_found
 from posttrain.models.policy import Policy
-from posttrain.models.value import VALUE_ADAPTER, ValueModel, ValueSpec
-from posttrain.parts.targets import Backup
+from posttrain.models.value import VALUE_ADAPTER, ValueKind, ValueModel, ValueSpec
 from posttrain.recipe import sections
 
 PLACE = "value.model"
@@ -43,8 +42,7 @@ def build_value(
     settings: sections.ValueSection,
     policy_settings: sections.PolicySection,
     policy: Policy | None = None,
-    kind: Backup | None = None,
-    beta: float | None = None,
+    kind: ValueKind | None = None,
 ) -> ValueModel:
     """The value model of a run, on the CPU: a model of its own, or adapters on the policy's weights.
 
@@ -56,8 +54,7 @@ def build_value(
             of a saved value model.
         policy_settings: the policy section.
         policy: to share its weights; not yet wrapped by Accelerate.
-        kind: how targets are backed up; None: as a saved value model says, or else the mean.
-        beta: temperature of a soft value, in reward units.
+        kind: how targets are backed up. Default: as a saved value model says, or else the mean.
 
     Raises:
         RecipeError: for settings that contradict each other or the model they name.
@@ -72,7 +69,8 @@ def build_value(
     else:
         value = _of_its_own(settings, policy_settings)
     if kind is not None and not settings.frozen:
-        value.spec = dataclasses.replace(value.spec, kind=kind, beta=beta if kind == "soft" else None)
+        beta = kind.beta if kind.backup == "soft" else None
+        value.spec = dataclasses.replace(value.spec, kind=kind.backup, beta=beta)
     if value.spec.kind == "soft" and not value.spec.beta:
         raise RecipeError("target.beta: a soft value needs its temperature, in reward units")
     return value

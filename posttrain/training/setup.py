@@ -23,7 +23,7 @@ from posttrain.errors import UserError
 from posttrain.models.joint import JointModel
 from posttrain.models.load import DTYPES, load_model
 from posttrain.models.policy import Policy, build_policy
-from posttrain.models.value import target_copy
+from posttrain.models.value import ValueKind, target_copy
 from posttrain.models.value_files import build_value
 from posttrain.output.run_folder import RunFolder, changed_settings, open_run
 from posttrain.recipe import sections
@@ -146,7 +146,7 @@ def build_learner(recipe: Recipe, required: RequiredPasses, processes: Processes
     other_policies = build_other_policies(recipe, required, processes, policy)
     value = slow = None
     if required.value_model:
-        value = build_value(recipe.value or ValueSection(), recipe.policy, policy, **value_kind(recipe))
+        value = build_value(recipe.value or ValueSection(), recipe.policy, policy, value_kind(recipe))
     if value is not None and recipe.value is not None and recipe.value.target_rate is not None:
         slow = target_copy(value)
     groups: list[Group] = []
@@ -241,19 +241,19 @@ def with_cached_reference(learner: Learner, material: Material) -> Material:
     return replace(material, examples=examples, evaluation_examples=held_out)
 
 
-def value_kind(recipe: Recipe) -> dict[str, Any]:
+def value_kind(recipe: Recipe) -> ValueKind | None:
     """The kind and temperature of the values that a recipe trains, which their checkpoint records.
 
     Without a target nothing is learned, and a saved value model keeps its kind.
     """
     if recipe.target is None:
-        return {"kind": None, "beta": None}
+        return None
     chosen = recipe.target.every_option
     soft = next((part for part in (*recipe.value_loss, recipe.target) if part.fact("soft_value")), None)
     if soft is not None:
-        return {"kind": "soft", "beta": soft.every_option[soft.fact("soft_value")]}
+        return ValueKind("soft", soft.every_option[soft.fact("soft_value")])
     kind = chosen.get("backup", "mean")
-    return {"kind": kind, "beta": chosen.get("beta") if kind == "soft" else None}
+    return ValueKind(kind, chosen.get("beta") if kind == "soft" else None)
 
 
 def build_opponent(learner: Learner, engine: Engine | None) -> Engine | None:

@@ -1,4 +1,4 @@
-"""What is measured against each other: posttrain and TRL on a training step, posttrain's engine and bare vLLM.
+"""The contenders: posttrain and TRL on a training step, posttrain's engine and bare vLLM.
 
 Each side lives in a process of its own and takes a turn when it is told to: one step of training, or one round of
 generation. Both sides of a pair get the same model, prompts, reward, batch, loss and optimiser.
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from turns import Timed, Turns
+from alternating import Timed, Turns
 
 SHARES = ("generate", "verify", "score", "update", "load", "other")
-"""What posttrain's loop tells of the time of a step."""
+"""Stages of a step whose time posttrain's loop reports."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; every process gets a copy."""
+    """The settings of the measurement; every process gets a copy."""
 
     size: str
     dtype: str

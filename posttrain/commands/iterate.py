@@ -45,7 +45,8 @@ from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.errors import RecipeError, UserError
 from posttrain.option_types import PositiveCount
 from posttrain.output.run_folder import RunFolder, changed_settings, write_recipe
-from posttrain.recipe.loading import load_as, placed, read_document
+from posttrain.recipe.documents import read_document
+from posttrain.recipe.loading import load_as, placed
 from posttrain.recipe.part import Checked
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, dotted, single, suggestion
 from posttrain.reports.rounds import draw_rounds, rounds_table, stage_metrics

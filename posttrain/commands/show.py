@@ -22,7 +22,8 @@ from posttrain.commands.evaluate import KINDS, suite_name
 from posttrain.commands.iterate import IterateRecipe
 from posttrain.commands.label import LabelRecipe
 from posttrain.decoding.recipe import DecodeRecipe
-from posttrain.recipe.loading import load_as, read_document
+from posttrain.recipe.documents import read_document
+from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import SLOTS, Part
 from posttrain.recipe.resolve import inner_slots, parameters, resolve
 from posttrain.recipe.yaml_reader import Document, Overrides

@@ -17,7 +17,8 @@ from posttrain.decoding.checks import decoder_conflicts
 from posttrain.decoding.recipe import DecodeRecipe, DecodeSettings
 from posttrain.errors import RecipeError, UserError
 from posttrain.recipe import sections
-from posttrain.recipe.loading import load_as, placed, read_document, read_part
+from posttrain.recipe.documents import read_document
+from posttrain.recipe.loading import load_as, placed, read_part
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import Document, Location, Overrides
 

@@ -25,7 +25,8 @@ from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
 from posttrain.output.tracking import read_metrics
-from posttrain.recipe.loading import load_as, read_document
+from posttrain.recipe.documents import read_document
+from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
 from posttrain.rollout.rollouts import Prompts, to_batch
 from posttrain.training.recipe import Recipe

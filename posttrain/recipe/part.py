@@ -1,4 +1,4 @@
-"""Parts and slots: what a recipe is made of besides plain settings."""
+"""Parts and slots: everything in a recipe besides plain settings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from posttrain.recipe.yaml_reader import Location, dotted
 
 
 class Slot(NamedTuple):
-    """A place for parts in a recipe: what they are called with there."""
+    """A place for parts in a recipe, with the arguments that parts are called with there."""
 
-    takes: tuple[str, ...] | None  # what is passed by position; None: the completion, and columns by name
-    settings: tuple[str, ...] = ()  # fields of Part that an entry may give beside the options
-    by_name: tuple[str, ...] = ()  # what is passed by name
+    takes: tuple[str, ...] | None  # arguments passed by position; None: the completion, and columns by name
+    settings: tuple[str, ...] = ()  # fields of Part that an entry may set beside the options
+    by_name: tuple[str, ...] = ()  # arguments passed by name
     several: bool = False  # the slot holds a list; one part alone may be written without the brackets
 
 
@@ -50,29 +50,29 @@ SLOTS: Mapping[str, Slot] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A callable in a slot, with where it came from and the numbers that belong to the slot.
+    """A callable in a slot, with the name it came from and the numbers that belong to the slot.
 
     ``call`` has its hyper-parameters bound. A part with memory is an object with a ``state`` dict, which checkpoints
     keep under the slot's path.
     """
 
     call: Callable[..., Any]
-    name: str  # as the recipe wrote it
+    name: str  # name as the recipe writes it
     options: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0  # of a verifier or reward in the sum
-    coef: float = 1.0  # of a loss term
-    weights: tuple[Part, ...] = ()  # of a loss term: factors, detached
-    normaliser: Part | None = None  # of a loss term, in place of the recipe's
-    time_limit: Annotated[float, Field(gt=0)] = 10.0  # of a verifier, seconds a completion
-    on_error: Literal["stop", "skip"] = "stop"  # of a verifier
-    spec: str = ""  # what other processes resolve again: file.py:name or package.module.name
+    weight: float = 1.0  # weight of a verifier or reward in the sum
+    coef: float = 1.0  # coefficient of a loss term
+    weights: tuple[Part, ...] = ()  # factors of a loss term, detached
+    normaliser: Part | None = None  # normaliser of a loss term, in place of the recipe's
+    time_limit: Annotated[float, Field(gt=0)] = 10.0  # seconds a completion for a verifier
+    on_error: Literal["stop", "skip"] = "stop"  # what happens if a verifier raises an error
+    spec: str = ""  # file.py:name or package.module.name, which other processes resolve again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
     @classmethod
     def of(cls, target: Callable[..., Any], /, *, settings: Mapping[str, Any] | None = None, **options: Any) -> Part:
-        """The part that a function or class makes with these options: ``Part.of(clip, low=0.2, high=0.28)``.
+        """Makes a part of a function or class with options: ``Part.of(clip, low=0.2, high=0.28)``.
 
         A class is instantiated, unless its constructor asks for more than options; a function has them bound.
 
@@ -100,7 +100,7 @@ class Part:
         return self.call if hasattr(self.call, "__name__") else type(self.call)
 
     def fact(self, name: str) -> Any:
-        """What the part says of itself: a field of :class:`posttrain.option_types.Facts`."""
+        """Reads a fact that the part carries: a field of :class:`posttrain.option_types.Facts`."""
         return fact(self.target, name, self.every_option)
 
     @property
@@ -115,7 +115,7 @@ def _short(value: Any) -> str:
 
 
 class RecipeConflict(RecipeError):
-    """Settings that are right one by one and wrong together."""
+    """Error for settings that are right one by one and wrong together."""
 
     def __init__(self, conflicts: Problems) -> None:
         self.conflicts = conflicts
@@ -123,17 +123,17 @@ class RecipeConflict(RecipeError):
 
 
 class Checked:
-    """Base of all kinds of recipes: settings that must go together, and slots.
+    """Base of all kinds of recipes: slots, and settings that are checked together.
 
     Raises:
-        RecipeConflict: when built from settings that do not.
+        RecipeConflict: if it is built from settings that do not go together.
     """
 
     modules: ClassVar[Mapping[str, str]] = {}
-    """The slots of this kind of recipe, with the module in which each looks bare names up."""
+    """Slots of this kind of recipe, with the module in which each looks bare names up."""
 
     def conflicts(self) -> Iterator[tuple[Location, str]]:
-        """Where they do not, and why."""
+        """Yields the location of each setting that does not go with another one, and the reason."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""From ``use: name`` to a callable, and its keyword parameters against the options of the recipe.
+"""Finds the callable of ``use: name``, and checks the recipe's options against its keyword parameters.
 
 A name is a bare one, looked up in the slot's module; ``my_file.py:name``; or ``package.module.name``. There is no
 registry, so the same text finds the same callable in every process. Nothing here imports torch.
@@ -28,7 +28,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def resolve(spec: str) -> Any:
-    """The callable that ``/path/to/file.py:name`` or ``package.module.name`` stands for.
+    """Imports the callable ``/path/to/file.py:name`` or ``package.module.name``.
 
     Raises:
         RecipeError: if the file or module cannot be imported, or has no such name.
@@ -42,11 +42,11 @@ def resolve(spec: str) -> Any:
 
 
 def specify(name: str, module: str, folders: Iterable[Path]) -> str:
-    """What :func:`resolve` takes, for a name as a recipe writes it.
+    """Turns a name as a recipe writes it into the full one that :func:`resolve` takes.
 
     Args:
-        module: where bare names are looked up.
-        folders: where files are looked for, in this order.
+        module: module in which bare names are looked up.
+        folders: folders in which files are looked for, in this order.
 
     Raises:
         RecipeError: if there is no such file or bare name.
@@ -55,8 +55,8 @@ def specify(name: str, module: str, folders: Iterable[Path]) -> str:
         names = public_callables(importlib.import_module(module))
         if name not in names:
             guess = suggestion(name, names)
-            own = "" if guess.startswith("did") else f"; one of your own is named as in `use: my_file.py:{name}`"
-            raise RecipeError(f"{module} has no {name!r}; {guess}{own}")
+            own_file = "" if guess.startswith("did") else f"; one of your own is named as in `use: my_file.py:{name}`"
+            raise RecipeError(f"{module} has no {name!r}; {guess}{own_file}")
         return f"{module}.{name}"
     file, colon, attribute = name.rpartition(":")
     if colon:
@@ -67,28 +67,28 @@ def specify(name: str, module: str, folders: Iterable[Path]) -> str:
 
 
 def find_file(file: str, folders: Iterable[Path]) -> Path:
-    """The absolute path of a file that is named relative to one of the folders.
+    """Finds a file that is named relative to one of the folders; returns its absolute path.
 
     Raises:
         RecipeError: if it is in none of them.
     """
     candidates = [folder / Path(file).expanduser() for folder in folders]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
+    file_path = next((path for path in candidates if path.is_file()), None)
+    if file_path is None:
         near = {other.name for path in candidates if path.parent.is_dir() for other in path.parent.glob("*.py")}
         looked = ", ".join(dict.fromkeys(str(path.parent.resolve()) for path in candidates))
         guess = suggestion(Path(file).name, near)
         raise RecipeError(f"no file {file!r} (looked in {looked})" + (f"; {guess}" if guess.startswith("did") else ""))
-    return found.resolve()
+    return file_path.resolve()
 
 
 def import_file(path: Path) -> ModuleType:
-    """The module in a file, imported once a process.
+    """Imports the module in a file, once a process.
 
-    Its folder goes to the end of ``sys.path``, so that it may import its neighbours and shadows nothing by that.
+    Its folder goes to the end of ``sys.path``: it can import its neighbours, and they shadow nothing.
 
     Raises:
-        RecipeError: if it does not import, with the line that failed.
+        RecipeError: if the import fails; the message names the line.
     """
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -114,7 +114,9 @@ def _import_module(module: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):  # the module itself, not one that it imports
+        if error.name and f"{module}.".startswith(
+            f"{error.name}."
+        ):  # the module itself is missing, not one that it imports
             raise RecipeError(f"no module {error.name!r} in this Python; is it installed?") from None
         raise RecipeError(_import_failure(module, error)) from error
     except (Exception, SystemExit) as error:
@@ -137,31 +139,31 @@ def _member(module: ModuleType, name: str, shown: str) -> Any:
 
 
 def public_callables(module: ModuleType) -> list[str]:
-    """Functions and classes that a module offers: those in ``__all__``, or its own without a leading underscore."""
+    """Names of a module's public functions and classes: in ``__all__``, or defined in it without an underscore."""
     names = getattr(module, "__all__", None)
     if names is None:
-        own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        names = [name for name, value in own.items() if getattr(value, "__module__", None) == module.__name__]
+        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        names = [name for name, value in public.items() if getattr(value, "__module__", None) == module.__name__]
     return [name for name in names if callable(getattr(module, name, None))]
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters by name; of a class, those of its constructor."""
+    """Parameters of a function, or of a class's constructor, by name."""
     return dict(inspect.signature(target).parameters)
 
 
 def required(target: Callable[..., Any]) -> list[str]:
-    """Parameters without a default."""
+    """Names of the parameters without a default."""
     return [name for name, p in parameters(target).items() if p.default is p.empty and p.kind not in _VARIADIC]
 
 
 def positional(target: Callable[..., Any]) -> list[str]:
-    """Those without a default that can be given by position: what a slot passes in."""
+    """Names of the required parameters that can be passed by position. The slot supplies them."""
     return [name for name in required(target) if parameters(target)[name].kind != inspect.Parameter.KEYWORD_ONLY]
 
 
 def default_options(target: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword parameters that have a default, with it."""
+    """Defaults of the parameters that have one, by name."""
     return {name: p.default for name, p in parameters(target).items() if p.default is not p.empty}
 
 
@@ -173,13 +175,16 @@ def check_options(
     beside: Iterable[str] = (),
     complete: bool = True,
 ) -> tuple[dict[str, Any], Problems]:
-    """Options as the types of the parameters' annotations, and what is wrong: unknown, missing, of a wrong type.
+    """Checks options against the annotations of the parameters: unknown, missing or of a wrong type.
 
     Args:
-        passed: parameters that the slot fills by itself; they are no options.
-        beside: what an entry may hold beside options; for suggestions alone.
-        complete: whether every parameter without a default must be given. Not so for verifiers, whose parameters are
-            also columns of the data set.
+        passed: names of parameters that the slot passes; they are no options.
+        beside: keys that an entry may have beside options; only for suggestions.
+        complete: require every parameter without a default. Not so for verifiers, whose parameters are also columns of
+            the dataset.
+
+    Returns:
+        The options in the types of the annotations, and the problems.
     """
     known = {name: p for name, p in parameters(target).items() if name not in set(passed)}
     open_ended = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in known.values())
@@ -199,19 +204,19 @@ def check_options(
 
 
 def inner_slots(target: Callable[..., Any]) -> dict[str, Inner]:
-    """Options whose values are parts themselves, one or several, by name."""
-    found: dict[str, Inner] = {}
+    """Marks of the options whose values are parts themselves, one or several, by name."""
+    marks: dict[str, Inner] = {}
     for name, annotation in _annotations(target).items():
         several = typing.get_origin(annotation) is tuple
         marked = typing.get_args(annotation)[0] if several else annotation
         for mark in getattr(marked, "__metadata__", ()):
             if isinstance(mark, Inner):
-                found[name] = mark._replace(several=several)
-    return found
+                marks[name] = mark._replace(several=several)
+    return marks
 
 
 def local_options(target: Callable[..., Any]) -> list[str]:
-    """Options whose values may be local paths."""
+    """Names of the options whose values may be local paths."""
     return [name for name, annotation in _annotations(target).items() if _is_local(annotation)]
 
 
@@ -221,7 +226,7 @@ def _is_local(annotation: Any) -> bool:
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """Evaluated annotations; none where one of them names what does not exist at run time."""
+    """Evaluated annotations by name; empty if one of them names something that does not exist at run time."""
     try:
         return typing.get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)
     except (NameError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""What recipes and suites have in common that sample completions and train nothing."""
+"""Settings of recipes and suites that sample completions and train nothing."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from posttrain.recipe.part import Checked, Part
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class SamplingRecipe(Checked):
-    """How completions are sampled."""
+    """Base of recipes that sample completions: policy, engine, sampling and seed."""
 
-    policy: sections.PolicySection | None  # none where nothing is sampled after all
+    policy: sections.PolicySection | None  # None: nothing is sampled
     sampling: sections.SamplingSection = field(default_factory=sections.SamplingSection)
     engine: sections.EngineSection = field(default_factory=sections.EngineSection)
-    completions: PositiveCount = 1  # a prompt
+    completions: PositiveCount = 1  # completions of each prompt
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
-    path: Path | None = None  # of the YAML file
+    path: Path | None = None  # path of the YAML file
 
     @property
     def base(self) -> Path | None:
-        """The folder that local paths are relative to."""
+        """Folder that local paths are relative to."""
         return self.path.parent if self.path else None
 
     def plain(self, *names: str) -> dict[str, Any]:
-        """Plain data of these settings, defaults included; without those that are None."""
+        """The named settings as plain data, defaults included; settings that are None are left out."""
         values = {name: _plain(getattr(self, name)) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple) and all(isinstance(each, Part) for each in value):
+    if isinstance(value, tuple) and all(isinstance(item, Part) for item in value):
         return [{"use": part.name, **part.options} for part in value]
     return TypeAdapter(Any).dump_python(value, mode="json")

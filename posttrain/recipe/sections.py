@@ -1,4 +1,4 @@
-"""The plain settings of a recipe, section by section: what is not a part. Every field has its default here, once."""
+"""Sections of a recipe: all plain settings, everything that is not a part. Every default is here, once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class LoraSection:
+    """Low-rank adapters, trained in place of all weights."""
+
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -20,12 +22,14 @@ class LoraSection:
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class PolicySection:
+    """The language model that is trained, or that a decoder samples from."""
+
     model: str
     """Hub name or local folder of a causal language model in the Hugging Face format."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass. Weights and optimiser states of trained parameters are kept in float32."""
+    """Data type of the forward pass. Weights and optimiser states of trained parameters are kept in float32."""
     lora: LoraSection | None = None
-    """Train low-rank adapters instead of all weights; the reference policy is then the model without them."""
+    """Low-rank adapters to train instead of all weights; the reference policy is then the model without them."""
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     revision: str | None = None
@@ -34,29 +38,36 @@ class PolicySection:
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class ReferenceSection:
+    """The reference policy. It is loaded only if some part reads its log-probs."""
+
     model: str | None = None
-    """Where the reference policy differs from the initial policy. Loaded only if some part reads its log-probs."""
+    """Hub name or local folder of the reference. Default: the policy at the start of the run."""
     every: int | None = Field(default=None, ge=1)
-    """Steps after which it moves towards the policy. Default: it stays what it is."""
+    """Number of steps after which the reference moves towards the policy. Default: it never moves."""
     rate: float = Field(default=1.0, gt=0, le=1)
-    """Share of the policy's weights in it after a move; 1: it becomes the policy."""
+    """Share of the policy's weights in the reference after a move; 1: it becomes the policy."""
     cache: bool | str = True
-    """Of given completions its log-probs are computed once, before the first step, and kept on disk; then it need not
-    be in memory. A folder; or true for the user's cache folder, ``$POSTTRAIN_CACHE/reference`` or else
-    ``~/.cache/posttrain/reference``; or false: the reference scores every batch."""
+    """Cache folder for the log-probs of dataset completions, which are computed once, before the first step; then the
+    reference need not stay in memory. True: the user's cache folder, ``$POSTTRAIN_CACHE/reference`` or else
+    ``~/.cache/posttrain/reference``. False: no cache, the reference scores every batch."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class OpponentSection:
+    """The opponent that the rollout ``against`` samples from: a mix of the policy π and another policy π_other."""
+
     share: float = Field(default=1.0, gt=0, le=1)
-    """The opponent samples each token from π^(1 - share) π_other^share, normalised: 1 is the other policy itself."""
+    """Share of the other policy: the opponent samples each token from π^(1 - share) π_other^share, normalised; 1 is the
+    other policy itself."""
     average: float | None = Field(default=None, gt=0, le=1)
-    """The other policy is a running average of the policy's weights, to which each step adds this share of them.
-    Default: the other policy is the reference."""
+    """Rate of a running average of the policy's weights, to which each step adds this share of them; the average is the
+    other policy. Default: the other policy is the reference."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class OptimizerSection:
+    """AdamW and its learning-rate schedule."""
+
     learning_rate: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -68,10 +79,12 @@ class OptimizerSection:
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class HeadSection:
+    """The head of a value model: what it puts out."""
+
     type: Literal["scalar", "categorical", "quantile", "bernoulli", "per_token", "implicit"] = "scalar"
-    """What the value model puts out: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles;
-    the logit of a probability; a number for each possible next token (a Q or twist head); or, implicit, log-probs: the
-    value is ``beta`` times the log-ratio of a language model to its frozen beginning, the log-odds of being right."""
+    """Kind of output: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles; the logit of a
+    probability; a number for each possible next token (a Q or twist head); or, implicit, log-probs: the value is
+    ``beta`` times the log-ratio of a language model to its frozen beginning, the log-odds of being right."""
     bins: int = Field(default=101, ge=2)
     low: float = -0.5
     """Centre of the lowest bin: the support should reach a few bin widths beyond the rewards on both sides. In rewards,
@@ -79,59 +92,68 @@ class HeadSection:
     high: float = 1.5
     """Centre of the highest bin, in the same unit."""
     beta: float = Field(default=0.05, gt=0)
-    """Of an implicit value. Yuan et al. 2024, arXiv:2412.01981."""
+    """Scale of an implicit value. Yuan et al. 2024, arXiv:2412.01981."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class BranchesSection:
+    """Monte-Carlo values: completions that are sampled from the prefixes of others."""
+
     completions: int = Field(default=9, ge=1)
-    """Completions of each prefix."""
+    """Number of completions of each prefix."""
     separator: str = Field(default="\n", min_length=1)
-    """What a reasoning step ends with."""
+    """Text at the end of a reasoning step."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class ValueSection:
+    """The value model (critic), or branches in its place."""
+
     branches: BranchesSection | None = None
-    """No model: the value of each reasoning step's beginning is the mean score of completions sampled from there."""
+    """Branches in place of a model: the value of the beginning of each reasoning step is the mean score of completions
+    sampled from there."""
     model: str | None = None
-    """A value model saved by another run, a reward or process model, or any language model, which gets a new head.
-    Default: the policy's model."""
+    """Hub name or local folder of a value model saved by another run, a reward or process model, or any language model,
+    which gets a new head. Default: the policy's model."""
     head: HeadSection | None = None
-    """Default: the head of the saved value model, or else a scalar."""
+    """Head of the value model. Default: the head of the saved value model, or else a scalar."""
     share: bool = False
-    """Adapters of its own on the policy's weights instead of a model of its own; ``policy.lora`` must be set."""
+    """Put the value model's adapters on the policy's weights instead of making a model of its own; ``policy.lora`` must
+    be set."""
     lora: LoraSection | None = None
-    """Train adapters instead of all weights. With ``share``: their rank; default the policy's."""
+    """Adapters to train instead of all weights. With ``share``: their rank; default the policy's."""
     frozen: bool = False
-    """Use it as it is."""
+    """Do not train the value model."""
     head_only: bool = False
     """Train the head alone: the value is of the model's own hidden states, as the decoder ``edited`` needs."""
     members: int = Field(default=1, ge=1)
-    """Heads on one backbone that are trained side by side from different initial weights."""
+    """Number of heads on one backbone that are trained side by side from different initial weights."""
     reduce: Literal["mean", "min", "max", "mean_minus_std"] = "mean"
-    """How the members' values become one."""
+    """Function that makes one value of the members' values."""
     deviations: float = Field(default=1.0, ge=0)
-    """Standard deviations that ``mean_minus_std`` subtracts."""
+    """Number of standard deviations that ``mean_minus_std`` subtracts."""
     normalise: bool = False
-    """The head learns targets standardised by their running mean and deviation (Yu et al. 2021, arXiv:2103.01955), so
-    ``head.low`` and ``head.high`` of a categorical head are in standard deviations."""
+    """Standardise the head's targets by their running mean and deviation (Yu et al. 2021, arXiv:2103.01955);
+    ``head.low`` and ``head.high`` of a categorical head are then in standard deviations."""
     target_rate: float | None = Field(default=None, gt=0, le=1)
-    """Targets come from a slow copy that moves by this share of the difference each step (Polyak averaging)."""
+    """Rate of a slow copy that targets come from: it moves by this share of the difference each step (Polyak
+    averaging). Default: there is no copy."""
     ready_at: float | None = Field(default=None, lt=1)
-    """The policy waits until the explained variance of a step's values has reached this."""
+    """Explained variance of a step's values at which the policy's training starts. Default: it starts at once."""
     optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection(learning_rate=1e-5))
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class DataSection:
+    """A dataset, and how its rows become prompts."""
+
     path: str
     """Hub name, local folder, JSONL / JSON / Parquet / CSV file, or ``my_file.py:function`` that yields rows."""
     name: str | None = None
-    """Configuration of a hub data set, such as ``main`` of ``openai/gsm8k``."""
+    """Configuration of a hub dataset, such as ``main`` of ``openai/gsm8k``."""
     split: str = "train"
     columns: dict[str, str] = Field(default_factory=dict)
-    """New name -> column it is copied from, such as ``{prompt: question}``."""
+    """Copies of columns: new name -> column it is copied from, such as ``{prompt: question}``."""
     system: str | None = None
     """System message put before every prompt that has none; makes a plain prompt conversational."""
     chat: bool | None = None
@@ -139,67 +161,75 @@ class DataSection:
     template: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the chat template, such as ``{enable_thinking: false}``."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """Longer prompts are left out and counted. Default: an error names the row."""
+    """Most tokens of a prompt; longer ones are left out and counted. Default: an error names the row."""
     limit: int | None = Field(default=None, ge=1)
-    """Only the first rows."""
+    """Use only the first ``limit`` rows."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of a generator function."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class SamplingSection:
+    """Sampling of tokens: temperature, truncation of the distribution, length."""
+
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_tokens: int = Field(default=256, ge=1)
-    """Longest completion, in tokens."""
+    """Length of the longest completion, in tokens."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class EngineSection:
+    """The engine that generates completions, and its memory."""
+
     use: Literal["auto", "vllm", "transformers"] = "auto"
-    """auto: vllm where it is installed, transformers otherwise."""
+    """Name of the engine. auto: vllm if it is installed, transformers otherwise."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """auto: the policy's."""
+    """Data type of weights and forward pass. auto: the policy's."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Prompt plus completion. Default: what the data and ``sampling.max_tokens`` need."""
+    """Most tokens of prompt and completion together. Default: as many as the data and ``sampling.max_tokens`` need."""
     gpu_memory: float = Field(default=0.4, gt=0, le=1)
-    """Share of a GPU's memory that vLLM may take; the trainer lives in the rest."""
+    """Share of a GPU's memory that vLLM may take; the trainer uses the rest."""
     cache_mb: int = Field(default=512, ge=1)
     """Memory of vLLM's key-value cache on CPU."""
     max_concurrent: int = Field(default=256, ge=1)
-    """Completions generated at the same time."""
+    """Most completions that are generated at the same time."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm.LLM``."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class EvaluationSection:
+    """Evaluation during training, on held-out data."""
+
     data: DataSection | None = None
-    """Prompts to complete and verify."""
+    """Held-out prompts to complete and verify."""
     examples: DataSection | None = None
-    """Held-out completions, read by the recipe's ``examples`` part: how the policy judges them."""
+    """Held-out completions, read by the recipe's ``examples`` part; evaluation measures how the policy ranks them."""
     every: int = Field(default=50, ge=1)
-    """Steps between evaluations; one more is made before the first step and one after the last."""
+    """Number of steps between evaluations; one more is made before the first step and one after the last."""
     completions: int = Field(default=1, ge=1)
-    """Completions a prompt; the score is their mean."""
+    """Number of completions of a prompt; the score is their mean."""
     guided: bool = False
-    """The recipe's ``decoder`` completes the prompts. By default the policy alone does."""
+    """Complete the prompts with the recipe's ``decoder``. By default the policy alone completes them."""
     sampling: SamplingSection = Field(default_factory=lambda: SamplingSection(temperature=0.0))
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class RunSection:
+    """The run folder: checkpoints, rollouts, trackers."""
+
     folder: str | None = None
-    """Default: ``runs/<recipe's name>``."""
+    """Path of the run folder. Default: ``runs/<recipe's name>``."""
     save_every: int = Field(default=50, ge=1)
-    """Steps between checkpoints; one more is made at the end."""
+    """Number of steps between checkpoints; one more is made at the end."""
     keep: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Number of checkpoints that are kept."""
     rollouts_every: int = Field(default=1, ge=0)
-    """Steps between stored rollouts (Parquet); 0 stores none."""
+    """Number of steps between stored rollouts (Parquet); 0 stores none."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     project: str = "posttrain"
     max_bad_steps: int = Field(default=5, ge=0)
-    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops with a dump."""
+    """Most steps in a row with a non-finite loss or gradient. They are skipped; one more stops the run with a dump."""

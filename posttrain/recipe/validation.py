@@ -1,4 +1,4 @@
-"""Plain data against type annotations, strictly, with every problem at its place in the data."""
+"""Checks plain data strictly against type annotations, and reports every problem with its place in the data."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ from posttrain.recipe.yaml_reader import ABSENT, Location, child, suggestion
 
 Problems = list[tuple[Location, str]]
 Hint = Callable[[str, Iterable[str]], str]
-"""What to say of an unknown name, given the names that are known."""
+"""Function that writes a hint for an unknown name: ``(name, known names) -> text``."""
 
 _UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden", "unexpected_positional_argument"}
 _MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 
 
 def validate(annotation: Any, value: Any, hint: Hint = suggestion) -> tuple[Any, Problems]:
-    """The value as the annotation's type, and what is wrong with it.
+    """Converts a value to the annotation's type, and lists the problems with it.
 
-    Text is not taken for a number nor a truth value for an integer, but a list may be a tuple and an integer a float,
-    as in JSON. Nothing is checked where the annotation is of a kind that plain data cannot be checked against.
+    Text is not accepted as a number, nor a truth value as an integer. A list may be a tuple and an integer a float, as
+    in JSON. Annotations that plain data cannot be checked against are ignored.
     """
     try:
         return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True), []
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return value, []
     except ValidationError as error:
-        found: dict[Location, list[str]] = {}
+        by_location: dict[Location, list[str]] = {}
         for detail in error.errors(include_url=False):
             location = _in_data(detail["loc"], value)
-            found.setdefault(location, []).append(_explain(annotation, location, dict(detail), hint))
-        return value, [(location, " or ".join(dict.fromkeys(messages))) for location, messages in found.items()]
+            by_location.setdefault(location, []).append(_explain(annotation, location, dict(detail), hint))
+        return value, [(location, " or ".join(dict.fromkeys(messages))) for location, messages in by_location.items()]
 
 
 def _in_data(path: tuple[str | int, ...], value: Any) -> Location:
-    """The path of an error without the names of union members, which pydantic puts in between."""
+    """Location of an error in the data: pydantic's path without the names of union members."""
     location: Location = ()
     for i, step in enumerate(path):
         inner = child(value, step)
         if inner is not ABSENT:
             value = inner
-        if inner is not ABSENT or (i == len(path) - 1 and isinstance(value, dict)):  # the last: a key that is missing
+        if inner is not ABSENT or (
+            i == len(path) - 1 and isinstance(value, dict)
+        ):  # the last step: a key that is missing
             location = (*location, step)
     return location
 
@@ -71,23 +73,23 @@ def _explain(annotation: Any, location: Location, detail: dict[str, Any], hint: 
 
 
 def _name(field: dataclasses.Field[Any]) -> str:
-    """As it is written in data."""
+    """Name of a field in YAML: its alias, if it has one."""
     return getattr(field.default, "alias", None) or field.name
 
 
 def dataclass_at(annotation: Any, location: Location) -> Any:
-    """The dataclass that describes the mapping at ``location``; ``None`` where there is none."""
+    """The dataclass that describes the mapping at ``location``; ``None`` if there is none."""
     for step in location:
         if typing.get_origin(annotation) is dict:
             annotation = typing.get_args(annotation)[1]
         else:
-            found = dataclass_in(annotation)
-            annotation = typing.get_type_hints(found).get(str(step)) if found else None
+            parent = dataclass_in(annotation)
+            annotation = typing.get_type_hints(parent).get(str(step)) if parent else None
     return dataclass_in(annotation)
 
 
 def dataclass_in(annotation: Any) -> Any:
-    """The dataclass in ``X``, ``X | None`` or ``Annotated[X, ...]``; ``None`` where there is none."""
+    """The dataclass in ``X``, ``X | None`` or ``Annotated[X, ...]``; ``None`` if there is none."""
     if dataclasses.is_dataclass(annotation):
         return annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, typing.Annotated):

@@ -1,8 +1,8 @@
-"""Strict YAML: YAML 1.2 scalars, no duplicate keys, a place for every key, dotted overrides, suggestions.
+"""Reads strict YAML: YAML 1.2 scalars, no duplicate keys, a place for every key, dotted overrides, suggestions.
 
 PyYAML reads YAML 1.1, where ``1e-5`` is a string, ``010`` is eight and ``on`` is true; here scalars follow the core
-schema of YAML 1.2. A :class:`Document` keeps the place (``file:line:column``) each key came from, through merging and
-overriding, so that whoever checks the data can say where a problem is.
+schema of YAML 1.2. A :class:`Document` keeps the place (``file:line:column``) of each key through merging and
+overriding, so that messages about the data can say where a problem is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 from posttrain.errors import RecipeError
 
 Location = tuple[str | int, ...]
-"""Keys and list indices that lead to a value, from the top."""
+"""Path to a value from the top: keys and list indices."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Document:
     places: dict[Location, str] = field(default_factory=dict)
 
     def place(self, location: Location) -> str:
-        """``file:line:column`` of the innermost key on the way to ``location`` that was written down."""
+        """``file:line:column`` of the innermost key on the way to ``location`` that is in a file."""
         while location and location not in self.places:
             location = location[:-1]
         return self.places.get(location, "recipe")
 
     def inside(self, location: Location) -> Document:
-        """The mapping at ``location`` as a document of its own, its keys at the places where they stand."""
+        """The mapping at ``location`` as a document of its own; its keys keep their places."""
         data: Any = self.data
         for step in location:
             data = child(data, step)
@@ -46,20 +46,20 @@ class Document:
         return Document(data if isinstance(data, dict) else {}, places)
 
     def problem(self, location: Location, message: str) -> str:
-        """One line: place, dotted key, what is wrong."""
+        """Writes a problem as one line: place, dotted key, message."""
         place, key = self.place(location), dotted(location)
         named = not key or place.startswith(f"{COMMAND_LINE}: --{key}=")
         return f"{place}: {message}" if named else f"{place}: {key}: {message}"
 
 
 Overrides = Sequence[str | Document]
-"""What goes over a file: documents first, in their order, and then ``--key.path=value`` arguments."""
+"""Changes to a file: documents first, in their order, and then ``--key.path=value`` arguments."""
 
 COMMAND_LINE = "command line"
 
 
 def single(location: Location, value: Any, place: str) -> Document:
-    """The document that says nothing but one value."""
+    """Makes a document with a single value."""
     data: Any = value
     for step in reversed(location):
         data = {step: data}
@@ -67,16 +67,16 @@ def single(location: Location, value: Any, place: str) -> Document:
 
 
 def dotted(location: Location) -> str:
-    """``("loss", 0, "low")`` as ``loss.0.low``, which is how an override names it."""
+    """Writes ``("loss", 0, "low")`` as ``loss.0.low``, as overrides do."""
     return ".".join(map(str, location))
 
 
 RENAMED = {"n": "completions", "branches": "completions"}
-"""Keys that had another name before: ``evaluate.n``, ``value.branches.n``, ``label.branches``."""
+"""Former names of keys (``evaluate.n``, ``value.branches.n``, ``label.branches``), with the present one."""
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` for a near miss, otherwise the names there are."""
+    """Writes ``did you mean 'x'?`` for a near miss, otherwise the known names."""
     known = sorted(set(known))
     if RENAMED.get(str(name)) in known:
         return f"did you mean {RENAMED[str(name)]!r}, which was {str(name)!r} before?"
@@ -122,7 +122,7 @@ _CONSTRUCTORS[_TAG + "str"] = str
 
 @dataclass
 class _Builder:
-    """Turns parsed nodes into data, noting places and problems on the way."""
+    """Turns parsed nodes into data, and notes places and problems."""
 
     file: str
     places: dict[Location, str] = field(default_factory=dict)
@@ -176,16 +176,17 @@ class _Builder:
 
 
 def read(path: Path) -> Document:
-    """The mapping in a YAML file.
+    """Reads the mapping in a YAML file.
 
     Raises:
-        RecipeError: no such file, not YAML, duplicate keys, keys that are not text: all of them at once.
+        RecipeError: if there is no such file, it is not YAML, or it has duplicate keys or keys that are not text. The
+            message lists all problems at once.
     """
     return parse(_text(path), str(path))
 
 
 def parse(text: str, file: str) -> Document:
-    """The mapping in a YAML text; ``file`` names it in messages. Raises like :func:`read`."""
+    """Reads the mapping in a YAML text, which messages call ``file``. Raises like :func:`read`."""
     builder = _Builder(file)
     node = _compose(text, file)
     data = {} if node is None else builder.build(node, ())
@@ -229,9 +230,12 @@ def _kind(data: Any) -> str:
 
 
 def merge(base: Document, top: Document, replaces: Callable[[Location, Mapping[str, Any]], bool]) -> Document:
-    """``top`` over ``base``: mappings are merged key by key, an empty one empties, everything else is replaced.
+    """Puts ``top`` over ``base``: merges mappings key by key and replaces everything else.
 
-    ``replaces(location, mapping)`` says of a mapping of ``top`` that it replaces the base's as a whole.
+    An empty mapping of ``top`` empties the base's mapping.
+
+    Args:
+        replaces: ``replaces(location, mapping)`` is True if a mapping of ``top`` replaces the base's as a whole.
     """
 
     def join(location: Location, under: Any, over: Any) -> Any:
@@ -254,30 +258,31 @@ def _exists(data: Any, location: Location) -> bool:
 
 
 ABSENT: Any = object()
+"""Result of :func:`child` where there is no value."""
 
 
 def child(data: Any, step: str | int) -> Any:
-    """The value at a key or an index; ``ABSENT`` where there is none."""
+    """The value at a key or an index; ``ABSENT`` if there is none."""
     if isinstance(data, list):
         return data[step] if isinstance(step, int) and 0 <= step < len(data) else ABSENT
     return data.get(step, ABSENT) if isinstance(data, dict) else ABSENT
 
 
 def override(document: Document, arguments: Iterable[str]) -> Document:
-    """The document after ``--key.path=value`` arguments, values parsed as YAML; ``--loss.0.low=0.1`` enters a list.
+    """Applies ``--key.path=value`` arguments, values parsed as YAML; ``--loss.0.low=0.1`` enters a list.
 
     Raises:
-        RecipeError: for everything that is wrong with the arguments themselves. Whether a key is known is for the
-            reader of the document to say; its place is then the command line.
+        RecipeError: if arguments are malformed or contradict each other. Unknown keys are found later, by the reader of
+            the document; their place is then the command line.
     """
     problems: list[str] = []
-    given: dict[str, str] = {}
+    arguments_by_key: dict[str, str] = {}
     for argument in arguments:
         key = argument.partition("=")[0]
-        if key in given:
-            problems.append(f"{COMMAND_LINE}: {argument}: given twice (first as {given[key]})")
+        if key in arguments_by_key:
+            problems.append(f"{COMMAND_LINE}: {argument}: given twice (first as {arguments_by_key[key]})")
             continue
-        given[key] = argument
+        arguments_by_key[key] = argument
         try:
             document = _override(document, argument)
         except RecipeError as error:
@@ -291,7 +296,7 @@ def _override(document: Document, argument: str) -> Document:
     place = f"{COMMAND_LINE}: {argument}"
     key, equals, text = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not equals or not all(key.split(".")):
-        raise RecipeError(f"{place}: an override looks like --section.key=value")
+        raise RecipeError(f"{place}: an override is written as --section.key=value")
     builder = _Builder(place)
     node = _compose(text, place)
     value = None if node is None else builder.build(node, ())

@@ -221,7 +221,7 @@ def _nothing_selected(recipe: StepSettings, drawn: int, rounds: int) -> str:
     return (
         f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or too "
         "easy for this policy, so that all completions of a prompt have the same score? Or does the verifier not "
-        "recognise its answers? The rollouts of earlier steps show its completions. --resume continues here after a fix."
+        "recognise its answers? The rollouts of earlier steps show its completions. After a fix, --resume continues."
     )
 
 

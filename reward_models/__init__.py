@@ -1,9 +1,12 @@
 """Reward models as parts: ``reward: [{use: reward_models.outcome, model: path}]``.
 
-Each is built once a process from its options and called with a batch: ``batch -> [N]`` (a completion's reward) or
-``batch -> [N, L]`` (rewards at the ends of steps, or of tokens). Models are loaded at the first call. Scorers of whole
-completions also take texts, ``of_texts(prompts, completions) -> [M]``, and prefixes of the policy's tokens,
-``of_prefixes(prefixes) -> [M]``, for evaluation and decoding.
+Each is built once a process from its options and called with a batch: ``batch -> [N]`` (one reward a completion) or
+``batch -> [N, L]`` (rewards at the ends of steps, or at tokens). Models are loaded at the first call. For evaluation
+and decoding, outcome models and ensembles also score texts, ``of_texts(prompts, completions) -> [M]``, and prefixes of
+the policy's tokens, ``of_prefixes(prefixes) -> [M]``; a judge scores texts.
+
+Read ``loading.py`` first, then ``outcome.py``. Recipes and the rooms to the right use the names below; the modules
+import from ``data``, ``models``, ``parts``, ``recipe`` and the rooms to their left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ensembles of outcome reward models: what several agree on is harder to exploit than what one says."""
+"""Ensembles of outcome reward models, which are harder to exploit than one model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Batch
-from reward_models.loading import Input
+from reward_models.loading import Dtype, Input
 from reward_models.outcome import OutcomeModel
 
 Reduction = Literal["mean", "min", "mean_minus_std", "mean_minus_variance"]
 
 
 def reduce(rewards: Float[Tensor, "E N"], how: Reduction, coefficient: float = 1.0) -> Float[Tensor, " N"]:
-    """One reward from those of E models.
+    """Reduces the rewards of E models to one.
 
     mean;  min (worst case);  mean - c · standard deviation;  mean - c · variance (uncertainty-weighted)
 
@@ -37,14 +37,17 @@ class EnsembleModel:
     """Several outcome reward models as one; see :func:`reduce`.
 
     Args:
-        models: folders or hub names. Heads on one backbone need no ensemble: a value model with ``members`` is one.
-        reduce: how their rewards become one.
-        coefficient: c.
-        shifts: of each model; rewards of different models are only comparable on one scale. Default: 0.
-        scales: of each model. Default: 1.
+        models: folders or hub names. Several heads on one backbone are a value model with ``members``, not an ensemble.
+        reduce: how the models' rewards become one.
+        coefficient: the coefficient c.
+        shifts: shift of each model, because rewards must be on one scale to be compared. Default: 0.
+        scales: scale of each model. Default: 1.
+        input: see :class:`reward_models.outcome.OutcomeModel`.
+        dtype: dtype of the weights.
+        micro_batch_tokens: padded tokens in one forward pass.
 
     Raises:
-        ValueError: for fewer than two models, or another number of shifts or scales.
+        ValueError: if there are fewer than two models, or not as many shifts or scales as models.
     """
 
     def __init__(
@@ -56,12 +59,12 @@ class EnsembleModel:
         shifts: list[float] | None = None,
         scales: list[float] | None = None,
         input: Input = "auto",
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Dtype = "float32",
         micro_batch_tokens: int = 16384,
     ) -> None:
         count = len(models)
         if count < 2:
-            raise ValueError(f"ensemble: {count} model is none; `use: reward_models.outcome` takes one")
+            raise ValueError(f"ensemble: needs at least two models, not {count}; one is `use: reward_models.outcome`")
         for name, values in (("shifts", shifts), ("scales", scales)):
             if values is not None and len(values) != count:
                 raise ValueError(f"ensemble: {count} models but {len(values)} {name}")
@@ -80,7 +83,7 @@ class EnsembleModel:
         ]
 
     def needs(self) -> set[str]:
-        """Fields of the batch that they read; fails where there is no such model."""
+        """Fields of the batch that the models read. Fails if one of the models does not exist."""
         return set().union(*(member.needs() for member in self.members))
 
     def __call__(self, batch: Batch) -> Float[Tensor, " N"]:
@@ -88,11 +91,11 @@ class EnsembleModel:
         return self._reduced([member(batch) for member in self.members])
 
     def of_texts(self, prompts: Sequence[Any], completions: Sequence[str]) -> Float[Tensor, " M"]:
-        """The rewards of completions in text."""
+        """The rewards of completions in text form."""
         return self._reduced([member.of_texts(prompts, completions) for member in self.members])
 
     def of_prefixes(self, prefixes: Sequence[Any]) -> Float[Tensor, " M"]:
-        """The rewards of prefixes of the policy's own tokens."""
+        """The rewards of prefixes, from the policy's own tokens."""
         return self._reduced([member.of_prefixes(prefixes) for member in self.members])
 
     def _reduced(self, rewards: Sequence[Float[Tensor, " N"]]) -> Float[Tensor, " N"]:

@@ -1,4 +1,4 @@
-"""Judges: a language model behind an OpenAI-compatible endpoint that rates completions or compares them."""
+"""Judges: language models behind an OpenAI-compatible endpoint that rate completions or compare them."""
 
 from __future__ import annotations
 
@@ -36,23 +36,26 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
 class JudgeError(RuntimeError):
-    """The endpoint does not answer, or does not answer in the form that was asked for."""
+    """The endpoint does not answer, or its answer has no verdict in the requested form."""
 
 
 class Endpoint:
-    """An OpenAI-compatible ``/chat/completions``, asked with bounded concurrency.
+    """A client of an OpenAI-compatible ``/chat/completions``, with a bounded number of requests at the same time.
 
     Args:
-        url: up to the version, such as ``http://localhost:8000/v1``.
-        model: its name there.
-        key_variable: environment variable with the key; without it none is sent.
-        temperature: of the judge.
-        max_tokens: of its answer.
-        concurrent: requests at the same time.
+        url: address up to the version, such as ``http://localhost:8000/v1``.
+        model: name of the judge at the endpoint.
+        key_variable: environment variable with the key. No key is sent if the variable is not set.
+        temperature: sampling temperature of the judge.
+        max_tokens: most tokens of an answer.
+        concurrent: most requests at the same time.
         timeout: seconds for one request.
-        retries: further attempts after a timeout, a broken connection, a status such as 429 or 503, or an answer
-            without a verdict.
-        backoff: seconds before the first further attempt; doubled each time.
+        retries: number of further attempts after a timeout, a broken connection, a status such as 429 or 503, or an
+            answer without a verdict.
+        backoff: seconds before the first further attempt; doubled before each next one.
+
+    Raises:
+        RecipeError: if ``url`` is not an http address.
     """
 
     def __init__(
@@ -75,13 +78,13 @@ class Endpoint:
         self.concurrent, self.timeout, self.retries, self.backoff = concurrent, timeout, retries, backoff
 
     def ask(self, questions: Sequence[str], read: Callable[[str], float | None]) -> list[float]:
-        """The verdict on each question.
+        """Asks all questions and returns the verdict on each.
 
         Args:
-            read: the judge's words to a number; None where there is no verdict in them.
+            read: finds the verdict in the judge's answer, as a number; None if there is none.
 
         Raises:
-            JudgeError: for a question that found no verdict in all attempts.
+            JudgeError: if a question got no verdict in any attempt.
         """
         key = os.environ.get(self.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -89,14 +92,15 @@ class Endpoint:
             httpx.Client(timeout=self.timeout, headers=headers) as client,
             ThreadPoolExecutor(max_workers=self.concurrent) as threads,
         ):
-            waiting = [threads.submit(self._verdict, client, question, read) for question in questions]
+            futures = [threads.submit(self._verdict, client, question, read) for question in questions]
             try:
-                return [future.result() for future in waiting]
+                return [future.result() for future in futures]
             except JudgeError:
-                threads.shutdown(cancel_futures=True)  # the others would be asked for nothing
+                threads.shutdown(cancel_futures=True)  # the remaining answers would not be used
                 raise
 
     def _verdict(self, client: httpx.Client, question: str, read: Callable[[str], float | None]) -> float:
+        """Asks one question until the answer holds a verdict or no attempt is left."""
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -105,14 +109,14 @@ class Endpoint:
             if answer is not None:
                 if (verdict := read(answer)) is not None:
                     return verdict
-                problem = f"there is no verdict in its answer {answer[-200:]!r}"
+                problem = f"no verdict in its answer {answer[-200:]!r}"
         raise JudgeError(f"judge {self.model!r} at {self.url}: {problem} ({self.retries + 1} attempts)")
 
     def _answer(self, client: httpx.Client, question: str) -> tuple[str | None, str]:
-        """What the judge says, or None and what went wrong.
+        """The judge's answer, or None and the problem.
 
         Raises:
-            JudgeError: for a status that another attempt would not change.
+            JudgeError: if the status is one that another attempt would not change.
         """
         body = {
             "model": self.model,
@@ -135,25 +139,25 @@ class Endpoint:
         try:
             return str(response.json()["choices"][0]["message"]["content"] or ""), ""
         except (ValueError, LookupError, TypeError):
-            return None, f"not an answer of a chat model: {response.text[:200]!r}"
+            return None, f"its answer has not the format of a chat completion: {response.text[:200]!r}"
 
 
 class Judge:
-    """A rating of each completion.
+    """Rates each completion with a judge.
 
     r = (rating - low) / (high - low), in [0, 1] for ratings from ``low`` to ``high``
 
     Zheng et al. 2023 (single-answer grading), section 3.1, arXiv:2306.05685.
 
     Args:
-        template: of the question; ``{prompt}`` and ``{completion}`` are filled in.
+        template: template of the question; ``{prompt}`` and ``{completion}`` are filled in.
         pattern: regular expression whose first group is the rating; the last match counts.
-        low: rating that is worth 0.
-        high: rating that is worth 1.
-        endpoint: see :class:`Endpoint`: ``url``, ``model``, ...
+        low: lowest rating, which gives reward 0.
+        high: highest rating, which gives reward 1.
+        endpoint: options of :class:`Endpoint`: ``url``, ``model``, ...
 
     Raises:
-        RecipeError: for a template without its places.
+        RecipeError: if a placeholder is missing in the template.
     """
 
     def __init__(
@@ -164,7 +168,7 @@ class Judge:
         self.endpoint = make_endpoint(endpoint)
 
     def needs(self) -> set[str]:
-        """Fields of the batch that it reads."""
+        """Fields of the batch that the judge reads."""
         return {"rows", "texts"}
 
     def __call__(self, batch: Batch) -> Float[Tensor, " N"]:
@@ -172,34 +176,34 @@ class Judge:
         return self.of_texts(prompts_of(batch), batch.texts)
 
     def of_texts(self, prompts: Sequence[Any], completions: Sequence[str]) -> Float[Tensor, " M"]:
-        """The rewards of completions in text."""
+        """The rewards of completions in text form."""
         pairs = zip(prompts, completions, strict=True)
         questions = [filled(self.template, prompt=as_text(prompt), completion=text) for prompt, text in pairs]
         ratings = self.endpoint.ask(questions, self._read)
         return (torch.tensor(ratings) - self.low) / (self.high - self.low)
 
     def _read(self, answer: str) -> float | None:
-        """The last rating in the answer, if it lies between ``low`` and ``high``."""
-        found = self.pattern.findall(answer)
-        rating = float(found[-1]) if found else None
+        """The last rating in the answer; None if there is none, or if it is not between ``low`` and ``high``."""
+        matches = self.pattern.findall(answer)
+        rating = float(matches[-1]) if matches else None
         return rating if rating is not None and self.low <= rating <= self.high else None
 
 
 class PairwiseJudge(Comparer):
-    """The share of a group's other completions that a completion beats, by a judge who is asked in both orders.
+    """Win rates by a judge that compares two completions of a prompt, in both orders.
 
-    See :class:`reward_models.comparing.Comparer`; a tie is ½.
+    See :class:`reward_models.comparing.Comparer`; a tie counts ½.
 
     Args:
-        template: of the question; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
+        template: template of the question; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
         pattern: regular expression whose first group is A, B or C (a tie); the last match counts.
         against: see :class:`reward_models.comparing.Comparer`.
-        itself: see there.
-        center: see there.
-        endpoint: see :class:`Endpoint`: ``url``, ``model``, ...
+        itself: see :class:`reward_models.comparing.Comparer`.
+        center: see :class:`reward_models.comparing.Comparer`.
+        endpoint: options of :class:`Endpoint`: ``url``, ``model``, ...
 
     Raises:
-        RecipeError: for a template without its places.
+        RecipeError: if a placeholder is missing in the template.
     """
 
     def __init__(
@@ -217,23 +221,25 @@ class PairwiseJudge(Comparer):
         self.template, self.pattern, self.endpoint = template, re.compile(pattern), make_endpoint(endpoint)
 
     def needs(self) -> set[str]:
-        """Fields of the batch that it reads."""
+        """Fields of the batch that the judge reads."""
         return {"rows", "texts", "group"}
 
     def first_wins(self, ordered: Sequence[tuple[Any, str, str]]) -> Float[Tensor, " Q"]:
-        """See :meth:`reward_models.comparing.Comparer.first_wins`."""
+        """Implements :meth:`reward_models.comparing.Comparer.first_wins`."""
         questions = [filled(self.template, prompt=as_text(prompt), a=a, b=b) for prompt, a, b in ordered]
         return torch.tensor(self.endpoint.ask(questions, self._read))
 
     def _read(self, answer: str) -> float | None:
-        found = self.pattern.findall(answer)
-        return FIRST_WINS.get(found[-1]) if found else None
+        """The last verdict in the answer as a score of the first completion; None if there is none."""
+        matches = self.pattern.findall(answer)
+        return FIRST_WINS.get(matches[-1]) if matches else None
 
 
 def make_endpoint(options: dict[str, Any]) -> Endpoint:
-    """
+    """Builds an endpoint from a part's options.
+
     Raises:
-        RecipeError: for options that an endpoint does not have, or without those that it must have.
+        RecipeError: if an option is unknown, or if ``url`` or ``model`` is missing.
     """
     try:
         return Endpoint(**options)
@@ -242,7 +248,7 @@ def make_endpoint(options: dict[str, Any]) -> Endpoint:
 
 
 def as_text(prompt: Any) -> str:
-    """A prompt as a judge reads it: messages under their roles, or the user's only one as it is."""
+    """Formats a prompt for a judge: messages under their roles; a single message or a text without a role."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -251,16 +257,17 @@ def as_text(prompt: Any) -> str:
 
 
 def filled(template: str, **values: str) -> str:
-    """The template with its places filled in one pass: braces in what is filled in are left alone."""
-    places = "|".join(map(re.escape, values))
-    return re.sub(rf"\{{({places})\}}", lambda match: values[match[1]], template)
+    """Fills in all placeholders of a template in one pass, so that braces in the values stay as they are."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template)
 
 
-def check_template(template: str, places: Iterable[str]) -> None:
-    """
+def check_template(template: str, names: Iterable[str]) -> None:
+    """Checks that a template has all placeholders.
+
     Raises:
-        RecipeError: for a template without one of its places.
+        RecipeError: if a placeholder is missing.
     """
-    missing = [place for place in places if f"{{{place}}}" not in template]
+    missing = [name for name in names if f"{{{name}}}" not in template]
     if missing:
-        raise RecipeError(f"judge: the template has no place {{{missing[0]}}}")
+        raise RecipeError(f"judge: the template has no placeholder {{{missing[0]}}}; add it where the text goes")

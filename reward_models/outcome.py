@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from reward_models.loading import (
+    Dtype,
     Input,
     check_model,
     check_vocabulary,
@@ -24,25 +25,25 @@ from reward_models.loading import (
 
 
 class OutcomeModel:
-    """The value that a reward model, or a saved value model, gives to the whole completion.
+    """The value of the whole completion by a reward model or a saved value model.
 
     r = (V(prompt, completion) - shift) / scale
 
     Ouyang et al. 2022, arXiv:2203.02155. With the mean and standard deviation of V over samples of the initial policy
-    as ``shift`` and ``scale``, rewards start out with mean 0 and variance 1: Ziegler et al. 2019, section 2,
+    as ``shift`` and ``scale``, rewards start with mean 0 and variance 1: Ziegler et al. 2019, section 2,
     arXiv:1909.08593; :func:`posttrain.reports.reward_curves.moments` gives both.
 
     Args:
-        model: folder or hub name: a value model of this package, a ``...ForSequenceClassification`` of one label, or a
-            ``...ForTokenClassification``, which is read at the last token.
-        input: what it reads.
-        shift: reward of 0.
-        scale: reward of 1, above ``shift``.
-        dtype: of the weights.
+        model: folder or hub name of a value model of this package, of a ``...ForSequenceClassification`` with one
+            label, or of a ``...ForTokenClassification``, which is read at the last token.
+        input: input of the model: ``tokens``, ``text`` or ``auto``.
+        shift: value of V that gives reward 0.
+        scale: V at reward 1 minus V at reward 0.
+        dtype: dtype of the weights.
         micro_batch_tokens: padded tokens in one forward pass.
 
     Raises:
-        ValueError: for a scale that is not positive.
+        ValueError: if the scale is not positive.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class OutcomeModel:
         input: Input = "auto",
         shift: float = 0.0,
         scale: float = 1.0,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Dtype = "float32",
         micro_batch_tokens: int = 16384,
     ) -> None:
         if scale <= 0:
@@ -62,7 +63,7 @@ class OutcomeModel:
         self.dtype, self.micro_batch_tokens = dtype, micro_batch_tokens
 
     def needs(self) -> set[str]:
-        """Fields of the batch that it reads; fails where there is no such model."""
+        """Fields of the batch that the model reads. Fails if the model does not exist."""
         check_model(self.model)
         return {"tokens", "mask", "rows", "texts"}
 
@@ -75,17 +76,17 @@ class OutcomeModel:
         return self._of_tokens([ids[: end + 1].tolist() for ids, end in zip(batch.tokens, last, strict=True)])
 
     def of_texts(self, prompts: Sequence[Any], completions: Sequence[str]) -> Float[Tensor, " M"]:
-        """The rewards of completions in text, by the model's own tokenizer and chat template.
+        """The rewards of completions in text form, encoded by the model's own tokenizer and chat template.
 
         Args:
-            prompts: messages, or plain text.
+            prompts: messages or plain text of each completion.
         """
         tokenizer = tokenizer_of(self.model)
         texts = [render(prompt, text, tokenizer) for prompt, text in zip(prompts, completions, strict=True)]
         return self._of_tokens(tokenizer(texts, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
     def of_prefixes(self, prefixes: Sequence[Any]) -> Float[Tensor, " M"]:
-        """The rewards of prefixes (``posttrain.decoding.prefixes.Prefix``), by the policy's own tokens."""
+        """The rewards of prefixes (``posttrain.decoding.prefixes.Prefix``), from the policy's own tokens."""
         return self._of_tokens([list(prefix.tokens) for prefix in prefixes])
 
     def _of_tokens(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, " M"]:

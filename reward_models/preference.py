@@ -1,22 +1,23 @@
-"""Preference models: a language model that says which of two completions is better."""
+"""Preference models: language models that are trained to name the better of two completions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.batch import pad
 from posttrain.errors import UserError
 from posttrain.micro_batches import length_groups
 from posttrain.parts.preference.games import Rivals
 from reward_models.comparing import Comparer
 from reward_models.implicit import language_model
 from reward_models.judge import as_text, check_template, filled
-from reward_models.loading import check_model, device, tokenizer_of
+from reward_models.loading import Dtype, check_model, device, tokenizer_of
 
 QUESTION = (
     "Which of the two answers is better? Say A or B.\n\n[What was asked]\n{prompt}\n\n[Answer A]\n{a}\n\n"
@@ -26,7 +27,7 @@ ANSWERS = ("A", "B")
 
 
 def question(prompt: Any, a: str, b: str, template: str = QUESTION) -> str:
-    """What a preference model is asked; ``recipes/data/comparisons.py`` trains on the same words."""
+    """The question to a preference model. ``recipes/data/comparisons.py`` trains on the same words."""
     return filled(template, prompt=as_text(prompt), a=a, b=b)
 
 
@@ -40,15 +41,15 @@ class PreferenceModel(Comparer):
 
     Args:
         model: folder or hub name. The question goes through its chat template, if it has one.
-        template: of the question; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
+        template: template of the question; ``{prompt}``, ``{a}`` and ``{b}`` are filled in.
         against: see :class:`reward_models.comparing.Comparer`.
-        itself: see there.
-        center: see there.
-        dtype: of the weights.
+        itself: see :class:`reward_models.comparing.Comparer`.
+        center: see :class:`reward_models.comparing.Comparer`.
+        dtype: dtype of the weights.
         micro_batch_tokens: padded tokens in one forward pass.
 
     Raises:
-        RecipeError: for a template without its places.
+        RecipeError: if a placeholder is missing in the template.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class PreferenceModel(Comparer):
         against: Rivals = "group",
         itself: bool = False,
         center: float = 0.0,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Dtype = "float32",
         micro_batch_tokens: int = 16384,
     ) -> None:
         check_template(template, ("prompt", "a", "b"))
@@ -67,41 +68,44 @@ class PreferenceModel(Comparer):
         self.model, self.template, self.dtype, self.micro_batch_tokens = model, template, dtype, micro_batch_tokens
 
     def needs(self) -> set[str]:
-        """Fields of the batch that it reads; fails where there is no such model."""
+        """Fields of the batch that the model reads. Fails if the model does not exist."""
         check_model(self.model)
         return {"rows", "texts", "group"}
 
     @torch.inference_mode()
     def first_wins(self, ordered: Sequence[tuple[Any, str, str]]) -> Float[Tensor, " Q"]:
-        """See :meth:`reward_models.comparing.Comparer.first_wins`."""
+        """Implements :meth:`reward_models.comparing.Comparer.first_wins`."""
         model, tokenizer = language_model(self.model, self.dtype), tokenizer_of(self.model)
-        ids = [_ids(question(*each, self.template), tokenizer) for each in ordered]
+        ids = [_ids(question(prompt, a, b, self.template), tokenizer) for prompt, a, b in ordered]
         lengths = torch.tensor([len(row) for row in ids])
-        choices = torch.tensor([_first_token(answer, tokenizer) for answer in ANSWERS], device=device())
-        found = torch.zeros(len(ids))
+        answers = torch.tensor(_first_tokens(tokenizer), device=device())
+        probabilities = torch.zeros(len(ids))
         for rows in length_groups(lengths, self.micro_batch_tokens):
-            tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
-            for at, row in enumerate(rows):
-                tokens[at, : len(ids[row])] = torch.tensor(ids[row])
+            tokens = pad([ids[row] for row in rows], dtype=torch.long)
             hidden = model.hidden_states(tokens.to(device()))[torch.arange(len(rows)), lengths[rows] - 1]
-            found[rows] = model.next_logits(hidden)[:, choices].softmax(-1)[:, 0].cpu()
-        return found
+            probabilities[rows] = model.next_logits(hidden)[:, answers].softmax(-1)[:, 0].cpu()
+        return probabilities
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a question, through the chat template if there is one."""
     if tokenizer.chat_template is None:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-    asked = [{"role": "user", "content": text}]
-    found: Any = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
-    return list(found["input_ids"])
+    messages = [{"role": "user", "content": text}]
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
-def _first_token(answer: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """First tokens of the two answers.
+
     Raises:
-        UserError: where the answers begin alike.
+        UserError: if both answers begin with the same token.
     """
-    first = {each: tokenizer(each, add_special_tokens=False)["input_ids"][0] for each in ANSWERS}  # type: ignore[index]
-    if len(set(first.values())) < len(ANSWERS):
-        raise UserError(f"preference model: its tokenizer begins the answers {ANSWERS} with the same token")
-    return first[answer]
+    first = [tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS]  # type: ignore[index]
+    if len(set(first)) < len(ANSWERS):
+        raise UserError(
+            f"preference model: its tokenizer encodes the answers {ANSWERS} with the same first token, so that they "
+            "cannot be distinguished. Use a model with another tokenizer"
+        )
+    return first

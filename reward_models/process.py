@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.batch import Batch
 from posttrain.data.steps import cut, steps_by_text
 from posttrain.errors import UserError
+from posttrain.models.load import text_of
 from posttrain.parts.credit import step_ends
 from reward_models.loading import (
+    Dtype,
     Input,
     check_model,
     check_vocabulary,
@@ -27,7 +29,7 @@ from reward_models.loading import (
 
 
 class ProcessModel:
-    """What a process reward model says of each step, as ``step_reward`` at the step's last token.
+    """Scores of a process reward model for each step, as ``step_reward`` at the step's last token.
 
     r_t = V(prompt, steps up to k) at the end of step k, 0 elsewhere;  signed: 2 V - 1;  shared: divided by the steps
 
@@ -37,14 +39,15 @@ class ProcessModel:
     Args:
         model: folder or hub name of a ``...ForTokenClassification`` with labels wrong and right, or with one label, or
             of a value model of this package.
-        separator: what a step ends with. Default: the steps that the rollout made.
-        input: what it reads. A model that reads text gets the steps with ``marker`` behind each.
-        marker: what the model was trained to judge a step at; its value is read at the marker's last token. Default:
-            nothing, and the value is read at the step's last token.
-        tokenizer: the policy's tokenizer, folder or hub name; a model that reads text needs it for ``separator``.
-        signed: rewards between -1 and 1, of a model whose values are probabilities.
-        shared: divides by the number of steps.
-        dtype: of the weights.
+        separator: text at which a step ends. Default: the steps that the rollout made.
+        input: input of the model: ``tokens``, ``text`` or ``auto``. A model that reads text gets the steps with
+            ``marker`` after each.
+        marker: text after a step at which the model was trained to judge it; the value is read at the marker's last
+            token. Default: no marker, and the value is read at the step's last token.
+        tokenizer: folder or hub name of the policy's tokenizer, which ``separator`` needs if the model reads text.
+        signed: maps values that are probabilities to rewards between -1 and 1.
+        shared: divides the rewards by the number of steps.
+        dtype: dtype of the weights.
         micro_batch_tokens: padded tokens in one forward pass.
     """
 
@@ -58,7 +61,7 @@ class ProcessModel:
         tokenizer: str | None = None,
         signed: bool = False,
         shared: bool = False,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: Dtype = "float32",
         micro_batch_tokens: int = 16384,
     ) -> None:
         self.model, self.separator, self.marker = model, separator, marker
@@ -67,39 +70,39 @@ class ProcessModel:
         self.dtype, self.micro_batch_tokens = dtype, micro_batch_tokens
 
     def needs(self) -> set[str]:
-        """Fields of the batch that it reads; fails where there is no such model."""
+        """Fields of the batch that the model reads. Fails if the model does not exist."""
         check_model(self.model)
         if not reads_tokens(self.model, self.input) and (self.separator is None or self.tokenizer is None):
             raise UserError(
-                "reward_models.process: a model that reads text needs `separator` (what a step ends with) and "
-                "`tokenizer` (the policy's), to know which tokens its steps are"
+                "reward_models.process: a model that reads text needs `separator` (the text at which a step ends) and "
+                "`tokenizer` (the policy's), to find the tokens of the steps"
             )
         return {"tokens", "mask", "step_id", "rows", "texts"}
 
     def __call__(self, batch: Batch) -> Float[Tensor, "N L"]:
         """The step rewards, 0 off the ends of steps."""
-        tokens = reads_tokens(self.model, self.input)
+        by_tokens = reads_tokens(self.model, self.input)
         if self.separator is not None:
-            batch = batch.set(step_id=self._steps(batch, self.model if tokens else str(self.tokenizer)))
+            batch = batch.set(step_id=self._steps(batch, self.model if by_tokens else str(self.tokenizer)))
         ends = step_ends(batch)
-        values = self._by_tokens(batch, ends) if tokens else self._by_text(batch, ends)
+        values = self._by_tokens(batch, ends) if by_tokens else self._by_text(batch, ends)
         values = 2 * values - 1 if self.signed else values
         values = values / ends.sum(-1, keepdim=True).clamp(min=1) if self.shared else values
         return values.where(ends, 0.0)
 
     def _steps(self, batch: Batch, tokenizer: str) -> Int[Tensor, "N L"]:
-        its = tokenizer_of(tokenizer)
-        return steps_by_text(
-            batch, lambda ids: str(its.decode(list(ids), skip_special_tokens=True)), self.separator or ""
-        )
+        """The number of each token's step, with steps that end at the separator."""
+        return steps_by_text(batch, text_of(tokenizer_of(tokenizer)), self.separator or "")
 
     def _by_tokens(self, batch: Batch, ends: Tensor) -> Float[Tensor, "N L"]:
+        """The values of a model that reads the policy's tokens, at the ends of steps."""
         check_vocabulary(self.model, batch)
         columns = [row.nonzero().squeeze(-1).tolist() for row in ends]
         tokens = [ids[: at[-1] + 1].tolist() for ids, at in zip(batch.tokens, columns, strict=True)]
-        return self._placed(tokens, columns, ends)
+        return self._values(tokens, columns, ends)
 
     def _by_text(self, batch: Batch, ends: Tensor) -> Float[Tensor, "N L"]:
+        """The values of a model that reads text, at the ends of the policy's steps."""
         tokenizer = tokenizer_of(self.model)
         tokens, columns = [], []
         for row, (prompt, text) in enumerate(zip(prompts_of(batch), batch.texts, strict=True)):
@@ -107,10 +110,10 @@ class ProcessModel:
             ids, at = step_columns(prompt, steps, self.separator or "", self.marker, tokenizer)
             tokens.append(ids)
             columns.append(at)
-        return self._placed(tokens, columns, ends)
+        return self._values(tokens, columns, ends)
 
-    def _placed(self, tokens: list[list[int]], columns: list[list[int]], ends: Tensor) -> Float[Tensor, "N L"]:
-        """The values at ``columns`` of the model's tokens, at the ends of the policy's steps."""
+    def _values(self, tokens: list[list[int]], columns: list[list[int]], ends: Tensor) -> Float[Tensor, "N L"]:
+        """The values at ``columns`` of the model's tokens, written to the ends of the policy's steps."""
         model, values = value_model(self.model, self.dtype), torch.zeros(ends.shape)
         values[ends] = torch.cat(values_at(model, tokens, columns, self.micro_batch_tokens))
         return values
@@ -119,21 +122,22 @@ class ProcessModel:
 def step_columns(
     prompt: Any, steps: list[str], separator: str, marker: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Prompt and steps as a text model's tokens, and the columns at which it judges each step.
+    """Encodes prompt and steps for a model that reads text; returns the tokens and the column of each step's value.
 
     Args:
-        steps: without the separator behind each but the last.
-        marker: stands behind each step in place of the separator, or before it where the marker is empty.
+        steps: the steps, without the separators between them.
+        separator: text between two steps. It is put back only if ``marker`` is empty.
+        marker: text that is put after each step, in place of the separator.
 
     Raises:
-        UserError: where the chat template changes the completion.
+        UserError: if the chat template changes the completion.
     """
     pieces = [step + (marker or separator * (i < len(steps) - 1)) for i, step in enumerate(steps)]
     text = "".join(pieces)
     rendered = render(prompt, text, tokenizer)
     start = rendered.rfind(text)
     if start < 0:
-        raise UserError("reward_models.process: the model's chat template changes what the assistant said")
+        raise UserError("reward_models.process: the model's chat template changes the text of the completion")
     encoded: Any = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     columns, end = [], start
     for piece in pieces:

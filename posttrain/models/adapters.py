@@ -1,4 +1,4 @@
-"""LoRA adapters on a language model: added, switched, merged."""
+"""LoRA adapters on a language model: adding, switching and merging them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from posttrain.recipe.sections import LoraSection
 
 POLICY_ADAPTER = "default"
-"""Name of the policy's own adapter; a value model on the same weights has another."""
+"""Name of the policy's own adapter. A value model on the same weights has another one."""
 
 
 def with_adapter(model: Any, lora: LoraSection, name: str) -> Any:
-    """The model with one more adapter, in float32, to be trained; a model without any is wrapped for PEFT first."""
+    """Adds an adapter in float32, to be trained, and returns the model.
+
+    A model without adapters is wrapped for PEFT first.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -38,7 +41,7 @@ def with_adapter(model: Any, lora: LoraSection, name: str) -> Any:
 
 
 def add_adapter(model: Any, config: Any, name: str) -> None:
-    """One more adapter on a PEFT model; what required a gradient still does (PEFT would stop the others)."""
+    """Adds an adapter to a PEFT model. Parameters that require a gradient keep doing so, which PEFT would change."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.add_adapter(name, config)
     _LAYERS_OF.pop(model, None)
@@ -47,16 +50,16 @@ def add_adapter(model: Any, config: Any, name: str) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The weights of one adapter, under names that do not hold the adapter's."""
+    """The weights of one adapter. The adapter's name is left out of their names."""
     mark = f".{name}."
     return {key.replace(mark, "."): p for key, p in model.named_parameters() if ".lora_" in key and mark in key}
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Trades time for memory: each layer's activations are computed again in the backward pass.
+    """Trades time for memory: the backward pass recomputes each layer's activations.
 
-    They are computed again with the adapter of the forward pass. Without that, a backward pass through two forward
-    passes with two adapters on the same weights would silently give wrong gradients.
+    It recomputes them with the adapter of the forward pass. Otherwise one backward pass through two forward passes
+    with two adapters on the same weights would silently give wrong gradients.
     """
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if hasattr(model, "peft_config"):
@@ -66,14 +69,14 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def selected_adapter(model: nn.Module) -> str | None:
-    """Name of the adapter that a forward pass would run with; None: without."""
+    """Name of the adapter that a forward pass would use; None if it would use none."""
     layer = _adapted_layers(model)[0]
     return None if layer.disable_adapters else layer.active_adapters[0]
 
 
 @contextmanager
 def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Runs with one adapter, or with none, and leaves alone what requires a gradient."""
+    """Selects one adapter, or none, for the block. Does not change which parameters require a gradient."""
     before = selected_adapter(model)
     _select(model, name, before)
     try:
@@ -86,8 +89,8 @@ def _select(model: nn.Module, name: str | None, now: str | None) -> None:
     if name == now:
         return
     for layer in _adapted_layers(model):
-        # What PEFT's set_adapter and enable_adapters do, but for the adapter that they then stop from being trained.
-        # Setting that right again takes 50 times as long, and checkpointing switches at every layer.
+        # PEFT's set_adapter and enable_adapters do this too, but they also turn off training of the adapter that they
+        # leave. Undoing that would take 50 times as long, and checkpointing switches at every layer.
         layer._disable_adapters = name is None
         if name is not None:
             layer._active_adapter = [name]
@@ -105,7 +108,7 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
 
 
 def merged(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model under its Hugging Face name, with one adapter merged in, one at a time."""
+    """Yields every weight of a model under its Hugging Face name, with one adapter merged in."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

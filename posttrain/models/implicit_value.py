@@ -1,4 +1,4 @@
-"""Implicit values: a language model trained on outcomes says token by token how good a prefix is.
+"""Implicit values: the log-ratio of a language model trained on outcomes to its base is the value of a prefix.
 
 Sizes in the shape annotations: ``N`` completions, ``L`` columns.
 """
@@ -16,21 +16,21 @@ from posttrain.models.value import ValueModel, ValueSpec
 
 
 class ImplicitValue(ValueModel):
-    """A causal language model φ whose log-ratio to its frozen beginning is the value of a prefix, in log-odds.
+    """A causal language model φ whose log-ratio to its frozen base is the value of a prefix, in log-odds.
 
         V_t = β Σ_s≤t log π_φ(y_s | y_<s) / π_base(y_s | y_<s), over the tokens s that the policy chose
 
-    JointModel such that σ(V) at the end is the probability of being right: Yuan et al. 2024, arXiv:2412.01981; while the
-    policy learns from V_t - V_t-1: Cui et al. 2025 (PRIME), arXiv:2502.01456.
+    Trained such that σ(V) at the end is the probability that the answer is right: Yuan et al. 2024, arXiv:2412.01981;
+    while the policy learns from V_t - V_t-1: Cui et al. 2025 (PRIME), arXiv:2502.01456.
 
-    Which tokens were chosen is read off the states: those whose column and the one before are both states. So a single
-    token of tool output between two chosen ones counts as chosen.
+    The chosen tokens are found from the states: a token counts as chosen if its column and the column before it are
+    both states. So a single token of tool output between two chosen ones counts as chosen too.
 
     Args:
         backbone: the language model, or PEFT's wrapper of one, which may be the policy's.
-        spec: with β in its head.
-        base: what it started from, frozen here; None: the backbone without its adapters.
-        adapter: of the language model on the backbone; None: there is none.
+        spec: the meaning of the values; its head holds β.
+        base: the model that training started from; it is frozen here. Default: the backbone without its adapters.
+        adapter: name of the language model's adapter on the backbone. Default: it has none.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class ImplicitValue(ValueModel):
 
     @property
     def language_model(self) -> Policy:
-        """The language model, by its log-probs."""
+        """The language model as a policy, which gives its log-probs."""
         return Policy(self.backbone, self.adapter or POLICY_ADAPTER)
 
     def train(self, mode: bool = True) -> ImplicitValue:
-        """The base stays in evaluation mode: it has no dropout."""
+        """Sets the mode. The base stays in evaluation mode, so that it has no dropout."""
         super().train(mode)
         if self.base is not None:
             self.base.eval()
         return self
 
     def on(self, backbone: nn.Module, adapter: str | None = None) -> ImplicitValue:
-        """See :meth:`ValueModel.on`; the base is the same."""
+        """Moves to another backbone as :meth:`ValueModel.on` does; the base is kept."""
         return ImplicitValue(backbone, self.spec, self.base, adapter)
 
     def forward(
@@ -60,17 +60,17 @@ class ImplicitValue(ValueModel):
     ) -> tuple[Tensor, Tensor]:
         """Log-odds of the prefixes that end at ``states``, float32, 0 elsewhere and before the first chosen token.
 
-        Gradients flow through φ alone.
+        Gradients flow through φ only.
 
         Args:
-            states: all of each completion: the value is a sum over them.
-            members: with a first dimension of 1, as other heads have one a member.
+            states: all states of each completion, because the value is a sum over them.
+            members: adds a first dimension of 1 to the results, for the only member.
 
         Returns:
             ``value [N, L]`` and the same as ``logits [N, L, 1]``, the logit of the outcome that ``bce`` reads.
 
         Raises:
-            ValueError: for a completion with one state, from which nothing can be told.
+            ValueError: for a completion with only one state, in which no chosen token can be found.
         """
         if bool((states.sum(-1) == 1).any()):
             raise ValueError("an implicit value is a sum over the completion: `states` must mark all of its tokens")

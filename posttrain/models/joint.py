@@ -1,4 +1,4 @@
-"""The models that a run trains, as one module: Accelerate and DeepSpeed wrap one, and every pass goes through it."""
+"""The models that a run trains, joined in one module, because Accelerate and DeepSpeed wrap one module."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from posttrain.models.value import ValueModel
 
 
 class Passes(NamedTuple):
-    """What a pass of each trained model gives; None for a model that is not trained, or was not asked for."""
+    """Results of one pass of each trained model; None where a model is not trained or a result was not asked for."""
 
     logp: Float[Tensor, "N L"] | None
     entropy: Float[Tensor, "N L"] | None
     kl_ref: Float[Tensor, "N L"] | None
     collision: Float[Tensor, "N L"] | None
-    value: Float[Tensor, "M N L"] | None  # of each member
+    value: Float[Tensor, "M N L"] | None  # values by each member
     value_logits: Float[Tensor, "M N L K"] | None
 
 
 class JointModel(nn.Module):
-    """The policy, the value model, or both: those that have a loss."""
+    """The policy, the value model, or both: the models that have a loss."""
 
     def __init__(self, policy: Policy | None, value: ValueModel | None) -> None:
         super().__init__()
@@ -39,7 +39,11 @@ class JointModel(nn.Module):
         states: Bool[Tensor, "N L"],
         **asked: Any,
     ) -> Passes:
-        """One pass of each model; ``asked``: what :meth:`posttrain.models.policy.Policy.statistics` takes by name."""
+        """Runs one pass of each model.
+
+        Args:
+            asked: keyword arguments of :meth:`posttrain.models.policy.Policy.statistics`.
+        """
         logp = entropies = kl_ref = collision = value = logits = None
         if self.policy is not None:
             logp, entropies, kl_ref, collision = self.policy.statistics(tokens, mask, **asked)
@@ -58,9 +62,11 @@ def forward(
     kl_from: Policy | None = None,
     support: Tensor | None = None,
 ) -> list[Outputs]:
-    """One pass of a (wrapped) :class:`JointModel` over a batch: outputs for each member of the value model, or one.
+    """Runs one pass of a (wrapped) :class:`JointModel` over a batch.
 
-    The log-probs of a policy that is not trained are those of before the update, or 0 where nothing asked for them.
+    Returns:
+        Outputs for each member of the value model, or one if no value model is trained. If the policy is not trained,
+        their log-probs are those from before the update, or 0 if no part reads them.
     """
     asked = {"temperature": temperature, "entropy": entropy, "collision": collision, "kl_from": kl_from}
     passes = Passes(*trained(batch.tokens, batch.mask, batch.states, **asked))
@@ -76,4 +82,4 @@ def forward(
         return [outputs]
     logits = [None] * len(passes.value) if passes.value_logits is None else list(passes.value_logits)
     members = zip(passes.value, logits, strict=True)
-    return [dataclasses.replace(outputs, value=value, value_logits=its) for value, its in members]
+    return [dataclasses.replace(outputs, value=value, value_logits=of_member) for value, of_member in members]

@@ -1,4 +1,4 @@
-"""Models and tokenizers, loaded from the hub or from a folder, with messages for what cannot be loaded."""
+"""Loads models and tokenizers from the hub or from a folder. Messages say why one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from posttrain.recipe.sections import PolicySection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
 UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
-"""What Transformers raises where a model is absent, of an unknown kind, damaged, or of other shapes than it says."""
+"""Errors that Transformers raises if a model is absent, unknown or damaged, or if its shapes contradict its config."""
 
 
 def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
     """The policy's tokenizer.
 
     Raises:
-        RecipeError: where the model cannot be found, or has no end-of-sequence token to stop at.
+        RecipeError: if the model cannot be found, or if its tokenizer has no end-of-sequence token to stop at.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -38,7 +37,7 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
 
 
 def text_of(tokenizer: Any, *, special: bool = False) -> Callable[[Sequence[int]], str]:
-    """A function from token ids to text.
+    """Makes a function from token ids to text.
 
     Args:
         special: keep special tokens in the text.
@@ -47,7 +46,11 @@ def text_of(tokenizer: Any, *, special: bool = False) -> Callable[[Sequence[int]
 
 
 def not_found(place: str, model: str, error: Exception) -> str:
-    """What to tell a person whose model could not be loaded; ``place``: where in the recipe it is named."""
+    """The message for a model that could not be loaded.
+
+    Args:
+        place: where in the recipe the model is named.
+    """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_local and not Path(model).expanduser().exists():
@@ -56,7 +59,7 @@ def not_found(place: str, model: str, error: Exception) -> str:
 
 
 def context_length(options: PolicySection) -> int | None:
-    """Longest prompt + completion that the model's positions allow; None where its configuration does not say."""
+    """Longest prompt + completion that the model's positions allow; None if its configuration does not say."""
     config = AutoConfig.from_pretrained(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
@@ -66,12 +69,12 @@ def context_length(options: PolicySection) -> int | None:
 def load_model(
     options: PolicySection, *, dtype: torch.dtype, model: str | None = None, place: str = "policy.model"
 ) -> PreTrainedModel:
-    """A causal language model in the Hugging Face format, on the CPU, without dropout being touched.
+    """Loads a causal language model in the Hugging Face format, on the CPU. Its dropout is not changed.
 
     Args:
         options: the policy section of a recipe.
-        dtype: of the weights in memory.
-        model: another model of the same settings, such as the reference.
+        dtype: dtype of the weights in memory.
+        model: another model with the same settings, such as the reference.
         place: where in the recipe the model is named.
     """
     try:

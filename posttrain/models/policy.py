@@ -1,7 +1,7 @@
-"""Policies: loading, the forward pass from tokens to log-probs, and the weights as an engine wants them.
+"""Policies: building, the forward pass from tokens to log-probs, and the weights for an engine.
 
-The shift between logits and tokens happens here and nowhere else: the hidden state at column ``t - 1`` gives the
-log-prob at column ``t``.
+The shift between logits and tokens happens in this file only: the hidden state at column ``t - 1`` gives the log-prob
+at column ``t``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from posttrain.models.output_layer import Shape, log_probs
 from posttrain.recipe.sections import PolicySection
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
-"""Logits held at once, in float32 elements: rows of a chunk = this / vocabulary."""
+"""Number of float32 logits held at once, by kind of device. A chunk has this / vocabulary rows."""
 
 
 def build_policy(options: PolicySection) -> Policy:
-    """The policy to train: all weights in float32, or frozen weights in ``options.dtype`` with float32 adapters."""
+    """Builds the policy to train: all weights in float32, or frozen ones in ``options.dtype`` with float32 adapters."""
     if options.lora is None:
         model = load_model(options, dtype=torch.float32)
     else:
@@ -39,7 +39,7 @@ def build_policy(options: PolicySection) -> Policy:
 
 
 class TokenStatistics(NamedTuple):
-    """What a forward pass says of each chosen token; float32, 0 off the mask, None where nothing asked for it."""
+    """Results of a forward pass for each chosen token: float32, 0 off the mask; None if not asked for."""
 
     logp: Float[Tensor, "N L"]
     entropy: Float[Tensor, "N L"] | None
@@ -47,25 +47,25 @@ class TokenStatistics(NamedTuple):
     collision: Float[Tensor, "N L"] | None  # log Σ_v π(v)²
 
 
-class _Head(NamedTuple):
-    """What is wanted of hidden states."""
+class _Request(NamedTuple):
+    """The statistics to compute from hidden states."""
 
     temperature: float
     logp: bool
     entropy: bool
     collision: bool
-    reference: Policy | None  # whose output layer reads the reference's hidden states
+    reference: Policy | None  # policy whose output layer reads the reference's hidden states; None: no divergence
 
 
 class Policy(nn.Module):
     """A causal language model whose forward pass gives the log-probs of a batch's chosen tokens.
 
-    It is a module of its own so that Accelerate and DeepSpeed wrap all of the pass: hidden states, then the output
-    layer and log-softmax in chunks over the chosen positions only. ``[N, L, V]`` logits never exist.
+    It is one module so that Accelerate and DeepSpeed wrap the whole pass: hidden states, then the output layer and
+    log-softmax in chunks over the chosen positions only. ``[N, L, V]`` logits never exist.
 
     Args:
         model: a Hugging Face causal language model, or PEFT's wrapper of one.
-        adapter: the one that is the policy's, where there are adapters.
+        adapter: name of the policy's adapter, if the model has adapters.
     """
 
     def __init__(self, model: nn.Module, adapter: str = POLICY_ADAPTER) -> None:
@@ -74,12 +74,13 @@ class Policy(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The Hugging Face model, adapters inside it if there are any."""
+        """The Hugging Face model, with the adapters inside it if there are any."""
         model: Any = self.model
         return model.get_base_model() if self.has_adapters else model
 
     @property
     def has_adapters(self) -> bool:
+        """True if the model has LoRA adapters."""
         return hasattr(self.model, "peft_config")
 
     def forward(
@@ -93,11 +94,14 @@ class Policy(nn.Module):
     ) -> tuple[Float[Tensor, "N L"], Float[Tensor, "N L"] | None]:
         """Log-probs (and entropies in nats) of the chosen tokens at ``temperature``, float32, 0 off the mask.
 
-        Padding stands on the right of every row, where causal attention cannot see it: no attention mask is needed,
-        and the fastest kernels apply. ``reference``: without the adapters.
+        Padding is on the right of every row, where causal attention cannot see it. So no attention mask is needed, and
+        the fastest kernels apply.
+
+        Args:
+            reference: switch the adapters off.
         """
-        found = self.statistics(tokens, mask, temperature=temperature, entropy=entropy, without_adapters=reference)
-        return found.logp, found.entropy
+        results = self.statistics(tokens, mask, temperature=temperature, entropy=entropy, without_adapters=reference)
+        return results.logp, results.entropy
 
     def statistics(
         self,
@@ -110,25 +114,29 @@ class Policy(nn.Module):
         kl_from: Policy | None = None,
         without_adapters: bool = False,
     ) -> TokenStatistics:
-        """The same with more of each next token's distribution, from one pass.
+        """Log-probs and further statistics of each next token's distribution, from one forward pass.
 
         Args:
-            kl_from: the reference policy of the divergences, without its adapters; may be this policy itself. It has no
-                gradient.
+            kl_from: reference policy of the divergences, whose adapters are switched off; may be this policy itself. It
+                gets no gradient.
         """
-        hidden = self.hidden_states(tokens, reference=without_adapters)
         chosen = mask[:, 1:]
-        states = [hidden[:, :-1][chosen]]
+        hidden = [self.hidden_states(tokens, reference=without_adapters)[:, :-1][chosen]]
         if kl_from is not None:
             with torch.no_grad():
-                states.append(kl_from.hidden_states(tokens, reference=True)[:, :-1][chosen])
-        found = self._statistics(states, tokens[:, 1:][chosen], _Head(temperature, True, entropy, collision, kl_from))
-        logp, *others = (value if value is None else _scatter(value, mask) for value in found)
+                hidden.append(kl_from.hidden_states(tokens, reference=True)[:, :-1][chosen])
+        request = _Request(temperature, True, entropy, collision, kl_from)
+        statistics = self._statistics(hidden, tokens[:, 1:][chosen], request)
+        logp, *optional = (value if value is None else _scatter(value, mask) for value in statistics)
         assert logp is not None
-        return TokenStatistics(logp, *others)
+        return TokenStatistics(logp, *optional)
 
     def hidden_states(self, tokens: Int[Tensor, "N L"], *, reference: bool = False) -> Float[Tensor, "N L H"]:
-        """What the output layer reads; ``reference``: without the adapters."""
+        """The last hidden states, which the output layer reads.
+
+        Args:
+            reference: switch the adapters off.
+        """
         adapter: AbstractContextManager[None] = nullcontext()
         if self.has_adapters:
             adapter = active_adapter(self.model, None if reference else self.adapter)
@@ -136,7 +144,7 @@ class Policy(nn.Module):
             return self.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
 
     def next_logits(self, hidden: Float[Tensor, "m H"], temperature: float = 1.0) -> Float[Tensor, "m V"]:
-        """Logits of the token after each hidden state, float32, at ``temperature``."""
+        """Logits of the token after each hidden state, in float32, at ``temperature``."""
         head: Any = self.base.get_output_embeddings()
         logits = head(hidden).float()
         if self.softcap:
@@ -145,54 +153,62 @@ class Policy(nn.Module):
 
     @property
     def softcap(self) -> float | None:
-        """Bound of the logits, c tanh(z / c), in models that have one."""
+        """The bound c of the logits, c tanh(z / c), in models that have one."""
         return getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
 
-    def _statistics(self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head) -> list[Tensor | None]:
-        """Log-probs, entropies, divergences and collisions: the first two by one operation where the layer is plain."""
+    def _statistics(self, hidden: list[Tensor], target: Int[Tensor, " M"], request: _Request) -> list[Tensor | None]:
+        """Log-probs, entropies, divergences and collisions, each ``[M]`` or None.
+
+        If the output layer is a plain linear layer, the first two are computed by :func:`log_probs`.
+
+        Args:
+            hidden: hidden states of the policy and, for divergences, of the reference, each ``[M, H]``.
+        """
         head: Any = self.base.get_output_embeddings()
         if type(head) is not nn.Linear:
-            return self._chunked(states, target, asked)
-        shape = Shape(asked.temperature, self.softcap, chunk_elements(target.device))
-        found = log_probs(states[0], head.weight, head.bias, target, shape, entropy=asked.entropy)
-        others: list[Tensor | None] = [None, None]
-        if asked.collision or asked.reference is not None:
-            others = self._chunked(states, target, asked._replace(logp=False, entropy=False))[2:]
-        return [*found, *others]
+            return self._chunked(hidden, target, request)
+        shape = Shape(request.temperature, self.softcap, chunk_elements(target.device))
+        logp, entropy = log_probs(hidden[0], head.weight, head.bias, target, shape, entropy=request.entropy)
+        divergence = collision = None
+        if request.collision or request.reference is not None:
+            rest = request._replace(logp=False, entropy=False)
+            divergence, collision = self._chunked(hidden, target, rest)[2:]
+        return [logp, entropy, divergence, collision]
 
-    def _chunked(self, states: list[Tensor], target: Int[Tensor, " M"], asked: _Head) -> list[Any]:
+    def _chunked(self, hidden: list[Tensor], target: Int[Tensor, " M"], request: _Request) -> list[Any]:
+        """The statistics of :meth:`_chunk`, computed in chunks, each of which the backward pass computes again."""
         rows = chunk_rows(target.device, self.base.config.get_text_config().vocab_size)
         if len(target) <= rows:
-            return self._head(asked, target, *states)
-        parts = []
+            return self._chunk(request, target, *hidden)
+        chunks = []
         for start in range(0, len(target), rows):
-            arguments = (asked, *(each[start : start + rows] for each in (target, *states)))
+            arguments = (request, *(tensor[start : start + rows] for tensor in (target, *hidden)))
             if torch.is_grad_enabled():
-                parts.append(checkpoint(self._head, *arguments, use_reentrant=False, preserve_rng_state=False))
+                chunks.append(checkpoint(self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
-                parts.append(self._head(*arguments))
-        return [None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)]
+                chunks.append(self._chunk(*arguments))
+        return [None if values[0] is None else torch.cat(values) for values in zip(*chunks, strict=True)]
 
-    def _head(
-        self, asked: _Head, target: Int[Tensor, " m"], hidden: Float[Tensor, "m H"], *of_reference: Tensor
+    def _chunk(
+        self, request: _Request, target: Int[Tensor, " m"], hidden: Float[Tensor, "m H"], *reference_hidden: Tensor
     ) -> list[Any]:
         """Log-probs, entropies, divergences and collisions of some positions: each ``[m]``, or None."""
-        logits = self.next_logits(hidden, asked.temperature)
+        logits = self.next_logits(hidden, request.temperature)
         logp = entropy = collision = divergence = None
-        if asked.logp:
+        if request.logp:
             logp = -nn.functional.cross_entropy(logits, target, reduction="none")
-        if asked.entropy:
+        if request.entropy:
             entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
-        if asked.collision:
+        if request.collision:
             collision = (2 * logits.log_softmax(-1)).logsumexp(-1)
-        if asked.reference is not None:
+        if request.reference is not None:
             with torch.no_grad():
-                wanted = asked.reference.next_logits(of_reference[0], asked.temperature).log_softmax(-1)
-            divergence = (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1)
+                logp_ref = request.reference.next_logits(reference_hidden[0], request.temperature).log_softmax(-1)
+            divergence = (logp_ref.exp() * (logp_ref - logits.log_softmax(-1))).sum(-1)
         return [logp, entropy, divergence, collision]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, adapters merged in, one at a time: what an engine loads."""
+        """Yields every weight under its Hugging Face name, with the adapter merged in, for an engine to load."""
         if not self.has_adapters:
             tied = set(getattr(self.base, "all_tied_weights_keys", None) or ())
             yield from ((name, p.detach()) for name, p in self.base.named_parameters() if name not in tied)
@@ -201,26 +217,27 @@ class Policy(nn.Module):
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many logits are held at once."""
+    """Number of logits held at once on a device."""
     return CHUNK_ELEMENTS.get(device.type, 2**26)
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:
-    """How many rows of logits are held at once."""
+    """Number of rows of logits held at once on a device."""
     return max(1, chunk_elements(device) // vocabulary)
 
 
 def _scatter(values: Float[Tensor, " M"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    """Writes values of chosen tokens, in order, to their columns; 0 elsewhere."""
     padded = values.new_zeros(mask.shape)
     padded[:, 1:] = padded[:, 1:].masked_scatter(mask[:, 1:], values)
     return padded
 
 
 def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
-    """The policy in the Hugging Face format, adapters merged; adapters alone also in ``folder/adapter``."""
+    """Saves a policy in the Hugging Face format, adapter merged in. The adapter alone goes to ``folder/adapter``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in policy.weights()}
-    with torch.device("meta"):  # its weights are those of the policy, not a copy
+    with torch.device("meta"):  # no memory: the policy's own weights are assigned below
         model = AutoModelForCausalLM.from_config(policy.base.config, dtype=dtype)
     saved = model.state_dict().keys()
     state |= {name: buffer.cpu() for name, buffer in policy.base.named_buffers() if name in saved}
@@ -240,16 +257,15 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path,
 
 
 def describe(model: nn.Module) -> str:
-    """A policy or value model in a few words, such as ``Qwen2ForCausalLM, 1.5B parameters, 18.5M trained``."""
-    everything = sum(p.numel() for p in model.parameters())
+    """Describes a policy or value model, such as ``Qwen2ForCausalLM, 1.5B parameters, 18.5M trained``."""
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     name = type(model.base if isinstance(model, Policy) else getattr(model, "decoder", model)).__name__
-    return f"{name}, {_short(everything)} parameters" + (
-        "" if trained == everything else f", {_short(trained)} trained"
-    )
+    return f"{name}, {_short(total)} parameters" + ("" if trained == total else f", {_short(trained)} trained")
 
 
 def _short(count: int) -> str:
+    """A large number with a unit, such as ``1.5B``."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"

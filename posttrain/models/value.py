@@ -1,8 +1,8 @@
-"""Value models: a decoder with a head that says how good a prefix is.
+"""Value models: a decoder with a head that estimates how good a prefix is.
 
-Column ``t`` belongs to token ``t``: the value at column ``t`` is of the prefix that ends with token ``t``. With a
-per-token (Q or twist) head that is Q(tokens before t, token t), which the hidden state at column ``t - 1`` gives.
-Values, targets and the support of a categorical head are in reward units everywhere outside the head.
+Column ``t`` belongs to token ``t``: the value at column ``t`` is that of the prefix that ends with token ``t``. With a
+per-token (Q or twist) head it is Q(tokens before t, token t), which the hidden state at column ``t - 1`` gives.
+Outside the head, values, targets and the support of a categorical head are always in reward units.
 
 Sizes in the shape annotations: ``N`` completions, ``L`` columns, ``H`` hidden size, ``K`` outputs of a head, ``M``
 members, ``V`` vocabulary.
@@ -31,7 +31,7 @@ from posttrain.parts.targets import Backup, Reduction, backup, reduce_members
 from posttrain.recipe import sections
 
 VALUE_ADAPTER = "value"
-"""Name of a value model's adapter, on weights of its own or the policy's."""
+"""Name of a value model's adapter, on its own weights or on the policy's."""
 
 
 class ValueKind(NamedTuple):
@@ -43,35 +43,35 @@ class ValueKind(NamedTuple):
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class ValueSpec:
-    """What a value model's numbers mean; saved with it."""
+    """The meaning of a value model's outputs; saved with the model."""
 
     head: sections.HeadSection = field(default_factory=sections.HeadSection)
     kind: Backup = "mean"
-    """How the value of a state follows from those of the next states: their mean, beta log E exp(./beta), ..."""
+    """Rule that gives the value of a state from those of the next states: their mean, beta log E exp(./beta), ..."""
     beta: float | None = None
     """Temperature of a soft value, in reward units."""
     shift: float = 0.0
     scale: float = 1.0
-    """value = shift + scale * what the head decodes to."""
+    """Scale of the values, and ``shift`` their offset: value = shift + scale * the head's decoded output."""
     members: int = 1
     reduce: Reduction = "mean"
     deviations: float = 1.0
     base: str | None = None
-    """The model that the training of this one started from; of an implicit value, the one that it is compared with."""
+    """Model that training started from. An implicit value is the log-ratio to this model."""
     base_revision: str | None = None
-    """Of an implicit value's base."""
+    """Revision of an implicit value's base."""
     step: int | None = None
-    """Optimiser steps it was trained for."""
+    """Number of optimiser steps that the model was trained for."""
 
 
 @dataclasses.dataclass
 class Moments:
-    """Running mean and mean square of targets, without the bias of their start at 0.
+    """Running mean and mean square of targets, corrected for the bias of starting at 0.
 
         m <- decay m + (1 - decay) mean(x),   q <- decay q + (1 - decay) mean(x^2),   w <- decay w + (1 - decay)
         mean = m / w,   deviation = sqrt(max(q / w - mean^2, 0.01))
 
-    Yu et al. 2021, arXiv:2103.01955 (PopArt without the correction of the head); decay and floor of their code.
+    Yu et al. 2021, arXiv:2103.01955 (PopArt without the correction of the head); decay and floor are from their code.
     """
 
     mean: float = 0.0
@@ -80,7 +80,7 @@ class Moments:
     decay: float = 0.99999
 
     def update(self, mean: float, mean_square: float) -> tuple[float, float]:
-        """Counts one batch in; the mean and the deviation of all so far."""
+        """Adds the moments of one batch and returns the mean and the standard deviation so far."""
         self.mean = self.decay * self.mean + (1 - self.decay) * mean
         self.mean_square = self.decay * self.mean_square + (1 - self.decay) * mean_square
         self.weight = self.decay * self.weight + (1 - self.decay)
@@ -89,20 +89,20 @@ class Moments:
 
 
 class ValueModel(nn.Module):
-    """A decoder and a head on it.
+    """A decoder and a head that reads its hidden states.
 
-    It is a module of its own, as :class:`~posttrain.models.policy.Policy` is, so that Accelerate and DeepSpeed wrap all of the
-    pass. Padding stands on the right, where causal attention cannot see it: there is no attention mask.
+    Like :class:`~posttrain.models.policy.Policy` it is one module, so that Accelerate and DeepSpeed wrap the whole
+    pass. Padding is on the right, where causal attention cannot see it, so there is no attention mask.
 
-    Losses see values, targets and supports in reward units, normalised or not: the head's share is behind
-    ``shift + scale * .``. To train members, call with ``members=True`` and take the loss of each:
-    ``value[m]`` and ``logits[m]`` go into an ``Outputs`` as those of a model of one member do.
+    Losses see values, targets and supports in reward units, normalised or not: ``shift + scale * .`` is applied to the
+    head's output. To train members, call with ``members=True`` and compute the loss of each: ``value[m]`` and
+    ``logits[m]`` go into an ``Outputs`` like those of a model with one member.
 
     Args:
         backbone: a Hugging Face decoder or language model, or PEFT's wrapper of one, which may be the policy's.
-        head: on its hidden states.
-        spec: what the values mean.
-        adapter: the adapter of this model on the backbone; None: there is none, and all of the backbone is its own.
+        head: the head that reads the backbone's hidden states.
+        spec: the meaning of the values.
+        adapter: name of this model's adapter on the backbone. Default: it has none, and owns the whole backbone.
     """
 
     def __init__(self, backbone: nn.Module, head: Head, spec: ValueSpec, adapter: str | None = None) -> None:
@@ -112,7 +112,7 @@ class ValueModel(nn.Module):
 
     @property
     def decoder(self) -> PreTrainedModel:
-        """The Hugging Face decoder, adapters inside it if there are any."""
+        """The Hugging Face decoder, with the adapters inside it if there are any."""
         model: Any = self.backbone
         model = model.get_base_model() if hasattr(model, "peft_config") else model
         return model.get_decoder()
@@ -126,7 +126,7 @@ class ValueModel(nn.Module):
         return self.spec.shift + self.spec.scale * centres
 
     def hidden_states(self, tokens: Int[Tensor, "N L"]) -> Float[Tensor, "N L H"]:
-        """What the head reads."""
+        """The last hidden states, which the head reads."""
         adapter: AbstractContextManager[None] = nullcontext()
         if self.adapter is not None:
             adapter = active_adapter(self.backbone, self.adapter)
@@ -139,14 +139,14 @@ class ValueModel(nn.Module):
         """Values of the prefixes that end at ``states``, in reward units, float32, 0 elsewhere.
 
         Args:
-            members: each member's own instead of their reduction, in a first dimension of the results: the loss of a
-                model of several members is the sum of theirs.
+            members: return the results of each member in a first dimension, instead of one reduced value. The loss of a
+                model with several members is the sum of their losses.
 
         Returns:
-            ``value [N, L]`` and, for categorical, quantile and bernoulli heads, ``logits [N, L, K]`` (of quantile heads
-            in reward units). With ``members``: ``[M, N, L]`` and ``[M, N, L, K]``. Without, the logits are the only
-            member's, and None where there are several. A per-token head's value at column 0, before which there is no
-            state, is 0.
+            ``value [N, L]`` and, for categorical, quantile and bernoulli heads, ``logits [N, L, K]`` (for quantile
+            heads in reward units). With ``members``: ``[M, N, L]`` and ``[M, N, L, K]``. Without it, the logits are
+            those of the only member, or None if there are several. A per-token head's value at column 0, which has no
+            state before it, is 0.
         """
         hidden = self.hidden_states(tokens)
         if self.spec.head.type == "per_token":
@@ -165,12 +165,13 @@ class ValueModel(nn.Module):
         return _scatter(value[None], states)[0], None if only is None else _scatter(only[None], states)[0]
 
     def _logits(self, outputs: Float[Tensor, "S M K"]) -> Float[Tensor, "S M K"] | None:
+        """The outputs that losses read, quantiles in reward units; None for a scalar head."""
         if self.spec.head.type == "scalar":
             return None
         return self.spec.shift + self.spec.scale * outputs if self.spec.head.type == "quantile" else outputs
 
     def reduce(self, values: Float[Tensor, "M ..."]) -> Float[Tensor, " ..."]:
-        """One value from the members'."""
+        """Reduces the members' values to one value."""
         return reduce_members(values, how=self.spec.reduce, deviations=self.spec.deviations)
 
     def next_values(self, hidden: Float[Tensor, "m H"]) -> Float[Tensor, "m V"]:
@@ -178,10 +179,10 @@ class ValueModel(nn.Module):
         return self.reduce((self.spec.shift + self.spec.scale * self.head(hidden)).movedim(-2, 0))
 
     def update_statistics(self, targets: Tensor, all_sum: Callable[[Tensor], Tensor] = identity) -> None:
-        """Counts a batch of targets in, so that the head from now on learns them standardised.
+        """Adds a batch of targets to the statistics, by which the head's targets are standardised from now on.
 
         Args:
-            targets: in reward units, of any shape; NaN and infinities are left out.
+            targets: targets in reward units, of any shape; NaN and infinities are left out.
             all_sum: sum over all ranks (``batch.all_sum``).
         """
         finite = targets[targets.isfinite()].double()
@@ -193,7 +194,7 @@ class ValueModel(nn.Module):
 
     @property
     def state(self) -> dict[str, float]:
-        """What a checkpoint must hold beside the weights: the statistics of the targets."""
+        """State that a checkpoint must hold beside the weights: the statistics of the targets."""
         return {**dataclasses.asdict(self.moments), "shift": self.spec.shift, "scale": self.spec.scale}
 
     @state.setter
@@ -203,19 +204,22 @@ class ValueModel(nn.Module):
         self.moments = Moments(**state)
 
     def on(self, backbone: nn.Module, adapter: str | None = None) -> ValueModel:
-        """The same value model, its head copied, on another backbone or adapter."""
+        """Copies the value model, with a copy of its head, onto another backbone or adapter."""
         return ValueModel(backbone, copy.deepcopy(self.head), self.spec, adapter)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The weights that make this value model: its head, and its adapter or else all of its backbone."""
-        named = dict(self.backbone.named_parameters())
-        own = named if self.adapter is None else adapter_parameters(self.backbone, self.adapter)
-        return {f"backbone.{name}": p for name, p in own.items()} | {
+        """The weights that belong to this value model: its head, and its adapter or else its whole backbone."""
+        if self.adapter is None:
+            backbone = dict(self.backbone.named_parameters())
+        else:
+            backbone = adapter_parameters(self.backbone, self.adapter)
+        return {f"backbone.{name}": p for name, p in backbone.items()} | {
             f"head.{name}": p for name, p in self.head.named_parameters()
         }
 
 
 def _scatter(values: Float[Tensor, "M S ..."], states: Bool[Tensor, "N L"]) -> Float[Tensor, "M N L ..."]:
+    """Writes values of states, in order, to their columns; 0 elsewhere."""
     padded = values.new_zeros(values.shape[0], *states.shape, *values.shape[2:])
     padded[:, states] = values
     return padded
@@ -234,46 +238,50 @@ def backed_up(
 ) -> Float[Tensor, "N L"]:
     """Value of the state after each column of ``states``, from a per-token head's values of every next token.
 
-    In chunks: ``[N, L, V]`` never exists. Float32, 0 off the states.
+    Computed in chunks, so that ``[N, L, V]`` never exists. Float32, 0 off the states.
 
     Args:
-        policy: whose next tokens count: of a policy with adapters, the reference, which is the model without them.
-        temperature: at which the policy samples.
+        policy: the policy whose distribution of next tokens is used. If it has adapters, they are switched off, which
+            gives the reference.
+        temperature: sampling temperature of the policy.
 
     Raises:
         ValueError: for a soft value without a positive ``beta``.
     """
     if kind == "soft" and (beta is None or beta <= 0):
         raise ValueError(f"a soft value needs a positive beta, not {beta}")
-    own = value.hidden_states(tokens)[states]
-    of_policy = policy.hidden_states(tokens, reference=policy.has_adapters)[states]
+    value_hidden = value.hidden_states(tokens)[states]
+    policy_hidden = policy.hidden_states(tokens, reference=policy.has_adapters)[states]
     rows = chunk_rows(tokens.device, value.head.outputs)
-    parts = [
+    chunks = [
         backup(
-            value.next_values(mine),
-            policy.next_logits(other, temperature).log_softmax(-1),
+            value.next_values(value_chunk),
+            policy.next_logits(policy_chunk, temperature).log_softmax(-1),
             kind=kind,
             beta=1.0 if beta is None else beta,
         )
-        for mine, other in zip(own.split(rows), of_policy.split(rows), strict=True)
+        for value_chunk, policy_chunk in zip(value_hidden.split(rows), policy_hidden.split(rows), strict=True)
     ]
-    return _scatter(torch.cat(parts)[None], states)[0]
+    return _scatter(torch.cat(chunks)[None], states)[0]
 
 
 def target_copy(value: ValueModel) -> ValueModel:
-    """A copy of a value model to be a target network, frozen; of adapters and head alone where it has adapters."""
+    """Makes a frozen copy of a value model, to be its target network.
+
+    If the value model has an adapter, only the adapter and the head are copied.
+    """
     if value.adapter is None:
-        twin = value.on(copy.deepcopy(value.backbone))
-        return twin.requires_grad_(False).eval()
+        target = value.on(copy.deepcopy(value.backbone))
+        return target.requires_grad_(False).eval()
     name = f"{value.adapter}_target"
     backbone: Any = value.backbone
     if name not in backbone.peft_config:
         add_adapter(backbone, copy.deepcopy(backbone.peft_config[value.adapter]), name)
-    twin = value.on(backbone, name)  # not in evaluation mode, which would be the shared weights'
-    for parameter in twin.own_parameters().values():
+    target = value.on(backbone, name)  # not set to evaluation mode, which would also set the shared weights' mode
+    for parameter in target.own_parameters().values():
         parameter.requires_grad_(False)
-    polyak(twin, value, rate=1.0)
-    return twin
+    polyak(target, value, rate=1.0)
+    return target
 
 
 @torch.no_grad()
@@ -281,7 +289,7 @@ def polyak(target: ValueModel, online: ValueModel, rate: float) -> None:
     """Moves a target network a little towards the model in training, in place: w' <- w' + rate (w - w').
 
     Polyak and Juditsky 1992; as targets for a critic Lillicrap et al. 2015, arXiv:1509.02971, section 3. The statistics
-    of normalised targets are taken over whole.
+    of normalised targets are copied, not mixed.
     """
     source = online.own_parameters()
     for name, parameter in target.own_parameters().items():

@@ -1,8 +1,8 @@
-"""Value models: building them for a run, and on disk.
+"""Builds value models for a run, loads and saves them.
 
 On disk a value model is a Hugging Face ``...ForTokenClassification`` checkpoint whose labels are the outputs of the
-head, or, with a per-token head, a ``...ForCausalLM`` whose output layer is Q: plain transformers loads both. An
-implicit value is a ``...ForCausalLM`` as it is. The entry ``posttrain`` of its ``config.json`` holds the
+head, or, with a per-token head, a ``...ForCausalLM`` whose output layer is Q. Plain transformers loads both. An
+implicit value is an ordinary ``...ForCausalLM``. The entry ``posttrain`` of its ``config.json`` holds the
 :class:`~posttrain.models.value.ValueSpec`.
 """
 
@@ -36,6 +36,7 @@ from posttrain.models.value import VALUE_ADAPTER, ValueKind, ValueModel, ValueSp
 from posttrain.recipe import sections
 
 PLACE = "value.model"
+"""Key of the recipe that names the value model, for messages."""
 
 
 def build_value(
@@ -44,55 +45,57 @@ def build_value(
     policy: Policy | None = None,
     kind: ValueKind | None = None,
 ) -> ValueModel:
-    """The value model of a run, on the CPU: a model of its own, or adapters on the policy's weights.
+    """Builds the value model of a run, on the CPU: a separate model, or adapters on the policy's weights.
 
-    Its forward pass runs in the policy's precision, with its attention and gradient checkpointing. Weights are held as
-    the policy's are: all in float32, or frozen ones in ``policy.dtype`` under float32 adapters; the head in float32.
+    Its forward pass runs in the policy's precision, with the policy's attention and gradient checkpointing. The weights
+    have the same dtypes as the policy's: all in float32, or frozen ones in ``policy.dtype`` under float32 adapters. The
+    head is in float32.
 
     Args:
-        settings: the value section of the recipe. Members and their reduction, where left at their defaults, are those
-            of a saved value model.
+        settings: the value section of the recipe. Members and their reduction, if left at their defaults, are those of
+            a saved value model.
         policy_settings: the policy section.
-        policy: to share its weights; not yet wrapped by Accelerate.
-        kind: how targets are backed up. Default: as a saved value model says, or else the mean.
+        policy: the policy whose weights are shared; not yet wrapped by Accelerate.
+        kind: kind of the values that are trained. Default: that of a saved value model, or else the mean.
 
     Raises:
-        RecipeError: for settings that contradict each other or the model they name.
+        RecipeError: if settings contradict each other or the model they name.
     """
     _refuse_contradictions(settings, policy_settings)
     if settings.share:
         if policy is None or policy_settings.lora is None:
-            raise RecipeError("value.share: needs policy.lora, for the adapters stand on frozen weights")
+            raise RecipeError("value.share: needs policy.lora, because the adapters share the policy's frozen weights")
         backbone = with_adapter(policy.model, settings.lora or policy_settings.lora, VALUE_ADAPTER)
-        value = _new(backbone, settings, policy.base.config, policy_settings)
+        value = _add_head(backbone, settings, policy.base.config, policy_settings)
         value.adapter = VALUE_ADAPTER
     else:
-        value = _of_its_own(settings, policy_settings)
+        value = _separate(settings, policy_settings)
     if kind is not None and not settings.frozen:
         beta = kind.beta if kind.backup == "soft" else None
         value.spec = dataclasses.replace(value.spec, kind=kind.backup, beta=beta)
     if value.spec.kind == "soft" and not value.spec.beta:
-        raise RecipeError("target.beta: a soft value needs its temperature, in reward units")
+        raise RecipeError("target.beta: a soft value needs a temperature, in reward units")
     return value
 
 
-def _of_its_own(settings: sections.ValueSection, policy_settings: sections.PolicySection) -> ValueModel:
+def _separate(settings: sections.ValueSection, policy_settings: sections.PolicySection) -> ValueModel:
+    """Builds a value model that shares no weights with the policy."""
     source = policy_settings
     if settings.model is not None:
         source = dataclasses.replace(policy_settings, model=settings.model, revision=None)
         _refuse_other_tokens(settings.model, policy_settings)
     compact = settings.frozen or settings.lora is not None
     dtype = DTYPES[policy_settings.dtype] if compact else torch.float32
-    value = _with_its_head(source, dtype, settings.head, PLACE)
+    value = _load_with_head(source, dtype, settings.head, PLACE)
     if value is not None:
-        _fit(value, settings, source.model)
+        _apply_settings(value, settings, source.model)
     elif settings.frozen:
         raise RecipeError(
-            f"value.frozen: {source.model!r} is a language model without a value head: it has to learn one"
+            f"value.frozen: {source.model!r} is a language model without a value head, which has to be trained first"
         )
     else:
         model = load_model(source, dtype=dtype, place=PLACE)
-        value = _new(model, settings, model.config, source)
+        value = _add_head(model, settings, model.config, source)
         if isinstance(value, ImplicitValue) and settings.lora is None:
             value.base = Policy(load_model(source, dtype=dtype, place=PLACE)).requires_grad_(False).eval()
     if settings.frozen:
@@ -108,8 +111,8 @@ def _of_its_own(settings: sections.ValueSection, policy_settings: sections.Polic
     return value
 
 
-def _new(model: Any, settings: sections.ValueSection, config: Any, source: sections.PolicySection) -> ValueModel:
-    """On a language model, or PEFT's wrapper of one, which most heads need without its output layer."""
+def _add_head(model: Any, settings: sections.ValueSection, config: Any, source: sections.PolicySection) -> ValueModel:
+    """Puts a new head on a language model, or on PEFT's wrapper of one. An implicit value needs no head."""
     text, head = config.get_text_config(), settings.head or sections.HeadSection()
     spec = ValueSpec(
         head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=source.model
@@ -122,7 +125,12 @@ def _new(model: Any, settings: sections.ValueSection, config: Any, source: secti
     return ValueModel(backbone, Head(head, text.hidden_size, text.vocab_size, settings.members), spec)
 
 
-def _fit(value: ValueModel, settings: sections.ValueSection, name: str) -> None:
+def _apply_settings(value: ValueModel, settings: sections.ValueSection, name: str) -> None:
+    """Changes the spec of a saved value model as the recipe says.
+
+    Raises:
+        RecipeError: if the recipe's settings do not fit the saved model.
+    """
     saved = value.spec
     if settings.head is not None and settings.head != saved.head:
         raise RecipeError(
@@ -131,41 +139,45 @@ def _fit(value: ValueModel, settings: sections.ValueSection, name: str) -> None:
         )
     if settings.members not in (1, saved.members):
         raise RecipeError(f"value.members: {settings.members}, but {name!r} has {saved.members}")
-    standard = sections.ValueSection()
+    default = sections.ValueSection()
     changes = {
         key: getattr(settings, key)
         for key in ("reduce", "deviations")
-        if getattr(settings, key) != getattr(standard, key)
+        if getattr(settings, key) != getattr(default, key)
     }
     if settings.normalise and saved.head.type in ("bernoulli", "implicit"):
-        raise RecipeError(f"value.normalise: the head of {name!r} is {saved.head.type}, which has no other scale")
-    if saved.head.type != "implicit":  # whose base says what it means
+        raise RecipeError(f"value.normalise: the head of {name!r} is {saved.head.type}, whose scale is fixed")
+    if saved.head.type != "implicit":  # an implicit value is defined by its base
         changes["base"] = name
     value.spec = dataclasses.replace(saved, **changes, step=None)
 
 
 def _refuse_contradictions(settings: sections.ValueSection, policy_settings: sections.PolicySection) -> None:
+    """
+    Raises:
+        RecipeError: naming each pair of settings that contradict each other.
+    """
     head = settings.head or sections.HeadSection()
     problems = {
-        "value.share: needs `policy.lora`: the adapters stand on weights that nobody trains": (
+        "value.share: needs `policy.lora`, so that the shared weights are frozen": (
             settings.share and policy_settings.lora is None
         ),
         "value.share: the weights are the policy's, so `value.model` cannot be set": settings.share and settings.model,
-        "value.share: adapters that start at nothing have to learn, so not with `frozen`": (
+        "value.share: new adapters have to be trained, so leave out `value.frozen`": (
             settings.share and settings.frozen
         ),
         "value.frozen: nothing is trained, so leave out `value.lora`": settings.frozen and settings.lora,
-        "value.head_only: the head alone is trained, so leave out `frozen`, `lora` and `share`": (
+        "value.head_only: only the head is trained, so leave out `frozen`, `lora` and `share`": (
             settings.head_only and (settings.frozen or settings.lora is not None or settings.share)
         ),
         f"value.head_only: the {head.type} head is the model's own output layer": (
             settings.head_only and head.type == "implicit"
         ),
         "value.frozen: nothing is trained, so leave out `value.normalise`": settings.frozen and settings.normalise,
-        "value.normalise: a bernoulli head's value is a probability, which has no other scale": (
+        "value.normalise: a bernoulli head's value is a probability, whose scale is fixed": (
             settings.normalise and head.type == "bernoulli"
         ),
-        "value.normalise: an implicit value is a log-ratio, which has no other scale": (
+        "value.normalise: an implicit value is a log-ratio, whose scale is fixed": (
             settings.normalise and head.type == "implicit"
         ),
         f"value.members: the {head.type} head has one member": (
@@ -175,29 +187,39 @@ def _refuse_contradictions(settings: sections.ValueSection, policy_settings: sec
             head.type == "categorical" and head.low >= head.high
         ),
     }
-    found = [problem for problem, there in problems.items() if there]
-    if found:
-        raise RecipeError(found)
+    present = [problem for problem, holds in problems.items() if holds]
+    if present:
+        raise RecipeError(present)
 
 
 def _refuse_other_tokens(model: str, policy_settings: sections.PolicySection) -> None:
-    """A value model reads the policy's token ids, so these must mean the same to both."""
+    """Checks that token ids mean the same to the value model and to the policy, because it reads the policy's ids.
+
+    Raises:
+        RecipeError: if the two vocabularies differ.
+    """
     trust = policy_settings.trust_remote_code
     try:
-        own = AutoTokenizer.from_pretrained(model, trust_remote_code=trust).get_vocab()
+        value_vocabulary = AutoTokenizer.from_pretrained(model, trust_remote_code=trust).get_vocab()
     except (OSError, ValueError) as error:
         raise RecipeError(not_found(PLACE, model, error)) from error
-    of_policy = AutoTokenizer.from_pretrained(
+    policy_vocabulary = AutoTokenizer.from_pretrained(
         policy_settings.model, revision=policy_settings.revision, trust_remote_code=trust
     ).get_vocab()
-    token_of = {i: token for token, i in own.items()}
-    # a token that it does not know, at a place that it does not use, is none that it takes for another
-    differ = [token for token, i in of_policy.items() if own.get(token, i) != i or token_of.get(i, token) != token]
-    if differ:
+    token_of = {i: token for token, i in value_vocabulary.items()}
+    # A token that only the policy knows is allowed if the value model does not use its id for another token.
+    differing = [
+        token
+        for token, i in policy_vocabulary.items()
+        if value_vocabulary.get(token, i) != i or token_of.get(i, token) != token
+    ]
+    if differing:
+        first = differing[0]
         raise RecipeError(
-            f"{PLACE}: {model!r} reads other tokens than the policy writes: {len(differ)} of {len(of_policy)} differ, "
-            f"such as {differ[0]!r} ({of_policy[differ[0]]} to the policy, {own.get(differ[0], 'unknown')} to it). Use "
-            "a value model with the policy's tokenizer"
+            f"{PLACE}: {model!r} has another tokenizer than the policy: {len(differing)} of {len(policy_vocabulary)} "
+            f"tokens differ, such as {first!r} (id {policy_vocabulary[first]} in the policy, "
+            f"{value_vocabulary.get(first, 'unknown')} in the value model). Use a value model with the policy's "
+            "tokenizer"
         )
 
 
@@ -213,17 +235,17 @@ def load_value(
     trust_remote_code: bool = False,
     place: str = "value model",
 ) -> ValueModel:
-    """A value model that a run saved, or a Hugging Face reward or process model, ready to be asked.
+    """Loads a value model that a run saved, or a Hugging Face reward or process model, in evaluation mode.
 
-    A reward model (``...ForSequenceClassification`` of one label) becomes a scalar head; a process model
-    (``...ForTokenClassification``) of two labels, wrong and right, a bernoulli head on the difference of their logits,
-    and of one label a scalar head. Beside an implicit value the model that it is compared with is loaded.
+    A reward model (``...ForSequenceClassification`` with one label) gets a scalar head. A process model
+    (``...ForTokenClassification``) with two labels, wrong and right, gets a bernoulli head on the difference of their
+    logits; with one label, a scalar head. For an implicit value its base is loaded too.
 
     Args:
-        place: what messages begin with, such as the key of a YAML file that names the model.
+        place: beginning of error messages, such as the key of a YAML file that names the model.
 
     Raises:
-        UserError: where there is no such model, or it has no value head.
+        UserError: if there is no such model, or if it has no value head.
     """
     source = sections.PolicySection(
         model=str(path),
@@ -231,19 +253,24 @@ def load_value(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    value = _with_its_head(source, dtype, None, place)
+    value = _load_with_head(source, dtype, None, place)
     if value is None:
         raise UserError(
-            f"{place}: {str(path)!r} is a language model without a value head. A value model is what `posttrain "
-            "train` saves beside the policy, or a reward or process model of Hugging Face's classification classes."
+            f"{place}: {str(path)!r} is a language model without a value head. Use a value model that `posttrain "
+            "train` saved beside a policy, or a reward or process model of Hugging Face's classification classes."
         )
     return value.eval()
 
 
-def _with_its_head(
-    source: sections.PolicySection, dtype: torch.dtype, wanted: sections.HeadSection | None, place: str
+def _load_with_head(
+    source: sections.PolicySection, dtype: torch.dtype, head: sections.HeadSection | None, place: str
 ) -> ValueModel | None:
-    """A model with the head it brings; None for a language model, which brings none. ``place``: where it was named."""
+    """Loads a model with its saved head; None for a language model, which has none.
+
+    Args:
+        head: the head that the recipe asks for; it decides how the only output of a foreign model is read.
+        place: beginning of error messages.
+    """
     try:
         config = AutoConfig.from_pretrained(
             source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -259,7 +286,7 @@ def _with_its_head(
         model = _load(AutoModelForSequenceClassification, source, dtype, place)
         layer = _classifier(model)
         if layer.out_features != 1:
-            raise RecipeError(f"{place}: {source.model!r} classifies into {layer.out_features}; a reward model has 1")
+            raise RecipeError(f"{place}: {source.model!r} has {layer.out_features} labels; a reward model has 1")
     elif spec is not None:
         model = load_model(source, dtype=dtype, place=place)
         if spec.head.type == "implicit":
@@ -267,26 +294,26 @@ def _with_its_head(
         layer = model.get_output_embeddings()
     else:
         if not name.endswith(("ForCausalLM", "LMHeadModel", "Model")):
-            raise RecipeError(f"{place}: {source.model!r} is a {name}: neither a language, reward nor process model")
+            raise RecipeError(f"{place}: {source.model!r} is a {name}, not a language, reward or process model")
         return None
-    weight, bias = _rows(layer)
+    weight, bias = _weight_and_bias(layer)
     if spec is None:
-        spec, weight, bias = _foreign_spec(weight, bias, wanted, f"{place}: {source.model!r}")
-    return _assembled(model, spec, weight, bias, f"{place}: {source.model!r}")
+        spec, weight, bias = _foreign_spec(weight, bias, head, f"{place}: {source.model!r}")
+    return _assemble(model, spec, weight, bias, f"{place}: {source.model!r}")
 
 
 def _base_of(spec: ValueSpec, source: sections.PolicySection, dtype: torch.dtype, place: str) -> Policy:
-    """The model that an implicit value is compared with."""
-    where = f"{place}: what the implicit value {source.model!r} is compared with"
+    """Loads the model to which an implicit value is the log-ratio."""
+    where = f"{place}: the base of the implicit value {source.model!r}"
     if spec.base is None:
         raise RecipeError(f"{where} is not named: the entry `posttrain` in its config.json has no `base`")
-    of_base = dataclasses.replace(source, model=spec.base, revision=spec.base_revision)
-    return Policy(load_model(of_base, dtype=dtype, place=where))
+    base = dataclasses.replace(source, model=spec.base, revision=spec.base_revision)
+    return Policy(load_model(base, dtype=dtype, place=where))
 
 
-def _load(kind: Any, source: sections.PolicySection, dtype: torch.dtype, place: str) -> PreTrainedModel:
+def _load(auto_class: Any, source: sections.PolicySection, dtype: torch.dtype, place: str) -> PreTrainedModel:
     try:
-        return kind.from_pretrained(
+        return auto_class.from_pretrained(
             source.model,
             dtype=dtype,
             attn_implementation=source.attention,
@@ -298,45 +325,50 @@ def _load(kind: Any, source: sections.PolicySection, dtype: torch.dtype, place: 
 
 
 def _read_spec(config: Any, model: str, place: str) -> ValueSpec | None:
+    """Reads the entry ``posttrain`` of a model's configuration; None if it has none."""
     entry = getattr(config, "posttrain", None)
     if entry is None:
         return None
     try:
         return TypeAdapter(ValueSpec).validate_python(entry)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise RecipeError(f"{place}: the entry `posttrain` in config.json of {model!r}: {'; '.join(lines)}") from error
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        message = f"{place}: the entry `posttrain` in config.json of {model!r} is wrong: {'; '.join(problems)}"
+        raise RecipeError(message) from error
 
 
 def _classifier(model: Any) -> nn.Linear:
-    """The layer of a classification model on top of its decoder, which is not called the same everywhere."""
+    """The layer of a classification model on top of its decoder, whose name depends on the model class."""
     return model.score if hasattr(model, "score") else model.classifier
 
 
-def _rows(layer: Any) -> tuple[Tensor, Tensor]:
+def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer in float32; a missing bias is 0."""
     weight = layer.weight.detach().float()
     bias = getattr(layer, "bias", None)
     return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
 
 
 def _foreign_spec(
-    weight: Tensor, bias: Tensor, wanted: sections.HeadSection | None, whose: str
+    weight: Tensor, bias: Tensor, head: sections.HeadSection | None, name: str
 ) -> tuple[ValueSpec, Tensor, Tensor]:
+    """The spec, weight and bias of a value head that equals the head of a reward or process model."""
     if len(weight) == 2:  # wrong, right: the probability of right is the sigmoid of the logits' difference
         return ValueSpec(head=sections.HeadSection(type="bernoulli")), weight[1:] - weight[:1], bias[1:] - bias[:1]
     if len(weight) != 1:
-        raise RecipeError(f"{whose} puts out {len(weight)} numbers a token; a process model has 1 or 2")
-    one_output = wanted is not None and wanted.type in ("scalar", "bernoulli")
-    return ValueSpec(head=wanted if one_output and wanted is not None else sections.HeadSection()), weight, bias
+        raise RecipeError(f"{name} has {len(weight)} labels; a process model has 1 or 2")
+    has_one_output = head is not None and head.type in ("scalar", "bernoulli")
+    return ValueSpec(head=head if has_one_output and head is not None else sections.HeadSection()), weight, bias
 
 
-def _assembled(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, whose: str) -> ValueModel:
+def _assemble(model: Any, spec: ValueSpec, weight: Tensor, bias: Tensor, name: str) -> ValueModel:
+    """Makes a value model from a loaded model and the weight and bias of its head."""
     text = model.config.get_text_config()
     head = Head(spec.head, text.hidden_size, text.vocab_size, spec.members)
     if head.linear.weight.shape != weight.shape:
         raise RecipeError(
-            f"{whose} has a head of {len(weight)} outputs, and its entry `posttrain` in config.json speaks of "
-            f"{len(head.linear.weight)}"
+            f"{name} has a head with {len(weight)} outputs, but its entry `posttrain` in config.json describes one "
+            f"with {len(head.linear.weight)}"
         )
     with torch.no_grad():
         head.linear.weight.copy_(weight)
@@ -353,14 +385,14 @@ def save_value(
     *,
     step: int | None = None,
 ) -> None:
-    """A value model as a Hugging Face checkpoint, adapters merged.
+    """Saves a value model as a Hugging Face checkpoint, with its adapter merged in.
 
     Args:
-        model: not wrapped by Accelerate.
-        tokenizer: of the tokens that it reads.
-        folder: made where it is missing.
-        dtype: of the weights on disk; in float32, and without adapters, values after loading are equal to the bit.
-        step: optimiser steps it was trained for.
+        model: the value model, not wrapped by Accelerate.
+        tokenizer: tokenizer of the tokens that the model reads.
+        folder: destination; created if it is missing.
+        dtype: dtype of the weights on disk. In float32 and without an adapter, values are bit-equal after loading.
+        step: number of optimiser steps that the model was trained for.
     """
     spec = dataclasses.replace(model.spec, step=step)
     config = copy.deepcopy(
@@ -371,12 +403,13 @@ def save_value(
         config.tie_word_embeddings = False
         if hasattr(config, "final_logit_softcapping"):
             config.final_logit_softcapping = None  # Q has no cap
-    if spec.head.type not in ("per_token", "implicit"):
+    is_language_model = spec.head.type in ("per_token", "implicit")
+    if not is_language_model:
         config.update({"num_labels": len(model.head.linear.weight), "classifier_dropout": 0.0})
         config.update({"token_classification_bias": True})
-    kind: Any = AutoModelForCausalLM if spec.head.type in ("per_token", "implicit") else AutoModelForTokenClassification
-    with torch.device("meta"):  # names and configuration alone: the weights are those at hand
-        shell = kind.from_config(config, dtype=dtype)
+    auto_class: Any = AutoModelForCausalLM if is_language_model else AutoModelForTokenClassification
+    with torch.device("meta"):  # only names and configuration are needed from it
+        shell = auto_class.from_config(config, dtype=dtype)
     state = _saved_weights(model, shell)
     if state.keys() != dict(shell.named_parameters()).keys():
         raise RuntimeError(f"the saved model would differ in {sorted(state.keys() ^ dict(shell.named_parameters()))}")
@@ -386,7 +419,7 @@ def save_value(
 
 
 def _saved_weights(model: ValueModel, shell: Any) -> dict[str, Tensor]:
-    """The weights under their names in the Hugging Face model that is saved, adapters merged."""
+    """The weights, adapter merged in, under their names in the Hugging Face model that is saved."""
     if isinstance(model, ImplicitValue):
         return dict(model.language_model.weights())
     layer = shell.get_output_embeddings() if model.spec.head.type == "per_token" else _classifier(shell)

@@ -1,4 +1,4 @@
-"""Tiny policies and value models of several families, with weights as training leaves them."""
+"""Tiny policies and value models of several families, with random weights instead of zeros."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save_random_value(folder: Path, model_folder: Path, spec: ValueSpec, std: fl
 
 
 def stirred(value: ValueModel, seed: int = 0, std: float = 0.3) -> ValueModel:
-    """With weights in its head (and adapter) as training leaves them, not at zero."""
+    """Gives the head (and the adapter) of a value model random weights, in place of the zeros that it starts with."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in value.own_parameters().items():
@@ -58,11 +58,11 @@ def stirred(value: ValueModel, seed: int = 0, std: float = 0.3) -> ValueModel:
 
 
 def shared_pair(folder, *, checkpointing: bool = False, seed: int = 0) -> tuple[Policy, ValueModel]:
-    """A policy and a value model on the same weights, both with adapters that do something."""
+    """A policy and a value model on the same weights, both with adapters that are not zero."""
     torch.manual_seed(seed)
-    own = PolicyOptions(model=str(folder), lora=LoraSection(rank=4), gradient_checkpointing=checkpointing)
-    policy = build_policy(own)
-    value = build_value(ValueSection(share=True), own, policy)
+    options = PolicyOptions(model=str(folder), lora=LoraSection(rank=4), gradient_checkpointing=checkpointing)
+    policy = build_policy(options)
+    value = build_value(ValueSection(share=True), options, policy)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:

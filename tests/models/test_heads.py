@@ -1,4 +1,4 @@
-"""Heads against scalar loops."""
+"""Heads of value models against scalar loops."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def test_decoding_is_the_scalar_formula(kind, seed, members, bins):
     head = make(kind, members, bins)
     outputs = 3 * torch.randn(5, members, head.outputs, generator=torch.Generator().manual_seed(seed))
     values = head.decode(outputs)
-    expected = [[reference.decode(kind, m.tolist(), -0.3, 1.4) for m in state] for state in outputs]
+    expected = [[reference.decode(kind, member.tolist(), -0.3, 1.4) for member in state] for state in outputs]
     torch.testing.assert_close(values, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-def test_outputs_are_counted():
+def test_the_number_of_outputs_depends_on_the_head():
     assert [output_count(HeadOptions(type=kind, bins=7), 11) for kind in (*TYPES, "per_token")] == [1, 7, 7, 1, 11]
 
 
-def test_bins_are_equally_spaced_and_reach_both_ends():
+def test_bins_are_equally_spaced_and_include_both_ends():
     centres = bin_centres(HeadOptions(type="categorical", bins=5, low=-1.0, high=3.0))
     assert centres.tolist() == [-1.0, 0.0, 1.0, 2.0, 3.0]
 
@@ -40,13 +40,13 @@ def test_bins_are_equally_spaced_and_reach_both_ends():
 @pytest.mark.parametrize(
     ("kind", "start"), [("scalar", 0.0), ("categorical", 0.55), ("quantile", 0.0), ("bernoulli", 0.5)]
 )
-def test_one_member_starts_at_the_middle(kind, start):
+def test_a_head_of_one_member_starts_at_the_middle(kind, start):
     head = make(kind)
     values = head.decode(head(torch.randn(4, 8)))
     torch.testing.assert_close(values, torch.full((4, 1), start), atol=1e-6, rtol=0)
 
 
-def test_members_start_apart_and_the_same_in_every_process():
+def test_members_start_different_and_equal_in_every_process():
     torch.manual_seed(1)
     first = make("scalar", members=4)
     torch.manual_seed(2)
@@ -68,17 +68,17 @@ def test_members_do_not_mix():
 def test_the_head_computes_in_float32_under_autocast():
     head, hidden = make("scalar", members=2), torch.randn(6, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = head(hidden)
-    assert inside.dtype == torch.float32 and torch.equal(inside, head(hidden))
+        outputs = head(hidden)
+    assert outputs.dtype == torch.float32 and torch.equal(outputs, head(hidden))
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_one_token_of_a_per_token_head(members):
+def test_outputs_of_one_token_equal_those_of_the_whole_per_token_head(members):
     head, hidden, token = make("per_token", members), torch.randn(6, 8), torch.randint(0, 11, (6,))
     torch.nn.init.normal_(head.linear.weight)
-    everything = head(hidden)
-    assert everything.shape == (6, members, 11)
-    torch.testing.assert_close(head.of_tokens(hidden, token), everything[torch.arange(6), :, token])
+    all_tokens = head(hidden)
+    assert all_tokens.shape == (6, members, 11)
+    torch.testing.assert_close(head.of_tokens(hidden, token), all_tokens[torch.arange(6), :, token])
 
 
 def test_a_per_token_head_has_no_single_value():

@@ -1,4 +1,4 @@
-"""Implicit values: the log-ratio of a language model to its frozen beginning, and PRIME on it."""
+"""Implicit values: the log-ratio of a language model to its frozen base, and PRIME with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HEAD = HeadSection(type="implicit", beta=BETA)
 
 @pytest.fixture
 def batch_of(random_batch):
-    """``batch_of(seed)`` -> a random batch whose tool output is at least two tokens long."""
+    """A function from a seed to a random batch whose tool output is at least two tokens long."""
 
     def make(seed: int) -> Batch:
         batch = random_batch(seed)
@@ -52,7 +52,7 @@ def batch_of(random_batch):
 
 
 def moved(value: ValueModel, std: float = 0.05, seed: int = 0) -> ImplicitValue:
-    """With the weights of its language model off their beginning."""
+    """The value model after random changes to the weights of its language model."""
     assert isinstance(value, ImplicitValue)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,10 +62,10 @@ def moved(value: ValueModel, std: float = 0.05, seed: int = 0) -> ImplicitValue:
 
 
 def by_hand(model: torch.nn.Module, base: torch.nn.Module, batch: Batch) -> list[list[float]]:
-    """V_t = β Σ log π_φ / π_base, one completion and one token at a time."""
+    """The values V_t = β Σ log π_φ / π_base, computed one completion and one token at a time."""
     values = [[0.0] * batch.mask.shape[1] for _ in range(len(batch))]
     for i, row in enumerate(batch.tokens.tolist()):
-        logp, logp_base = (each(torch.tensor([row])).logits[0].double().log_softmax(-1) for each in (model, base))
+        logp, logp_base = (lm(torch.tensor([row])).logits[0].double().log_softmax(-1) for lm in (model, base))
         total = 0.0
         for t in range(1, len(row)):
             if batch.mask[i, t]:
@@ -81,20 +81,19 @@ def test_the_value_is_the_sum_of_log_ratios(policy_options, batch_of, monkeypatc
     monkeypatch.setitem(models.CHUNK_ELEMENTS, "cpu", chunk)
     value, batch = moved(build_value(ValueSection(head=HEAD), policy_options)), batch_of(20)
     base = AutoModelForCausalLM.from_pretrained(policy_options.model, dtype=torch.float32).eval()
-    found, logits = value(batch.tokens, batch.states)
-    torch.testing.assert_close(
-        found.double(), torch.tensor(by_hand(value.backbone, base, batch)).double(), atol=1e-5, rtol=1e-5
-    )
-    assert torch.equal(logits[..., 0], found) and found.dtype == torch.float32
-    of_members = value(batch.tokens, batch.states, members=True)
-    assert torch.equal(of_members[0], found[None]) and torch.equal(of_members[1], logits[None])
-    first = batch.mask.int().argmax(-1) - 1  # the prompt's last token: nothing was chosen yet
-    assert (found[torch.arange(len(batch)), first] == 0).all() and found.abs().max() > 0.01
+    values, logits = value(batch.tokens, batch.states)
+    expected = torch.tensor(by_hand(value.backbone, base, batch)).double()
+    torch.testing.assert_close(values.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits[..., 0], values) and values.dtype == torch.float32
+    member_values, member_logits = value(batch.tokens, batch.states, members=True)
+    assert torch.equal(member_values, values[None]) and torch.equal(member_logits, logits[None])
+    last_of_prompt = batch.prompt_length - 1  # no token has been chosen there
+    assert (values[torch.arange(len(batch)), last_of_prompt] == 0).all() and values.abs().max() > 0.01
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("section", [{}, {"lora": LoraSection(rank=2)}], ids=["all weights", "adapters"])
-def test_it_starts_at_exactly_zero(policy_options, batch_of, section) -> None:
+def test_an_implicit_value_starts_at_exactly_zero(policy_options, batch_of, section) -> None:
     value, batch = build_value(ValueSection(head=HEAD, **section), policy_options), batch_of(21)
     assert (value.eval()(batch.tokens, batch.states)[0] == 0).all()
     assert isinstance(value, ImplicitValue) and (value.base is None) == bool(section)
@@ -102,7 +101,7 @@ def test_it_starts_at_exactly_zero(policy_options, batch_of, section) -> None:
 
 @torch.no_grad()
 def test_rewards_telescope(policy_options, batch_of) -> None:
-    """Each is β times the log-ratio of its token; together they are the value of the whole completion."""
+    """A token's reward is β times its log-ratio; their sum is the value of the whole completion."""
     value, batch = moved(build_value(ValueSection(head=HEAD), policy_options)), batch_of(22)
     batch = batch.set(value=value(batch.tokens, batch.states)[0])
     gains = value_gain(batch)
@@ -115,19 +114,19 @@ def test_rewards_telescope(policy_options, batch_of) -> None:
 @pytest.mark.parametrize("how", ["all weights", "adapters", "shared"])
 def test_gradients_are_those_of_the_cross_entropy_and_in_phi_alone(tiny_model_folder, batch_of, how) -> None:
     torch.manual_seed(0)
-    own = PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=2) if how == "shared" else None)
-    policy = build_policy(own)
+    options = PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=2) if how == "shared" else None)
+    policy = build_policy(options)
     section = ValueSection(head=HEAD, share=how == "shared", lora=LoraSection(rank=2) if how == "adapters" else None)
-    value, batch = moved(build_value(section, own, policy)), batch_of(23)
+    value, batch = moved(build_value(section, options, policy)), batch_of(23)
     target = outcome_label(batch.set(reward=(batch.reward > 0).float()), at="end")
     batch = batch.set(target=target)
     values, logits = value(batch.tokens, batch.states)
     bce(Outputs(logp=torch.zeros_like(values), value=values, value_logits=logits), batch).sum().backward()
-    mine = {id(parameter) for parameter in value.own_parameters().values()}
+    own_ids = {id(parameter) for parameter in value.own_parameters().values()}
     everything = [*value.parameters(), *policy.parameters()]
-    assert all(p.grad is None for p in everything if id(p) not in mine)
-    found = {name: p.grad.clone() for name, p in value.own_parameters().items() if p.grad is not None}
-    assert found.keys() == value.own_parameters().keys()
+    assert all(p.grad is None for p in everything if id(p) not in own_ids)
+    gradients = {name: p.grad.clone() for name, p in value.own_parameters().items() if p.grad is not None}
+    assert gradients.keys() == value.own_parameters().keys()
     value.zero_grad()
     ends = last_chosen(batch.mask)
     assert (ends.sum(-1) == 1).all()
@@ -135,15 +134,15 @@ def test_gradients_are_those_of_the_cross_entropy_and_in_phi_alone(tiny_model_fo
     label = target.where(ends, 0.0).sum(-1)
     F.binary_cross_entropy_with_logits(log_odds, label, reduction="sum").backward()
     for name, parameter in value.own_parameters().items():
-        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_three_models_on_one_copy_of_the_weights(tiny_model_folder, batch_of) -> None:
-    """With ``share`` the base is the reference policy: what the policy learns does not move the value."""
-    own, batch = PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=2)), batch_of(24)
-    policy = build_policy(own)
-    value = moved(build_value(ValueSection(head=HEAD, share=True), own, policy))
+    """With ``share`` the base is the reference policy, so training the policy does not change the value."""
+    options, batch = PolicyOptions(model=str(tiny_model_folder), lora=LoraSection(rank=2)), batch_of(24)
+    policy = build_policy(options)
+    value = moved(build_value(ValueSection(head=HEAD, share=True), options, policy))
     before = value(batch.tokens, batch.states)[0]
     for name, parameter in policy.named_parameters():
         if f".lora_B.{policy.adapter}." in name:
@@ -179,8 +178,8 @@ def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tm
     assert torch.equal(loaded(batch.tokens, batch.states)[0], expected)
     assert (loaded.spec.head, loaded.spec.base, loaded.spec.step) == (HEAD, policy_options.model, 7)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    own = dict(plain.named_parameters())
-    assert all(torch.equal(own[name], parameter) for name, parameter in value.backbone.named_parameters())
+    saved = dict(plain.named_parameters())
+    assert all(torch.equal(saved[name], parameter) for name, parameter in value.backbone.named_parameters())
     warm = build_value(ValueSection(model=str(tmp_path)), policy_options).eval()
     assert torch.equal(warm(batch.tokens, batch.states)[0], expected) and warm.spec.base == policy_options.model
     frozen = build_value(ValueSection(model=str(tmp_path), frozen=True), policy_options)
@@ -189,7 +188,7 @@ def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tm
 
 
 @torch.no_grad()
-def test_adapters_are_merged_into_what_is_saved(policy_options, tokenizer, tmp_path, batch_of) -> None:
+def test_adapters_are_merged_into_the_saved_model(policy_options, tokenizer, tmp_path, batch_of) -> None:
     value = moved(build_value(ValueSection(head=HEAD, lora=LoraSection(rank=2)), policy_options))
     batch = batch_of(27)
     save_value(value, tokenizer, tmp_path)
@@ -203,9 +202,7 @@ def test_errors_say_what_is_missing(policy_options, tokenizer, tmp_path, batch_o
     value = build_value(ValueSection(head=HEAD, model=str(base)), policy_options)
     save_value(value, tokenizer, tmp_path / "value")
     shutil.rmtree(base)
-    with pytest.raises(
-        UserError, match=r"^value model: what the implicit value .* is compared with: there is no folder"
-    ):
+    with pytest.raises(UserError, match=r"^value model: the base of the implicit value .*: there is no folder"):
         load_value(tmp_path / "value")
     for section in (ValueSection(head=HEAD, members=2), ValueSection(head=HEAD, normalise=True)):
         with pytest.raises(RecipeError, match=r"value\.(members|normalise)"):
@@ -239,22 +236,23 @@ def test_recipes_that_contradict_themselves_are_refused(tmp_path, tiny_model_fol
 def test_a_policy_without_a_loss_requires_no_gradient(tmp_path, tiny_model_folder) -> None:
     changes = PRIME | {"loss": [], "advantage": None, "reward": [], "value": PRIME["value"] | {"share": True}}
     changes["policy"] = {"model": str(tiny_model_folder), "lora": {"rank": 2}}
-    path = write_run(tmp_path, tiny_model_folder, **{name: each for name, each in changes.items() if each is not None})
+    changes = {name: setting for name, setting in changes.items() if setting is not None}
+    path = write_run(tmp_path, tiny_model_folder, **changes)
     recipe = load_recipe(path)
     with Processes() as processes:
         learner = build_learner(recipe, find_required_passes(recipe), processes)
         assert learner.value is not None
-        own = {id(parameter) for parameter in learner.value.own_parameters().values()}
-        assert own == {id(parameter) for parameter in learner.policy.parameters() if parameter.requires_grad}
+        own_ids = {id(parameter) for parameter in learner.value.own_parameters().values()}
+        assert own_ids == {id(parameter) for parameter in learner.policy.parameters() if parameter.requires_grad}
 
 
 @pytest.mark.engine
 def test_prime_learns(tmp_path: Path, tiny_model_folder: Path) -> None:
-    """Rewards are 0 in the first step, when the model is its beginning, and its values from the second on."""
+    """In the first step the model equals its base and rewards are 0; later they are the gains of its values."""
     train(load_recipe(write_run(tmp_path, tiny_model_folder, **PRIME, steps=24)))
     metrics = read_metrics(tmp_path / "run")
-    crosses = [row["value_loss/bce"] or math.nan for row in metrics]
-    assert crosses[0] == pytest.approx(math.log(2)) and sum(crosses[-8:]) / 8 < crosses[0] - 0.01
+    losses = [row["value_loss/bce"] or math.nan for row in metrics]
+    assert losses[0] == pytest.approx(math.log(2)) and sum(losses[-8:]) / 8 < losses[0] - 0.01
     assert all(row[name] for row in metrics for name in ("value/grad_norm", "grad_norm"))
     first, second = (read_rollouts(tmp_path / "run" / "rollouts" / f"step-00000{step}.parquet") for step in (1, 2))
     assert first.value is not None and not first.value.any()
@@ -263,6 +261,6 @@ def test_prime_learns(tmp_path: Path, tiny_model_folder: Path) -> None:
     assert load_value(tmp_path / "run" / "value").spec.base == str(tiny_model_folder)
 
 
-def test_a_guide_is_told_to_be_a_log_ratio(policy_options) -> None:
+def test_an_implicit_value_as_a_guide_is_refused_with_a_hint(policy_options) -> None:
     with pytest.raises(ValueError, match="LogRatio"):
         value_score(build_value(ValueSection(head=HEAD), policy_options))

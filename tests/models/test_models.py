@@ -1,4 +1,4 @@
-"""Log-probs and weights of a policy, against a plain forward pass of the Hugging Face model."""
+"""Log-probs and weights of a policy against a plain forward pass of the Hugging Face model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def options(tiny_model_folder) -> PolicyOptions:
 
 
 def plain_logps(model, batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of every token but the first and entropy of its distribution, one row at a time without padding."""
+    """Log-probs and entropies of the chosen tokens, computed one row at a time without padding."""
     logps, entropies = torch.zeros(batch.mask.shape), torch.zeros(batch.mask.shape)
     for row, length in enumerate(batch.length.tolist()):
         logits = model(batch.tokens[row : row + 1, :length]).logits[0].float() / temperature
@@ -34,7 +34,7 @@ def plain_logps(model, batch, temperature: float) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 7 * 261, 10**9])
-def test_logps_stand_at_their_own_tokens(options, random_batch, monkeypatch, temperature, chunk):
+def test_logps_are_in_the_columns_of_their_tokens(options, random_batch, monkeypatch, temperature, chunk):
     monkeypatch.setitem(models.CHUNK_ELEMENTS, "cpu", chunk)
     policy, batch = build_policy(options), random_batch(0)
     logp, entropy = policy(batch.tokens, batch.mask, temperature=temperature, entropy=True)
@@ -107,8 +107,8 @@ def test_the_reference_is_the_policy_without_its_adapters(adapted, options, rand
     reference, _ = adapted.eval()(batch.tokens, batch.mask, reference=True)
     expected, _ = build_policy(options)(batch.tokens, batch.mask)
     assert torch.equal(reference, expected)
-    own, _ = adapted(batch.tokens, batch.mask)
-    assert not torch.allclose(own, expected, atol=1e-3)
+    logp, _ = adapted(batch.tokens, batch.mask)
+    assert not torch.allclose(logp, expected, atol=1e-3)
 
 
 def test_only_adapters_are_trained(adapted):
@@ -116,19 +116,21 @@ def test_only_adapters_are_trained(adapted):
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_a_saved_model_loads_and_answers(adapted, options, tmp_path, random_batch):
+def test_a_saved_model_loads_and_generates(adapted, options, tmp_path, random_batch):
     tokenizer = load_tokenizer(options)
     save_model(adapted, tokenizer, tmp_path / "model", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     batch = random_batch(6)
     expected, _ = adapted.eval()(batch.tokens, batch.mask)
     torch.testing.assert_close(Policy(model)(batch.tokens, batch.mask)[0], expected, atol=1e-5, rtol=0)
-    again = AutoTokenizer.from_pretrained(tmp_path / "model")
-    ids = again.apply_chat_template([{"role": "user", "content": "2+2"}], add_generation_prompt=True)["input_ids"]
+    saved_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = saved_tokenizer.apply_chat_template([{"role": "user", "content": "2+2"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False).shape[1] == len(ids) + 3
     assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path):
+def test_the_message_names_a_missing_model(tmp_path):
     with pytest.raises(RecipeError, match="no folder"):
         load_tokenizer(PolicyOptions(model=str(tmp_path / "absent")))

@@ -1,4 +1,4 @@
-"""ValueSection models on disk, and what a recipe may ask of them."""
+"""Value models on disk, and the settings with which a recipe may load them."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_values_are_equal_to_the_bit_after_loading(policy_options, tokenizer, tm
         value.update_statistics(torch.tensor([1.0, 2.0]))
     save_value(value, tokenizer, tmp_path, step=7)
     loaded = load_value(tmp_path)
-    for mine, its in zip(value(batch.tokens, batch.states), loaded(batch.tokens, batch.states), strict=True):
-        assert its is None if mine is None else torch.equal(mine, its)
+    for before, after in zip(value(batch.tokens, batch.states), loaded(batch.tokens, batch.states), strict=True):
+        assert after is None if before is None else torch.equal(before, after)
     spec = loaded.spec
     assert (spec.head, spec.kind, spec.beta, spec.step, spec.members) == (section.head, "soft", 0.3, 7, section.members)
     assert (spec.shift, spec.scale) == (value.spec.shift, value.spec.scale) and spec.base == policy_options.model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_transformers_loads_what_is_saved(family_folder, tokenizer, tmp_path, random_batch, family):
-    own, batch = PolicyOptions(model=str(family_folder(family))), random_batch(13)
+def test_plain_transformers_loads_a_saved_value_model(family_folder, tokenizer, tmp_path, random_batch, family):
+    options, batch = PolicyOptions(model=str(family_folder(family))), random_batch(13)
     for kind, auto in (("scalar", AutoModelForTokenClassification), ("per_token", AutoModelForCausalLM)):
-        value = stirred(build_value(ValueSection(head=HeadOptions(type=kind)), own)).eval()
+        value = stirred(build_value(ValueSection(head=HeadOptions(type=kind)), options)).eval()
         save_value(value, tokenizer, tmp_path / kind)
         plain = auto.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
         outputs = plain(input_ids=batch.tokens).logits.detach()
@@ -68,7 +68,7 @@ torch.save(load_value(sys.argv[1])(batch["tokens"], batch["states"])[0], sys.arg
 
 
 @pytest.mark.engine
-def test_a_fresh_process_needs_the_path_alone(policy_options, tokenizer, tmp_path, random_batch):
+def test_a_fresh_process_needs_only_the_path(policy_options, tokenizer, tmp_path, random_batch):
     value, batch = stirred(build_value(ValueSection(), policy_options)), random_batch(14)
     save_value(value, tokenizer, tmp_path / "value")
     torch.save({"tokens": batch.tokens, "states": batch.states}, tmp_path / "batch.pt")
@@ -78,7 +78,7 @@ def test_a_fresh_process_needs_the_path_alone(policy_options, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("how", ["lora", "share"])
-def test_adapters_are_merged_into_what_is_saved(tiny_model_folder, tokenizer, tmp_path, random_batch, how):
+def test_adapters_are_merged_into_the_saved_model(tiny_model_folder, tokenizer, tmp_path, random_batch, how):
     torch.manual_seed(0)
     if how == "share":
         _, value = shared_pair(tiny_model_folder)
@@ -93,13 +93,13 @@ def test_adapters_are_merged_into_what_is_saved(tiny_model_folder, tokenizer, tm
     expected = value(batch.tokens, batch.states)[0]
     torch.testing.assert_close(loaded(batch.tokens, batch.states)[0], expected, atol=1e-5, rtol=1e-4)
     target_copy(value)
-    stirred(value, seed=4, std=0.1)  # what is merged is the model's own adapter, not that of its target
+    stirred(value, seed=4, std=0.1)  # the model's own adapter is merged, not that of its target
     save_value(value, tokenizer, tmp_path)
     expected = value(batch.tokens, batch.states)[0]
     torch.testing.assert_close(load_value(tmp_path)(batch.tokens, batch.states)[0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_saved_critic_starts_another(policy_options, tokenizer, tmp_path, random_batch):
+def test_training_can_start_from_a_saved_critic(policy_options, tokenizer, tmp_path, random_batch):
     section = ValueSection(head=HeadOptions(type="categorical", bins=5), members=2, reduce="min")
     value, batch = stirred(build_value(section, policy_options, kind=ValueKind("soft", 0.5))), random_batch(16)
     save_value(value, tokenizer, tmp_path)
@@ -110,12 +110,11 @@ def test_a_saved_critic_starts_another(policy_options, tokenizer, tmp_path, rand
     assert all(p.requires_grad for p in warm.parameters())
     frozen = build_value(ValueSection(model=str(tmp_path), frozen=True), policy_options, kind=ValueKind("mean"))
     assert frozen.spec.kind == "soft" and not any(p.requires_grad for p in frozen.parameters())
-    other = build_value(ValueSection(model=str(tmp_path), reduce="max"), policy_options, kind=ValueKind("mean"))
-    assert (other.spec.kind, other.spec.beta) == ("mean", None) and (
-        other(batch.tokens, batch.states)[0] >= expected
-    ).all()
+    changed = build_value(ValueSection(model=str(tmp_path), reduce="max"), policy_options, kind=ValueKind("mean"))
+    assert (changed.spec.kind, changed.spec.beta) == ("mean", None)
+    assert (changed(batch.tokens, batch.states)[0] >= expected).all()
     adapted = build_value(ValueSection(model=str(tmp_path), lora=LoraSection(rank=2)), policy_options)
-    assert torch.equal(adapted(batch.tokens, batch.states)[0], expected)  # adapters start at nothing
+    assert torch.equal(adapted(batch.tokens, batch.states)[0], expected)  # adapters start at zero
     assert {n.split(".")[0] for n, p in adapted.named_parameters() if p.requires_grad} == {"backbone", "head"}
 
 
@@ -153,7 +152,7 @@ def test_a_process_model_is_a_value_model(tiny_model_folder, tokenizer, tmp_path
     torch.testing.assert_close(values, right.where(batch.states, 0.0), atol=1e-5, rtol=1e-5)
 
 
-def test_one_label_may_be_read_as_a_probability(tiny_model_folder, tokenizer, tmp_path, random_batch):
+def test_one_label_can_be_read_as_a_probability(tiny_model_folder, tokenizer, tmp_path, random_batch):
     model = AutoModelForTokenClassification.from_pretrained(tiny_model_folder, num_labels=1)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -168,7 +167,7 @@ def test_one_label_may_be_read_as_a_probability(tiny_model_folder, tokenizer, tm
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_what_is_no_value_model_is_named(tiny_model_folder, tokenizer, tmp_path):
+def test_folders_that_hold_no_value_model_are_refused(tiny_model_folder, tokenizer, tmp_path):
     with pytest.raises(UserError, match="no folder"):
         load_value(tmp_path / "absent")
     with pytest.raises(UserError, match="without a value head"):
@@ -178,15 +177,15 @@ def test_what_is_no_value_model_is_named(tiny_model_folder, tokenizer, tmp_path)
         load_value(tmp_path / "empty")
     model = AutoModelForTokenClassification.from_pretrained(tiny_model_folder, num_labels=5)
     model.save_pretrained(tmp_path / "tagger")
-    with pytest.raises(UserError, match="puts out 5"):
+    with pytest.raises(UserError, match="has 5 labels"):
         load_value(tmp_path / "tagger")
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model_folder, num_labels=3)
     model.save_pretrained(tmp_path / "classifier")
-    with pytest.raises(UserError, match="classifies into 3"):
+    with pytest.raises(UserError, match="has 3 labels"):
         load_value(tmp_path / "classifier")
 
 
-def test_a_broken_entry_is_named(policy_options, tokenizer, tmp_path):
+def test_the_message_names_a_broken_entry(policy_options, tokenizer, tmp_path):
     save_value(build_value(ValueSection(), policy_options), tokenizer, tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -195,25 +194,25 @@ def test_a_broken_entry_is_named(policy_options, tokenizer, tmp_path):
         load_value(tmp_path)
     wider = config["posttrain"] | {"members": 2}
     path.write_text(json.dumps(config | {"posttrain": wider}))
-    with pytest.raises(UserError, match="1 outputs.*speaks of 2"):
+    with pytest.raises(UserError, match="1 outputs.*describes one with 2"):
         load_value(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("section", "complaint"),
+    ("section", "message"),
     [
         ({"head": HeadOptions(type="bernoulli")}, "value.head: .*does not fit"),
         ({"members": 3}, "value.members: 3"),
     ],
 )
-def test_a_recipe_that_does_not_fit_the_saved_model(policy_options, tokenizer, tmp_path, section, complaint):
+def test_a_recipe_that_does_not_fit_the_saved_model_is_refused(policy_options, tokenizer, tmp_path, section, message):
     save_value(build_value(ValueSection(members=2), policy_options), tokenizer, tmp_path)
-    with pytest.raises(RecipeError, match=complaint):
+    with pytest.raises(RecipeError, match=message):
         build_value(ValueSection(model=str(tmp_path), **section), policy_options)
 
 
 @pytest.mark.parametrize(
-    ("section", "complaint"),
+    ("section", "message"),
     [
         ({"share": True}, "policy.lora"),
         ({"frozen": True}, "without a value head"),
@@ -223,12 +222,12 @@ def test_a_recipe_that_does_not_fit_the_saved_model(policy_options, tokenizer, t
         ({"head": HeadOptions(type="categorical", low=1.0, high=0.0)}, "must be below"),
     ],
 )
-def test_contradictions_are_refused(policy_options, section, complaint):
-    with pytest.raises(RecipeError, match=complaint):
+def test_contradictions_are_refused(policy_options, section, message):
+    with pytest.raises(RecipeError, match=message):
         build_value(ValueSection(**section), policy_options)
 
 
-def test_a_soft_value_needs_its_temperature(policy_options):
+def test_a_soft_value_needs_a_temperature(policy_options):
     with pytest.raises(RecipeError, match="target.beta"):
         build_value(ValueSection(), policy_options, kind=ValueKind("soft"))
 
@@ -242,5 +241,5 @@ def test_a_value_model_of_another_tokenizer_is_refused(policy_options, tmp_path)
     build_value(ValueSection(model=str(tmp_path / "value")), policy_options)
     swapped = (tmp_path / "value" / "tokenizer.json").read_text().replace('"a":', '"swap":').replace('"b":', '"a":')
     (tmp_path / "value" / "tokenizer.json").write_text(swapped.replace('"swap":', '"b":'))
-    with pytest.raises(RecipeError, match="reads other tokens"):
+    with pytest.raises(RecipeError, match="another tokenizer"):
         build_value(ValueSection(model=str(tmp_path / "value")), policy_options)

@@ -1,4 +1,4 @@
-"""ValueSection models: alignment, members, scale, adapters on the policy's weights, and target networks."""
+"""Value models: alignment, members, scale, adapters on the policy's weights, and target networks."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_values import FAMILIES, shared_pair, stirred
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from posttrain.models import policy as models
 from posttrain.models.adapters import active_adapter, selected_adapter
 from posttrain.models.policy import Policy, build_policy, save_model
-from posttrain.models.value import (
-    Moments,
-    ValueSpec,
-    backed_up,
-    polyak,
-    target_copy,
-)
+from posttrain.models.value import Moments, ValueSpec, backed_up, polyak, target_copy
 from posttrain.models.value_files import build_value
 from posttrain.parts.targets import backup, reduce_members
 from posttrain.recipe.sections import HeadSection as HeadOptions
@@ -38,15 +30,13 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["scalar", "per_token"])
-def test_a_value_is_of_the_prefix_that_ends_with_its_column(family_folder, random_batch, family, kind):
-    own = PolicyOptions(model=str(family_folder(family)))
-    value, batch = (
-        stirred(build_value(ValueSection(head=HeadOptions(type=kind)), own)).eval(),
-        random_batch(0, groups=1),
-    )
+def test_a_value_belongs_to_the_prefix_that_ends_with_its_column(family_folder, random_batch, family, kind):
+    options = PolicyOptions(model=str(family_folder(family)))
+    value = stirred(build_value(ValueSection(head=HeadOptions(type=kind)), options)).eval()
+    batch = random_batch(0, groups=1)
     values, logits = value(batch.tokens, batch.states)
     assert logits is None and values.dtype == torch.float32 and (values[~batch.states] == 0).all()
-    plain = AutoModelForCausalLM.from_pretrained(own.model, dtype=torch.float32).base_model.eval()
+    plain = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).base_model.eval()
     weight, bias = value.head.linear.weight, value.head.linear.bias
     for row, column in batch.states.nonzero().tolist():
         seen = column + 1 if kind == "scalar" else column
@@ -68,10 +58,8 @@ def test_a_row_without_states_has_no_gradient(policy_options, random_batch):
 
 
 def test_the_first_column_has_no_state_before_it(policy_options, random_batch):
-    value, batch = (
-        stirred(build_value(ValueSection(head=HeadOptions(type="per_token")), policy_options)),
-        random_batch(3),
-    )
+    value = stirred(build_value(ValueSection(head=HeadOptions(type="per_token")), policy_options))
+    batch = random_batch(3)
     values, _ = value(batch.tokens, torch.ones_like(batch.mask))
     assert (values[:, 0] == 0).all() and (values[:, 1:] != 0).all()
 
@@ -102,14 +90,14 @@ def test_each_member_is_reachable_and_trains_alone(policy_options, random_batch,
     assert touched.tolist() == [False, True, False]
 
 
-def test_running_moments_are_the_weighted_ones():
+def test_running_moments_are_the_weighted_moments():
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(4 + i, generator=generator) * 2 + i).tolist() for i in range(4)]
     moments = Moments(decay=0.9)
     for batch in batches:
-        found = moments.update(sum(batch) / len(batch), sum(v * v for v in batch) / len(batch))
-    assert found == pytest.approx(reference.running_moments(batches, 0.9), rel=1e-9)
-    assert Moments().update(0.5, 0.25) == pytest.approx((0.5, 0.1))  # the floor of the deviation
+        running = moments.update(sum(batch) / len(batch), sum(v * v for v in batch) / len(batch))
+    assert running == pytest.approx(reference.running_moments(batches, 0.9), rel=1e-9)
+    assert Moments().update(0.5, 0.25) == pytest.approx((0.5, 0.1))  # the smallest deviation
 
 
 @pytest.mark.parametrize("kind", ["scalar", "categorical", "quantile"])
@@ -134,14 +122,14 @@ def test_statistics_are_those_of_all_ranks(policy_options):
     here, there = torch.tensor([1.0, 2.0]), torch.tensor([9.0])
     value, alone = (build_value(ValueSection(normalise=True), policy_options) for _ in range(2))
     sums = torch.tensor([9.0, 81.0, 1.0], dtype=torch.float64)
-    value.update_statistics(here, lambda mine: mine + sums)
+    value.update_statistics(here, lambda own_sums: own_sums + sums)
     alone.update_statistics(torch.cat([here, there]))
     assert value.state == pytest.approx(alone.state)
     alone.update_statistics(torch.tensor([float("nan")]))
     assert value.state == pytest.approx(alone.state)
-    again = build_value(ValueSection(normalise=True), policy_options)
-    again.state = value.state
-    assert again.spec == value.spec and again.moments == value.moments
+    restored = build_value(ValueSection(normalise=True), policy_options)
+    restored.state = value.state
+    assert restored.spec == value.spec and restored.moments == value.moments
 
 
 # ----------------------------------------------------------------------------------------------------------- backing up
@@ -149,7 +137,7 @@ def test_statistics_are_those_of_all_ranks(policy_options):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(["mean", "soft", "max", "greedy"]), beta=st.floats(0.1, 3))
-def test_backing_up_is_the_scalar_formula(seed, kind, beta):
+def test_backed_up_values_are_the_scalar_formula(seed, kind, beta):
     generator = torch.Generator().manual_seed(seed)
     logp = torch.randn(3, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
     values = torch.randn(3, 6, generator=generator, dtype=torch.float64)
@@ -157,7 +145,7 @@ def test_backing_up_is_the_scalar_formula(seed, kind, beta):
     torch.testing.assert_close(backup(values, logp, kind=kind, beta=beta), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_a_soft_value_lies_between_the_mean_and_the_maximum():
+def test_a_soft_value_tends_to_the_mean_and_to_the_maximum():
     logp, values = torch.randn(4, 6).double().log_softmax(-1), torch.randn(4, 6).double()
     mean, largest = backup(values, logp, kind="mean"), backup(values, logp, kind="max")
     torch.testing.assert_close(backup(values, logp, kind="soft", beta=1e5), mean, atol=1e-4, rtol=0)
@@ -170,17 +158,17 @@ def test_values_are_backed_up_over_every_next_token(tiny_model_folder, random_ba
     monkeypatch.setitem(models.CHUNK_ELEMENTS, "cpu", chunk)
     batch = random_batch(6)
     policy, _ = shared_pair(tiny_model_folder)
-    own = PolicyOptions(model=str(tiny_model_folder))
-    value = stirred(build_value(ValueSection(head=HeadOptions(type="per_token")), own), std=0.05)
+    options = PolicyOptions(model=str(tiny_model_folder))
+    value = stirred(build_value(ValueSection(head=HeadOptions(type="per_token")), options), std=0.05)
     value.spec = ValueSpec(head=value.spec.head, shift=0.5, scale=2.0)
-    found = backed_up(value, policy, batch.tokens, batch.states, kind, 0.5, temperature=0.8)
+    result = backed_up(value, policy, batch.tokens, batch.states, kind, 0.5, temperature=0.8)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)  # adapters off
     logp = (plain(batch.tokens).logits / 0.8).log_softmax(-1)
     values = 0.5 + 2.0 * plain.model(batch.tokens).last_hidden_state @ value.head.linear.weight.T
     for row, column in batch.states.nonzero()[:20].tolist():
         expected = reference.back_up(logp[row, column].exp().tolist(), values[row, column].tolist(), kind, 0.5)
-        assert found[row, column].item() == pytest.approx(expected, abs=1e-4)
-    assert (found[~batch.states] == 0).all() and not found.requires_grad
+        assert result[row, column].item() == pytest.approx(expected, abs=1e-4)
+    assert (result[~batch.states] == 0).all() and not result.requires_grad
     with pytest.raises(ValueError, match="positive beta"):
         backed_up(value, policy, batch.tokens, batch.states, "soft")
 
@@ -192,8 +180,8 @@ def test_one_copy_of_the_weights_three_models(tiny_model_folder, random_batch):
     policy, value = shared_pair(tiny_model_folder)
     batch = random_batch(7)
     alone = build_policy(PolicyOptions(model=str(tiny_model_folder)))
-    ours = {p.data_ptr() for p in policy.parameters()}
-    assert {p.data_ptr() for p in value.backbone.parameters()} == ours
+    addresses = {p.data_ptr() for p in policy.parameters()}
+    assert {p.data_ptr() for p in value.backbone.parameters()} == addresses
     reference_logp, _ = policy(batch.tokens, batch.mask, reference=True)
     assert torch.equal(reference_logp, alone(batch.tokens, batch.mask)[0])
     logp, _ = policy(batch.tokens, batch.mask)
@@ -208,11 +196,11 @@ def test_one_copy_of_the_weights_three_models(tiny_model_folder, random_batch):
 
 
 def test_adapters_and_head_are_float32_on_bfloat16_weights(tiny_model_folder, random_batch):
-    own = PolicyOptions(
+    options = PolicyOptions(
         model=str(tiny_model_folder), lora=LoraSection(rank=4), dtype="bfloat16", gradient_checkpointing=True
     )
-    policy, batch = build_policy(own), random_batch(7)
-    value = stirred(build_value(ValueSection(share=True, lora=LoraSection(rank=2)), own, policy), std=0.1)
+    policy, batch = build_policy(options), random_batch(7)
+    value = stirred(build_value(ValueSection(share=True, lora=LoraSection(rank=2)), options, policy), std=0.1)
     assert {p.dtype for p in value.own_parameters().values()} == {torch.float32}
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
@@ -223,8 +211,8 @@ def test_adapters_and_head_are_float32_on_bfloat16_weights(tiny_model_folder, ra
 
 
 def joint_and_separate(policy, value, batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients of one backward pass through both models' losses, and of one pass for each."""
-    found = []
+    """Gradients of one backward pass through both models' losses, and of a separate pass for each."""
+    results = []
     for together in (True, False):
         policy.train(), value.train()
         policy.zero_grad(), value.zero_grad()
@@ -236,8 +224,8 @@ def joint_and_separate(policy, value, batch) -> tuple[dict[str, torch.Tensor], d
                 loss.backward()
         if together:
             torch.stack(losses).sum().backward()
-        found.append(gradients(value) | gradients(policy))
-    return found[0], found[1]
+        results.append(gradients(value) | gradients(policy))
+    return results[0], results[1]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -251,11 +239,12 @@ def test_a_joint_backward_pass_gives_the_gradients_of_separate_ones(tiny_model_f
         torch.testing.assert_close(joint[name], separate[name], atol=0, rtol=1e-6)
     plain_policy, plain_value = shared_pair(tiny_model_folder)
     expected, _ = joint_and_separate(plain_policy, plain_value, batch)
-    for name in joint:  # checkpointed or not
+    for name in joint:  # the same with and without checkpointing
         torch.testing.assert_close(joint[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_checkpointing_trap_is_there_without_the_cure(tiny_model_folder, random_batch):
+def test_plain_checkpointing_gives_wrong_gradients_with_two_adapters(tiny_model_folder, random_batch):
+    """``enable_checkpointing`` is needed: Transformers' own call recomputes activations with the wrong adapter."""
     policy, value = shared_pair(tiny_model_folder, checkpointing=True)
     policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trapped, _ = joint_and_separate(policy, value, random_batch(8))
@@ -268,16 +257,16 @@ def test_training_leaves_the_reference_and_the_other_adapter_alone(tiny_model_fo
     policy, value = shared_pair(tiny_model_folder, checkpointing=True)
     batch = random_batch(9)
     before, _ = policy(batch.tokens, batch.mask, reference=True)
-    own = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    start = {name: p.detach().clone() for name, p in policy.named_parameters()}
     values_before, _ = value(batch.tokens, batch.states)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
-    for _ in range(3):  # the policy alone: what the value model is made of has no gradient then
+    for _ in range(3):  # the policy alone, so that the value model's weights have no gradient
         policy.train()
         policy(batch.tokens, batch.mask)[0].mul(batch.advantage).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = {name for name, p in policy.named_parameters() if not torch.equal(p, own[name])}
-    assert changed == {name for name in own if ".default." in name}
+    changed = {name for name, p in policy.named_parameters() if not torch.equal(p, start[name])}
+    assert changed == {name for name in start if ".default." in name}
     after, _ = policy(batch.tokens, batch.mask, reference=True)
     assert torch.equal(before, after)
     assert torch.equal(value(batch.tokens, batch.states)[0], values_before)
@@ -292,7 +281,7 @@ def test_training_leaves_the_reference_and_the_other_adapter_alone(tiny_model_fo
     assert torch.equal(policy(batch.tokens, batch.mask, reference=True)[0], before)
 
 
-def test_the_engine_gets_the_policy_alone(tiny_model_folder, tokenizer, tmp_path, random_batch):
+def test_the_engine_gets_only_the_policy(tiny_model_folder, tokenizer, tmp_path, random_batch):
     policy, value = shared_pair(tiny_model_folder)
     batch = random_batch(10)
     sent = dict(policy.weights())
@@ -312,11 +301,11 @@ def test_the_engine_gets_the_policy_alone(tiny_model_folder, tokenizer, tmp_path
 
 @pytest.mark.parametrize("how", ["full", "lora", "share"])
 def test_a_target_network_follows_slowly(tiny_model_folder, random_batch, how):
-    own = PolicyOptions(model=str(tiny_model_folder))
+    options = PolicyOptions(model=str(tiny_model_folder))
     if how == "share":
         _, value = shared_pair(tiny_model_folder)
     else:
-        value = stirred(build_value(ValueSection(lora=LoraSection(rank=2) if how == "lora" else None), own))
+        value = stirred(build_value(ValueSection(lora=LoraSection(rank=2) if how == "lora" else None), options))
     batch = random_batch(11)
     flags = {name: p.requires_grad for name, p in value.named_parameters()}
     target = target_copy(value)

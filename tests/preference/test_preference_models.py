@@ -68,7 +68,7 @@ def test_who_is_compared_with_whom(tiny_model_folder: Path) -> None:
 
 
 def test_a_template_without_its_places_is_refused() -> None:
-    with pytest.raises(RecipeError, match="has no place {b}"):
+    with pytest.raises(RecipeError, match="has no placeholder {b}"):
         reward_models.preference(model="m", template="{prompt} {a}")
 
 

@@ -1,27 +1,31 @@
-"""What all decoders share."""
+"""The base class of decoders: an engine that samples with another engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 from torch import Tensor
 
 from posttrain.engines.base import Engine
+from posttrain.option_types import Inner
 
 
 class Decoder:
-    """An engine that samples with another one: the weights are the other's, and a score keeps its own.
+    """An engine that samples with another engine. Loading weights changes the other engine, not the score.
 
     A decoder adds ``generate``: see :meth:`posttrain.engines.base.Engine.generate`.
     """
 
     engine: Engine
     alone = False
-    """Whether it changes all that the engine samples while it decodes, other requests' too."""
+    """True if other requests to the engine are changed too while the decoder runs."""
+    scores_within_step = False
+    """True if scores are asked for while the engine draws a token."""
 
     @property
     def version(self) -> int:
-        """Of the engine's weights."""
+        """Version of the weights that the engine holds; set by ``load``."""
         return self.engine.version
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -31,3 +35,12 @@ class Decoder:
     def close(self) -> None:
         """See :meth:`posttrain.engines.base.Engine.close`: the engine."""
         self.engine.close()
+
+
+DecoderOption = Annotated[Engine, Inner("posttrain.decoding.decoders", ("engine", "context"))]
+"""A decoder as an option of another one."""
+
+OptionalDecoder = Annotated[Engine | None, Inner("posttrain.decoding.decoders", ("engine", "context"))]
+
+Conflict = tuple[tuple[str | int, ...], str]
+"""A problem with the options of a decoder or score: the path of the option within it, and the message."""

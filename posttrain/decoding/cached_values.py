@@ -41,7 +41,7 @@ def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenVa
 
 
 class CachedValueScore:
-    """The value of a ``posttrain.models.value.ValueModel``, which remembers the last call's prefixes and their candidates.
+    """The value of a ``ValueModel``, with a cache of the last call's prefixes and their candidates.
 
     Args:
         model: all of its layers attend to all that came before.

@@ -1,11 +1,11 @@
-"""What decoders and scores of a recipe are made with, and the kinds of parts that they take as options."""
+"""The context in which a recipe's decoders and scores are made, and the marks of options that need it."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -14,82 +14,69 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
+from posttrain.models.load import text_of
 from posttrain.option_types import Inner, LocalPath
 from posttrain.recipe.sections import EngineSection
 
 ModelPath = Annotated[str, LocalPath()]
-"""Hub name or local folder."""
-
-Score = Annotated[Callable[..., Any], Inner("posttrain.decoding.scores", ("context",))]
-"""``(DecoderContext) -> PrefixScore``: what says how good a prefix is."""
-
-OptionalScore = Annotated[Callable[..., Any] | None, Inner("posttrain.decoding.scores", ("context",))]
+"""Hub name or local folder of a model."""
 
 TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
 """A reward part that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
 
 Verifier = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
-"""``(completion) -> float``; columns of a data set are options here."""
+"""``(completion) -> float``; columns of a dataset are options here."""
 
-OptionalDecoder = Annotated[Callable[..., Any] | None, Inner("posttrain.decoding.decoders", ("engine", "context"))]
-"""``(Engine, DecoderContext) -> Engine``."""
 
-TargetDecoder = Annotated[Callable[..., Any], Inner("posttrain.decoding.decoders", ("engine", "context"))]
-"""One that must be there."""
+class PythonOnly(NamedTuple):
+    """Marks a parameter that recipes cannot set: it is for callers in Python."""
 
-Pick = Annotated[Callable[..., Any], Inner("posttrain.decoding.particles", ("families", "choose"))]
-"""``(families, choose) -> particles``: who survives a round."""
 
-Final = Annotated[Callable[..., Any], Inner("posttrain.decoding.finals", ("particles", "choose", "decode"))]
-"""``(particles, choose, decode) -> int``: which particle is the answer; ``decode`` turns token ids into text."""
+class FromContext(NamedTuple):
+    """Marks a parameter that recipes cannot set: it is an attribute of the context."""
 
-Answer = Annotated[Callable[..., Any], Inner("posttrain.decoding.finals", ("text",))]
-"""``(text) -> Hashable``: the answer in a completion; None where there is none."""
+    attribute: str
 
-Propose = Annotated[Callable[..., Any], Inner("posttrain.decoding.tree", ("engine", "prefixes", "sampling", "seeds"))]
-"""The steps from each of several prefixes."""
 
-Select = Annotated[Callable[..., Any], Inner("posttrain.decoding.nodes", ("tree",))]
-"""``(Tree) -> nodes``: what comes next."""
+class SeparatorMark(NamedTuple):
+    """Marks token ids that a recipe writes as the text that they end with, such as a line break."""
 
-Choice = Annotated[Callable[..., Any], Inner("posttrain.decoding.nodes", ("tree",))]
-"""``(Tree) -> Node``: the answer, or the next move."""
 
-OptionalChoice = Annotated[Callable[..., Any] | None, Inner("posttrain.decoding.nodes", ("tree",))]
-
-Backup = Annotated[Callable[..., Any], Inner("posttrain.decoding.nodes", ("leaf",))]
-"""``(Node) -> None``: what a simulation changes on its path."""
+Value = TypeVar("Value")
+NotInRecipes = Annotated[Value, PythonOnly()]
+Separator = Annotated[tuple[int, ...], SeparatorMark()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderContext:
-    """What a decoder of a recipe may use beside the engine."""
+    """Everything that a decoder of a recipe may use besides the engine."""
 
-    tokenizer: PreTrainedTokenizerBase  # of the policy
-    device: torch.device  # where models that score live
-    dtype: torch.dtype = torch.float32  # their weights'
-    models: dict[tuple[str, str], nn.Module] = field(default_factory=dict)  # loaded ones, by kind and path
-    engine: Engine | None = None  # the one that is guided
+    tokenizer: PreTrainedTokenizerBase  # tokenizer of the policy
+    device: torch.device  # device of the models that score
+    dtype: torch.dtype = torch.float32  # data type of their weights
+    models: dict[tuple[str, str], nn.Module] = field(default_factory=dict)  # models that are loaded, by kind and path
+    engine: Engine | None = None  # the engine that is guided
     within_step: bool = False  # scores are asked for while that engine draws a token
-    engines: dict[str, Engine] = field(default_factory=dict)  # of other models, by path
+    engines: dict[str, Engine] = field(default_factory=dict)  # engines of further models, by path
 
     def on(self, engine: Engine, *, within_step: bool = False) -> DecoderContext:
-        """The same for a decoder on this engine; models are shared."""
+        """The context of a decoder on this engine; loaded models are shared."""
         return replace(self, engine=engine, within_step=within_step)
 
     def engine_of(self, model: str, use: Literal["auto", "vllm", "transformers"]) -> Engine:
-        """An engine that samples from another model of the same vocabulary; it goes when the guided one does."""
+        """An engine that samples from another model of the same vocabulary. It is closed with the guided engine."""
         if model not in self.engines:
-            room: Any = self.engine
+            guided: Any = self.engine
             dtype = str(self.dtype).removeprefix("torch.")
-            made = make_engine(model, EngineSection(use=use), dtype=dtype, max_model_len=room.max_model_len)
-            weakref.finalize(room, made.close)
-            self.engines[model] = made
+            engine = make_engine(model, EngineSection(use=use), dtype=dtype, max_model_len=guided.max_model_len)
+            weakref.finalize(guided, engine.close)
+            self.engines[model] = engine
         return self.engines[model]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Token ids to text, special tokens left out."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+    @property
+    def decode(self) -> Callable[[Sequence[int]], str]:
+        """Token ids to text, without special tokens."""
+        return text_of(self.tokenizer)
 
     def loaded(self, kind: str, path: str, load: Callable[[], nn.Module]) -> nn.Module:
         """A frozen model on this device; several scores of one model share it."""
@@ -98,15 +85,15 @@ class DecoderContext:
         return self.models[kind, path]
 
     def ends(self, separator: str | None) -> tuple[int, ...]:
-        """The tokens whose text ends with the separator; none for no separator.
+        """The tokens whose text ends with the separator; none without a separator.
 
         Raises:
-            RecipeError: where no token does.
+            RecipeError: if no token ends with it.
         """
         if separator is None:
             return ()
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
-        found = tuple(token for token, text in enumerate(texts) if text.endswith(separator))
-        if not found:
+        tokens = tuple(token for token, text in enumerate(texts) if text.endswith(separator))
+        if not tokens:
             raise RecipeError(f"decoder.separator: no token of this tokenizer ends with {separator!r}")
-        return found
+        return tokens

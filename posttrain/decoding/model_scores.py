@@ -86,7 +86,7 @@ class ValueScore:
     """The value that a model gives to each prefix, in reward units: at its last token.
 
     Args:
-        model: ``forward(tokens [N, L], states [N, L]) -> (value [N, L], ...)``, as ``posttrain.models.value.ValueModel``.
+        model: ``forward(tokens [N, L], states [N, L]) -> (value [N, L], ...)``, such as a ``ValueModel``.
     """
 
     model: nn.Module

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from posttrain.decoding.particles import Particle, vote
+from posttrain.decoding.particles import most_voted
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.choice import Chooser
 from posttrain.option_types import Inner
@@ -91,9 +91,13 @@ class Tree:
         return [node for node in self.root.below() if node.ended]
 
 
-Select = Callable[[Tree], list[Node]]
-Backup = Callable[[Node], None]
-Decide = Callable[[Tree], Node]
+Select = Annotated[Callable[[Tree], list[Node]], Inner("posttrain.decoding.nodes", ("tree",))]
+"""A rule that chooses the nodes to expand next."""
+Backup = Annotated[Callable[[Node], None], Inner("posttrain.decoding.nodes", ("leaf",))]
+"""A rule that changes the statistics on the path of a leaf."""
+Decide = Annotated[Callable[[Tree], Node], Inner("posttrain.decoding.nodes", ("tree",))]
+"""A rule that chooses the answer, or the next move."""
+OptionalDecide = Annotated[Callable[[Tree], Node] | None, Inner("posttrain.decoding.nodes", ("tree",))]
 Key = Annotated[Callable[[Node], float], Inner("posttrain.decoding.nodes", ("node",))]
 
 
@@ -270,9 +274,13 @@ def where_moves_led(tree: Tree) -> Node:
 def voted(
     tree: Tree, *, answer: Callable[[Sequence[int]], Hashable], by: Literal["count", "sum", "max"] = "sum"
 ) -> Node:
-    """The ended node that wins a vote: see :func:`posttrain.decoding.particles.vote`."""
+    """The ended node that wins a vote among all ended nodes: see :func:`posttrain.decoding.particles.most_voted`.
+
+    Args:
+        answer: reads the answer in the generated tokens.
+    """
     ended = tree.endings()
     if not ended:
         return best_ending(tree)
-    particles = [Particle(prefix=node.prefix, version=node.version, potential=node.value) for node in ended]
-    return ended[vote(particles, tree.choose, answer=answer, by=by)]
+    winner = most_voted([answer(node.prefix.generated) for node in ended], [node.value for node in ended], by)
+    return max(ended, key=value_key) if winner is None else ended[winner]

@@ -1,7 +1,7 @@
-"""Particles of a population decoder, the rules that pick survivors, and those that make the final answer.
+"""Particles of a population decoder, and the rules that pick the survivors of a round.
 
-A pick is ``(families, choose) -> survivors``: a family is what one particle has become, several branches or, where it
-had ended, itself; there are as many survivors as families. A final is ``(particles, choose) -> index``.
+A pick is ``(families, choose) -> survivors``. A family holds the continuations of one particle, or the particle itself
+if it had ended. There are as many survivors as families. Rules that choose the answer are in ``answers.py``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.choice import Chooser
+from posttrain.option_types import Inner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,10 @@ ROUNDING = 1e-12
 """Pieces of the unit interval that are narrower come from rounding."""
 
 Families = Sequence[Sequence[Particle]]
-Pick = Callable[[Families, Chooser], list[Particle]]
-Final = Callable[[Sequence[Particle], Chooser], int]
+Pick = Annotated[
+    Callable[[Families, Chooser], list[Particle]], Inner("posttrain.decoding.particles", ("families", "choose"))
+]
+"""A rule that chooses the survivors of a round."""
 
 
 def top(families: Families, choose: Chooser, *, distinct: bool = False) -> list[Particle]:
@@ -145,45 +148,34 @@ def systematic(shares: Sequence[float], count: int, choose: Chooser) -> list[int
     return [bisect.bisect_right(edges, u + place) for place in range(count)]
 
 
-def best(particles: Sequence[Particle], choose: Chooser) -> int:
-    """The highest potential; the first of several."""
+def highest(particles: Sequence[Particle]) -> int:
+    """Index of the particle with the highest potential; the first one of several."""
     return max(range(len(particles)), key=lambda index: particles[index].potential)
 
 
-def weighted(particles: Sequence[Particle], choose: Chooser) -> int:
-    """Drawn with probability proportional to the importance weights."""
-    return choose(softmax([particle.log_weight for particle in particles]))
+def most_voted(
+    answers: Sequence[Hashable], scores: Sequence[float], by: Literal["count", "sum", "max"] = "count"
+) -> int | None:
+    """Index of the best-scored entry with the answer that gets most votes; ``None`` if there is no answer.
 
-
-def vote(
-    particles: Sequence[Particle],
-    choose: Chooser,
-    *,
-    answer: Callable[[Sequence[int]], Hashable],
-    by: Literal["count", "sum", "max"] = "count",
-) -> int:
-    """The best-scored completion with the answer that gets most: majority (``count``), or votes weighted by scores.
-
-    Majority: Wang et al. 2023, arXiv:2203.11171. ``sum`` of scores scaled to [0, 1] by their smallest and largest, and
-    ``max``: Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
+    Majority (``count``): Wang et al. 2023, arXiv:2203.11171. ``sum`` of scores scaled to [0, 1] by their smallest and
+    largest, and ``max``: Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
 
     Args:
-        answer: the answer in what was generated; ``None`` where there is none, which gets no votes.
+        answers: ``None`` for an entry without an answer, which has no vote.
     """
-    scores = [particle.potential for particle in particles]
     low, spread = min(scores), max(scores) - min(scores) or 1.0
     votes: dict[Hashable, float] = {}
-    answers = [answer(particle.prefix.generated) for particle in particles]
-    for own, score in zip(answers, scores, strict=True):
-        if own is None:
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is None:
             continue
         share = (score - low) / spread
-        old = votes.get(own, -math.inf if by == "max" else 0.0)
-        votes[own] = max(old, share) if by == "max" else old + (1.0 if by == "count" else share)
+        before = votes.get(answer, -math.inf if by == "max" else 0.0)
+        votes[answer] = max(before, share) if by == "max" else before + (1.0 if by == "count" else share)
     if not votes:
-        return best(particles, choose)
-    winner = max(votes, key=lambda own: votes[own])
-    return max((i for i, own in enumerate(answers) if own == winner), key=lambda i: scores[i])
+        return None
+    winner = max(votes, key=lambda answer: votes[answer])
+    return max((i for i, answer in enumerate(answers) if answer == winner), key=lambda i: scores[i])
 
 
 def softmax(logits: Sequence[float]) -> list[float]:

@@ -15,29 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from posttrain.batch import Finish
-from posttrain.decoding.base import Decoder
+from posttrain.decoding.answers import Decode, Final, best, weighted
+from posttrain.decoding.base import Conflict, Decoder, OptionalDecoder
+from posttrain.decoding.context import FromContext, NotInRecipes, Separator
 from posttrain.decoding.kl import best_of_n_kl_bound, blockwise_kl_bound, weighted_kl_bound
-from posttrain.decoding.particles import (
-    Final,
-    Particle,
-    Pick,
-    best,
-    keep,
-    logsumexp,
-    resample,
-    rule_of,
-    top,
-    weighted,
-)
-from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, grown
+from posttrain.decoding.particles import Particle, Pick, keep, logsumexp, resample, rule_of, top
+from posttrain.decoding.prefixes import OptionalScore, Prefix, Score, continue_prefixes, grown
 from posttrain.decoding.shaping import Shaped, warn_unless_tilted
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
+from posttrain.option_types import Option, PositiveCount
+from posttrain.recipe.sections import SamplingSection
 from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 
@@ -79,55 +72,74 @@ class _Group:
 
 
 class Population(Decoder):
-    """A decoder that keeps the best or the resampled of several growing completions; it is an engine.
+    """Particles grow block by block and are scored, and some survive: best-of-n, blockwise decoding, beams, SMC, votes.
 
-    Log-probs of its completions are those of the engine's own law, which is not the law that a population samples from:
-    that has no log-probs in closed form. ``measured`` holds ``generated``, ``scored``, ``log_weight`` and ``log_z``,
-    and where there is one ``kl_bound``: its mean over completions is an upper bound of the KL divergence from the
-    engine's base law, in nats a sequence.
+    Log-probs of its completions are those of the engine's own distribution, not of the one that a population samples
+    from, which has no log-probs in closed form. ``measured`` holds ``generated``, ``scored``, ``log_weight`` and
+    ``log_z``, and ``kl_bound`` if a bound is known: its mean over completions is an upper bound of the KL divergence
+    from the engine's base distribution, in nats a sequence.
 
     Args:
-        engine: grows particles; a :class:`~posttrain.decoding.shaping.Shaped` one is the proposal of SMC.
-        score: of prefixes.
-        particles: P.
-        branch: n, continuations of each particle in a round.
-        block: M, most tokens a round; ``None``: the whole completion.
-        block_ends: tokens that end a block early, such as that of a line break.
-        pick: who survives a round.
-        final: which particle is the answer.
+        engine: grows the particles.
+        score: scores prefixes.
+        particles: P, the number of completions that are kept.
+        branch: n, the number of continuations of each particle in a round.
+        block: M, the most tokens of a round; default: the whole completion.
+        separator: tokens that end a block early; in a recipe the text that they end with, such as a line break.
+        pick: chooses the survivors of a round.
+        final: chooses the answer among the particles.
         strength: λ; the potential of a particle is log ψ = λ · score, and weights are those of targets p0 · ψ.
-        final_score: of completions that have ended; default: ``score``. SMC is then unbiased for E[exp(λ final)].
-        tilted: what follows relies on the tilted law: warn where the score cannot give it.
-        make_chooser: where choices among particles come from.
-        seed: of the seeds drawn where ``generate`` is given none.
+        final_score: scores completions that have ended; default: ``score``. SMC is then unbiased for E[exp(λ final)].
+        proposal: grows the particles in place of the engine, such as a shaped decoder on it: the proposal of SMC.
+        tilted: warn if the score cannot give the tilted distribution.
+        decode: token ids to text, for a ``final`` that reads texts.
+        make_chooser: makes the random choices among particles.
+        seed: seed of the seeds that are drawn if ``generate`` is given none.
     """
 
     def __init__(
         self,
         engine: Engine,
-        score: PrefixScore,
+        score: Score,
         *,
-        particles: int = 1,
-        branch: int = 1,
-        block: int | None = None,
-        block_ends: Sequence[int] = (),
+        particles: PositiveCount = 1,
+        branch: PositiveCount = 1,
+        block: PositiveCount | None = None,
+        separator: Separator = (),
         pick: Pick = top,
         final: Final = best,
         strength: float = 1.0,
-        final_score: PrefixScore | None = None,
+        final_score: OptionalScore = None,
+        proposal: OptionalDecoder = None,
         tilted: bool = False,
-        make_chooser: MakeChooser = seeded_chooser,
-        seed: int = 0,
+        decode: Annotated[Decode, FromContext("decode")] = str,
+        make_chooser: NotInRecipes[MakeChooser] = seeded_chooser,
+        seed: NotInRecipes[int] = 0,
     ) -> None:
         if particles < 1 or branch < 1 or (block is not None and block < 1):
             raise ValueError(f"particles {particles}, branch {branch} and block {block} are counts of at least 1")
         if tilted:
             warn_unless_tilted(final_score or score, strength)
-        self.engine, self.score, self.final_score = engine, score, final_score or score
-        self.particles, self.branch, self.block, self.block_ends = particles, branch, block, tuple(block_ends)
-        self.pick, self.final, self.strength = pick, final, strength
+        self.engine: Engine = proposal or engine
+        self.score, self.final_score = score, final_score or score
+        self.particles, self.branch, self.block, self.block_ends = particles, branch, block, tuple(separator)
+        self.pick, self.final, self.strength, self.decode = pick, final, strength, decode
         self._make_chooser = make_chooser
         self._fresh_seeds = FreshSeeds(seed)
+
+    @staticmethod
+    def conflicts(options: Option, sampling: SamplingSection) -> Iterator[Conflict]:
+        """Options that contradict each other."""
+        if options["branch"] > 1 and rule_of(options["pick"]) is keep:
+            yield ("pick",), "keep leaves nothing out: of several branches choose with top, tilted or resample"
+
+    @staticmethod
+    def pinning_conflicts(options: Option) -> Iterator[Conflict]:
+        """Options with which a population cannot hold a pinned particle."""
+        if options["branch"] > 1:
+            yield ("branch",), "a pinned particle has one continuation: leave it at 1"
+        if rule_of(options["pick"]) not in (resample, keep):
+            yield ("pick",), "particles bound Z where they have weights: resample or keep"
 
     def generate(
         self,
@@ -302,7 +314,7 @@ class Population(Decoder):
 
     def _completion(self, group: _Group) -> Completion:
         """The answer of a group, with what is measured."""
-        chosen = group.particles[self.final(group.particles, group.choose)]
+        chosen = group.particles[self.final(group.particles, group.choose, self.decode)]
         measured = {
             "generated": float(group.generated),
             "scored": float(group.scored),

@@ -13,18 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from posttrain.decoding.context import NotInRecipes
 from posttrain.decoding.prefixes import (
     CandidateScore,
     Kind,
     NextTokenScore,
     Prefix,
     PrefixScore,
+    Score,
     continue_prefixes,
     grown,
     next_prefix,
     prefix_seed,
 )
 from posttrain.engines.base import Engine, Sampling
+from posttrain.option_types import NonNegative
 
 
 def next_scores(score: PrefixScore, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
@@ -168,8 +171,8 @@ class Logarithm:
     samples p0(y) φ(y) / Z. Yang and Klein 2021 (FUDGE), arXiv:2104.05218.
     """
 
-    of: PrefixScore
-    scale: float = 1.0
+    of: Score
+    scale: NotInRecipes[float] = 1.0
 
     @property
     def kind(self) -> Kind:
@@ -199,11 +202,11 @@ class PathLogp:
     Xin et al. 2025 (BFS-Prover), arXiv:2502.03438.
     """
 
-    alpha: float = 0.0
+    alpha: NonNegative = 0.0
     unit: Literal["steps", "tokens"] = "steps"
-    kind: Kind = "other"
-    beta: None = None
-    scale: float = 1.0
+    kind: NotInRecipes[Kind] = "other"
+    beta: NotInRecipes[None] = None
+    scale: NotInRecipes[float] = 1.0
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
@@ -228,7 +231,7 @@ class RolloutScore:
         engine: rolls out; its policy is what the value is of.
         reward: of completions that have ended.
         sampling: of rollouts; ``max_tokens`` counts from the prompt on.
-        n: rollouts a prefix.
+        completions: number of rollouts of a prefix.
         horizon: most tokens of a rollout, 20 in TQ*'s code; rewards of rollouts that it cuts are of what there is.
         tilt: log importance weight of a whole completion.
     """
@@ -236,7 +239,7 @@ class RolloutScore:
     engine: Engine
     reward: PrefixScore
     sampling: Sampling
-    n: int = 1
+    completions: int = 1
     horizon: int | None = None
     tilt: PrefixScore | None = None
     kind: Kind = "mean"
@@ -276,7 +279,7 @@ class RolloutScore:
         owner = [index for index, going in enumerate(room) if not going]
         going = [prefixes[index] for index in open_]
         seeds = [prefix_seed(prefix) for prefix in going]
-        rolled = continue_prefixes(self.engine, going, self.sampling, self.n, seeds, block=self.horizon)
+        rolled = continue_prefixes(self.engine, going, self.sampling, self.completions, seeds, block=self.horizon)
         for index, continuations in zip(open_, rolled, strict=True):
             ended += [grown(prefixes[index], continuation, self.sampling, ()) for continuation in continuations]
             owner += [index] * len(continuations)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.batch import Finish
 from posttrain.engines.base import Completion, Engine, Sampling
+from posttrain.option_types import Inner
 from posttrain.seeds import derived_seed
 
 Kind = Literal["mean", "soft", "max", "greedy", "other"]
@@ -71,6 +72,12 @@ class PrefixScore(Protocol):
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """The score of each prefix, a completion that has ended among them."""
         ...
+
+
+Score = Annotated[PrefixScore, Inner("posttrain.decoding.scores", ("context",))]
+"""A prefix score; in a recipe a part that makes one, such as ``{use: value, model: runs/mc/value}``."""
+
+OptionalScore = Annotated[PrefixScore | None, Inner("posttrain.decoding.scores", ("context",))]
 
 
 @runtime_checkable

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from posttrain.decoding.base import Decoder
+from posttrain.decoding.base import Conflict, Decoder, DecoderOption
+from posttrain.decoding.context import NotInRecipes
 from posttrain.decoding.kl import weighted_kl_bound
 from posttrain.decoding.particles import softmax
 from posttrain.decoding.population import Outcome, Population
@@ -15,6 +16,8 @@ from posttrain.decoding.prefixes import Prefix, grown
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
 from posttrain.errors import UserError
+from posttrain.option_types import Option, PositiveCount
+from posttrain.recipe.sections import SamplingSection
 from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 ROUNDING = 1e-5  # by which a score may pass its highest
@@ -42,44 +45,49 @@ class _Draws:
 
 
 class Rejection(Decoder):
-    """Rejection sampling from the tilted law of a population, p0(y) exp(λ r(y)) / Z, which then is pinned in it.
+    """Rejection sampling: exact draws of the tilted distribution that a population aims at, and bounds of log Z.
 
-    A completion of the engine is accepted with probability exp(λ (r - ``highest``)): what is accepted has exactly the
-    tilted law, and on average one in Z / exp(λ ``highest``) is. An exact draw makes the estimate of Z two-sided: the
-    population's own log Ẑ is at most log Z on average, and with the draw as the pinned first particle it is at least
-    log Z on average (bidirectional SMC, Zhao et al. 2024, arXiv:2404.17546; Grosse et al. 2015, arXiv:1511.02543). How
-    far apart both are tells how far SMC's samples may be from the law they aim at: their divergences, one in each
-    direction, sum to no more.
+    accept y ~ p0 with probability exp(λ (r(y) - highest)), λ the population's strength
 
-    ``measured`` holds ``accepted`` (1 or 0), ``generated``, ``scored``, and where a draw was accepted ``log_z``,
-    ``log_z_upper`` and ``kl_bound``, λ r - log Ẑ: its mean is an upper bound of the divergence of the tilted law from
-    the engine's. Where ``rounds`` accept nothing, the answer is one of the draws, by weight, and these are absent.
+    Accepted completions have exactly the tilted distribution p0(y) exp(λ r(y)) / Z, and on average one of
+    exp(λ ``highest``) / Z draws is accepted. An exact draw bounds log Z from both sides: the population's own log Ẑ is
+    at most log Z on average, and with the draw pinned as its first particle it is at least log Z on average
+    (bidirectional SMC, Zhao et al. 2024, arXiv:2404.17546; Grosse et al. 2015, arXiv:1511.02543). The gap between the
+    bounds limits how far SMC's samples are from their target: the two divergences, one in each direction, sum to no
+    more.
+
+    ``measured`` holds ``accepted`` (1 or 0), ``generated``, ``scored``, and after an accepted draw ``log_z``,
+    ``log_z_upper`` and ``kl_bound``, λ r - log Ẑ: its mean is an upper bound of the divergence of the tilted
+    distribution from the engine's. If ``rounds`` accept nothing, the answer is one of the draws, chosen by weight,
+    and these are absent.
 
     Args:
         engine: draws completions.
-        population: what its completions are scored by when they have ended, and the particles; on the same engine, or
-            on a shaped one of it.
-        highest: no completion scores more.
-        width: draws a round.
-        rounds: most rounds.
-        make_chooser: where the choices come from.
-        seed: of the seeds drawn where ``generate`` is given none.
+        population: scores completions that have ended, and has the particles: a ``population`` that resamples or keeps,
+            without branches, on the same engine or on a shaped one of it.
+        highest: upper bound of the final score.
+        width: number of draws in a round.
+        rounds: most rounds until a draw is accepted.
+        make_chooser: makes the random choices.
+        seed: seed of the seeds that are drawn if ``generate`` is given none.
 
     Raises:
-        ValueError: for a population that cannot hold a pinned particle, or a strength that is not above 0.
+        ValueError: for a population that cannot hold a pinned particle, or whose strength is not above 0.
     """
 
     def __init__(
         self,
         engine: Engine,
-        population: Population,
+        population: DecoderOption,
         *,
         highest: float = 1.0,
-        width: int = 16,
-        rounds: int = 16,
-        make_chooser: MakeChooser = seeded_chooser,
-        seed: int = 0,
+        width: PositiveCount = 16,
+        rounds: PositiveCount = 16,
+        make_chooser: NotInRecipes[MakeChooser] = seeded_chooser,
+        seed: NotInRecipes[int] = 0,
     ) -> None:
+        if not isinstance(population, Population):
+            raise ValueError(f"only the particles of a Population bound Z, not a {type(population).__name__}")
         population.check_pinned()
         if population.strength <= 0:
             raise ValueError(f"rejection needs a highest weight: strength {population.strength:g} is not above 0")
@@ -87,6 +95,19 @@ class Rejection(Decoder):
         self.highest, self.width, self.rounds = highest, width, rounds
         self._make_chooser = make_chooser
         self._fresh_seeds = FreshSeeds(seed)
+
+    @staticmethod
+    def conflicts(options: Option, sampling: SamplingSection) -> Iterator[Conflict]:
+        """Options that contradict each other."""
+        population = options["population"]
+        if getattr(population.target, "makes", None) is not Population:
+            yield ("population", "use"), "only the particles of a `population` bound Z"
+            return
+        chosen = population.every_option
+        yield from ((("population", *at), problem) for at, problem in Population.pinning_conflicts(chosen))
+        if chosen["strength"] <= 0:
+            message = "must be above 0: the highest score is then the most probable to be accepted"
+            yield ("population", "strength"), message
 
     def generate(
         self,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 from posttrain.data.steps import step_numbers
 from posttrain.decoding import prefix_scores
+from posttrain.decoding.base import Conflict
 from posttrain.decoding.cached_values import value_score
-from posttrain.decoding.context import DecoderContext, ModelPath, OptionalScore, Score, TextReward, Verifier
+from posttrain.decoding.context import DecoderContext, ModelPath, TextReward, Verifier
+from posttrain.decoding.from_recipe import score_part
 from posttrain.decoding.model_scores import Law, LogRatio, StepScore, ValueScore, model_law
 from posttrain.decoding.prefixes import PrefixScore
 from posttrain.engines.base import Sampling
@@ -17,9 +19,16 @@ from posttrain.errors import RecipeError
 from posttrain.models.implicit_value import ImplicitValue
 from posttrain.models.load import load_model
 from posttrain.models.value_files import load_value
-from posttrain.option_types import NonNegative, Positive, PositiveCount
+from posttrain.option_types import Inner, NonNegative, Option, Positive, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
+
+MadeScore = Annotated[Callable[[DecoderContext], PrefixScore], Inner("posttrain.decoding.scores", ("context",))]
+"""A score as an option of a score, to be made with the context."""
+
+OptionalMadeScore = Annotated[
+    Callable[[DecoderContext], PrefixScore] | None, Inner("posttrain.decoding.scores", ("context",))
+]
 
 
 def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:
@@ -105,13 +114,13 @@ def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:
 def rollout(
     context: DecoderContext,
     *,
-    reward: Score,
+    reward: MadeScore,
     max_tokens: PositiveCount,
     policy: ModelPath | None = None,
     completions: PositiveCount = 1,
     horizon: PositiveCount | None = None,
     temperature: NonNegative = 1.0,
-    tilt: OptionalScore = None,
+    tilt: OptionalMadeScore = None,
     kind: Literal["mean", "soft", "max"] = "mean",
     beta: Positive | None = None,
     engine: Literal["auto", "vllm", "transformers"] = "auto",
@@ -149,12 +158,20 @@ def rollout(
         engine=context.engine if policy is None else context.engine_of(policy, engine),
         reward=reward(context),
         sampling=Sampling(temperature=temperature, max_tokens=max_tokens),
-        n=completions,
+        completions=completions,
         horizon=horizon,
         tilt=None if tilt is None else tilt(context),
         kind=kind,
         beta=beta,
     )
+
+
+def _rollout_conflicts(options: Option, sampling: sections.SamplingSection) -> Iterator[Conflict]:
+    if options["max_tokens"] > sampling.max_tokens:
+        yield ("max_tokens",), f"a completion ends after `sampling.max_tokens: {sampling.max_tokens}`"
+
+
+rollout.conflicts = _rollout_conflicts  # type: ignore[attr-defined]
 
 
 def text(context: DecoderContext, *, of: TextReward) -> PrefixScore:
@@ -189,23 +206,12 @@ def verifier(context: DecoderContext, *, of: Verifier) -> PrefixScore:
     return prefix_scores.TextScore(function=scores, decode=context.decode)
 
 
-def path_logp(
-    context: DecoderContext, *, alpha: NonNegative = 0.0, unit: Literal["steps", "tokens"] = "steps"
-) -> PrefixScore:
-    """Σ_t log p(token_t) / L^alpha of what was generated, by the policy itself; L in steps or tokens.
-
-    Xin et al. 2025 (BFS-Prover), arXiv:2502.03438.
-    """
-    return prefix_scores.PathLogp(alpha=alpha, unit=unit)
-
-
-def logarithm(context: DecoderContext, *, of: Score) -> PrefixScore:
-    """log φ of a score φ > 0 such as a probability. Yang and Klein 2021 (FUDGE), arXiv:2104.05218."""
-    return prefix_scores.Logarithm(of(context))
+path_logp = score_part(prefix_scores.PathLogp, "path_logp", __name__)
+logarithm = score_part(prefix_scores.Logarithm, "logarithm", __name__)
 
 
 def weighted_sum(
-    context: DecoderContext, *, terms: tuple[Score, ...], weights: tuple[float, ...] | None = None
+    context: DecoderContext, *, terms: tuple[MadeScore, ...], weights: tuple[float, ...] | None = None
 ) -> PrefixScore:
     """Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2024, arXiv:2310.17022.
 
@@ -219,7 +225,7 @@ def weighted_sum(
 
 
 def product(
-    context: DecoderContext, *, terms: tuple[Score, ...], exponents: tuple[float, ...] | None = None
+    context: DecoderContext, *, terms: tuple[MadeScore, ...], exponents: tuple[float, ...] | None = None
 ) -> PrefixScore:
     """Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities that a step is right.
 
@@ -233,7 +239,7 @@ def product(
 
 
 def _pairs(
-    context: DecoderContext, terms: tuple[Score, ...], numbers: tuple[float, ...] | None, name: str
+    context: DecoderContext, terms: tuple[MadeScore, ...], numbers: tuple[float, ...] | None, name: str
 ) -> list[tuple[float, PrefixScore]]:
     numbers = (1.0,) * len(terms) if numbers is None else numbers
     if len(numbers) != len(terms):

@@ -1,10 +1,10 @@
-"""Token-wise shaping: the next-token law of an engine, tilted by a score of what each token leads to.
+"""Token-wise shaping: an engine's next-token distribution, tilted by a score of the prefix that each token leads to.
 
     log π(a | s) = log p0(a | s) / T + strength · score(s a) - log Z(s)
 
 Mudgal et al. 2024 (CD), arXiv:2310.17022; Yang and Klein 2021 (FUDGE), arXiv:2104.05218. With a soft value of
-temperature β and strength 1/β the product of the π's is the tilted law p0(y) exp(r(y)/β) / Z (Zhao et al. 2024,
-proposition 3.3, arXiv:2404.17546); with a mean value it is not.
+temperature β and strength 1/β the product of the π's is the tilted distribution p0(y) exp(r(y)/β) / Z (Zhao et al.
+2024, proposition 3.3, arXiv:2404.17546); with a mean value it is not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,54 +20,64 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from posttrain.decoding.base import Decoder
+from posttrain.decoding.base import Conflict, Decoder
 from posttrain.decoding.kl import token_kl
 from posttrain.decoding.prefix_scores import next_scores
-from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore
+from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore, Score
 from posttrain.engines.base import Completion, OnCompletion, Request, RequestUpdate, Row, Sampling, ShapingEngine
 from posttrain.engines.stepping import SteppingEngine
+from posttrain.option_types import OpenFraction, Option, PositiveCount, facts
+from posttrain.recipe.sections import SamplingSection
 
 Rest = Literal["drop", "mean", "state", "residual"]
 
 
 class GuideWarning(UserWarning):
-    """A guide whose value is not of the kind that a promise needs."""
+    """Warns that the guide's value cannot give the tilted distribution that the decoder was asked for."""
 
 
 def warn_unless_tilted(score: PrefixScore, strength: float) -> None:
-    """Warns where shaping by this score does not give the tilted law p0(y) exp(r(y) / β) / Z."""
+    """Warns if shaping by this score does not give the tilted distribution p0(y) exp(r(y) / β) / Z."""
     if score.kind != "soft":
-        problem = f"the score is a {score.kind} value; only a soft value makes the shaped law the tilted one"
+        problem = f"the score is a {score.kind} value; only a soft value makes the shaped distribution the tilted one"
     elif score.beta is None or abs(strength * score.beta - 1) > 1e-6:
         problem = f"the soft value was trained for beta {score.beta}, but strength is {strength}, not 1 / beta"
     else:
         return
-    warnings.warn(f"{problem}; samples will follow another law", GuideWarning, stacklevel=3)
+    warnings.warn(f"{problem}; samples will follow another distribution", GuideWarning, stacklevel=3)
 
 
+@facts(exact_logp=True, shapes_tokens=True)
 class Shaped(Decoder):
-    """A decoder that tilts every token's law by a score; it is an engine.
+    """Token-wise shaping: every token's distribution is tilted by the score of the prefix that the token leads to.
 
-    Log-probs of its completions are those of the shaped law they were drawn from. ``measured`` holds ``base_logp``
-    (log-prob of the completion under the engine's own law), ``kl`` (exact KL(π ‖ p0) of each step's whole law,
-    summed along the completion: its mean over completions is the sequence KL in nats) and ``scored`` (prefixes that
-    were scored; a vocabulary vector counts as one).
+    log π(a | s) = log p0(a | s) + strength · score(s a) - log Z(s)
+
+    Mudgal et al. 2024, arXiv:2310.17022. The equation is for candidates; ``rest`` says what other tokens get.
+
+    Log-probs of its completions are those of the shaped distribution that they were drawn from. ``measured`` holds
+    ``base_logp`` (log-prob of the completion under the engine's own distribution), ``kl`` (exact KL(π ‖ p0) of each
+    step's whole distribution, summed along the completion: its mean over completions is the sequence KL in nats) and
+    ``scored`` (prefixes that were scored; a vocabulary vector counts as one).
 
     Candidates are all tokens, or the ``k`` most probable ones, or those with p0 >= ``head`` · max p0 (contrastive
-    decoding, Li et al. 2023, arXiv:2210.15097); what is left gets
+    decoding, Li et al. 2023, arXiv:2210.15097). With ``rest`` the other tokens get
 
     * ``drop``: probability 0 (FUDGE; ARGS, Khanov et al. 2024, arXiv:2402.01694; TQ*);
     * ``mean``: the unweighted mean of the candidates' scores (VAS, Han et al. 2024, arXiv:2405.06639, its code);
     * ``state``: the score of the state itself (IVO, Liu et al. 2025, eq. 5, arXiv:2503.02368);
     * ``residual``: the mass exp(strength · score(s)) - Σ_candidates p0 exp(strength · score), which is exact for the
-      candidates where the score is a soft value with strength 1/β; at least 0.
+      candidates if the score is a soft value and strength is 1/β; at least 0.
 
     Args:
-        engine: its law is p0, at the sampling temperature; at temperature 0 the shaped law's mode is taken.
-        score: of prefixes, an ended one among them.
+        engine: its distribution is p0, at the sampling temperature; at temperature 0 the shaped mode is taken.
+        score: scores prefixes, including ended ones.
         strength: λ, in 1 / reward units.
-        every: only tokens 0, b, 2b, ... are shaped (IVO, eq. 14).
-        tilted: what follows relies on the tilted law: warn where the score cannot give it.
+        k: number of candidates, the most probable tokens; default: all tokens.
+        head: smallest probability of a candidate, as a share of the largest probability.
+        rest: rule for the tokens that are no candidates.
+        every: distance of shaped tokens: only tokens 0, b, 2b, ... are shaped (IVO, eq. 14).
+        tilted: warn if the score cannot give the tilted distribution.
 
     Raises:
         ValueError: for both ``k`` and ``head``.
@@ -75,21 +85,22 @@ class Shaped(Decoder):
 
     engine: ShapingEngine
     takes_starts = True
+    scores_within_step = True
 
     def __init__(
         self,
         engine: ShapingEngine,
-        score: PrefixScore,
+        score: Score,
         *,
         strength: float = 1.0,
-        k: int | None = None,
-        head: float | None = None,
+        k: PositiveCount | None = None,
+        head: OpenFraction | None = None,
         rest: Rest = "drop",
-        every: int = 1,
+        every: PositiveCount = 1,
         tilted: bool = False,
     ) -> None:
         if k is not None and head is not None:
-            raise ValueError("candidates are the `k` most probable tokens or the `head` of the law, not both")
+            raise ValueError("candidates are the `k` most probable tokens or the `head` of the distribution, not both")
         if tilted:
             warn_unless_tilted(score, strength)
         self.engine, self.score, self.strength, self.every = engine, score, strength, every
@@ -98,6 +109,15 @@ class Shaped(Decoder):
         self._stream = _Call(self)
         self._shaper = self._stream.shape  # one object: engines hand its rows over together
         self._places = itertools.count()
+
+    @staticmethod
+    def conflicts(options: Option, sampling: SamplingSection) -> Iterator[Conflict]:
+        """Options that contradict each other."""
+        if options["k"] is not None and options["head"] is not None:
+            yield (
+                ("head",),
+                "candidates are the `k` most probable tokens or the `head` of the distribution, not both",
+            )
 
     def generate(
         self,

@@ -13,21 +13,30 @@ and scored in one call of the score.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Generator, Hashable, Sequence
-from dataclasses import dataclass
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from posttrain.decoding.base import Decoder
-from posttrain.decoding.nodes import Backup, Decide, Node, Select, Tree, average, best_ending
-from posttrain.decoding.prefixes import Prefix, PrefixScore, continue_prefixes, grown
+from posttrain.decoding.context import NotInRecipes, Separator
+from posttrain.decoding.nodes import Backup, Decide, Node, OptionalDecide, Select, Tree, average, best_ending
+from posttrain.decoding.particles import rule_of
+from posttrain.decoding.prefixes import OptionalScore, Prefix, Score, continue_prefixes, grown
 from posttrain.engines.base import Completion, Engine, OnCompletion, Row, Sampling, ShapingEngine
 from posttrain.engines.choice import MakeChooser, seeded_chooser
+from posttrain.errors import RecipeError
+from posttrain.option_types import Count, Inner, PositiveCount
 from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
-Propose = Callable[[Engine, Sequence[Prefix], Sampling, Sequence[int]], list[list[tuple[Prefix, Completion]]]]
-"""Continuations of each prefix by one step, and the prefixes they make; the seeds are one a prefix."""
+Propose = Annotated[
+    Callable[[Engine, Sequence[Prefix], Sampling, Sequence[int]], list[list[tuple[Prefix, Completion]]]],
+    Inner("posttrain.decoding.tree", ("engine", "prefixes", "sampling", "seeds")),
+]
+"""A rule that continues each prefix by one step. Returns prefixes and continuations; there is one seed a prefix."""
 
 
 def sampled_steps(
@@ -78,54 +87,67 @@ def top_tokens(
     return found
 
 
-@dataclass(kw_only=True)
 class TreeSearch(Decoder):
-    """A decoder that searches; it is an engine.
+    """Tree search over steps: propose, select, evaluate, back up, decide. One search makes one completion.
 
-    Log-probs of its completions are those of the engine's own law: a search samples from no law that has any.
-    ``measured`` holds ``generated`` and ``scored``. A completion is one search. Where the node decided for has not
-    ended the engine completes it.
+    Log-probs of its completions are those of the engine's own distribution: a search samples from no distribution with
+    log-probs. ``measured`` holds ``generated`` and ``scored``. If the chosen node has not ended, the engine completes
+    it.
 
     Args:
         engine: proposes steps.
-        score: of prefixes: the value of a node.
-        propose: the steps from a node.
-        select: which nodes come next.
-        backup: what a simulation changes on its path.
-        decide: which node is the answer.
-        act: the move after ``simulations``, from which the search goes on with the subtree; None: there are no moves.
-        simulations: rounds of select and backup, of each move if there are moves.
-        paths: the search is over when it has reached so many endings.
-        tokens: and when it has generated so many tokens.
-        delay: visits before a node is expanded, other than where the search stands: generation is dear.
-        to_end: a simulation goes on until it has reached an ending.
-        final_score: of completions that have ended; default: ``score``.
-        process: process reward of a step, of the prefix that ends with it; for ``a_star_key``.
+        score: scores prefixes: the value of a node.
+        select: chooses the nodes that are expanded next.
+        propose: makes the steps from a node.
+        separator: tokens that end a step, for a ``propose`` that takes ``ends``; in a recipe the text that they end
+            with, such as a line break.
+        backup: changes the statistics on the path of a simulation.
+        decide: chooses the answer.
+        act: the move after ``simulations``, from which the search continues with the subtree; default: no moves.
+        simulations: number of rounds of select and backup, for each move if there are moves.
+        paths: number of endings at which the search is over.
+        tokens: number of generated tokens at which the search is over.
+        delay: visits before a node is expanded, except the current node: generation is expensive.
+        to_end: let each simulation continue until it reaches an ending.
+        final_score: scores completions that have ended; default: ``score``.
+        process: process reward of a step, read at the prefix that ends with it; for ``a_star_key``.
         key: steps of a node with equal keys are one child: equal tokens by default, equal actions, equal texts.
-        make_chooser: where random decisions come from.
-        seed: of the seeds drawn where ``generate`` is given none.
+        make_chooser: makes the random decisions.
+        seed: seed of the seeds that are drawn if ``generate`` is given none.
+
+    Raises:
+        RecipeError: for a separator with a ``propose`` that does not take ``ends``.
     """
 
-    engine: Engine
-    score: PrefixScore
-    propose: Propose = sampled_steps
-    select: Select
-    backup: Backup = average
-    decide: Decide = best_ending
-    act: Decide | None = None
-    simulations: int = 100
-    paths: int | None = None
-    tokens: int | None = None
-    delay: int = 0
-    to_end: bool = False
-    final_score: PrefixScore | None = None
-    process: PrefixScore | None = None
-    key: Callable[[Sequence[int]], Hashable] = tuple
-    make_chooser: MakeChooser = seeded_chooser
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._fresh_seeds = FreshSeeds(self.seed)
+    def __init__(
+        self,
+        engine: Engine,
+        score: Score,
+        *,
+        select: Select,
+        propose: Propose = sampled_steps,
+        separator: Separator = (),
+        backup: Backup = average,
+        decide: Decide = best_ending,
+        act: OptionalDecide = None,
+        simulations: PositiveCount = 100,
+        paths: PositiveCount | None = None,
+        tokens: PositiveCount | None = None,
+        delay: Count = 0,
+        to_end: bool = False,
+        final_score: OptionalScore = None,
+        process: OptionalScore = None,
+        key: NotInRecipes[Callable[[Sequence[int]], Hashable]] = tuple,
+        make_chooser: NotInRecipes[MakeChooser] = seeded_chooser,
+        seed: NotInRecipes[int] = 0,
+    ) -> None:
+        self.engine, self.score, self.final_score, self.process = engine, score, final_score, process
+        self.select, self.backup, self.decide, self.act = select, backup, decide, act
+        self.propose = _with_ends(propose, separator) if separator else propose
+        self.simulations, self.paths, self.tokens = simulations, paths, tokens
+        self.delay, self.to_end, self.key = delay, to_end, key
+        self.make_chooser = make_chooser
+        self._fresh_seeds = FreshSeeds(seed)
 
     def generate(
         self,
@@ -172,18 +194,19 @@ class TreeSearch(Decoder):
         ]
         flat = [tree for group in trees for tree in group]
         self._evaluate([(tree, tree.root) for tree in flat])
-        running = [(tree, self._run(tree)) for tree in flat]
-        wanted = _advanced(running)
-        while wanted:
-            self._expand([(tree, node) for tree, _, nodes in wanted for node in nodes], sampling)
-            wanted = _advanced([(tree, run) for tree, run, _ in wanted])
+        # Control is inverted: each search is a generator that stops where it wants nodes expanded. So the nodes of all
+        # searches are expanded by one call of the engine, and then every search goes on until it wants nodes again.
+        waiting = _advance_all([(tree, self._search(tree)) for tree in flat])
+        while waiting:
+            self._expand([(tree, node) for tree, _, nodes in waiting for node in nodes], sampling)
+            waiting = _advance_all([(tree, search) for tree, search, _ in waiting])
         return trees
 
     def _tree(self, prompt: Sequence[int], seed: int) -> Tree:
         root = Node(prefix=Prefix(tokens=list(prompt), start=len(prompt)), version=self.version)
         return Tree(root=root, seed=seed, choose=self.make_chooser(sample_seed(seed, CHOICES)))
 
-    def _run(self, tree: Tree) -> Generator[list[Node], None, None]:
+    def _search(self, tree: Tree) -> Search:
         """The loop of one search; yields the nodes that it wants expanded before it goes on."""
         while True:
             for _ in range(self.simulations):
@@ -191,7 +214,7 @@ class TreeSearch(Decoder):
                 for leaf in leaves:
                     self.backup(leaf)
                     tree.reach(leaf)
-                if not leaves or self._spent(tree):
+                if not leaves or self._out_of_budget(tree):
                     break
             if self.act is None or not tree.current.expanded:
                 return
@@ -202,16 +225,16 @@ class TreeSearch(Decoder):
     def _simulation(self, tree: Tree) -> Generator[list[Node], None, list[Node]]:
         while True:
             leaves = self.select(tree)
-            wanted = [leaf for leaf in leaves if not leaf.ended and self._due(tree, leaf)]
-            if wanted:
-                yield wanted
+            unexpanded = [leaf for leaf in leaves if not leaf.ended and self._should_expand(tree, leaf)]
+            if unexpanded:
+                yield unexpanded
             if not self.to_end or all(leaf.ended for leaf in leaves):
                 return leaves
 
-    def _due(self, tree: Tree, leaf: Node) -> bool:
+    def _should_expand(self, tree: Tree, leaf: Node) -> bool:
         return self.to_end or leaf is tree.current or leaf.visits >= self.delay
 
-    def _spent(self, tree: Tree) -> bool:
+    def _out_of_budget(self, tree: Tree) -> bool:
         enough = self.paths is not None and len(tree.paths) >= self.paths
         return enough or (self.tokens is not None and tree.generated >= self.tokens)
 
@@ -253,17 +276,26 @@ class TreeSearch(Decoder):
             tree.scored += 1 if self.process is None else 2
 
 
-Run = Generator[list[Node], None, None]
+Search = Generator[list[Node], None, None]
 
 
-def _advanced(running: Sequence[tuple[Tree, Run]]) -> list[tuple[Tree, Run, list[Node]]]:
-    """Lets each search go on until it wants nodes expanded; those that are over drop out."""
-    wanted = []
-    for tree, run in running:
-        nodes = next(run, None)
+def _with_ends(propose: Propose, ends: Sequence[int]) -> Propose:
+    """The rule with the tokens that end its steps."""
+    target = rule_of(propose)
+    if "ends" not in inspect.signature(target).parameters:
+        raise RecipeError(f"decoder.separator: the steps of {target.__name__} do not end with a text; leave it out")
+    rule: Callable[..., Any] = propose
+    return functools.partial(rule, ends=tuple(ends))
+
+
+def _advance_all(searches: Sequence[tuple[Tree, Search]]) -> list[tuple[Tree, Search, list[Node]]]:
+    """Lets each search go on until it wants nodes expanded. Searches that are over drop out."""
+    waiting = []
+    for tree, search in searches:
+        nodes = next(search, None)
         if nodes is not None:
-            wanted.append((tree, run, nodes))
-    return wanted
+            waiting.append((tree, search, nodes))
+    return waiting
 
 
 def _priors(steps: Sequence[Completion]) -> list[float]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from posttrain.batch import Batch
-from posttrain.decoding.checks import law_is_known
 from posttrain.errors import RecipeError
 from posttrain.recipe.part import Part
 from posttrain.training.probe import ReadLog, probe_batch, probe_outputs
@@ -79,11 +78,11 @@ def find_required_passes(recipe: Recipe) -> RequiredPasses:
 
 def _refuse_unfilled(recipe: Recipe, required: RequiredPasses, read: set[str]) -> None:
     """Raises an error for a field that nothing fills, before the models are loaded."""
-    if recipe.decoder is not None and "logp_sampler" in read and not law_is_known(recipe.decoder):
+    if recipe.decoder is not None and "logp_sampler" in read and not recipe.decoder.fact("exact_logp"):
         raise RecipeError(
-            f"decoder: {recipe.decoder.name} draws from a law whose log-probs are not known in closed form, and a part "
-            "of the recipe makes importance weights of the sampler's log-probs: leave that part out (such as `weights: "
-            "[{use: truncated_importance}]`), or take a decoder that knows its law, such as shaped"
+            f"decoder: {recipe.decoder.name} samples from a distribution whose log-probs are not known, and a part of "
+            "the recipe makes importance weights of the sampler's log-probs: leave that part out (such as `weights: [{use: "
+            "truncated_importance}]`), or take a decoder with exact log-probs, such as shaped"
         )
     if recipe.advantage is None and "advantage" in read:
         raise RecipeError("a part reads the advantage, but the recipe has no `advantage:`")

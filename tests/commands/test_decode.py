@@ -26,7 +26,7 @@ from posttrain.data.rollout_files import read_rollouts
 from posttrain.decoding import decoders, scores
 from posttrain.decoding.checks import named_models
 from posttrain.decoding.context import DecoderContext
-from posttrain.decoding.finals import mathematics, vote
+from posttrain.decoding.answers import mathematics, vote
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import GuideWarning
@@ -121,10 +121,10 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, c
     assert "recipe.yaml:3:" in (told := capsys.readouterr().err) and "there is no folder './none'" in told
 
 
-def test_cutting_the_law_twice_is_refused(tmp_path, capsys):
+def test_cutting_the_distribution_twice_is_refused(tmp_path, capsys):
     path = write(tmp_path, "{use: shaped, " + SCORE + "}", sampling="{top_p: 0.9}")
     assert main(["decode", str(path)]) == 2
-    assert "recipe.yaml:5:12: sampling.top_p: cuts the law" in capsys.readouterr().err
+    assert "recipe.yaml:5:12: sampling.top_p: cuts the distribution" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- rules
@@ -217,7 +217,7 @@ CORRECTED = [{"use": "clip", "weights": [{"use": "truncated_importance"}]}]
 
 
 def test_a_decoder_without_log_probs_is_refused_where_a_part_reads_them(tmp_path):
-    with pytest.raises(RecipeError, match=r"decoder: population draws from a law .* truncated_importance"):
+    with pytest.raises(RecipeError, match=r"decoder: population samples from a distribution .* truncated_importance"):
         find_required_passes(with_decoder(tmp_path, POPULATION, loss=CORRECTED))
     find_required_passes(with_decoder(tmp_path, POPULATION))
     find_required_passes(with_decoder(tmp_path, {"use": "shaped", "score": {"use": "path_logp"}}, loss=CORRECTED))

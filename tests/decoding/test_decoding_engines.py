@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from posttrain.batch import Finish
+from posttrain.decoding.answers import vote, weighted
 from posttrain.decoding.cached_values import CachedValueScore, value_score
 from posttrain.decoding.editing import Edited
 from posttrain.decoding.model_scores import LogRatio, NextTokenValueScore, ValueScore, head_value, model_law
 from posttrain.decoding.nodes import a_star_key, beam, best_first, most_visited, path_key, puct, where_moves_led
-from posttrain.decoding.particles import keep, resample, tilted, vote, weighted
+from posttrain.decoding.particles import keep, resample, tilted
 from posttrain.decoding.population import Population
 from posttrain.decoding.prefix_scores import FunctionScore, RolloutScore, next_scores
 from posttrain.decoding.prefixes import Prefix
@@ -181,7 +182,7 @@ POPULATIONS = {
     "blockwise": {"branch": 4, "block": 3},
     "beam": {"particles": 2, "branch": 2, "block": 2},
     "smc": {"particles": 4, "block": 2, "pick": resample, "final": weighted, "strength": 5.0},
-    "majority": {"particles": 5, "pick": keep, "final": functools.partial(vote, answer=lambda tokens: tokens[0] % 2)},
+    "majority": {"particles": 5, "pick": keep, "final": functools.partial(vote, answer=lambda tokens: tokens[0] % 2), "decode": tuple},
 }
 
 
@@ -257,7 +258,7 @@ def test_searches_over_tokens(engine: Engine, model):
 
 
 def test_rewards_after_rollouts(engine: Engine):
-    score = RolloutScore(engine=engine, reward=LOW, sampling=SAMPLING, n=4)
+    score = RolloutScore(engine=engine, reward=LOW, sampling=SAMPLING, completions=4)
     prefixes = [Prefix(tokens=[5, 6, 7, *extra], start=3) for extra in ([], [8], [8, 9, 10])]
     values = score.score(prefixes).tolist()
     assert all(0 <= value <= 1 for value in values) and values == score.score(prefixes).tolist()

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from reference_decoding import argmax, best_of_n, select_blockwise, softmax_at
 
 from posttrain.batch import Finish
+from posttrain.decoding.answers import vote, weighted
 from posttrain.decoding.kl import best_of_n_kl_bound, blockwise_kl_bound, expected_best
 from posttrain.decoding.particles import (
     Particle,
@@ -34,8 +35,6 @@ from posttrain.decoding.particles import (
     systematic,
     tilted,
     top,
-    vote,
-    weighted,
 )
 from posttrain.decoding.population import Outcome, Population
 from posttrain.decoding.prefix_scores import FunctionScore
@@ -98,7 +97,7 @@ def test_the_bound_that_is_measured_is_the_blockwise_one():
 BOUNDED = {
     "soft best of n": {"branch": 3, "pick": tilted},
     "soft blocks": {"branch": 2, "block": 1, "pick": tilted},
-    "vote": {"particles": 3, "pick": keep, "final": lambda particles, choose: 2 * (particles[0].score > 0)},
+    "vote": {"particles": 3, "pick": keep, "final": lambda particles, choose, decode: 2 * (particles[0].score > 0)},
     "best of all": {"particles": 2, "branch": 2},
     "importance sampling": {"particles": 3, "pick": keep, "final": weighted},
     "sis": {"particles": 2, "block": 1, "pick": functools.partial(resample, threshold=0.0), "final": weighted},
@@ -220,7 +219,7 @@ def estimates(
             final_score=final,
             particles=particles,
             block=block,
-            block_ends=ends,
+            separator=ends,
             strength=1 / world.beta,
             make_chooser=choosers,
             pick=functools.partial(resample, **options),
@@ -370,18 +369,18 @@ def test_votes(by: str, expected: int):
     pool = particles((1, 1.0), (1, 2.0), (1, 3.0), (2, 9.0), (3, 9.5), (9, 10.0), (9, 0.0))
     if by == "sum":
         pool[4] = particles((3, 5.0))[0]
-    assert vote(pool, list, answer=answer, by=by) == expected
+    assert vote(pool, lambda shares: 0, tuple, answer=answer, by=by) == expected
 
 
 def test_a_vote_without_answers_goes_to_the_best_score():
-    assert vote(particles((9, 1.0), (9, 2.0)), list, answer=answer) == 1
+    assert vote(particles((9, 1.0), (9, 2.0)), lambda shares: 0, tuple, answer=answer) == 1
 
 
 def test_majority_of_independent_samples():
     """P = 3: token 0 first in two of three or more wins: 3 p² - 2 p³."""
     world = make_world(6, vocabulary=2, length=1)
     p = world.next_law(())[0]
-    found = law(world, world.reward, particles=3, pick=keep, final=functools.partial(vote, answer=answer))
+    found = law(world, world.reward, particles=3, pick=keep, final=functools.partial(vote, answer=answer), decode=tuple)
     assert found[0,] == pytest.approx(3 * p**2 - 2 * p**3)
 
 
@@ -430,7 +429,7 @@ def test_blocks_end_at_their_own_tokens_too():
         assert all(prefix.generated[-1] == 1 for prefix in prefixes if prefix.finish is None)
         return [float(prefix.generated[-1] == 1) for prefix in prefixes]
 
-    decoder = Population(world.engine(), FunctionScore(function=scored), branch=2, block_ends=[1])
+    decoder = Population(world.engine(), FunctionScore(function=scored), branch=2, separator=(1,))
     outputs = decoder.generate([PROMPT] * 8, Sampling(max_tokens=4), seeds=range(8))
     assert all(len(c.tokens) == 4 and c.finish is Finish.LENGTH for (c,) in outputs)
     assert len(set(lengths)) > 1

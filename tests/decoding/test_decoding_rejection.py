@@ -8,7 +8,8 @@ import math
 import pytest
 from exact_world import PROMPT, World, distance, kl, law_of, make_world, table_score, tokens_of
 
-from posttrain.decoding.particles import keep, resample, tilted, top, weighted
+from posttrain.decoding.answers import weighted
+from posttrain.decoding.particles import keep, resample, tilted, top
 from posttrain.decoding.population import Population
 from posttrain.decoding.rejection import Rejection
 from posttrain.errors import UserError

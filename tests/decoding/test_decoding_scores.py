@@ -246,7 +246,7 @@ def quarters() -> World:
 
 def rollouts(world: World, **options) -> RolloutScore:
     reward = FunctionScore(function=lambda prefixes: [world.reward[tuple(p.generated)] for p in prefixes])
-    return RolloutScore(engine=world.engine(Strata(64)), reward=reward, sampling=world.sampling, n=64, **options)
+    return RolloutScore(engine=world.engine(Strata(64)), reward=reward, sampling=world.sampling, completions=64, **options)
 
 
 def test_rollouts_with_importance_weights_have_the_tilted_policys_value():
@@ -279,7 +279,7 @@ def test_rollouts_without_weights_have_the_engines_own_value(kind: str):
 
 def test_the_same_prefix_is_rolled_out_in_the_same_way():
     reward = table_score(WORLD.reward)
-    score = RolloutScore(engine=WORLD.engine(), reward=reward, sampling=WORLD.sampling, n=2)
+    score = RolloutScore(engine=WORLD.engine(), reward=reward, sampling=WORLD.sampling, completions=2)
     first, second, third = score.score([prefix_of((1,)), prefix_of((2,)), prefix_of((1,))]).tolist()
     assert first == third == float(score.score([prefix_of((1,))])[0]) != second
     with pytest.raises(ValueError, match="needs beta"):

@@ -1,4 +1,4 @@
-"""The decoder that a recipe asks for, on the engine of its run."""
+"""Builds the decoder that a recipe asks for, on the engine of its run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_decoder(
     processes: Processes,
     policy: sections.PolicySection,
 ) -> Engine | None:
-    """The engine as the decoder makes it; None without either. Its scores are in the policy's dtype.
+    """Builds the decoder on the engine; None without a decoder or an engine. Its scores have the policy's dtype.
 
     Weights that are loaded later reach the engine below through either of the two.
     """
@@ -34,12 +34,12 @@ def build_decoder(
 def decoder_context(
     tokenizer: PreTrainedTokenizerBase, processes: Processes, policy: sections.PolicySection
 ) -> DecoderContext:
-    """What the decoders of a run are made with; they share the models that several of them name."""
+    """Makes the context of a run's decoders, which share the models that several of them name."""
     return DecoderContext(tokenizer=tokenizer, device=processes.device, dtype=DTYPES[policy.dtype])
 
 
 def check_models(decoder: Part | None) -> None:
-    """Looks at the configuration of each model that the decoder names.
+    """Checks that each model which the decoder names has a configuration that can be read.
 
     Raises:
         RecipeError: for those that are not there, before anything is loaded.

@@ -31,7 +31,7 @@ def decoder_conflicts(
         if getattr(sampling, name) != neutral:
             yield (
                 ("sampling", name),
-                "cuts the distribution, and so does a decoder that shapes tokens, in an order that engines do not share: "
+                "cuts the distribution, and so does a decoder that shapes tokens, but engines differ in the order: "
                 f"leave it at {neutral}; `decoder.k` or `decoder.head` choose the candidates",
             )
 

@@ -20,7 +20,7 @@ from posttrain.engines.transformers import TransformersEngine
 
 
 def edit(hidden: Float[Tensor, "*S H"], value: HiddenValue, *, step_size: float, steps: int) -> Float[Tensor, "*S H"]:
-    """u after ``steps`` times u <- u + α ∇_h V(h + u), from u = 0. Kong et al. 2024, arXiv:2406.05954.
+    """The edit u after ``steps`` gradient steps u <- u + α ∇_h V(h + u) from u = 0. Kong et al. 2024, arXiv:2406.05954.
 
     Args:
         step_size: α. Large α · steps costs coherence: the paper's penalty on ‖u‖ is in these two alone.
@@ -37,7 +37,7 @@ def edit(hidden: Float[Tensor, "*S H"], value: HiddenValue, *, step_size: float,
 class Edited(Decoder):
     """A decoder that moves the last hidden state up a value's gradient before every token; it is an engine.
 
-    Log-probs of its completions are those of the edited law.
+    Log-probs of its completions are those of the edited distribution.
 
     Args:
         engine: a transformers engine; vLLM keeps hidden states to itself.

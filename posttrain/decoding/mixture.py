@@ -1,9 +1,9 @@
-"""Sampling from a geometric mixture of the engine's policy and another one, token by token.
+"""Samples from a geometric mixture of the engine's policy and another policy, token by token.
 
     log π(a | s) = (1 - share) log p0(a | s) + share log p_other(a | s) - log Z(s)
 
 The one-step-ahead mixture of Munos et al. 2024 (Nash-MD), section 7, arXiv:2312.00886; whole sequences do not follow
-the normalised mixture of the sequences' laws.
+the normalised mixture of the sequences' distributions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posttrain.decoding.base import Decoder
-from posttrain.decoding.cached_values import Reader
+from posttrain.decoding.candidate_cache import Reader
 from posttrain.decoding.model_scores import last_token, padded
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
@@ -25,7 +25,7 @@ from posttrain.models.policy import Policy
 
 
 class Mixture(Decoder):
-    """An engine whose every token comes from a mixture; log-probs of its completions are the mixture's.
+    """An engine that draws every token from the mixture. Log-probs of its completions are those of the mixture.
 
     Args:
         engine: of the policy.
@@ -82,7 +82,7 @@ class NextToken:
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[Sequence[int]], temperature: float) -> Float[Tensor, "B V"]:
-        """Normalised, at the temperature, on the policy's device."""
+        """Normalised next-token log-probs at the temperature, on the policy's device."""
         if self._reader is not None and min(map(len, sequences)) > 1:
             last = torch.tensor([[tokens[-1]] for tokens in sequences])
             hidden = self._reader.read([tuple(tokens[:-1]) for tokens in sequences], last)[:, 0]
@@ -94,7 +94,7 @@ class NextToken:
 
 
 class _Backbone:
-    """A policy's decoder as :class:`Reader` takes a model."""
+    """The layers of a policy in the form in which :class:`Reader` takes a model."""
 
     adapter = None  # the choice of adapters is made here
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from posttrain.decoding.prefixes import Kind, Prefix
 
 ROWS = 64
-"""Prefixes in one forward pass."""
+"""Most prefixes in one forward pass."""
 
-Law = Callable[[Sequence[Prefix]], tuple[Float[Tensor, " M"], Float[Tensor, "M V"]]]
-"""Of a language model: the log-prob of what each prefix has generated, and the log-probs of its next token."""
+Distribution = Callable[[Sequence[Prefix]], tuple[Float[Tensor, " M"], Float[Tensor, "M V"]]]
+"""A language model's distribution: the log-prob of each prefix's generated tokens, and of every next token."""
 
 
 HiddenValue = Callable[[Float[Tensor, "*S H"]], Float[Tensor, "*S"]]
@@ -37,8 +37,8 @@ class LogRatio:
     Implicit reward: a tuned policy and its reference (Rafailov et al. 2023, eq. 5, arXiv:2305.18290).
     """
 
-    plus: Law | None = None
-    minus: Law | None = None
+    plus: Distribution | None = None
+    minus: Distribution | None = None
     kind: Kind = "other"
     beta: None = None
     scale: float = 1.0
@@ -49,22 +49,26 @@ class LogRatio:
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
-        return self.scale * sum(sign * law(prefixes)[0] for sign, law in self._laws())  # type: ignore[return-value]
+        return self.scale * sum(sign * distribution(prefixes)[0] for sign, distribution in self._laws())  # type: ignore[return-value]
 
     def score_next(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M V"]:
         """See :class:`posttrain.decoding.prefixes.NextTokenScore`."""
-        parts = [(sign, *law(prefixes)) for sign, law in self._laws()]
+        parts = [(sign, *distribution(prefixes)) for sign, distribution in self._laws()]
         return self.scale * sum(sign * (path[:, None] + following) for sign, path, following in parts)  # type: ignore
 
-    def _laws(self) -> list[tuple[float, Law]]:
-        return [(sign, law) for sign, law in ((1.0, self.plus), (-1.0, self.minus)) if law is not None]
+    def _laws(self) -> list[tuple[float, Distribution]]:
+        return [
+            (sign, distribution)
+            for sign, distribution in ((1.0, self.plus), (-1.0, self.minus))
+            if distribution is not None
+        ]
 
 
-def model_law(model: nn.Module, *, temperature: float = 1.0) -> Law:
-    """The law of a Hugging Face language model, whose vocabulary must be that of the model that generates."""
+def model_distribution(model: nn.Module, *, temperature: float = 1.0) -> Distribution:
+    """The distribution of a Hugging Face language model, whose vocabulary must be that of the model that generates."""
 
     @torch.inference_mode()
-    def law(prefixes: Sequence[Prefix]) -> tuple[Float[Tensor, " M"], Float[Tensor, "M V"]]:
+    def distribution(prefixes: Sequence[Prefix]) -> tuple[Float[Tensor, " M"], Float[Tensor, "M V"]]:
         paths, following = [], []
         for rows in _chunks(prefixes):
             tokens, lengths = padded(rows, _device(model))
@@ -78,7 +82,7 @@ def model_law(model: nn.Module, *, temperature: float = 1.0) -> Law:
             following.append(logps[torch.arange(len(rows)), lengths - 1])
         return torch.cat(paths), torch.cat(following)
 
-    return law
+    return distribution
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class ValueScore:
 def values_at(
     model: nn.Module, prefixes: Sequence[Prefix], columns: Sequence[Sequence[int]]
 ) -> list[Float[Tensor, " C"]]:
-    """The values of the beginnings of each prefix that end with the given columns, in ascending order."""
+    """The values of the beginnings of each prefix that end at some columns, in ascending order."""
     found: list[Tensor] = []
     for start in range(0, len(prefixes), ROWS):
         tokens, _ = padded(prefixes[start : start + ROWS], _device(model))
@@ -126,7 +130,7 @@ AGGREGATES: Mapping[str, Callable[[Float[Tensor, " K"]], Float[Tensor, ""]]] = {
 
 @dataclass(frozen=True)
 class StepScore:
-    """What a process model says of the steps of a completion, each at its last token, as one number.
+    """A process model's values of the steps of a completion, each read at its last token, as one number.
 
     Args:
         model: as for :class:`ValueScore`.
@@ -169,7 +173,7 @@ class NextTokenValueScore(ValueScore):
 
 
 def head_value(model: Any) -> HiddenValue:
-    """The head of a ``posttrain.models.value.ValueModel`` alone, in reward units."""
+    """The head of a ``ValueModel`` as a function of hidden states, in reward units."""
 
     def value(hidden: Float[Tensor, "*S H"]) -> Float[Tensor, "*S"]:
         decoded = model.head.decode(model.head(hidden))
@@ -179,7 +183,7 @@ def head_value(model: Any) -> HiddenValue:
 
 
 def padded(prefixes: Sequence[Prefix], device: torch.device) -> tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]:
-    """Tokens, padded on the right with 0, and lengths."""
+    """Tokens of prefixes, padded on the right with 0, and their lengths."""
     lengths = [len(prefix.tokens) for prefix in prefixes]
     width = max(lengths)
     rows = [[*prefix.tokens, *([0] * (width - length))] for prefix, length in zip(prefixes, lengths, strict=True)]

@@ -20,7 +20,7 @@ from posttrain.option_types import Inner
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A prefix in a tree; its last step is what its parent lacks."""
+    """A prefix in a tree: the parent's prefix and one more step."""
 
     prefix: Prefix
     version: int
@@ -48,7 +48,7 @@ class Node:
         return self.prefix.tokens[0 if self.parent is None else len(self.parent.prefix.tokens) :]
 
     def path(self) -> list[Node]:
-        """From the root to this node."""
+        """The nodes from the root to this one."""
         nodes, node = [], self
         while node is not None:
             nodes.append(node)
@@ -64,7 +64,7 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Tree:
-    """One search."""
+    """The tree and state of one search."""
 
     root: Node
     seed: int
@@ -81,13 +81,13 @@ class Tree:
         self.frontier[self.root] = None
 
     def reach(self, node: Node) -> None:
-        """Notes that the search has come to the end of a path."""
+        """Records that the search has reached the end of a path."""
         if node.ended and node not in self.paths:
             self.paths.append(node)
             self.frontier.pop(node, None)
 
     def endings(self) -> list[Node]:
-        """Every ended node, reached or not."""
+        """All ended nodes, whether the search has reached them or not."""
         return [node for node in self.root.below() if node.ended]
 
 
@@ -110,7 +110,7 @@ def value_key(node: Node) -> float:
 
 
 def path_key(node: Node, *, alpha: float = 0.5) -> float:
-    """Σ log p / L^α over the path's tokens, L its number of steps.
+    """Length-normalised log-prob of the path: Σ log p / L^α over its tokens, with L steps.
 
     Xin et al. 2025 (BFS-Prover), arXiv:2502.03438. α = 0 explores what is short first; with α > 0 it is
     not monotone along a path.
@@ -119,7 +119,7 @@ def path_key(node: Node, *, alpha: float = 0.5) -> float:
 
 
 def a_star_key(node: Node, *, weight: float = 1.0, aggregate: Literal["min", "max", "sum", "last"] = "min") -> float:
-    """f = g + weight · h: g aggregates the process rewards of the path's steps, h is the value.
+    """Q*'s A* key f = g + weight · h: g aggregates the process rewards of the path's steps, h is the value.
 
     Wang et al. 2024 (Q*), arXiv:2406.14283. With an h that is never below the true return the first path reached
     is the best one; learned values promise nothing.
@@ -133,12 +133,12 @@ def a_star_key(node: Node, *, weight: float = 1.0, aggregate: Literal["min", "ma
 
 
 def best_first(tree: Tree, *, key: Key = value_key, count: int = 1) -> list[Node]:
-    """The nodes of highest key anywhere in the tree, the oldest of several."""
+    """The unexpanded node with the highest key anywhere in the tree; the oldest of several."""
     return heapq.nlargest(count, tree.frontier, key=key)
 
 
 def beam(tree: Tree, *, key: Key = value_key, width: int = 4) -> list[Node]:
-    """The ``width`` highest of all that is left, ended nodes among them; the others are given up.
+    """The ``width`` nodes with the highest keys, ended nodes included; the rest is dropped.
 
     BFS-V of TS-LLM (Feng et al. 2024, arXiv:2309.17179) with values; Tree of Thoughts (Yao et al. 2023,
     arXiv:2305.10601).
@@ -152,7 +152,7 @@ def beam(tree: Tree, *, key: Key = value_key, width: int = 4) -> list[Node]:
 
 
 def depth_first(tree: Tree, *, threshold: float = -math.inf, drop: float = 0.0) -> list[Node]:
-    """The child of highest value of what was expanded last; backs out where none is left.
+    """The child with the highest value of the node expanded last; goes back up if no child is left.
 
     DFS-V of TS-LLM (Feng et al. 2024, arXiv:2309.17179).
 
@@ -172,7 +172,7 @@ def _dropped(node: Node, drop: float) -> bool:
 
 
 def puct(tree: Tree, *, c_init: float = 3.0, c_base: float = 19652.0, uniform: float = 0.0) -> list[Node]:
-    """From where the search stands down to a leaf, by the highest
+    """Walks from the current node down to a leaf by the highest
 
         Q + P · (log((N + c_base + 1) / c_base) + c_init) · √N / (1 + n)
 
@@ -180,7 +180,7 @@ def puct(tree: Tree, *, c_init: float = 3.0, c_base: float = 19652.0, uniform: f
     (AlphaZero), doi:10.1126/science.aar6404; with these constants Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
 
     Args:
-        uniform: share of a uniform law in the priors where the search stands.
+        uniform: share of a uniform distribution in the priors where the search stands.
     """
 
     def bound(parent: Node, child: Node) -> float:
@@ -193,7 +193,7 @@ def puct(tree: Tree, *, c_init: float = 3.0, c_base: float = 19652.0, uniform: f
 
 
 def uct(tree: Tree, *, c: float = 1.0) -> list[Node]:
-    """From where the search stands down to a leaf, by the highest Q + c √(2 log N / n), a child without visits first.
+    """Walks from the current node down to a leaf by the highest Q + c √(2 log N / n); unvisited children come first.
 
     Kocsis and Szepesvári 2006. Of several such children the one of highest value is first.
     """
@@ -221,7 +221,7 @@ def _estimate(node: Node) -> float:
 
 
 def average(leaf: Node, *, sign: int = 1) -> None:
-    """Q of each node of the path becomes the mean of the leaf values that went through it.
+    """Sets Q of each node of the path to the mean of the leaf values that passed through it.
 
     Args:
         sign: -1 where two players take turns (negamax): what is good for one is bad for the other.
@@ -234,7 +234,7 @@ def average(leaf: Node, *, sign: int = 1) -> None:
 
 
 def maximum(leaf: Node, *, sign: int = 1) -> None:
-    """Q of each node of the path becomes the best of its children's, a leaf's its value; biased up by noisy values."""
+    """Sets Q of each node of the path to its children's best Q, of a leaf to its value; biased up by noisy values."""
     node = leaf
     while node is not None:
         node.visits += 1
@@ -256,7 +256,7 @@ def most_visited(tree: Tree, *, temperature: float = 0.0) -> Node:
 
 
 def best_ending(tree: Tree) -> Node:
-    """The ended node of highest value; where nothing has ended, the node of highest value that was not expanded."""
+    """The ended node with the highest value; if none has ended, the unexpanded node with the highest value."""
     nodes = tree.endings() or [node for node in tree.root.below() if not node.expanded]
     return max(nodes, key=value_key)
 

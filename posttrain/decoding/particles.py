@@ -37,12 +37,12 @@ class Particle:
 
 
 def rule_of(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, where its options were bound."""
+    """The function behind a rule whose options are bound."""
     return getattr(rule, "target", getattr(rule, "func", rule))
 
 
 ROUNDING = 1e-12
-"""Pieces of the unit interval that are narrower come from rounding."""
+"""Width below which pieces of the unit interval are taken for rounding errors."""
 
 Families = Sequence[Sequence[Particle]]
 Pick = Annotated[
@@ -52,7 +52,7 @@ Pick = Annotated[
 
 
 def top(families: Families, choose: Chooser, *, distinct: bool = False) -> list[Particle]:
-    """The highest potentials of all families together: best-of-n, blockwise best-of-n, beam search.
+    """Picks the highest potentials of all families together: best-of-n, blockwise best-of-n, beam search.
 
     Args:
         distinct: of equal token sequences only the first, as long as others are left.
@@ -68,7 +68,7 @@ def top(families: Families, choose: Chooser, *, distinct: bool = False) -> list[
 
 
 def tilted(families: Families, choose: Chooser) -> list[Particle]:
-    """One of each family, drawn with probability proportional to exp(potential).
+    """Draws one particle of each family with probability proportional to exp(potential).
 
     Soft best-of-n: Verdun et al. 2025, arXiv:2505.03156; blocks: SVDD, Li et al. 2024, arXiv:2408.08252.
     """
@@ -76,7 +76,7 @@ def tilted(families: Families, choose: Chooser) -> list[Particle]:
 
 
 def keep(families: Families, choose: Chooser) -> list[Particle]:
-    """Every particle: independent samples.
+    """Keeps every particle, so that particles are independent samples.
 
     Raises:
         ValueError: where particles branch, and would become more and more.
@@ -93,7 +93,7 @@ def resample(
     threshold: float = 0.5,
     scheme: Literal["multinomial", "systematic"] = "systematic",
 ) -> list[Particle]:
-    """Sequential Monte Carlo: as many draws with probability proportional to the weights, which then are all equal.
+    """Sequential Monte Carlo: draws all particles anew in proportion to their weights, which are equal afterwards.
 
     Nothing is drawn while the effective sample size (Σ w)² / Σ w² is above ``threshold`` · particles; 0 never draws
     (sequential importance sampling), 1 always does. The sum of the weights stays an unbiased estimate.
@@ -179,7 +179,7 @@ def most_voted(
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """Probabilities; all equal where every logit is -inf."""
+    """Probabilities from logits; all equal if every logit is -inf."""
     largest = max(logits)
     if largest == -math.inf:
         return [1 / len(logits)] * len(logits)
@@ -194,5 +194,5 @@ def logsumexp(values: Sequence[float]) -> float:
 
 
 def effective_size(log_weights: Sequence[float]) -> float:
-    """(Σ w)² / Σ w²: how many equally weighted particles are worth as much."""
+    """Effective sample size (Σ w)² / Σ w²: the number of equally weighted particles that are worth as much."""
     return 1 / sum(share * share for share in softmax(log_weights))

@@ -1,4 +1,4 @@
-"""Populations: particles that grow block by block, are scored, and of which some survive.
+"""Populations: particles grow block by block and are scored, and some of them survive.
 
 One loop, many methods (P particles, n branches, blocks of M tokens):
 
@@ -35,7 +35,7 @@ from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 
 class Outcome(NamedTuple):
-    """What one population ended as."""
+    """The final particles of one population, with its costs."""
 
     particles: list[Particle]
     generated: int  # tokens
@@ -43,14 +43,14 @@ class Outcome(NamedTuple):
 
     @property
     def log_z(self) -> float:
-        """log of the mean weight: of an unbiased estimate of Z = E[exp(λ r)] where the pick was ``resample`` or
+        """Log of the mean weight, an unbiased estimate of Z = E[exp(λ r)] if the pick was ``resample`` or
         ``keep``, so that its own mean is at most log Z."""
         return logsumexp([one.log_weight for one in self.particles]) - math.log(len(self.particles))
 
 
 @dataclass(slots=True)
 class _Group:
-    """The particles of one completion to be made."""
+    """State of the population that makes one completion."""
 
     prompt: int
     sample: int
@@ -172,9 +172,9 @@ class Population(Decoder):
         """All final particles of one population for each prompt, with their weights.
 
         Args:
-            pinned: one whole completion a prompt, drawn from the tilted law, that takes the place of the first particle
-                and survives: then ``log_z`` is an upper bound of log Z on average, else a lower one (Zhao et al. 2024,
-                arXiv:2404.17546; Grosse et al. 2015, arXiv:1511.02543).
+            pinned: one whole completion of each prompt, drawn from the tilted distribution. It takes the place of the
+                first particle and survives: then ``log_z`` is an upper bound of log Z on average, else a lower one
+                (Zhao et al. 2024, arXiv:2404.17546; Grosse et al. 2015, arXiv:1511.02543).
 
         Raises:
             ValueError: for ``pinned`` where :meth:`check_pinned` raises it.
@@ -210,7 +210,7 @@ class Population(Decoder):
         return groups
 
     def _run(self, groups: Sequence[_Group], sampling: Sampling, finish: Callable[[_Group], None]) -> None:
-        """Rounds of growth, scores and picks, until every particle has ended."""
+        """Runs rounds of growth, scoring and picking until every particle has ended."""
         live = list(groups)
         while live:
             going = []
@@ -224,7 +224,7 @@ class Population(Decoder):
             live = going
 
     def _grown(self, groups: Sequence[_Group], sampling: Sampling) -> list[list[list[Particle]]]:
-        """Every running particle of every group with its continuations, in one call of the engine; not scored yet."""
+        """Grows every running particle of all groups in one call of the engine, without scores yet."""
         families: list[list[list[Particle]]] = [[[one] for one in group.particles] for group in groups]
         places, parents, seeds = [], [], []
         for row, group in enumerate(groups):
@@ -253,7 +253,7 @@ class Population(Decoder):
     def _follow_pinned(
         self, groups: Sequence[_Group], families: list[list[list[Particle]]], sampling: Sampling
     ) -> None:
-        """The first particle of groups that have a pinned completion goes on as that does."""
+        """Grows the first particle of each group with a pinned completion along that completion."""
         for row, group in enumerate(groups):
             first = group.particles[0]
             if group.pinned is None or first.ended:
@@ -271,13 +271,13 @@ class Population(Decoder):
             families[row][0] = [self._child(first, dataclasses.replace(completion, finish=finish), sampling)]
 
     def _next_block(self, left: Sequence[int]) -> list[int]:
-        """The tokens of a round, where the engine would have stopped as well."""
+        """The next tokens up to where the engine would have ended the round."""
         block = list(left[: self.block])
         end = next((place for place, token in enumerate(block) if token in self.block_ends), len(block))
         return block[: end + 1]
 
     def _child(self, parent: Particle, continuation: Completion, sampling: Sampling) -> Particle:
-        """The particle with a continuation; its weight takes in the proposal, its score is the parent's still."""
+        """The particle with a continuation. Its weight includes the proposal; its score is still the parent's."""
         base_logp = continuation.measured.get("base_logp")
         proposal = 0.0 if base_logp is None else base_logp - sum(continuation.logps)
         return dataclasses.replace(
@@ -289,7 +289,7 @@ class Population(Decoder):
         )
 
     def _scored(self, groups: Sequence[_Group], families: list[list[list[Particle]]]) -> list[list[list[Particle]]]:
-        """Fresh particles with their scores, potentials and weights; one call of each score for all groups."""
+        """Scores the new particles of all groups by one call of each score, and updates potentials and weights."""
         fresh = [one for own in families for family in own for one in family if one.fresh]
         scores: dict[int, float] = {}
         for score, ended in ((self.score, False), (self.final_score, True)):
@@ -313,7 +313,7 @@ class Population(Decoder):
         return dataclasses.replace(particle, score=score, potential=potential, log_weight=log_weight, fresh=False)
 
     def _completion(self, group: _Group) -> Completion:
-        """The answer of a group, with what is measured."""
+        """The answer of a group as a completion, with its measurements."""
         chosen = group.particles[self.final(group.particles, group.choose, self.decode)]
         measured = {
             "generated": float(group.generated),
@@ -328,11 +328,11 @@ class Population(Decoder):
         return Completion(list(chosen.prefix.generated), list(chosen.prefix.logps), finish, chosen.version, measured)
 
     def _kl_bound(self, group: _Group, chosen: Particle) -> float | None:
-        """What the completion adds to the mean that bounds the divergence; None where no bound is known."""
+        """The completion's term in the mean that bounds the divergence; None if no bound is known."""
         if rule_of(self.final) is weighted and rule_of(self.pick) in (resample, keep):
             return weighted_kl_bound(chosen.potential, group.outcome.log_z)
         if isinstance(self.engine, Shaped):
-            return None  # the bounds below are to the law that particles grow by
+            return None  # the bounds below are to the distribution that particles grow by
         if self.block is None and not self.block_ends:
             return best_of_n_kl_bound(self.particles * self.branch)
         return blockwise_kl_bound(self.branch, float(group.rounds)) if self.particles == 1 else None

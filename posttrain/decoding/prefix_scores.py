@@ -51,7 +51,7 @@ def next_scores(score: PrefixScore, prefixes: Sequence[Prefix], candidates: Int[
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionScore:
-    """What a function says of each prefix: a reward model, a judge, a rule.
+    """A function of prefixes as a score: a reward model, a judge, a rule.
 
     Args:
         function: prefixes to one number each, in reward units.
@@ -77,7 +77,7 @@ class FunctionScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TextScore:
-    """What a function of texts says: a reward model with another tokenizer, a judge. Ids are never spliced.
+    """A function of texts as a score: a reward model with another tokenizer, a judge.
 
     Args:
         function: texts of prompts and texts of what was generated, to one number each.
@@ -100,7 +100,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Sum:
-    """Σ_i weight_i · score_i: several rewards at once (Mudgal et al. 2024, arXiv:2310.17022).
+    """Weighted sum Σ_i weight_i · score_i: several rewards at once (Mudgal et al. 2024, arXiv:2310.17022).
 
     A sum of means is the mean of the sum. A sum of soft values is no soft value, so its kind is ``other``.
     """
@@ -143,7 +143,7 @@ def weighted_sum(*terms: tuple[float, PrefixScore]) -> Sum:
 
 @dataclass(frozen=True)
 class Product:
-    """Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities of step correctness."""
+    """Product Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities of step correctness."""
 
     factors: Sequence[tuple[float, PrefixScore]]
     kind: Kind = "other"
@@ -165,7 +165,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Logarithm:
-    """log φ of a score φ > 0 such as the probability that a completion will have an attribute.
+    """Logarithm log φ of a score φ > 0, such as the probability that a completion will have an attribute.
 
     Where φ(s) = E[φ(y) | s] it is the soft value of the reward log φ(y) at β = 1, so that shaping with strength 1
     samples p0(y) φ(y) / Z. Yang and Klein 2021 (FUDGE), arXiv:2104.05218.
@@ -196,7 +196,7 @@ class Logarithm:
 
 @dataclass(frozen=True, kw_only=True)
 class PathLogp:
-    """Σ_t log p(token_t) / L^α of what was generated, by the log-probs of the engine that generated it.
+    """Length-normalised log-prob Σ_t log p(token_t) / L^α of the generated tokens, under the engine that drew them.
 
     α = 0: the log-prob itself (beam search); α = 1: its mean. L counts steps, as proofs count tactics, or tokens.
     Xin et al. 2025 (BFS-Prover), arXiv:2502.03438.
@@ -219,7 +219,7 @@ class PathLogp:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutScore:
-    """The reward after a rollout from the prefix, or the soft or largest one of several.
+    """Mean, soft or largest reward of completions that are rolled out from the prefix.
 
     Q(s) = Σ_j w_j r_j / Σ_j w_j over n rollouts y_j ~ engine(. | s),  w_j = exp(tilt(s y_j)), or 1 without a tilt
     kind soft: β log (Σ_j w_j exp(r_j / β) / Σ_j w_j);  kind max: max_j r_j
@@ -272,7 +272,7 @@ class RolloutScore:
         return (share.exp() * reward).sum()
 
     def _rolled_out(self, prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
-        """Completions, and which prefix each begins with; a prefix that has ended is its own."""
+        """Completions, each with the index of its prefix. A prefix that has ended is its own completion."""
         room = [self.sampling.max_tokens > len(prefix.generated) and prefix.finish is None for prefix in prefixes]
         open_ = [index for index, going in enumerate(room) if going]
         ended = [prefix for prefix, going in zip(prefixes, room, strict=True) if not going]

@@ -1,4 +1,4 @@
-"""A prefix, what scores it, and how completions are continued from it."""
+"""Prefixes, scores of prefixes, and continuing completions from prefixes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from posttrain.option_types import Inner
 from posttrain.seeds import derived_seed
 
 Kind = Literal["mean", "soft", "max", "greedy", "other"]
-"""What a score estimates of the reward r of completions of a prefix s under the base policy:
+"""The quantity that a score estimates, for the reward r of completions of a prefix s under the base policy:
 mean: E[r | s]; soft: beta log E[exp(r / beta) | s]; max: the largest r; greedy: the greedy one's; other: none."""
 
 
@@ -26,7 +26,7 @@ class Prefix:
 
     tokens: Sequence[int]  # prompt and what was generated
     start: int  # length of the prompt
-    logps: Sequence[float] = ()  # of the generated tokens, under the law they were drawn from; may be unknown
+    logps: Sequence[float] = ()  # of the generated tokens, under the distribution they were drawn from; may be unknown
     steps: int = 0  # blocks or steps that were generated
     finish: Finish | None = None  # None: it goes on
 
@@ -52,11 +52,11 @@ class Prefix:
 
 @runtime_checkable
 class PrefixScore(Protocol):
-    """A number for each prefix, the better the larger: the value of a position."""
+    """A score of prefixes: one number for each, larger is better."""
 
     @property
     def kind(self) -> Kind:
-        """What it estimates."""
+        """The quantity that the score estimates."""
         ...
 
     @property
@@ -70,7 +70,7 @@ class PrefixScore(Protocol):
         ...
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
-        """The score of each prefix, a completion that has ended among them."""
+        """The score of each prefix; prefixes may be completions that have ended."""
         ...
 
 
@@ -91,7 +91,7 @@ class NextTokenScore(PrefixScore, Protocol):
 
 @runtime_checkable
 class CandidateScore(PrefixScore, Protocol):
-    """A score that gives some one-token extensions of a prefix for less than as many prefixes."""
+    """A score that gives one-token extensions of a prefix more cheaply than as many prefixes."""
 
     def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         """The score of each prefix followed by each of its candidates."""
@@ -140,12 +140,12 @@ def continue_prefixes(
 
 
 def _starts(engine: Engine, prefixes: Sequence[Prefix]) -> dict[str, Any]:
-    """Decoders that score prefixes are told where the prompt ends."""
+    """Further arguments for engines that score prefixes: where each prompt ends."""
     return {"starts": [prefix.start for prefix in prefixes]} if getattr(engine, "takes_starts", False) else {}
 
 
 def grown(prefix: Prefix, continuation: Completion, sampling: Sampling, ends: Sequence[int]) -> Prefix:
-    """The prefix with its continuation, which ends it unless only its block or step is over."""
+    """The prefix with its continuation. It has ended unless only its block or step is over."""
     room = sampling.max_tokens - len(prefix.generated) - len(continuation.tokens)
     last = continuation.tokens[-1] if continuation.tokens else None
     step_over = last in ends and last not in sampling.stop_token_ids

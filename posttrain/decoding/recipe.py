@@ -20,7 +20,7 @@ OUTPUTS = (".jsonl", ".parquet")
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class DecodeSettings(SamplingRecipe):
-    """What is completed and verified, whatever decodes it."""
+    """Settings of decoding without the decoder: prompts, policy, verifiers."""
 
     modules: ClassVar[Mapping[str, str]] = {
         "verify": "posttrain.verify.functions",
@@ -34,7 +34,7 @@ class DecodeSettings(SamplingRecipe):
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class DecodeRecipe(DecodeSettings):
-    """Which prompts are completed, by which decoder, and where the completions go."""
+    """A recipe for decoding: prompts, policy, decoder, verifiers and the file of completions."""
 
     decoder: InstanceOf[Part] | None = None  # default: plain samples
     verify: tuple[InstanceOf[Part], ...] = ()
@@ -44,7 +44,7 @@ class DecodeRecipe(DecodeSettings):
 
     @property
     def file(self) -> Path:
-        """Where the completions go."""
+        """The file to which the completions are written."""
         return Path(self.output or Path("completions") / f"{self.name}.jsonl")
 
     def conflicts(self) -> Iterator[tuple[Location, str]]:

@@ -1,4 +1,4 @@
-"""Refining a draft: all of its tokens at once, sweep by sweep.
+"""Refines all tokens of a draft at once, sweep by sweep.
 
 A model that was trained to turn drafts into better ones (DiffPO, Chen et al. 2025, arXiv:2503.04240) edits in few
 sweeps. Run to the end, any causal model's sweeps arrive at its own greedy completion, whatever the draft was.
@@ -41,7 +41,7 @@ def jacobi(
 
 
 def model_greedy(model: nn.Module) -> GreedyNext:
-    """That of a Hugging Face language model."""
+    """The most probable next tokens under a Hugging Face language model."""
 
     @torch.inference_mode()
     def greedy_next(tokens: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:

@@ -1,4 +1,4 @@
-"""Exact draws of the law that a population aims at, and bounds of its log Z from both sides."""
+"""Exact draws of the distribution that a population aims at, and bounds of its log Z from both sides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOWER, UPPER = 1 << 33, 1 << 34  # added to a seed's place: the populations shar
 
 @dataclass(slots=True)
 class _Draws:
-    """Of one completion to be made."""
+    """State of the rejection sampler for one completion."""
 
     prompt: int
     sample: int
@@ -36,7 +36,7 @@ class _Draws:
     accepted: int | None = None
 
     def consider(self, drawn: Sequence[tuple[Completion, Prefix, float]], highest: float) -> None:
-        """Accepts the first that chance, with probability exp(potential - highest), lets pass."""
+        """Accepts the first draw that passes a test with probability exp(potential - highest)."""
         for one in drawn:
             self.candidates.append(one)
             share = math.exp(min(0.0, one[2] - highest))
@@ -136,7 +136,7 @@ class Rejection(Decoder):
     def _drawn(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seeds: Sequence[int]
     ) -> list[_Draws]:
-        """Rounds of draws for all completions that have accepted none yet, each round in one call of the engine."""
+        """Draws in rounds for all completions without an accepted draw, each round in one call of the engine."""
         groups = []
         for i in range(len(prompts)):
             for j in range(n):
@@ -190,7 +190,7 @@ class Rejection(Decoder):
         }
 
     def _completion(self, group: _Draws, bounds: tuple[Outcome, Outcome] | None) -> Completion:
-        """The accepted draw or else one by weight, with what is measured."""
+        """The accepted draw, or else a draw chosen by weight, with its measurements."""
         chosen = group.accepted
         if chosen is None:
             chosen = group.choose(softmax([potential for _, _, potential in group.candidates]))

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from posttrain.data.steps import step_numbers
 from posttrain.decoding import prefix_scores
 from posttrain.decoding.base import Conflict
-from posttrain.decoding.cached_values import value_score
+from posttrain.decoding.candidate_cache import value_score
 from posttrain.decoding.context import DecoderContext, ModelPath, TextReward, Verifier
 from posttrain.decoding.from_recipe import score_part
-from posttrain.decoding.model_scores import Law, LogRatio, StepScore, ValueScore, model_law
+from posttrain.decoding.model_scores import Distribution, LogRatio, StepScore, ValueScore, model_distribution
 from posttrain.decoding.prefixes import PrefixScore
 from posttrain.engines.base import Sampling
 from posttrain.errors import RecipeError
@@ -32,7 +32,7 @@ OptionalMadeScore = Annotated[
 
 
 def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:
-    """What a value model says of a prefix, in reward units: one that a run saved, or a reward or process model.
+    """The value of a prefix by a value, reward or process model, in reward units.
 
     It reads the policy's token ids, so its tokenizer must be the policy's. A per-token head scores all next tokens by
     one forward pass. Kind, temperature and scale are those that it was trained for.
@@ -47,7 +47,7 @@ def value(context: DecoderContext, *, model: ModelPath) -> PrefixScore:
 
 
 def values(context: DecoderContext, *, models: tuple[ModelPath, ...]) -> PrefixScore:
-    """Σ_k V_k of value models of several rounds, each learned on top of those before it: an anchor that moves.
+    """Sum Σ_k V_k of the value models of several rounds, each trained on top of those before it (a moving anchor).
 
     π_k(a | s) ∝ π_(k-1)(a | s) exp(λ V_k(s a)) = p0(a | s) exp(λ Σ_j≤k V_j(s a)). Liu et al. 2025 (IVO), algorithm 1,
     arXiv:2503.02368.
@@ -70,7 +70,7 @@ def process(
     separator: str = "\n",
     aggregate: Literal["product", "min", "mean", "last"] = "product",
 ) -> PrefixScore:
-    """What a process model says of the steps so far, each at its last token, as one number.
+    """A process model's values of the steps so far, each read at its last token, as one number.
 
     Lightman et al. 2024, arXiv:2305.20050 (product: the probability that all are right); Wang et al. 2024
     (Math-Shepherd), arXiv:2312.08935 (min); Snell et al. 2024, arXiv:2408.03314 (last).
@@ -88,7 +88,7 @@ def process(
 def log_ratio(
     context: DecoderContext, *, plus: ModelPath | None = None, minus: ModelPath | None = None, scale: float = 1.0
 ) -> PrefixScore:
-    """scale · Σ_t (log p⁺(token_t) - log p⁻(token_t)) over what was generated.
+    """Log-ratio of two language models, scale · Σ_t (log p⁺(token_t) - log p⁻(token_t)), over the generated tokens.
 
     GenARM, Xu et al. 2025, arXiv:2410.08193 (plus: an autoregressive reward model); proxy tuning, Liu et al. 2024,
     arXiv:2401.08565 (a tuned and an untuned model); contrastive decoding, Li et al. 2023, arXiv:2210.15097 (minus: an
@@ -102,13 +102,13 @@ def log_ratio(
     return LogRatio(plus=_law(context, plus, "plus"), minus=_law(context, minus, "minus"), scale=scale)
 
 
-def _law(context: DecoderContext, model: str | None, name: str) -> Law | None:
+def _law(context: DecoderContext, model: str | None, name: str) -> Distribution | None:
     if model is None:
         return None
     place = f"decoder: log_ratio {name}"
     source = sections.PolicySection(model=model)
     loaded = context.loaded("language", model, lambda: load_model(source, dtype=context.dtype, place=place))
-    return model_law(loaded)
+    return model_distribution(loaded)
 
 
 def rollout(
@@ -125,7 +125,7 @@ def rollout(
     beta: Positive | None = None,
     engine: Literal["auto", "vllm", "transformers"] = "auto",
 ) -> PrefixScore:
-    """Q(s) = Σ_j w_j r_j / Σ_j w_j over K completions of the prefix, with w_j = exp(tilt_j), or 1 without a tilt.
+    """Reward of rollouts: Q(s) = Σ_j w_j r_j / Σ_j w_j over K completions, with w_j = exp(tilt_j), or 1 without a tilt.
 
     TQ*, Chakraborty et al. 2024, arXiv:2405.20495; one greedy completion is SVDD-PM's guess, Li et al. 2024,
     arXiv:2408.08252. See :class:`posttrain.decoding.prefix_scores.RolloutScore`.
@@ -175,7 +175,7 @@ rollout.conflicts = _rollout_conflicts  # type: ignore[attr-defined]
 
 
 def text(context: DecoderContext, *, of: TextReward) -> PrefixScore:
-    """What a judge, or a reward model with a tokenizer of its own, says of prompt and completion as text.
+    """The score of prompt and completion as text, by a judge or a reward model with a tokenizer of its own.
 
     Args:
         of: a part of ``reward_models`` that reads texts: ``outcome`` or ``judge``.
@@ -190,7 +190,7 @@ def text(context: DecoderContext, *, of: TextReward) -> PrefixScore:
 
 
 def verifier(context: DecoderContext, *, of: Verifier) -> PrefixScore:
-    """What a verifier says of the completion so far, such as its form or length.
+    """A verifier's score of the completion so far, such as its form or length.
 
     Args:
         of: a verifier that answers at once; what it reads of a data set must be given as an option, for there is no row
@@ -213,7 +213,7 @@ logarithm = score_part(prefix_scores.Logarithm, "logarithm", __name__)
 def weighted_sum(
     context: DecoderContext, *, terms: tuple[MadeScore, ...], weights: tuple[float, ...] | None = None
 ) -> PrefixScore:
-    """Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2024, arXiv:2310.17022.
+    """Weighted sum Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2024, arXiv:2310.17022.
 
     Args:
         weights: one for each of ``terms``; default: all 1.
@@ -227,7 +227,7 @@ def weighted_sum(
 def product(
     context: DecoderContext, *, terms: tuple[MadeScore, ...], exponents: tuple[float, ...] | None = None
 ) -> PrefixScore:
-    """Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities that a step is right.
+    """Product Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities that a step is right.
 
     Args:
         exponents: one for each of ``terms``; default: all 1.

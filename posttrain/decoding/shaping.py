@@ -143,7 +143,7 @@ class Shaped(Decoder):
         sampling: Sampling,
         starts: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """Given continuations with their log-probs and what is measured, as if the decoder had sampled them."""
+        """Forced continuations with log-probs and measurements, as if the decoder had sampled them."""
         done: list[Completion | None] = [None] * len(prompts)
         for length in sorted({len(continuation) for continuation in continuations}):
             members = [i for i, continuation in enumerate(continuations) if len(continuation) == length]
@@ -214,10 +214,10 @@ class Shaped(Decoder):
         outputs = self.engine.generate(prompts, sampling, n, seeds=seeds, on_completion=report, shaper=call.shape)
         return [[call.measured(i, j, c) for j, c in enumerate(group)] for i, group in enumerate(outputs)]
 
-    def law(
+    def distribution(
         self, logp0: Float[Tensor, "B V"], prefixes: Sequence[Prefix], strength: Float[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B V"], int]:
-        """The shaped law of the next token, and how many prefixes were scored.
+        """The shaped distribution of the next token, and the number of prefixes that were scored.
 
         Args:
             strength: of each row; default: the decoder's.
@@ -233,30 +233,34 @@ class Shaped(Decoder):
         if self.rest in ("state", "residual"):
             state = each * self.score.score(prefixes).to(logp0)
             scored += len(prefixes)
-        return shaped_law(logp0, candidates, each[:, None] * values, valid, rest=self.rest, state=state), scored
+        return shaped_distribution(
+            logp0, candidates, each[:, None] * values, valid, rest=self.rest, state=state
+        ), scored
 
 
 @dataclass(slots=True)
 class _Path:
-    """What is remembered of one row; engines may ask for the same position twice."""
+    """State of one row. Engines may ask for the same position twice."""
 
     start: int  # length of the prompt, where the row's own prompt is a prefix
     strength: float
     forced: Sequence[int] | None = None  # the only tokens that may be drawn
     kl: dict[int, float] = field(default_factory=dict)  # by position
     scored: dict[int, int] = field(default_factory=dict)
-    logps: dict[int, tuple[float, float]] = field(default_factory=dict)  # of tokens, under the base and shaped laws
-    last: tuple[int, Float[Tensor, " V"], Float[Tensor, " V"]] | None = None  # position and both laws
+    logps: dict[int, tuple[float, float]] = field(
+        default_factory=dict
+    )  # of tokens, under the base and shaped distributions
+    last: tuple[int, Float[Tensor, " V"], Float[Tensor, " V"]] | None = None  # position and both distributions
 
     def settle(self, tokens: Sequence[int]) -> None:
-        """Notes the log-probs of the token that was drawn since the last law."""
+        """Records the log-probs of the token that was drawn from the last distribution."""
         if self.last is not None and self.last[0] < len(tokens):
             position, base, shaped = self.last
             self.logps[position] = float(base[tokens[position]]), float(shaped[tokens[position]])
 
 
 class _Call:
-    """The shaper of rows that are known by prompt and sample."""
+    """A shaper that identifies rows by prompt and sample."""
 
     def __init__(self, decoder: Shaped) -> None:
         self.decoder = decoder
@@ -274,7 +278,7 @@ class _Call:
         if now:
             prefixes = [Prefix(tokens=rows[i].tokens, start=paths[i].start) for i in now]
             strengths = logp0.new_tensor([paths[i].strength for i in now])
-            shaped[now], scored = self.decoder.law(logp0[now], prefixes, strengths)
+            shaped[now], scored = self.decoder.distribution(logp0[now], prefixes, strengths)
             for index in now:
                 cost[index] = scored // len(now)
         kl = token_kl(shaped, logp0).tolist()
@@ -287,7 +291,7 @@ class _Call:
         return _only(shaped, [tokens[position] for tokens, position in zip(forced, positions, strict=True)])
 
     def measured(self, prompt: int, sample: int, completion: Completion) -> Completion:
-        """The completion with its numbers; forced ones also get the shaped law's log-probs."""
+        """The completion with its measurements. Forced completions also get the shaped distribution's log-probs."""
         path = self.rows[prompt, sample]
         path.settle(completion.tokens)
         positions = range(len(completion.tokens))
@@ -302,16 +306,16 @@ class _Call:
 
 
 def _only(shaped: Float[Tensor, "B V"], tokens: Sequence[int]) -> Float[Tensor, "B V"]:
-    """All probability on one token a row."""
-    law = torch.full_like(shaped, -torch.inf)
-    law[torch.arange(len(tokens)), list(tokens)] = 0.0
-    return law
+    """Log-probs that put all probability on one token of each row."""
+    distribution = torch.full_like(shaped, -torch.inf)
+    distribution[torch.arange(len(tokens)), list(tokens)] = 0.0
+    return distribution
 
 
 def choose_candidates(
     logp0: Float[Tensor, "B V"], *, k: int | None = None, head: float | None = None
 ) -> tuple[Int[Tensor, "B K"], Bool[Tensor, "B K"]]:
-    """Tokens to score, most probable first, and which are candidates: with ``head`` each row has its own number."""
+    """Tokens to score, most probable first, and a mask of the candidates: with ``head`` their number differs by row."""
     if head is not None:
         inside = logp0 >= logp0.amax(-1, keepdim=True) + torch.tensor(head).log().to(logp0)
         k = int(inside.sum(-1).max())
@@ -321,7 +325,7 @@ def choose_candidates(
     return candidates, inside.gather(-1, candidates)
 
 
-def shaped_law(
+def shaped_distribution(
     logp0: Float[Tensor, "B V"],
     candidates: Int[Tensor, "B K"],
     values: Float[Tensor, "B K"],
@@ -330,7 +334,7 @@ def shaped_law(
     rest: Rest,
     state: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B V"]:
-    """log π(a) = log p0(a) + values(a) - log Z for candidates, and what ``rest`` says for the others.
+    """log π(a) = log p0(a) + values(a) - log Z for candidates; the rule ``rest`` for all other tokens.
 
     Args:
         logp0: log-probs, normalised.
@@ -363,7 +367,7 @@ def _residual(
     is_candidate: Bool[Tensor, "B V"],
     state: Float[Tensor, " B"],
 ) -> Float[Tensor, "B 1"]:
-    """log of (exp(state) - Σ_candidates exp(tilted)) / Σ_others p0; -inf where nothing is left."""
+    """log of (exp(state) - Σ_candidates exp(tilted)) / Σ_others p0; -inf if no mass is left."""
     inside = tilted.logsumexp(-1)
     left = state + torch.log1p(-(inside - state).clamp(max=0.0).exp())
     others = logp0.where(~is_candidate, -torch.inf).logsumexp(-1)

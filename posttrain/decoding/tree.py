@@ -49,7 +49,7 @@ def sampled_steps(
     tokens: int | None = None,
     ends: Sequence[int] = (),
 ) -> list[list[tuple[Prefix, Completion]]]:
-    """``width`` sampled steps of each prefix.
+    """Samples ``width`` steps from each prefix.
 
     Args:
         tokens: most tokens of a step.
@@ -66,15 +66,15 @@ def top_tokens(
     engine: ShapingEngine, prefixes: Sequence[Prefix], sampling: Sampling, seeds: Sequence[int], *, k: int = 4
 ) -> list[list[tuple[Prefix, Completion]]]:
     """The ``k`` most probable next tokens of each prefix, most probable first."""
-    laws: dict[tuple[int, int], tuple[int, float]] = {}
+    distributions: dict[tuple[int, int], tuple[int, float]] = {}
 
     def force(logps: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Sample j of a prefix becomes its j-th best token: so the engine says itself which tokens end a completion."""
+        """Forces sample j of a prefix to its j-th best token; the engine decides which tokens end a completion."""
         best = logps.topk(k, -1)
         forced = logps.new_full(logps.shape, -math.inf)
         for index, row in enumerate(rows):
             token = int(best.indices[index, row.sample])
-            laws[row.prompt, row.sample] = token, float(best.values[index, row.sample])
+            distributions[row.prompt, row.sample] = token, float(best.values[index, row.sample])
             forced[index, token] = 0.0
         return forced
 
@@ -82,7 +82,7 @@ def top_tokens(
     outputs = engine.generate([prefix.tokens for prefix in prefixes], one, k, seeds=seeds, shaper=force)
     found = []
     for i, (prefix, completions) in enumerate(zip(prefixes, outputs, strict=True)):
-        known = [dataclasses.replace(c, logps=[laws[i, j][1]]) for j, c in enumerate(completions)]
+        known = [dataclasses.replace(c, logps=[distributions[i, j][1]]) for j, c in enumerate(completions)]
         found.append([(grown(prefix, completion, sampling, ()), completion) for completion in known])
     return found
 
@@ -261,7 +261,7 @@ class TreeSearch(Decoder):
         self._evaluate(children)
 
     def _evaluate(self, children: Sequence[tuple[Tree, Node]]) -> None:
-        """The values, and process rewards, of new nodes."""
+        """Computes the values and process rewards of new nodes."""
         final = self.final_score or self.score
         for score, ended in ((self.score, False), (final, True)):
             members = [node for _, node in children if node.ended is ended]
@@ -280,7 +280,7 @@ Search = Generator[list[Node], None, None]
 
 
 def _with_ends(propose: Propose, ends: Sequence[int]) -> Propose:
-    """The rule with the tokens that end its steps."""
+    """Binds the tokens that end a step to the rule."""
     target = rule_of(propose)
     if "ends" not in inspect.signature(target).parameters:
         raise RecipeError(f"decoder.separator: the steps of {target.__name__} do not end with a text; leave it out")
@@ -299,7 +299,7 @@ def _advance_all(searches: Sequence[tuple[Tree, Search]]) -> list[tuple[Tree, Se
 
 
 def _priors(steps: Sequence[Completion]) -> list[float]:
-    """Proportional to exp(mean log-prob of the step's tokens), summing to 1 (TS-LLM, its code)."""
+    """Priors proportional to exp(mean log-prob of the step's tokens), summing to 1 (TS-LLM, its code)."""
     means = [math.exp(sum(step.logps) / len(step.logps)) for step in steps]
     return [mean / sum(means) for mean in means]
 

@@ -1,4 +1,4 @@
-"""What a finished search teaches, and how it looks."""
+"""Exports of a finished search: value targets, demonstrations, preference pairs, and a drawing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posttrain.parts.targets import Backup, backup
 
 
 class ValueTarget(NamedTuple):
-    """What a value model should say of a prefix."""
+    """A prefix with the value that a value model should learn."""
 
     tokens: Sequence[int]  # prompt and beginning of a completion
     start: int  # length of the prompt
@@ -28,7 +28,7 @@ class PathExample(NamedTuple):
 
 
 class PreferencePair(NamedTuple):
-    """Two steps from the same prefix."""
+    """A better and a worse step from the same prefix."""
 
     prefix: Sequence[int]  # prompt and beginning of a completion
     start: int  # length of the prompt
@@ -38,7 +38,7 @@ class PreferencePair(NamedTuple):
 
 
 def value_targets(tree: Tree, *, kind: Backup = "mean", beta: float = 1.0) -> list[ValueTarget]:
-    """For every node the backup of its children's targets by their priors; leaves keep the values they have.
+    """Value targets of all nodes: the backup of their children's targets by their priors; leaves keep their values.
 
     mean: Feng et al. 2024 (TS-LLM), arXiv:2309.17179; max: Wang et al. 2024 (Q*), arXiv:2406.14283;
     soft: β log Σ p exp(v / β).
@@ -74,7 +74,7 @@ def best_paths(trees: Iterable[Tree], *, count: int, at_least: float = float("-i
 
 
 def preference_pairs(tree: Tree, *, margin: float = 0.0) -> list[PreferencePair]:
-    """At every node with several children the best step against the worst.
+    """Pairs of the best and the worst step at every node with several children.
 
     A step counts as what the best ending below it is worth; where none was found, as its value.
 

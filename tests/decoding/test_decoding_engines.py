@@ -14,9 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from posttrain.batch import Finish
 from posttrain.decoding.answers import vote, weighted
-from posttrain.decoding.cached_values import CachedValueScore, value_score
+from posttrain.decoding.candidate_cache import CachedValueScore, value_score
 from posttrain.decoding.editing import Edited
-from posttrain.decoding.model_scores import LogRatio, NextTokenValueScore, ValueScore, head_value, model_law
+from posttrain.decoding.model_scores import LogRatio, NextTokenValueScore, ValueScore, head_value, model_distribution
 from posttrain.decoding.nodes import a_star_key, beam, best_first, most_visited, path_key, puct, where_moves_led
 from posttrain.decoding.particles import keep, resample, tilted
 from posttrain.decoding.population import Population
@@ -114,7 +114,7 @@ def check_repeats(decoder: Engine) -> list:
 
 @pytest.mark.parametrize("strength", [1.0, 3.0])
 def test_proxy_tuning_multiplies_laws(engine: Engine, model, tuned, strength: float):
-    score = LogRatio(plus=model_law(tuned), minus=model_law(model))
+    score = LogRatio(plus=model_distribution(tuned), minus=model_distribution(model))
     outputs = check_repeats(Shaped(engine, score, strength=strength))
     for prompt, completions in zip(PROMPTS, outputs, strict=True):
         for completion in completions:
@@ -182,7 +182,12 @@ POPULATIONS = {
     "blockwise": {"branch": 4, "block": 3},
     "beam": {"particles": 2, "branch": 2, "block": 2},
     "smc": {"particles": 4, "block": 2, "pick": resample, "final": weighted, "strength": 5.0},
-    "majority": {"particles": 5, "pick": keep, "final": functools.partial(vote, answer=lambda tokens: tokens[0] % 2), "decode": tuple},
+    "majority": {
+        "particles": 5,
+        "pick": keep,
+        "final": functools.partial(vote, answer=lambda tokens: tokens[0] % 2),
+        "decode": tuple,
+    },
 }
 
 
@@ -202,8 +207,8 @@ def mean_score(outputs) -> float:
 
 def test_smc_with_a_shaped_proposal(engine: Engine, model, tuned):
     """Twists that are log-ratios of normalised laws, with the same strength: all weights stay 1."""
-    base_at_temperature = model_law(model, temperature=SAMPLING.temperature)
-    score = LogRatio(plus=model_law(tuned), minus=base_at_temperature)
+    base_at_temperature = model_distribution(model, temperature=SAMPLING.temperature)
+    score = LogRatio(plus=model_distribution(tuned), minus=base_at_temperature)
     proposal = Shaped(engine, score)
     decoder = Population(proposal, score, particles=3, block=3, pick=resample, final=weighted)
     for (completion,) in decoder.generate(PROMPTS[:2], SAMPLING, seeds=[1, 2]):
@@ -311,7 +316,7 @@ def test_per_token_heads_read_only_the_last_token(tiny_model_folder: Path):
 
 
 def test_laws_of_models_in_batches(model):
-    law = model_law(model, temperature=0.8)
+    law = model_distribution(model, temperature=0.8)
     prefixes = prefixes_of(3, 9, 5, 2)
     paths, following = law(prefixes)
     for prefix, path, row in zip(prefixes, paths, following, strict=True):

@@ -246,7 +246,9 @@ def quarters() -> World:
 
 def rollouts(world: World, **options) -> RolloutScore:
     reward = FunctionScore(function=lambda prefixes: [world.reward[tuple(p.generated)] for p in prefixes])
-    return RolloutScore(engine=world.engine(Strata(64)), reward=reward, sampling=world.sampling, completions=64, **options)
+    return RolloutScore(
+        engine=world.engine(Strata(64)), reward=reward, sampling=world.sampling, completions=64, **options
+    )
 
 
 def test_rollouts_with_importance_weights_have_the_tilted_policys_value():
@@ -425,7 +427,7 @@ def test_contrastive_decoding_is_a_ratio_on_the_head_of_the_law():
     amateur = make_world(23)
     decoder = Shaped(WORLD.engine(), LogRatio(minus=table_law(amateur)), head=0.1)
     logp0 = WORLD.engine().next_logps([PROMPT])
-    law, _ = decoder.law(logp0, [prefix_of(())])
+    law, _ = decoder.distribution(logp0, [prefix_of(())])
     scores = [
         math.log(p / q) if p >= 0.1 * max(WORLD.next_law(())) else -math.inf
         for p, q in zip(WORLD.next_law(()), amateur.next_law(()), strict=True)

@@ -23,7 +23,7 @@ from exact_world import (
 
 from posttrain.decoding.kl import tilted_kl, token_kl
 from posttrain.decoding.prefix_scores import weighted_sum
-from posttrain.decoding.shaping import GuideWarning, Shaped, choose_candidates, shaped_law
+from posttrain.decoding.shaping import GuideWarning, Shaped, choose_candidates, shaped_distribution
 from posttrain.engines.base import Sampling
 
 WORLDS = [make_world(0), make_world(1, eos=True), make_world(2, vocabulary=2, length=4)]
@@ -162,7 +162,7 @@ def test_what_each_rule_gives_to_the_rest():
     inside = [0.5 * math.e, 0.3 / math.e]
 
     def law(rest, state=0.2) -> list[float]:
-        shaped = shaped_law(
+        shaped = shaped_distribution(
             logp0, candidates, values, valid, rest=rest, state=torch.tensor([state], dtype=torch.float64)
         )
         return shaped.exp()[0].tolist()
@@ -190,7 +190,7 @@ def test_the_head_of_the_law_has_a_size_of_its_own_in_each_row():
     logp0 = torch.tensor([[0.6, 0.3, 0.1], [0.9, 0.05, 0.05]]).log()
     candidates, valid = choose_candidates(logp0, head=0.4)
     assert candidates.tolist()[0] == [0, 1] and valid.tolist() == [[True, True], [True, False]]
-    law = shaped_law(logp0, candidates, torch.zeros(2, 2), valid, rest="drop").exp()
+    law = shaped_distribution(logp0, candidates, torch.zeros(2, 2), valid, rest="drop").exp()
     assert torch.allclose(law, torch.tensor([[2 / 3, 1 / 3, 0.0], [1.0, 0.0, 0.0]]))
 
 

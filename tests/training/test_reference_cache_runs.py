@@ -22,8 +22,8 @@ pytestmark = pytest.mark.engine
 
 KILLED = """
 import sys, time
-from posttrain import reference_cache
-from posttrain.recipe.loading import load_recipe
+from posttrain.training import reference_cache
+from posttrain.training.recipe import load_recipe
 from posttrain.training.loop import train
 reference_cache.SHARD_SECONDS = 0.0
 original = reference_cache.reference_logp

@@ -1,4 +1,4 @@
-"""Values of prefixes and of candidate tokens with a key-value cache: one forward pass over what is new.
+"""Values of prefixes and candidate tokens with a key-value cache: one forward pass over the new tokens only.
 
 While a completion is decoded token by token, each prefix is the last one and one of its candidates. Its keys and values
 are then known: those of the last prefix, and those of the candidate that was drawn.
@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from posttrain.decoding.growing import BesideLayer, GrowingReader, Memory, forward_hidden, visible
 from posttrain.decoding.model_scores import NextTokenValueScore, ValueScore, head_value, padded
+from posttrain.decoding.prefix_cache import BesideLayer, Memory, PrefixCache, forward_hidden, visible
 from posttrain.decoding.prefixes import Kind, Prefix
 
 ROOM = 32
-"""Columns that a cache has to spare when it is made."""
+"""Spare columns of a new cache."""
 
 
 def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenValueScore:
@@ -31,7 +31,7 @@ def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenVa
     if model.spec.head.type == "implicit":
         raise ValueError(
             "an implicit value guides as what it is, the log-ratio of two language models: "
-            "posttrain.decoding.model_scores.LogRatio(plus=model_law(trained), minus=model_law(base))"
+            "posttrain.decoding.model_scores.LogRatio(plus=model_distribution(trained), minus=model_distribution(base))"
         )
     full, per_token = {"full_attention"}, model.spec.head.type == "per_token"
     if set(getattr(model.decoder.config.get_text_config(), "layer_types", None) or full) == full:
@@ -52,7 +52,7 @@ class CachedValueScore:
         self.beta: float | None = model.spec.beta
         self.scale: float = model.spec.scale
         self.reader = Reader(model)
-        self.growing = GrowingReader(model)
+        self.growing = PrefixCache(model)
         self._value = head_value(model)
 
     @torch.inference_mode()
@@ -96,7 +96,7 @@ class CachedNextTokenValueScore:
 
 
 class Reader:
-    """Hidden states of a value model at the candidates of prefixes, by one forward pass over the candidates.
+    """Reads the hidden states of a value model at candidate tokens by one forward pass over the candidates.
 
     It holds keys and values of the last call's prefixes and candidates, and forgets them when the model's weights are
     changed in place, as optimisers and ``load_state_dict`` do.
@@ -126,13 +126,13 @@ class Reader:
             self._weights_version = version
 
     def known(self, prefixes: Sequence[tuple[int, ...]]) -> Float[Tensor, "M H"] | None:
-        """The hidden states at the last tokens of prefixes that were all read in the last call, or else None."""
+        """The hidden states at the last tokens of prefixes; None unless the last call has read all of them."""
         self._check_weights()
         rows = [self._rows.get(prefix) for prefix in prefixes]
         return None if None in rows else self._state[rows]
 
     def read(self, prefixes: Sequence[tuple[int, ...]], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K H"]:
-        """The hidden states at each candidate, as the token after its prefix."""
+        """The hidden states at each candidate, read as the token after its prefix."""
         self._check_weights()
         device = next(self.model.parameters()).device
         self._advance(prefixes, device)
@@ -143,7 +143,7 @@ class Reader:
         return self._candidate_states
 
     def _advance(self, keys: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        """Makes the rows those of these prefixes: from last time's where they go on with a candidate, or else anew."""
+        """Fills the rows with these prefixes: reuses rows that a candidate continues, and reads the others again."""
         known: list[tuple[int, int, int]] = []  # row now, row then, column of the candidate
         for now, key in enumerate(keys):
             then = self._rows.get(key[:-1])
@@ -170,7 +170,7 @@ class Reader:
         self._memory, self._state = memory, torch.stack(state)
 
     def _moved(self, rows: int, width: int, known: Sequence[tuple[int, int, int]]) -> list[Memory]:
-        """The memory of last time with its rows in their new places, and room for ``width`` columns."""
+        """The cache of the last call with its rows in their new places and room for ``width`` columns."""
         if not known:
             return []
         now, then = [row for row, _, _ in known], [row for _, row, _ in known]
@@ -189,7 +189,7 @@ class Reader:
     def _read(
         self, prefixes: Sequence[tuple[int, ...]], at: list[int], memory: list[Memory], rows: int, width: int
     ) -> tuple[Float[Tensor, "new H"], list[Memory]]:
-        """Reads prefixes in whole into their rows; the hidden states at their last tokens."""
+        """Reads whole prefixes into their rows and returns the hidden states at their last tokens."""
         device = next(self.model.parameters()).device
         tokens, lengths = padded([Prefix(tokens=prefix, start=0) for prefix in prefixes], device)
         cache = DynamicCache(config=self.model.decoder.config)
@@ -203,7 +203,7 @@ class Reader:
         return hidden[torch.arange(len(prefixes), device=device), lengths - 1], memory
 
     def _read_candidates(self, candidates: Int[Tensor, "M K"], lengths: Int[Tensor, " M"]) -> Float[Tensor, "M K H"]:
-        """Each candidate sees its prefix and itself, and stands right after the prefix."""
+        """Attention mask and positions: each candidate sees its prefix and itself, at the position after the prefix."""
         width = int(lengths.max())
         layers = [BesideLayer(keys[:, :, :width], values[:, :, :width]) for keys, values in self._memory]
         cache = DynamicCache()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from posttrain.batch import Finish
-from posttrain.decoding.cached_values import CachedValueScore
-from posttrain.decoding.growing import GrowingReader
+from posttrain.decoding.candidate_cache import CachedValueScore
 from posttrain.decoding.model_scores import ValueScore
+from posttrain.decoding.prefix_cache import PrefixCache
 from posttrain.decoding.prefixes import Prefix
 from posttrain.models.value_files import build_value
 from posttrain.recipe.sections import PolicySection, ValueSection
@@ -47,7 +47,7 @@ def test_values_in_blocks_are_those_of_whole_forward_passes(value):
 
 def test_only_new_tokens_are_read(value):
     rng = random.Random(0)
-    reader = GrowingReader(value)
+    reader = PrefixCache(value)
     start = Prefix(tokens=list(range(10, 20)), start=10)
     first = [grown(start, 4, rng) for _ in range(3)]
     reader.read(first)
@@ -65,7 +65,7 @@ def test_nothing_is_kept_of_what_has_ended_or_takes_too_much_memory(value):
     rng = random.Random(0)
     start = Prefix(tokens=list(range(10, 20)), start=10)
     ended = [grown(start, 4, rng, Finish.LENGTH)]
-    reader, small = GrowingReader(value), GrowingReader(value, memory_mb=0)
+    reader, small = PrefixCache(value), PrefixCache(value, memory_mb=0)
     for own, prefixes in ((reader, ended), (small, [grown(start, 4, rng)])):
         own.read(prefixes)
         own.read([grown(prefixes[0], 1, rng)])

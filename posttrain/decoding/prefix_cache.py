@@ -1,4 +1,4 @@
-"""Hidden states at the ends of prefixes that grow by blocks: what the last call has read is not read again."""
+"""Hidden states at the ends of prefixes that grow by blocks, with a cache: no token is read twice."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from posttrain.decoding.prefixes import Prefix
 from posttrain.models.adapters import active_adapter
 
 ROWS = 64
-"""Prefixes in one forward pass."""
+"""Most prefixes in one forward pass."""
 MEMORY_MB = 2048
-"""Most memory that keys and values take from one call to the next; what would take more is read anew."""
+"""Most memory of the keys and values that are kept between calls; prefixes beyond it are read again."""
 
 Memory = tuple[Float[Tensor, "M heads columns size"], Float[Tensor, "M heads columns size"]]
 """Keys and values of one layer."""
 
 
 class BesideLayer(DynamicLayer):
-    """Keys and values of prefixes that stay as they are; those of new tokens are put beside them."""
+    """A cache layer with the unchanged keys and values of prefixes beside those of new tokens."""
 
     def __init__(self, keys: Float[Tensor, "M heads P size"], values: Float[Tensor, "M heads P size"]) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class BesideLayer(DynamicLayer):
         self.added: Memory = (keys[:, :, :0], values[:, :, :0])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and all values, of prefixes and new tokens."""
+        """All keys and values, of prefixes and of new tokens."""
         self.added = key_states, value_states
         keys, values = self._held
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 def forward_hidden(model: Any, **inputs: Any) -> Float[Tensor, "M columns H"]:
-    """The last hidden states of a ``posttrain.models.value.ValueModel``, through its own adapter if it has one."""
+    """The last hidden states of a ``ValueModel``, through its own adapter if it has one."""
     adapter: AbstractContextManager[None] = nullcontext()
     if model.adapter is not None:
         adapter = active_adapter(model.backbone, model.adapter)
@@ -92,7 +92,7 @@ AttentionInterface.register(GROUPED, grouped_attention)
 def visible(
     stems: Int[Tensor, " m"], past: int, among_new: Bool[Tensor, "new new"]
 ) -> Bool[Tensor, "m 1 new past+new"]:
-    """What each new token attends to: the columns of its row's stem, and the new tokens that it may see.
+    """The attention mask of new tokens: the columns of the row's stem, and the new tokens that each may see.
 
     Args:
         stems: how many of the ``past`` columns are a row's own.
@@ -105,14 +105,14 @@ def visible(
 
 @dataclass(slots=True)
 class Kept:
-    """What was read of prefixes that go on."""
+    """Keys and values of prefixes that may be continued in the next call."""
 
     rows: dict[int, int] = field(default_factory=dict)  # running hash of the tokens -> row
     tokens: list[Sequence[int]] = field(default_factory=list)  # of each row
     memory: list[Memory] = field(default_factory=list)
 
     def stem(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The row of the longest beginning of these tokens that is known, without the last one, and its length."""
+        """The row and length of the longest stored beginning of these tokens, at most all but the last one."""
         found, running = (0, 0), 0
         for length, token in enumerate(tokens[:-1], start=1):
             running = hash((running, token))
@@ -123,15 +123,15 @@ class Kept:
 
 
 def running_hash(tokens: Sequence[int]) -> int:
-    """The hash by which :class:`Kept` knows a prefix."""
+    """The hash under which :class:`Kept` stores a prefix."""
     running = 0
     for token in tokens:
         running = hash((running, token))
     return running
 
 
-class GrowingReader:
-    """Hidden states at the last tokens of prefixes; one that continues a prefix of the last call costs its new tokens.
+class PrefixCache:
+    """Reads hidden states at the last tokens of prefixes. A prefix of the last call costs its new tokens only.
 
     So do all continuations of a particle of which blockwise decoding, beams and SMC sample several. It forgets when the
     model's weights are changed in place.
@@ -150,7 +150,7 @@ class GrowingReader:
 
     @torch.inference_mode()
     def read(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M H"]:
-        """The hidden state at the last token of each prefix; those that have not ended are remembered."""
+        """The hidden state at the last token of each prefix. Prefixes that have not ended are kept in the cache."""
         version = sum(parameter._version for parameter in self.model.parameters())
         if version != self._weights_version:
             self._kept, self._weights_version = Kept(), version
@@ -174,7 +174,7 @@ class GrowingReader:
         return torch.stack(hidden)
 
     def _held(self, rows: Sequence[int], width: int) -> list[Memory]:
-        """Keys and values of these rows; none where nothing is known of any."""
+        """Keys and values of these rows; empty if none of them is stored."""
         if width == 0:
             return []
         return [(keys[rows, :, :width], values[rows, :, :width]) for keys, values in self._kept.memory]
@@ -182,7 +182,7 @@ class GrowingReader:
     def _forward(
         self, prefixes: Sequence[Sequence[int]], stems: Int[Tensor, " m"], held: list[Memory]
     ) -> tuple[Float[Tensor, "m H"], list[Memory]]:
-        """Hidden states at the ends, and keys and values of what comes after the stems."""
+        """Hidden states at the ends of the rows, and keys and values of the tokens after the stems."""
         device = next(self.model.parameters()).device
         suffixes = [list(tokens[stem:]) for tokens, stem in zip(prefixes, stems.tolist(), strict=True)]
         lengths = torch.tensor([len(suffix) for suffix in suffixes], device=device)
@@ -205,7 +205,7 @@ class GrowingReader:
         return hidden[torch.arange(len(tokens), device=device), lengths - 1], added
 
     def _room(self, prefixes: Sequence[Sequence[int]]) -> Kept:
-        """Room for keys and values of these prefixes, or nothing where it would take too much."""
+        """Memory for the keys and values of these prefixes; None if it would be too much."""
         config = self.model.decoder.config.get_text_config()
         parameter = next(self.model.parameters())
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -231,7 +231,7 @@ def _remember(
     held: list[Memory],
     added: list[Memory],
 ) -> None:
-    """Puts keys and values of a chunk into their rows: first those of the stems, then those of what is new.
+    """Writes keys and values of a chunk into their rows: first those of the stems, then those of new tokens.
 
     Args:
         places: of those that are kept: place in the chunk, and row.

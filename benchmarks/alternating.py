@@ -1,4 +1,4 @@
-"""Workers that take turns: what is compared lives in processes of its own, each told when to take one more step."""
+"""Processes that take turns: each program that is compared runs in its own process and waits before each step."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 
 class Worker:
-    """A worker process, seen from outside."""
+    """A worker process, as the process that started it sees it."""
 
     def __init__(self, work: Callable[[Any, Turns], None], settings: Any, log: Path) -> None:
         self.log = log
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=run_worker, args=(work, settings, theirs, log))
+        self._connection, worker_end = context.Pipe()
+        self._process = context.Process(target=run_worker, args=(work, settings, worker_end, log))
         self._process.start()
-        theirs.close()
+        worker_end.close()
 
     def turn(self) -> dict[str, Any]:
-        """Lets the worker take one turn.
+        """Lets the worker take one turn and returns its report.
 
         Raises:
-            RuntimeError: with the end of its log, if it died.
+            RuntimeError: if the worker died; the message ends with its log.
         """
         try:
             self._connection.send("go")
@@ -37,12 +37,13 @@ class Worker:
             raise RuntimeError(f"{self.log.stem} ended with exit code {self._process.exitcode}:\n{tail}") from None
 
     def stop(self) -> None:
+        """Kills the worker."""
         self._process.kill()
         self._process.join()
 
 
 class Turns:
-    """A worker's side of taking turns: ``wait`` for the go-ahead, then ``done`` with what the turn brought."""
+    """The worker's end of the connection: ``wait`` for the go-ahead, then ``done`` with the report of the turn."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -50,11 +51,12 @@ class Turns:
         self._cpu = 0.0
 
     def wait(self) -> None:
+        """Waits for the go-ahead and starts the clock."""
         self._connection.recv()
         self._cpu, self._started = time.process_time(), time.perf_counter()
 
     def done(self, **extra: Any) -> None:
-        """Reports the turn that ``wait`` began; does nothing before the first."""
+        """Reports the turn that ``wait`` began. Does nothing if no turn has begun."""
         if self._started is None:
             return
         seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
@@ -63,7 +65,7 @@ class Turns:
 
 
 def peak_memory_mb() -> float:
-    """Most memory that this process has held: on the GPU where there is one, else resident. MiB."""
+    """Peak memory of this process in MiB: of the GPU if there is one, else resident memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -90,7 +92,7 @@ class Timed:
 
 
 def run_worker(work: Callable[[Any, Turns], None], settings: Any, connection: Connection, log: Path) -> None:
-    """Entry point of a worker process; what it prints goes to ``log``."""
+    """Entry point of a worker process, whose output goes to ``log``."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

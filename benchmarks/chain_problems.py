@@ -1,8 +1,8 @@
-"""Generated problems of several steps, a line each, of which the first wrong line is known exactly.
+"""Generated problems with one line a step, for which the first wrong line of a solution is known exactly.
 
-``27+8-3+9=?`` is worked out as ``27+8=35``, ``35-3=32``, ``32+9=41``, ``\\boxed{41}``. Demonstrations slip now and
-then, and go on from the wrong number as if nothing had happened: so does a model that learned from them. A slip leads
-to any other number, so that two slips hardly ever make a right answer.
+``27+8-3+9=?`` is solved as ``27+8=35``, ``35-3=32``, ``32+9=41``, ``\\boxed{41}``. Demonstrations contain occasional
+slips, and the next line goes on from the wrong number. A model that learned from them does the same. A slip leads to
+any other number, so that two slips hardly ever give a right answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SHORTEST, LONGEST = 3, 5
 
 
 class Chain(NamedTuple):
-    """A number, and what is added to it or taken from it in turn; every result lies between 0 and 99."""
+    """A number and the changes that are added to it in turn; every result is between 0 and 99."""
 
     start: int
     changes: tuple[int, ...]
@@ -30,22 +30,22 @@ class Chain(NamedTuple):
 
 
 def draw(count: int, rng: random.Random) -> list[Chain]:
-    """Different problems."""
-    found: dict[Chain, None] = {}
-    while len(found) < count:
+    """Draws problems, all of them different."""
+    chains: dict[Chain, None] = {}
+    while len(chains) < count:
         start, total, changes = rng.randint(LOWEST, HIGHEST), 0, []
         for _ in range(rng.randint(SHORTEST, LONGEST)):
             possible = [c for c in range(-9, 10) if c and 0 <= start + total + c <= 99]
             changes.append(rng.choice(possible))
             total += changes[-1]
-        found.setdefault(Chain(start, tuple(changes)))
-    return list(found)
+        chains.setdefault(Chain(start, tuple(changes)))
+    return list(chains)
 
 
 def worked_out(chain: Chain, slip: float, rng: random.Random) -> str:
-    """A line a change and the boxed answer; each number is wrong with probability ``slip``.
+    """A solution with one line for each change and the boxed answer; each number is wrong with probability ``slip``.
 
-    Both digits are written always: what a line copies then has its fixed place, which a tiny model learns soon.
+    Numbers always have two digits, so that a line copies from fixed places, which a tiny model learns quickly.
     """
     lines, now = [], chain.start
     for change in chain.changes:
@@ -57,14 +57,14 @@ def worked_out(chain: Chain, slip: float, rng: random.Random) -> str:
 
 
 def boxed(number: int | str) -> str:
-    """A final answer as verifiers know it."""
+    """A final answer in the form that verifiers expect."""
     return f"\\boxed{{{number}}}"
 
 
 def first_wrong(chain: Chain, steps: list[str]) -> int | None:
-    """Number of the first line that is not what a faultless solution has there, from 0; None: there is none."""
+    """Number, from 0, of the first line that differs from the faultless solution; None if no line differs."""
     right = worked_out(chain, 0.0, random.Random(0)).split("\n")
-    differing = (i for i, (own, its) in enumerate(zip(right, steps, strict=False)) if own != its.strip())
+    differing = (i for i, (line, step) in enumerate(zip(right, steps, strict=False)) if line != step.strip())
     first = next(differing, None)
     if first is None and len(steps) != len(right):
         return min(len(steps), len(right)) - (len(steps) < len(right))

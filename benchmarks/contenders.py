@@ -1,13 +1,12 @@
 """The contenders: posttrain and TRL on a training step, posttrain's engine and bare vLLM.
 
-Each side lives in a process of its own and takes a turn when it is told to: one step of training, or one round of
-generation. Both sides of a pair get the same model, prompts, reward, batch, loss and optimiser.
+Each contender runs in its own process and takes a turn at each go-ahead: one step of training, or one round of
+generation. Both contenders of a pair get the same model, prompts, reward, batch, loss and optimiser.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class Settings:
 
 
 def work_posttrain(settings: Settings, turns: Turns) -> None:
-    """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
+    """Runs a recipe by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     from posttrain import load_recipe, train
     from posttrain.batch import Batch
     from posttrain.output.tracking import read_metrics
@@ -75,14 +74,14 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
         sampler = build(**arguments)
         draw = sampler.draw
 
-        def draw_when_told(n: int) -> list[int]:
+        def draw_in_turn(n: int) -> list[int]:
             if generated:
                 turns.done(lengths=list(generated), times=times(read_metrics(run_folder)[-1]))
                 generated.clear()
             turns.wait()
             return draw(n)
 
-        sampler.draw = draw_when_told
+        sampler.draw = draw_in_turn
         return sampler
 
     def noting(engine: Any, *arguments: Any) -> Batch:
@@ -100,7 +99,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
 
 
 def write_recipe(settings: Settings, run_folder: Path) -> Path:
-    """GRPO with the token-level loss, as TRL's default is."""
+    """Writes a recipe for GRPO with the token-level loss, like TRL's default, and returns its path."""
     import yaml
 
     recipe = {
@@ -125,12 +124,12 @@ def write_recipe(settings: Settings, run_folder: Path) -> Path:
 
 
 def times(metrics: dict[str, Any]) -> dict[str, float]:
-    """The loop's own timing of a step, in seconds."""
+    """Times of a step as the loop measures them, in seconds."""
     return {name: metrics[f"time/{name}"] or 0.0 for name in (*SHARES, "step")}
 
 
 def work_trl(settings: Settings, turns: Turns) -> None:
-    """TRL's side: GRPOTrainer with its `generate`, whose callback waits for the go-ahead."""
+    """Runs TRL's GRPOTrainer with its `generate`; a callback waits for the go-ahead."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -189,7 +188,7 @@ def work_trl(settings: Settings, turns: Turns) -> None:
 
 
 def work_engine(settings: Settings, turns: Turns) -> None:
-    """posttrain's vLLM engine on the requests of one step."""
+    """Runs posttrain's vLLM engine on the requests of one step."""
     from posttrain.engines.base import Sampling
     from posttrain.engines.vllm import VllmEngine
 
@@ -201,12 +200,12 @@ def work_engine(settings: Settings, turns: Turns) -> None:
     for _ in range(settings.warmup + settings.steps):
         turns.wait()
         completions = engine.generate(ids, sampling, n=settings.completions, seeds=seeds)
-        turns.done(lengths=[len(one.tokens) for group in completions for one in group])
+        turns.done(lengths=[len(completion.tokens) for group in completions for completion in group])
     engine.close()
 
 
 def work_bare_vllm(settings: Settings, turns: Turns) -> None:
-    """``vllm.LLM`` without any of posttrain's changes, on the same requests: prompts, seeds, log-probs asked for."""
+    """Runs ``vllm.LLM`` without posttrain's changes on the same requests: prompts, seeds and requested log-probs."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
@@ -241,12 +240,15 @@ def requests(settings: Settings) -> tuple[list[list[int]], list[int]]:
     """Token ids and a seed for each prompt."""
     from transformers import AutoTokenizer
 
+    from posttrain.system.files import read_rows
+
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    texts = [json.loads(line)["prompt"] for line in settings.data.read_text().splitlines()]
+    texts = [row["prompt"] for row in read_rows(settings.data)]
     return [tokenizer(text).input_ids for text in texts], list(range(len(texts)))
 
 
 def _context(ids: Sequence[Sequence[int]], settings: Settings) -> int:
+    """Length of the longest prompt and completion."""
     return max(map(len, ids)) + settings.limit
 
 

@@ -1,9 +1,9 @@
-"""Measures the engines: start-up, weight loads, agreement of log-probs, and tokens a second beside what they rest on.
+"""Measures the engines: start-up, weight loads, agreement of log-probs, and tokens a second beside plain libraries.
 
     python benchmarks/engine.py [--engine vllm] [--engine transformers] [--size 20M] [--json FILE]
 
-vLLM's engine is compared with ``vllm.LLM.generate`` in a process of its own, which runs nothing of posttrain; the
-transformers engine with ``model.generate`` on left-padded prompts. Both get the same requests, in turns.
+vLLM's engine is compared with ``vllm.LLM.generate`` in a separate process that runs without posttrain's engine. The
+transformers engine is compared with ``model.generate`` on left-padded prompts. Both get the same requests, in turns.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ SIZES = {  # parameters: hidden size, layers, vocabulary
     "20M": {"hidden_size": 512, "num_hidden_layers": 6, "vocab_size": 2048},
     "100M": {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 16384},
 }
-LENGTHS = {  # even: all of the longest; heavy-tailed: geometric, 16 times as many tokens at most as on average
+LENGTHS = {  # even: all have the maximum; heavy-tailed: geometric, with a maximum of 16 times the mean
     "even": Sampling(max_tokens=64, ignore_eos=True),
     "heavy_tailed": Sampling(max_tokens=384, ignore_eos=True),
 }
-MEAN_LENGTH = 24  # of the heavy-tailed lengths
+MEAN_LENGTH = 24  # mean of the heavy-tailed lengths
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is measured, and with how much memory."""
+    """The settings of a measurement, and the memory that it may use."""
 
     model: str
     dtype: str = "float32"
@@ -71,14 +71,14 @@ def build_model(folder: str | Path, size: str) -> None:
 
 
 def draw_prompts(count: int, vocabulary: int, longest: int = 48) -> list[list[int]]:
-    """Prompts of 8 to ``longest`` random tokens."""
+    """Draws prompts of 8 to ``longest`` random tokens."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(2, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def with_mean_length(sampling: Sampling, vocabulary: int, mean: int) -> Sampling:
-    """Stops at a share of 1 / ``mean`` of the vocabulary: lengths of an untrained model are then geometric."""
+    """Makes a share of 1 / ``mean`` of the vocabulary stop tokens: lengths of an untrained model are then geometric."""
     return dataclasses.replace(sampling, stop_token_ids=tuple(range(2, 2 + round(vocabulary / mean))))
 
 
@@ -89,9 +89,9 @@ def count_tokens(outputs: Sequence[Sequence[Completion]]) -> int:
 def engine_over_bare_vllm(
     engine: Engine, setting: Setting, prompts: list[list[int]], sampling: Sampling, *, n: int = 4, repeats: int = 5
 ) -> dict[str, float]:
-    """Tokens a second of a vLLM engine, of ``vllm.LLM.generate`` with the same requests, and the median ratio.
+    """Tokens a second of a vLLM engine and of ``vllm.LLM.generate`` with the same requests, and the median ratio.
 
-    The two take turns and each begins every second one, so that a machine that slows down slows both.
+    They take turns, and each goes first in every second turn, so that a machine that slows down slows both.
     """
     context = multiprocessing.get_context("spawn")
     connection, child = context.Pipe()
@@ -115,7 +115,7 @@ def engine_over_bare_vllm(
 
 
 def _serve_bare_vllm(connection: Connection, setting: Setting) -> None:
-    """In a process of its own: answers each list of requests with the tokens it sampled and the seconds it took."""
+    """Entry point of the bare vLLM process: answers requests with the number of sampled tokens and the seconds."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM
 
@@ -148,7 +148,7 @@ def _serve_bare_vllm(connection: Connection, setting: Setting) -> None:
 def engine_over_generate(
     engine: Engine, setting: Setting, prompts: list[list[int]], sampling: Sampling, *, n: int = 4, repeats: int = 5
 ) -> dict[str, float]:
-    """Tokens a second of a transformers engine, of ``model.generate`` on left-padded prompts, and the median ratio."""
+    """Tokens a second of a transformers engine and of ``model.generate`` on left-padded prompts; the median ratio."""
     model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype)).eval()
     if torch.cuda.is_available():
         model = model.cuda()
@@ -171,7 +171,7 @@ def engine_over_generate(
 
 
 def _generate(model: Any, prompts: list[list[int]], sampling: Sampling) -> int:
-    """Samples with ``model.generate``; returns how many tokens come before the padding."""
+    """Samples with ``model.generate``; returns the number of tokens before the padding."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
@@ -196,20 +196,20 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling) -> int:
 def _take_turns(
     ours: Callable[[list[int]], float], other: Callable[[list[int]], float], prompts: int, repeats: int
 ) -> tuple[float, float, float]:
-    """Medians of both, and of their ratio within a turn; the first turn is for warming up."""
+    """Medians of both, and of their ratio within a turn; the first turn is a warm-up."""
     figures = []
     for turn in range(repeats + 1):
         seeds = [turn * prompts + i for i in range(prompts)]
         if turn % 2:
-            mine, theirs = ours(seeds), other(seeds)
+            our_rate, other_rate = ours(seeds), other(seeds)
         else:
-            theirs, mine = other(seeds), ours(seeds)
-        figures.append((mine, theirs, mine / theirs))
+            other_rate, our_rate = other(seeds), ours(seeds)
+        figures.append((our_rate, other_rate, our_rate / other_rate))
     return tuple(statistics.median(column) for column in zip(*figures[1:], strict=True))  # type: ignore[return-value]
 
 
 def measure_loads(engine: Engine, setting: Setting, prompts: list[list[int]], *, loads: int = 20) -> dict[str, float]:
-    """Milliseconds of a verified load, of a plain copy of the same tensors, and the largest error of the log-probs."""
+    """Milliseconds of a verified load and of a plain copy of the same tensors; the largest error of the log-probs."""
     model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype)).eval()
     copies = [torch.empty_like(parameter) for parameter in model.parameters()]
     load_ms, copy_ms, error = [], [], 0.0
@@ -247,7 +247,7 @@ def _largest_error(model: Any, prompts: list[list[int]], outputs: list[list[Comp
 
 
 def measure(name: str, size: str, setting: Setting, *, count: int, n: int, repeats: int) -> dict[str, Any]:
-    """All figures of one engine on one model."""
+    """Measures one engine on one model."""
     options = EngineSection(use=name, cache_mb=setting.cache_mb, max_concurrent=setting.max_concurrent)  # type: ignore[arg-type]
     begin = time.perf_counter()
     engine = make_engine(setting.model, options, dtype=setting.dtype, max_model_len=setting.max_model_len)
@@ -260,7 +260,7 @@ def measure(name: str, size: str, setting: Setting, *, count: int, n: int, repea
         if kind == "heavy_tailed":
             sampling = with_mean_length(sampling, vocabulary, MEAN_LENGTH)
         result[kind] = compare(engine, setting, prompts, sampling, n=n, repeats=repeats)
-    result |= measure_loads(engine, setting, prompts)  # last: it changes the weights
+    result |= measure_loads(engine, setting, prompts)  # comes last, because it changes the weights
     engine.close()
     return result
 

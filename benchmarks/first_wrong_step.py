@@ -1,15 +1,15 @@
-"""Does a process reward model find the first wrong step, and does an outcome model?
+"""Measures how well process and outcome reward models find the first wrong step.
 
     python benchmarks/first_wrong_step.py --json benchmarks/results/first_wrong_step.json
 
 A tiny model learns to solve chains of additions from demonstrations with slips. It samples solutions, and branches from
 their steps give labels: of every step (Math-Shepherd), and by binary search (OmegaPRM). Value models that start as the
-policy learn from the same solutions: the two kinds of step labels, or whether the answer was right, at the last token
-(an outcome reward model) or at all tokens (a value function). On held-out problems each model scores every step of the
-solutions that the policy samples. The first step whose score is below a threshold is said to be the first wrong one;
-the threshold is the best on other solutions. The true one is known from the arithmetic. The figure that counts is the
-F1 of ProcessBench. Chance says of a share of solutions that nothing is wrong, and of the others that any step is as
-likely as another to be the first wrong one; the share is the best for it.
+policy learn from the same solutions. They learn one of the two kinds of step labels, or whether the answer was right,
+at the last token (an outcome reward model) or at all tokens (a value function). On held-out problems each model scores
+every step of the solutions that the policy samples. The predicted first wrong step is the first one whose score is
+below a threshold, which is tuned on other solutions. The true one is known from the arithmetic. The main result is the
+F1 of ProcessBench. The chance baseline predicts "no step is wrong" for a share of the solutions and a random step for
+the rest; the share is the one with the best F1.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 from posttrain.recipe import sections
 from posttrain.recipe.sections import OptimizerSection
+from posttrain.system.files import read_rows, write_rows
 
 MODELS = {
     "process model, labels of every step": ("each_step.jsonl", "{use: step_labels}"),
@@ -74,12 +75,12 @@ seed: {seed}
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything."""
+    """Sizes of the benchmark: problems, solutions, branches and training steps."""
 
     demonstrations: int = 32000
     warm_up_steps: int = 1000
-    slip: float = 0.1  # of a demonstration's line
-    problems: int = 2000  # to train value models on: with few they learn solutions by heart
+    slip: float = 0.1  # probability that a line of a demonstration is wrong
+    problems: int = 2000  # problems that value models train on; with few of them they memorise solutions
     held_out: int = 300
     completions: int = 2
     branches: int = 6
@@ -89,26 +90,26 @@ class Settings:
 
 @dataclass(frozen=True)
 class Solution:
-    """A held-out solution: the true first wrong step, None if there is none, and its number of steps."""
+    """A held-out solution: the true first wrong step (None if there is none) and the number of steps."""
 
     wrong: int | None
     steps: int
 
 
 def make_policy(folder: Path, settings: Settings, seed: int) -> None:
-    """Problems as files, and a policy that learned from demonstrations of others."""
+    """Writes files of problems, and trains a policy on demonstrations of other problems."""
     rng = random.Random(seed)
     problems = draw(settings.demonstrations + settings.problems + 2 * settings.held_out, rng)
     for name, count in (("train", settings.problems), ("tune", settings.held_out), ("held_out", settings.held_out)):
         rows = [{"prompt": chain.prompt, "answer": chain.answer} for chain in problems[:count]]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
         del problems[:count]
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
     examples = [_example(tokenizer, chain, worked_out(chain, settings.slip, rng)) for chain in problems]
     optimizer = OptimizerSection(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=30)
 
-    def told(step: int, metrics: dict[str, float]) -> None:
+    def report(step: int, metrics: dict[str, float]) -> None:
         if step % 100 == 0:
             print(f"  step {step}: {metrics['loss']:.3f} nats a token", flush=True)
 
@@ -119,7 +120,7 @@ def make_policy(folder: Path, settings: Settings, seed: int) -> None:
         batch_size=32,
         optimizer=optimizer,
         seed=seed,
-        on_step=told,
+        on_step=report,
     )
     model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
@@ -130,7 +131,7 @@ def _example(tokenizer: Any, chain: Chain, solution: str) -> Example:
 
 
 def make_labels(folder: Path, settings: Settings, seed: int) -> dict[str, float]:
-    """Label files of all splits, and the seconds that each method took for the training problems."""
+    """Writes label files for all splits; returns the seconds of each method on the training problems."""
     seconds = {}
     for data, method, output in (
         ("train", "each_step", "each_step.jsonl"),
@@ -147,7 +148,7 @@ def make_labels(folder: Path, settings: Settings, seed: int) -> dict[str, float]
             seed=seed,
             engine=settings.engine,
             completions=settings.completions,
-            branches=settings.branches if data == "train" else 1,  # of the others only the solutions are used
+            branches=settings.branches if data == "train" else 1,  # other splits need only the solutions
         )
         recipe.write_text(text)
         start = time.perf_counter()
@@ -158,7 +159,7 @@ def make_labels(folder: Path, settings: Settings, seed: int) -> dict[str, float]
 
 
 def train_model(folder: Path, name: str, settings: Settings, seed: int) -> Path:
-    """The folder of a value model trained on a file of labels."""
+    """Trains a value model on a file of labels; returns its folder."""
     labels, target = MODELS[name]
     run = name.replace(" ", "_").replace(",", "")
     recipe = folder / f"train_{run}.yaml"
@@ -170,11 +171,10 @@ def train_model(folder: Path, name: str, settings: Settings, seed: int) -> Path:
 
 
 def read_solutions(path: Path) -> list[Solution]:
-    """The solutions of a label file with what is truly wrong in them."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Reads the solutions of a label file, with their true first wrong steps."""
     return [
         Solution(first_wrong(parse(row["prompt"][0]["content"]), row["completions"]), len(row["completions"]))
-        for row in rows
+        for row in read_rows(path)
     ]
 
 
@@ -200,45 +200,46 @@ def below(threshold: float) -> Callable[[Sequence[float]], int | None]:
 
 
 def measure(scores: Sequence[Sequence[float]], solutions: Sequence[Solution], threshold: float) -> dict[str, float]:
-    """Shares of wrong solutions whose first wrong step is found, and of faultless ones in which none is found.
+    """Share of wrong solutions whose first wrong step is found, and share of faultless ones without a wrong step found.
 
     ``f1`` is their harmonic mean, as in ProcessBench (Zheng et al. 2024, arXiv:2412.06559).
     """
-    found = [below(threshold)(each) for each in scores]
-    hits = [f == s.wrong for f, s in zip(found, solutions, strict=True)]
+    predicted = [below(threshold)(step_scores) for step_scores in scores]
+    hits = [step == s.wrong for step, s in zip(predicted, solutions, strict=True)]
     wrong = [hit for hit, s in zip(hits, solutions, strict=True) if s.wrong is not None]
     right = [hit for hit, s in zip(hits, solutions, strict=True) if s.wrong is None]
-    of_wrong, of_right = sum(wrong) / len(wrong), sum(right) / len(right)
-    f1 = harmonic_mean(of_wrong, of_right)
-    return {"first_wrong_step_found": of_wrong, "faultless_passed": of_right, "f1": f1}
+    share_found, share_passed = sum(wrong) / len(wrong), sum(right) / len(right)
+    f1 = harmonic_mean(share_found, share_passed)
+    return {"first_wrong_step_found": share_found, "faultless_passed": share_passed, "f1": f1}
 
 
 def chance(wrong: Sequence[Solution]) -> dict[str, float]:
-    """What saying "none is wrong" with the best probability and else any step reaches on these wrong solutions."""
+    """Share of first wrong steps found by chance: "no step is wrong" with the best probability, else a random step."""
     found = sum(1 / s.steps for s in wrong) / len(wrong)
     passed = max((i / 1000 for i in range(1, 1000)), key=lambda share: harmonic_mean((1 - share) * found, share))
     return {"first_wrong_step_found": found, "f1": harmonic_mean((1 - passed) * found, passed)}
 
 
 def harmonic_mean(a: float, b: float) -> float:
-    """0 if both are."""
+    """The harmonic mean of two shares; 0 if both are 0."""
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
 def best_threshold(scores: Sequence[Sequence[float]], solutions: Sequence[Solution]) -> float:
-    """That with the best F1 on these solutions."""
-    ranked = torch.tensor([score for each in scores for score in each]).quantile(torch.linspace(0.005, 0.995, 100))
-    return max(ranked.tolist(), key=lambda threshold: measure(scores, solutions, threshold)["f1"])
+    """The threshold with the best F1 on these solutions."""
+    every_score = torch.tensor([score for step_scores in scores for score in step_scores])
+    candidates = every_score.quantile(torch.linspace(0.005, 0.995, 100))
+    return max(candidates.tolist(), key=lambda threshold: measure(scores, solutions, threshold)["f1"])
 
 
 def evaluate(folder: Path, model: Path) -> dict[str, float]:
-    """A model on held-out solutions, at the threshold that is best on others and at one half."""
+    """Measures a model on held-out solutions, at the tuned threshold and at one half."""
     tune, held_out = (folder / f"{name}_solutions.jsonl" for name in ("tune", "held_out"))
     threshold = best_threshold(score_steps(model, tune), read_solutions(tune))
     scores, solutions = score_steps(model, held_out), read_solutions(held_out)
     at_half = measure(scores, solutions, 0.5)["first_wrong_step_found"]
     wrong = [(s, truth.wrong) for s, truth in zip(scores, solutions, strict=True) if truth.wrong is not None]
-    drops = [_largest_drop(each) == truth for each, truth in wrong]
+    drops = [_largest_drop(step_scores) == first for step_scores, first in wrong]
     return {
         "threshold": threshold,
         **measure(scores, solutions, threshold),
@@ -248,16 +249,16 @@ def evaluate(folder: Path, model: Path) -> dict[str, float]:
 
 
 def _largest_drop(scores: Sequence[float]) -> int:
-    """The step at which the score falls most; before the first it is taken to be 1."""
+    """The step at which the score falls most; the score before the first step counts as 1."""
     return min(range(len(scores)), key=lambda i: scores[i] - (scores[i - 1] if i else 1.0))
 
 
 def label_quality(path: Path) -> dict[str, float]:
-    """Of the labels themselves: how often the first step that they call wrong is the first wrong one."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Quality of the labels: how often the first step that they call wrong is the first wrong one."""
+    rows = read_rows(path)
     truth = read_solutions(path)
-    found = [next((i for i, label in enumerate(row["labels"]) if label == 0), None) for row in rows]
-    wrong = [f == t.wrong for f, t in zip(found, truth, strict=True) if t.wrong is not None]
+    labelled = [next((i for i, label in enumerate(row["labels"]) if label == 0), None) for row in rows]
+    wrong = [step == t.wrong for step, t in zip(labelled, truth, strict=True) if t.wrong is not None]
     return {
         "solutions": len(rows),
         "first_wrong_step_found": sum(wrong) / len(wrong),
@@ -266,7 +267,7 @@ def label_quality(path: Path) -> dict[str, float]:
 
 
 def run(folder: Path, settings: Settings, seed: int) -> dict[str, Any]:
-    """One seed from demonstrations to figures."""
+    """Runs the benchmark with one seed, from demonstrations to results."""
     make_policy(folder, settings, seed)
     seconds = make_labels(folder, settings, seed)
     solutions = read_solutions(folder / "held_out_solutions.jsonl")
@@ -301,16 +302,16 @@ def main() -> None:
 
 
 def mean_f1(results: dict[int, dict[str, Any]]) -> dict[str, float]:
-    """Over the seeds so far."""
+    """Mean F1 over the seeds so far."""
     return {name: sum(r[name]["f1"] for r in results.values()) / len(results) for name in ("chance", *MODELS)}
 
 
 def save(path: Path, settings: Settings, results: dict[int, dict[str, Any]]) -> None:
-    """Everything so far, as JSON."""
+    """Writes all results so far as JSON."""
     machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-    whole = {"settings": vars(settings), "machine": machine, "f1": mean_f1(results), "seeds": results}
+    content = {"settings": vars(settings), "machine": machine, "f1": mean_f1(results), "seeds": results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What a value buys at decoding time, and what it costs: every guided decoder beside plain sampling, through vLLM.
+"""Accuracy and cost of guided decoding: every guided decoder beside plain sampling, through vLLM.
 
     python benchmarks/guided.py --json benchmarks/results/guided.json
 
-First part: accuracy on held-out problems against generated tokens, discarded ones included. All prompts are decoded at
-once by each decoder of ``guided_suite.yaml``. What plain sampling does with more tokens is a vote among the samples;
-the same tokens spent on whole completions, of which the value picks one, are best-of-n. Second part: see
-``guided_costs.py``.
+First part: accuracy on held-out problems against generated tokens, discarded ones included. Each decoder of
+``guided_suite.yaml`` decodes all prompts at once. Plain sampling spends more tokens on a vote among samples; best-of-n
+spends them on whole completions, of which the value picks one. Second part: see ``guided_costs.py``.
 """
 
 from __future__ import annotations
@@ -27,37 +26,38 @@ from guided_costs import Sizes, measure_costs
 from guided_models import Training, prepare
 from online_step import machine
 
-from posttrain.reports.decoding import measure_all
+from posttrain.reports.decoding import measure_decoders
 from posttrain.reports.decoding_plots import PICTURES, draw_frontier
 from posttrain.reports.decoding_suite import PLAIN, read_suite
 from posttrain.reports.value_plots import STYLE
 
 SUITE = Path(__file__).parent / "guided_suite.yaml"
 MULTIPLES = (2, 4, 8)
-"""Budgets: so many times the tokens of a plain completion."""
+"""Budgets, as multiples of the tokens of a plain completion."""
 GUIDED = ("blockwise", "SMC")
 BASELINE = "best-of-n"
 
 
 def measure_accuracy(folder: Path, limit: int, engine: str) -> list[dict[str, Any]]:
-    """The points of the suite: a decoder at one size each."""
+    """Runs the suite; returns its points, one for each decoder and size."""
     suite = folder / SUITE.name
     shutil.copy(SUITE, suite)
     overrides = [f"--data.limit={limit}", f"--engine.use={engine}", f"--report.folder={folder / 'report'}"]
-    report = measure_all(*read_suite(suite, overrides))
+    report = measure_decoders(read_suite(suite, overrides))
     return json.loads((report / "metrics.json").read_text(encoding="utf-8"))["points"]
 
 
 def at_budget(points: Sequence[dict[str, Any]], tokens: float) -> tuple[float, float] | None:
-    """Accuracy and standard error at so many generated tokens, between two sizes on a line in log tokens.
+    """Accuracy and standard error of a decoder at a number of generated tokens.
 
-    None beyond the largest size; 10 % more or less than a size counts as that size.
+    Between two sizes the accuracy is interpolated linearly in log tokens. Up to 10 % away from a size, its accuracy
+    is used. None outside the measured sizes.
     """
-    own = sorted(points, key=lambda point: point["generated"])
-    near = min(own, key=lambda point: abs(math.log(point["generated"] / tokens)))
+    by_tokens = sorted(points, key=lambda point: point["generated"])
+    near = min(by_tokens, key=lambda point: abs(math.log(point["generated"] / tokens)))
     if abs(math.log(near["generated"] / tokens)) < math.log(1.1):
         return near["reward"], near["reward_error"]
-    for low, high in zip(own, own[1:], strict=False):
+    for low, high in zip(by_tokens, by_tokens[1:], strict=False):
         if low["generated"] <= tokens <= high["generated"]:
             share = math.log(tokens / low["generated"]) / math.log(high["generated"] / low["generated"])
             error = max(low["reward_error"], high["reward_error"])
@@ -66,7 +66,7 @@ def at_budget(points: Sequence[dict[str, Any]], tokens: float) -> tuple[float, f
 
 
 def compare(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of each decoder at equal generated tokens, and where the guided ones are ahead of best-of-n."""
+    """Accuracy of each decoder at equal generated tokens, and the lead of the guided ones over best-of-n."""
     plain = points[0]
     budgets = [multiple * plain["generated"] for multiple in MULTIPLES]
     methods = dict.fromkeys(point["method"] for point in points if point["method"] != PLAIN)
@@ -76,7 +76,7 @@ def compare(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     ahead = {}
     for name in GUIDED:
-        gaps = [_gap(mine, its) for mine, its in zip(table[name], table[BASELINE], strict=True)]
+        gaps = [_gap(guided, baseline) for guided, baseline in zip(table[name], table[BASELINE], strict=True)]
         ahead[name] = {str(multiple): gap for multiple, gap in zip(MULTIPLES, gaps, strict=True)}
     return {
         "plain": {"accuracy": plain["reward"], "error": plain["reward_error"], "tokens": plain["generated"]},
@@ -86,24 +86,25 @@ def compare(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _gap(mine: tuple[float, float] | None, its: tuple[float, float] | None) -> dict[str, float] | None:
-    if mine is None or its is None:
+def _gap(guided: tuple[float, float] | None, baseline: tuple[float, float] | None) -> dict[str, float] | None:
+    """Difference of two accuracies with its standard error."""
+    if guided is None or baseline is None:
         return None
-    error = math.hypot(mine[1], its[1])
-    return {"difference": mine[0] - its[0], "error": error}
+    error = math.hypot(guided[1], baseline[1])
+    return {"difference": guided[0] - baseline[0], "error": error}
 
 
-def print_comparison(compared: dict[str, Any]) -> None:
-    """The table for people."""
-    plain = compared["plain"]
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Prints the table of accuracies."""
+    plain = comparison["plain"]
     print(f"\n{'accuracy at equal generated tokens':36}" + "".join(f"{f'x {m}':>16}" for m in MULTIPLES))
     name = f"{PLAIN} ({plain['tokens']:.0f} tokens)"
     print(f"{name:36}{_cell((plain['accuracy'], plain['error']))}")
-    for method, row in compared["accuracy"].items():
+    for method, row in comparison["accuracy"].items():
         print(f"{method:36}" + "".join(map(_cell, row)))
-    for name, gaps in compared[f"ahead_of_{BASELINE}"].items():
-        told = [f"x {m} {g['difference']:+.3f} ± {g['error']:.3f}" for m, g in gaps.items() if g is not None]
-        print(f"{name} beside {BASELINE}: {', '.join(told)}")
+    for name, gaps in comparison[f"ahead_of_{BASELINE}"].items():
+        texts = [f"x {m} {g['difference']:+.3f} ± {g['error']:.3f}" for m, g in gaps.items() if g is not None]
+        print(f"{name} beside {BASELINE}: {', '.join(texts)}")
 
 
 def _cell(measured: tuple[float, float] | None) -> str:
@@ -111,7 +112,7 @@ def _cell(measured: tuple[float, float] | None) -> str:
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against generated tokens."""
+    """Draws accuracy against generated tokens."""
     with plt.rc_context({**STYLE, "figure.figsize": (6.4, 5.6)}):
         figure, axes = plt.subplots()
         draw_frontier(axes, points, points, PICTURES["reward_tokens.png"])
@@ -122,7 +123,7 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything, with the seconds of each part."""
+    """Runs all parts; returns their results and the seconds of each."""
     seconds = {}
     start = time.perf_counter()
     prepare(folder, Training(value_steps=arguments.value_steps, policy_steps=arguments.policy_steps), arguments.engine)
@@ -140,7 +141,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs, prints and writes."""
+    """Runs the benchmark, prints the table and writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results; a picture goes beside it")
     parser.add_argument("--prompts", type=int, default=1024, help="held-out problems, decoded at once")
@@ -153,14 +154,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         result = run((arguments.folder or Path(temporary)).resolve(), arguments)
     if arguments.json:
-        written = {
+        content = {
             "date": datetime.date.today().isoformat(),
             "command": f"python benchmarks/guided.py {' '.join(sys.argv[1:])}",
             "machine": machine(),
             **result,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if "points" in result:
             draw(result["points"], arguments.json.with_name(f"{arguments.json.stem}_accuracy.png"))
 

@@ -1,17 +1,17 @@
 """The policy and the value model of ``guided.py``: sums of several steps, some of which are guessed.
 
 ``7-2+3=?`` is worked out line by line, ``7-2=5`` and ``5+3#8``, and then boxed. Demonstrations guess one line in five,
-which can be seen (``5+3~7``): three guesses in four are wrong by one, and the lines after them go on from there. So a
-completion goes wrong in single lines, and a judge can tell the lines that it should rather not build on. Log-probs
-cannot: lines that are worked out are written in ten ways, so that each is about as probable as a wrong guess.
+and the sign ``~`` shows it (``5+3~7``). Three guesses in four are wrong by one, and the following lines go on from the
+wrong number. So a completion goes wrong in single lines, and a value model can recognise the lines that should not be
+continued. Log-probs cannot: a line that is worked out is written with one of ten signs, so that each version is about
+as probable as a wrong guess.
 
-The value model is made by ``recipes/value/cd_fudge.yaml``: it starts as the policy and learns, at every token, whether
-the policy's completion was right.
+``recipes/value/cd_fudge.yaml`` trains the value model: it starts as the policy and learns, at every token, whether the
+policy's completion was right.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,26 +26,25 @@ from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END, make_model, make_tokenizer
 from posttrain.quickstart.start import prompt_ids
 from posttrain.recipe.sections import OptimizerSection
+from posttrain.system.files import write_rows
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "value" / "cd_fudge.yaml"
-
-
 LARGEST = 9
-"""Numbers lie between 0 and 9."""
+"""Largest number in a problem; the smallest is 0."""
 SHORTEST, LONGEST = 3, 5
 SIGNS, GUESS = "=:>|;#@&%^", "~"
-"""How lines are written that are worked out, and that are guessed."""
+"""Signs of a line that is worked out, one of which is drawn, and the sign of a guessed line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How much of everything."""
+    """Sizes of the benchmark: problems, demonstrations and training steps."""
 
     demonstrations: int = 19200
     policy_steps: int = 600
-    guessed: float = 0.2  # of the lines of a demonstration
-    wrong: float = 0.75  # of the guesses
-    problems: int = 6000  # that the value model learns on, each about three times
+    guessed: float = 0.2  # share of the lines of a demonstration that are guessed
+    wrong: float = 0.75  # share of the guesses that are wrong
+    problems: int = 6000  # problems that the value model learns on, each about three times
     value_steps: int = 300
     prompts_per_step: int = 64
     held_out: int = 1024
@@ -53,7 +52,7 @@ class Training:
 
 
 def prepare(folder: Path, training: Training, engine: str = "vllm") -> None:
-    """Problems, policy and value model in a folder; what is there already stays."""
+    """Makes problems, policy and value model in a folder. Existing ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "policy").exists():
         make_policy(folder, training)
@@ -62,12 +61,12 @@ def prepare(folder: Path, training: Training, engine: str = "vllm") -> None:
 
 
 def make_policy(folder: Path, training: Training) -> None:
-    """Problems as files, and a policy that learned from demonstrations of others."""
+    """Writes files of problems, and trains a policy on demonstrations of other problems."""
     rng = random.Random(training.seed)
     problems = draw(training.demonstrations + training.problems + training.held_out, rng)
     for name, count in (("train", training.problems), ("held_out", training.held_out)):
         rows = [{"prompt": chain.prompt, "answer": chain.answer} for chain in problems[:count]]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", rows)
         del problems[:count]
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, training.seed)
@@ -79,28 +78,28 @@ def make_policy(folder: Path, training: Training) -> None:
 
 
 def draw(count: int, rng: random.Random) -> list[Chain]:
-    """Different problems."""
-    found: dict[Chain, None] = {}
-    while len(found) < count:
+    """Draws problems, all of them different."""
+    chains: dict[Chain, None] = {}
+    while len(chains) < count:
         start = total = rng.randint(0, LARGEST)
         changes = []
         for _ in range(rng.randint(SHORTEST, LONGEST)):
             changes.append(rng.choice(possible(total)))
             total += changes[-1]
-        found.setdefault(Chain(start, tuple(changes)))
-    return list(found)
+        chains.setdefault(Chain(start, tuple(changes)))
+    return list(chains)
 
 
 def possible(now: int) -> Sequence[int]:
-    """Changes of a number that stay between 0 and 9."""
+    """Changes that keep a number between 0 and 9."""
     return [change for change in range(-now, LARGEST - now + 1) if change]
 
 
 def worked_out(chain: Chain, training: Training, rng: random.Random) -> str:
-    """A line a change, worked out or guessed, and the boxed answer."""
+    """A solution with one line for each change, worked out or guessed, and the boxed answer."""
     lines, now = [], chain.start
     for change in chain.changes:
-        result = (now + change) % (LARGEST + 1)  # a wrong number may lead beyond the ends
+        result = (now + change) % (LARGEST + 1)  # after a wrong number the sum may leave the range
         sign = rng.choice(SIGNS)
         if rng.random() < training.guessed:
             sign = GUESS
@@ -112,12 +111,12 @@ def worked_out(chain: Chain, training: Training, rng: random.Random) -> str:
 
 
 def demonstration(tokenizer: Any, chain: Chain, solution: str) -> Example:
-    """A problem with a solution to imitate."""
+    """A problem and its solution as an example to imitate."""
     return Example(prompt_ids(tokenizer, chain.prompt), tokenizer.encode(solution + END))
 
 
 def make_value(folder: Path, training: Training, engine: str) -> None:
-    """The value model, by the recipe with sizes for a tiny model."""
+    """Trains the value model by the recipe, with sizes for a tiny model."""
     settings = {
         "policy": f"{{model: {folder}/policy}}",
         "data": f"{{path: {folder}/train.jsonl}}",

@@ -1,12 +1,12 @@
-"""IVO round by round: how much of the reward the value explains, and what decoding with it reaches.
+"""IVO round by round: the share of the reward's variance that the value explains, and the reward of guided decoding.
 
     python benchmarks/iterate_ivo.py --json benchmarks/results/iterate_ivo.json
 
-The policy is the quickstart's warmed-up model, which works half of its additions out and guesses the others. Each of
+The policy is the quickstart's warmed-up model, which works out half of its additions and guesses the rest. Each of
 ``recipes/iterate/ivo*.yaml`` runs three rounds with sizes for a tiny model. In a round the value model learns from
-completions that the guided policy of the round before has drawn (in the first round, the policy itself); then held-out
-prompts are decoded with it. Explained variance is that of the values before they learn from a step's completions, over
-the last ten steps of the round.
+completions of the guided policy of the previous round (in the first round, of the policy itself); then held-out prompts
+are decoded with it. The explained variance is measured before the values learn from a step's completions, and averaged
+over the last ten steps of the round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import yaml
 from online_step import machine
 
 from posttrain.commands.decode import run_decode
-from posttrain.commands.iterate import IterateRecipe, read_rounds, run_iterate
+from posttrain.commands.iterate import run_iterate
+from posttrain.commands.iterate_plan import IterateRecipe
+from posttrain.commands.iterate_state import read_rounds
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start
 from posttrain.recipe.loading import load_as
@@ -33,7 +35,7 @@ ANCHORS = {"fixed": "ivo", "moving": "ivo_moving", "fixed, soft values": "ivo_so
 
 
 def shared_settings(folder: Path, engine: str) -> str:
-    """What is laid over all recipes: the tiny policy, its problems, and no long completions."""
+    """Settings laid over all recipes: the tiny policy, its problems, and short completions."""
     data = f"{{path: {folder}/start/train.jsonl, name: null, columns: {{}}, system: null}}"
     policy = f"{{model: {folder}/start/model, dtype: float32}}"
     engine_options = f"{{use: {engine}, max_concurrent: 256, cache_mb: 256}}"
@@ -41,7 +43,7 @@ def shared_settings(folder: Path, engine: str) -> str:
 
 
 def settings(arguments: argparse.Namespace, name: str) -> list[str]:
-    """Sizes for a tiny model, a strength for rewards of 0 and 1, and one temperature in all rounds."""
+    """Overrides of a recipe: sizes for a tiny model, the guide's strength, and one temperature in all rounds."""
     folder = arguments.folder
     values = {
         "steps": str(arguments.steps),
@@ -68,7 +70,7 @@ def settings(arguments: argparse.Namespace, name: str) -> list[str]:
 
 
 def plain_score(arguments: argparse.Namespace) -> float:
-    """Of the policy alone on the held-out prompts, with the seeds of the guided decoding."""
+    """Reward of the policy alone on the held-out prompts, with the seeds of the guided decoding."""
     folder = arguments.folder / "plain"
     recipe = folder.parent / "plain.yaml"
     recipe.write_text(
@@ -87,47 +89,49 @@ def plain_score(arguments: argparse.Namespace) -> float:
     return stage_metrics("decode", folder)["score"]
 
 
-def of_rounds(name: str, folder: Path) -> dict[str, list[float]]:
-    """The recipe's table by round."""
+def table_by_round(name: str, folder: Path) -> dict[str, list[float]]:
+    """The columns of the recipe's table, with one number for each round."""
     rows: dict[int, dict[str, dict[str, float]]] = {}
-    for each in read_rounds(folder):
-        rows.setdefault(each.round, {})[each.stage] = each.metrics
+    for stage in read_rounds(folder):
+        rows.setdefault(stage.round, {})[stage.stage] = stage.metrics
     table = load_as(IterateRecipe, RECIPES / "iterate" / f"{name}.yaml").table
     return {title: list(column(source, rows).values()) for title, source in table.items()}
 
 
 def main() -> None:
-    """Runs what is not there yet, and writes all of it."""
+    """Runs what is missing, and writes all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "posttrain-ivo", help="kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "posttrain-ivo", help="where runs are kept"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30, help="of the value model in a round")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the guide, in 1 / reward")
-    parser.add_argument("--prompts", type=int, default=256, help="held-out ones")
+    parser.add_argument("--steps", type=int, default=30, help="steps of the value model in a round")
+    parser.add_argument("--strength", type=float, default=1.0, help="strength of the guide, in 1 / reward")
+    parser.add_argument("--prompts", type=int, default=256, help="held-out prompts")
     parser.add_argument("--anchors", nargs="+", choices=ANCHORS, default=list(ANCHORS))
     parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if not Start(arguments.folder / "start").model.exists():
         story.prepare(arguments.folder / "start", seed=0)
-    found: dict[str, Any] = {"policy": {"score": plain_score(arguments)}}
+    results: dict[str, Any] = {"policy": {"score": plain_score(arguments)}}
     for anchor in arguments.anchors:
         name = ANCHORS[anchor]
-        started = (arguments.folder / name / "recipe.yaml").exists()
-        run_iterate(RECIPES / "iterate" / f"{name}.yaml", settings(arguments, name), resume=started)
-        found[anchor] = of_rounds(name, arguments.folder / name)
-        print(anchor, json.dumps(found[anchor]), flush=True)
+        resume = (arguments.folder / name / "recipe.yaml").exists()
+        run_iterate(RECIPES / "iterate" / f"{name}.yaml", settings(arguments, name), resume=resume)
+        results[anchor] = table_by_round(name, arguments.folder / name)
+        print(anchor, json.dumps(results[anchor]), flush=True)
         if arguments.json is not None:
-            write(arguments, found)
+            write(arguments, results)
 
 
-def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    """What is measured so far."""
+def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Writes the results so far."""
     sizes = {name: getattr(arguments, name) for name in ("rounds", "steps", "strength", "prompts", "engine")}
     command = f"python benchmarks/iterate_ivo.py --steps {arguments.steps} --json FILE"
-    result = {"date": date.today().isoformat(), "command": command, "sizes": sizes, **machine(), "rounds": found}
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    content = {"date": date.today().isoformat(), "command": command, "sizes": sizes, **machine(), "rounds": results}
+    arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python benchmarks/online_step.py --json benchmarks/results/online_step.json
 
 Both sides train the same model on the same prompts with the same reward, batch, loss and optimiser, once with equal
-and once with heavy-tailed response lengths (see workload.py). Each side lives in a process of its own, which is told
-to take one step at a time: the sides take turns, step by step, so that both see the same machine. A step lasts from
-one go-ahead to the end of the optimiser step and all that comes with it. The same is done with posttrain's engine and
-``vllm.LLM.generate`` on the same requests.
+and once with heavy-tailed response lengths (see workload.py). Each side runs in its own process. The sides take turns,
+step by step, so that both see the same machine. A step lasts from the go-ahead to the end of the optimiser step and of
+the work that belongs to it. posttrain's engine and ``vllm.LLM.generate`` are compared in the same way on the same
+requests.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from contenders import SHARES, WORKERS, Settings
 from alternating import Worker
+from contenders import SHARES, WORKERS, Settings
 
 CASES = ("even", "heavy_tailed")
 
 
 def take_turns(names: Sequence[str], settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    """The turns after warm-up of several workers that alternate step by step."""
+    """Lets several workers alternate step by step; returns their turns after the warm-up."""
     logs = {name: Path(settings.folder, f"{name}-{settings.lengths}.log") for name in names}
     workers = {name: Worker(WORKERS[name], settings, log) for name, log in logs.items()}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -53,31 +53,31 @@ def take_turns(names: Sequence[str], settings: Settings) -> dict[str, list[dict[
 
 
 def rate(turns: Sequence[dict[str, Any]]) -> float:
-    """Generated tokens a second of whole turns: the median turn."""
+    """Generated tokens a second of the median turn."""
     return statistics.median(sum(turn["lengths"]) / turn["seconds"] for turn in turns)
 
 
 def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
-    """Ratio of posttrain's speed to TRL's: the median over pairs of turns that were neighbours in time."""
+    """Ratio of the speeds of two sides: the median over pairs of turns that were neighbours in time."""
     pairs = zip(ours, theirs, strict=True)
-    return statistics.median(rate([mine]) / rate([other]) for mine, other in pairs)
+    return statistics.median(rate([our_turn]) / rate([their_turn]) for our_turn, their_turn in pairs)
 
 
 def cpu_ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
-    """Ratio of speeds in processor seconds, which other load on the machine changes less."""
-    used = [[turn["cpu_seconds"] / sum(turn["lengths"]) for turn in turns] for turns in (ours, theirs)]
-    return statistics.median(used[1]) / statistics.median(used[0])
+    """Ratio of the speeds in processor seconds, which other load on the machine changes less."""
+    costs = [[turn["cpu_seconds"] / sum(turn["lengths"]) for turn in turns] for turns in (ours, theirs)]
+    return statistics.median(costs[1]) / statistics.median(costs[0])
 
 
 def shares(turns: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the time of all turns; what lies between the loop's steps (files, trackers) counts as other."""
-    whole = sum(turn["seconds"] for turn in turns)
-    found = {name: sum(turn["times"][name] for turn in turns) / whole for name in SHARES if name != "other"}
-    return found | {"other": 1 - sum(found.values())}
+    """Each stage's share of the time of all turns. Work between steps (files, trackers) counts as other."""
+    total = sum(turn["seconds"] for turn in turns)
+    stages = {name: sum(turn["times"][name] for turn in turns) / total for name in SHARES if name != "other"}
+    return stages | {"other": 1 - sum(stages.values())}
 
 
 def side_by_side(settings: Settings) -> dict[str, Any]:
-    """posttrain and TRL, with both laws of lengths."""
+    """Compares posttrain with TRL, for both distributions of lengths."""
     result: dict[str, Any] = {"tokens_per_second": {"posttrain": {}, "trl": {}}, "ratio_to_trl": {}}
     details: dict[str, Any] = {"peak_memory_mb": {"posttrain": {}, "trl": {}}, "share_of_step_by_lengths": {}}
     details |= {
@@ -91,39 +91,42 @@ def side_by_side(settings: Settings) -> dict[str, Any]:
         settings = dataclasses.replace(settings, lengths=lengths)
         print(f"{lengths} lengths: {settings.batch} completions a step, at most {settings.limit} tokens", flush=True)
         turns = take_turns(("trl", "posttrain"), settings)
-        for side, its in turns.items():
-            result["tokens_per_second"][side][lengths] = rate(its)
-            details["peak_memory_mb"][side][lengths] = its[-1]["peak_memory_mb"]
+        for side, side_turns in turns.items():
+            result["tokens_per_second"][side][lengths] = rate(side_turns)
+            details["peak_memory_mb"][side][lengths] = side_turns[-1]["peak_memory_mb"]
         result["ratio_to_trl"][lengths] = ratio(turns["posttrain"], turns["trl"])
         details["cpu_ratio_to_trl"][lengths] = cpu_ratio(turns["posttrain"], turns["trl"])
         details["share_of_step_by_lengths"][lengths] = shares(turns["posttrain"])
         generating = sum(turn["times"]["generate"] for turn in turns["trl"])
         details["trl_generate_share"][lengths] = generating / sum(turn["seconds"] for turn in turns["trl"])
         for name, key in (("seconds_per_step", "seconds"), ("cpu_seconds_per_step", "cpu_seconds")):
-            details[name][lengths] = {side: [round(turn[key], 3) for turn in its] for side, its in turns.items()}
+            details[name][lengths] = {
+                side: [round(turn[key], 3) for turn in side_turns] for side, side_turns in turns.items()
+            }
         details["response_lengths"][lengths] = {
-            side: workload.describe_lengths([n for turn in its for n in turn["lengths"]]) for side, its in turns.items()
+            side: workload.describe_lengths([n for turn in side_turns for n in turn["lengths"]])
+            for side, side_turns in turns.items()
         }
     return result | {"share_of_step": details["share_of_step_by_lengths"][settings.cases[0]]} | details
 
 
 def engine_against_bare(settings: Settings) -> dict[str, Any]:
-    """posttrain's engine and bare vLLM on the same requests."""
-    found: dict[str, Any] = {}
+    """Compares posttrain's engine with bare vLLM on the same requests."""
+    results: dict[str, Any] = {}
     for lengths in settings.cases:
         settings = dataclasses.replace(settings, lengths=lengths)
         print(f"engine, {lengths} lengths", flush=True)
         turns = take_turns(("bare_vllm", "engine"), settings)
-        found[lengths] = {
+        results[lengths] = {
             "ratio": ratio(turns["engine"], turns["bare_vllm"]),
             "cpu_ratio": cpu_ratio(turns["engine"], turns["bare_vllm"]),
-            "tokens_per_second": {side: rate(its) for side, its in turns.items()},
+            "tokens_per_second": {side: rate(side_turns) for side, side_turns in turns.items()},
         }
-    return found
+    return results
 
 
 def machine() -> dict[str, Any]:
-    """Describes the machine: processor, cores and versions."""
+    """Describes the machine: processor, cores, memory, GPU and versions."""
     import importlib.metadata
 
     import torch
@@ -146,18 +149,20 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """A result with what it ran on, when and by which command; nothing without a file."""
-    made = {"machine": machine(), "date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result | made, indent=1) + "\n", encoding="utf-8")
+    """Writes a result with the machine, the date and the command; does nothing without a file."""
+    if path is None:
+        return
+    today, command = datetime.date.today().isoformat(), " ".join(["python", *sys.argv])
+    content = result | {"machine": machine(), "date": today, "command": command}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures a reader wants first."""
+    """Prints the main results."""
     for lengths, value in result["ratio_to_trl"].items():
-        speeds = {side: each[lengths] for side, each in result["tokens_per_second"].items()}
-        memory = {side: each[lengths] for side, each in result["peak_memory_mb"].items()}
+        speeds = {side: by_lengths[lengths] for side, by_lengths in result["tokens_per_second"].items()}
+        memory = {side: by_lengths[lengths] for side, by_lengths in result["peak_memory_mb"].items()}
         print(f"\n{lengths}: posttrain {speeds['posttrain']:.0f} tokens/s, TRL {speeds['trl']:.0f}, ratio {value:.2f}")
         print(f"  from processor seconds: ratio {result['cpu_ratio_to_trl'][lengths]:.2f}")
         print(f"  peak memory: posttrain {memory['posttrain']:.0f} MB, TRL {memory['trl']:.0f} MB")
@@ -175,14 +180,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--size", choices=tuple(workload.SIZES), default="20m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts a step; a multiple of 16 keeps the law exact")
+    prompts_help = "prompts a step; a multiple of 16 keeps the distribution of lengths exact"
+    parser.add_argument("--prompts", type=int, default=16, help=prompts_help)
     parser.add_argument("--completions", type=int, default=8, help="completions a prompt")
     parser.add_argument("--even-length", type=int, default=64)
-    parser.add_argument("--max-length", type=int, default=256, help="limit where lengths are heavy-tailed")
+    parser.add_argument("--max-length", type=int, default=256, help="limit of heavy-tailed lengths")
     parser.add_argument("--micro-batch", type=int, default=16, help="completions in a forward pass of TRL")
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="tokens in a forward pass of posttrain")
     parser.add_argument("--trl-continuous-batching", action="store_true")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="laws of response lengths")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="distributions of response lengths")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each side and case")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -190,7 +196,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_workload(settings: Settings) -> int:
-    """Models and prompts in ``settings.folder``; the number of parameters."""
+    """Writes models and prompts to ``settings.folder``; returns the number of parameters."""
     from transformers import AutoTokenizer
 
     size = workload.SIZES[settings.size]

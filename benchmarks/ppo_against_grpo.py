@@ -1,11 +1,11 @@
-"""PPO with a critic against GRPO at the same number of generated tokens, and which pieces of VAPO matter.
+"""PPO with a critic beside GRPO at the same number of generated tokens, and an ablation of VAPO.
 
     python benchmarks/ppo_against_grpo.py --json benchmarks/results/ppo_against_grpo.json
 
 Every run starts from the quickstart's warmed-up model (one for each seed) and trains on the quickstart's problems by a
-recipe of ``benchmarks/ppo``, changed by the overrides of a variant. Held-out accuracy is measured every few steps; as
-methods write completions of different lengths, it is compared at equal numbers of generated tokens, by linear
-interpolation between two evaluations. The tokens of value pre-training are told apart.
+recipe of ``benchmarks/ppo``, changed by the overrides of a variant. Held-out accuracy is measured every few steps.
+Completions differ in length between methods, so accuracy is compared at equal numbers of generated tokens, by linear
+interpolation between two evaluations. The tokens of value pre-training are reported separately.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from posttrain.system.files import read_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).parent / "ppo"
 PRETRAINING = "value_pretraining"
 
 
 class Variant(NamedTuple):
-    """A recipe with a line or two changed."""
+    """A recipe with a few overrides."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -52,13 +54,13 @@ VARIANTS = {
 
 
 class Curve(NamedTuple):
-    """Held-out accuracy after some numbers of generated tokens."""
+    """Held-out accuracy as a function of the number of generated tokens."""
 
     tokens: list[float]
     accuracy: list[float]
 
     def at(self, tokens: float) -> float:
-        """Accuracy after so many tokens, between two evaluations on a straight line."""
+        """Accuracy after a number of tokens, interpolated linearly between two evaluations."""
         after = next((i for i, seen in enumerate(self.tokens) if seen >= tokens), len(self.tokens) - 1)
         if after == 0:
             return self.accuracy[0]
@@ -67,7 +69,7 @@ class Curve(NamedTuple):
 
 
 def run(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
-    """Trains in a process of its own, whose output goes to a file; a finished run in ``folder`` is taken as it is."""
+    """Trains in a separate process, whose output goes to a file. Does nothing if ``folder`` holds a finished run."""
     if (folder / "model").exists() or (folder / "value").exists():
         return
     overrides, log = [*overrides, f"--run.folder={folder}"], folder.with_suffix(".log")
@@ -79,10 +81,9 @@ def run(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
 
 
 def read_curve(folder: Path) -> Curve:
-    """What a run measured."""
+    """Reads the curve of a run."""
     curve, tokens = Curve([], []), 0.0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(folder / "metrics.jsonl"):
         tokens += row.get("length/mean", 0.0) * 256
         if "eval/accuracy" in row:
             curve.tokens.append(tokens)
@@ -91,13 +92,12 @@ def read_curve(folder: Path) -> Curve:
 
 
 def generated(folder: Path) -> float:
-    """Tokens that a run sampled to train on."""
-    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return sum(row.get("length/mean", 0.0) * 256 for row in rows)
+    """Number of tokens that a run sampled to train on."""
+    return sum(row.get("length/mean", 0.0) * 256 for row in read_rows(folder / "metrics.jsonl"))
 
 
 def train_all(names: Sequence[str], seed: int, steps: int, engine: str, work: Path) -> dict[str, Any]:
-    """Every variant from the start of one seed."""
+    """Trains every variant from the start model of one seed."""
     from posttrain.quickstart import story
     from posttrain.quickstart.start import Start
 
@@ -129,12 +129,12 @@ def train_all(names: Sequence[str], seed: int, steps: int, engine: str, work: Pa
 
 def last_row(folder: Path) -> dict[str, float]:
     """Value metrics of a run's last step."""
-    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return {name: value for name, value in row.items() if name.startswith("value/")}
+    last = read_rows(folder / "metrics.jsonl")[-1]
+    return {name: value for name, value in last.items() if name.startswith("value/")}
 
 
 def summary(seeds: dict[int, dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy of each variant at half and at all of the tokens that every run of the seed generated."""
+    """Accuracy of each variant at the number of tokens that every run of the seed reached, and at half of it."""
     table: dict[str, Any] = {}
     for name in names:
         at_half, at_end = [], []
@@ -152,7 +152,7 @@ def summary(seeds: dict[int, dict[str, Any]], names: Sequence[str]) -> dict[str,
 
 
 def main() -> None:
-    """Runs and prints the table."""
+    """Runs the benchmark, prints the table and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -169,14 +169,14 @@ def main() -> None:
     table = summary(seeds, names)
     print(f"\n{'held-out accuracy at equal generated tokens':48} half      all   (by seed)")
     for name, row in table.items():
-        each = " ".join(f"{value:.3f}" for value in row["accuracy"])
-        print(f"{name:48} {row['mean_at_half']:.3f}   {row['mean']:.3f}   ({each})")
+        by_seed = " ".join(f"{value:.3f}" for value in row["accuracy"])
+        print(f"{name:48} {row['mean_at_half']:.3f}   {row['mean']:.3f}   ({by_seed})")
     if options.json:
         curves = {
             str(seed): {name: value._asdict() if isinstance(value, Curve) else value for name, value in results.items()}
             for seed, results in seeds.items()
         }
-        written = {
+        content = {
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "command": f"python benchmarks/ppo_against_grpo.py {' '.join(sys.argv[1:])}",
@@ -185,7 +185,7 @@ def main() -> None:
             "table": table,
             "seeds": curves,
         }
-        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
     python benchmarks/preference.py --json benchmarks/results/preference_cpu.json
 
-All sides train the same Qwen2-shaped model with a vocabulary of 151,936 on the same pairs in the same order, with
-the same loss, optimiser, batch and dtype. Completions have heavy-tailed lengths. Each side lives in a process of its
-own and takes one step at a time, in turns, so that all see the same machine; its memory is the most that the process
-has held, from its start until the trained model is saved. The reference's pass over the data, which posttrain makes
-before the first step and DPOTrainer in every step, is counted as part of the steps. Afterwards one more process samples
-from each trained model: its reward is the share of early letters, which is also what makes a completion the chosen one.
+All sides train the same Qwen2-shaped model with a vocabulary of 151,936 on the same pairs in the same order, with the
+same loss, optimiser, batch and dtype. Completions have heavy-tailed lengths. Each side runs in its own process, and
+they take steps in turns, so that all see the same machine. The memory of a side is the peak of its process, from its
+start until the trained model is saved. The reference's pass over the data, which posttrain makes before the first step
+and DPOTrainer in every step, counts as part of the steps. Afterwards one more process samples from each trained model.
+The reward is the share of early letters, by which chosen and rejected completions differ too.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import random
 import statistics
@@ -25,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from online_step import write_result
 from alternating import Timed, Turns, Worker
+from online_step import write_result
 
-WORDS = 2048  # tokens that the texts are made of; the model's vocabulary is larger, as it would be
+WORDS = 2048  # tokens that occur in the texts; the model's vocabulary is larger, as in real models
 SIZE = workload.Size(hidden=256, layers=6, heads=4, kv_heads=2, intermediate=768, vocabulary=151936)
 EARLY, LATE = "bcdfghjklm", "nprstvwz"
 HELD_OUT = 32
@@ -63,11 +62,11 @@ class Settings:
         return Path(self.folder, "held_out.jsonl")
 
     def trained(self, side: str) -> Path:
-        """Where a side puts its model."""
+        """Folder of the model that a side trained."""
         return Path(self.folder, side, "model")
 
     def worker(self, name: str) -> Worker:
-        """The worker process of a side, or the judge's."""
+        """Starts the worker process of a side, or that of the judge."""
         return Worker(WORKERS[name], self, Path(self.folder, f"{name}.log"))
 
 
@@ -75,12 +74,12 @@ class Settings:
 
 
 def words(generator: random.Random, count: int, share: float) -> str:
-    """Made-up words; each begins with an early letter with a probability of ``share``."""
-    made = []
+    """Made-up words; each has early letters with probability ``share``."""
+    drawn = []
     for _ in range(count):
         letters = EARLY if generator.random() < share else LATE
-        made.append("".join(generator.choice(letters) + generator.choice("aeiou") for _ in range(2)))
-    return " ".join(made)
+        drawn.append("".join(generator.choice(letters) + generator.choice("aeiou") for _ in range(2)))
+    return " ".join(drawn)
 
 
 def pair(seed: int, median: int, longest: int) -> dict[str, str]:
@@ -96,9 +95,11 @@ def pair(seed: int, median: int, longest: int) -> dict[str, str]:
 
 
 def build(settings: Settings) -> int:
-    """Model, tokenizer and pairs in the folder; the number of parameters."""
+    """Writes model, tokenizer and pairs to the folder; returns the number of parameters."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from posttrain.system.files import write_rows
 
     shape = {field.name: getattr(SIZE, field.name) for field in dataclasses.fields(SIZE)}
     config = Qwen2Config(
@@ -120,17 +121,18 @@ def build(settings: Settings) -> int:
     workload.save_tokenizer(settings.model, WORDS)
     count = settings.pairs * (settings.warmup + settings.steps)
     for path, seeds in ((settings.data, range(count)), (settings.held_out, range(10**6, 10**6 + HELD_OUT))):
-        rows = (json.dumps(pair(seed, settings.median, settings.longest)) + "\n" for seed in seeds)
-        path.write_text("".join(rows), encoding="utf-8")
+        write_rows(path, (pair(seed, settings.median, settings.longest) for seed in seeds))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def tokens_of_steps(settings: Settings) -> list[list[int]]:
-    """Prompt + completion tokens of both sides of every pair, step by step."""
+    """Numbers of prompt + completion tokens of both sides of every pair, step by step."""
     from transformers import AutoTokenizer
 
+    from posttrain.system.files import read_rows
+
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    rows = [json.loads(line) for line in settings.data.read_text().splitlines()]
+    rows = read_rows(settings.data)
     lengths = [
         [
             len(tokenizer(row["prompt"]).input_ids) + len(tokenizer(row[side]).input_ids) + 1
@@ -145,7 +147,7 @@ def tokens_of_steps(settings: Settings) -> list[list[int]]:
 
 
 def work_posttrain(settings: Settings, turns: Turns) -> None:
-    """posttrain's side: a recipe run by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
+    """Runs a recipe by ``posttrain.train``, whose prompt sampler waits for the go-ahead."""
     import yaml
 
     from posttrain import load_recipe, train
@@ -177,26 +179,26 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
     def report() -> None:
         turns.done(reference_seconds=reference.seconds, reference_cpu_seconds=reference.cpu_seconds)
 
-    def save_when_told(*arguments: Any) -> None:
+    def save_in_turn(*arguments: Any) -> None:
         report()
         turns.wait()
         save(*arguments)
 
-    save, training.save_checkpoint = training.save_checkpoint, save_when_told  # after the last step alone
+    save, training.save_checkpoint = training.save_checkpoint, save_in_turn  # called after the last step only
 
     def waiting(**arguments: Any) -> Any:
         sampler = build_sampler(**arguments)
         samplers.append(sampler)
         if len(samplers) == 1:
-            return sampler  # tells the cache what the run will draw
+            return sampler  # the first one shows the cache which rows the run will draw
         draw = sampler.draw
 
-        def draw_when_told(n: int) -> list[int]:
+        def draw_in_turn(n: int) -> list[int]:
             report()
             turns.wait()
             return draw(n)
 
-        sampler.draw = draw_when_told
+        sampler.draw = draw_in_turn
         return sampler
 
     train(dataclasses.replace(loaded, prompts=dataclasses.replace(loaded.prompts, call=waiting)))
@@ -204,7 +206,7 @@ def work_posttrain(settings: Settings, turns: Turns) -> None:
 
 
 def work_trl(settings: Settings, turns: Turns, *, precompute: bool = False) -> None:
-    """TRL's side: DPOTrainer, whose callback waits for the go-ahead."""
+    """Runs TRL's DPOTrainer; a callback waits for the go-ahead."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -239,7 +241,7 @@ def work_trl(settings: Settings, turns: Turns, *, precompute: bool = False) -> N
         logging_steps=1,
     )
     precomputing = Timed(DPOTrainer._precompute_ref_logps)
-    DPOTrainer._precompute_ref_logps = lambda self, *given: precomputing(self, *given)
+    DPOTrainer._precompute_ref_logps = lambda self, *args: precomputing(self, *args)
     trainer = DPOTrainer(
         model=str(settings.model),
         args=arguments,
@@ -262,7 +264,7 @@ def work_trl_precomputed(settings: Settings, turns: Turns) -> None:
 
 
 def work_judge(settings: Settings, turns: Turns) -> None:
-    """Each turn: what one more of the trained models has become, beside the one that they all began as."""
+    """Measures one model in each turn: first the start model, then the trained ones."""
     import torch
 
     from posttrain.models.policy import build_policy
@@ -273,16 +275,18 @@ def work_judge(settings: Settings, turns: Turns) -> None:
         turns.wait()
         policy = reference if side is None else build_policy(PolicySection(model=str(settings.trained(side)))).eval()
         with torch.no_grad():
-            turns.done(**judged(settings, policy, reference))
+            turns.done(**quality(settings, policy, reference))
 
 
-def judged(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
+def quality(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
     """Accuracy and margin on held-out pairs; reward of samples of 32 tokens and their divergence from the reference."""
     import torch
     from transformers import AutoTokenizer
 
     from posttrain.data.examples import pairs
+    from posttrain.models.load import text_of
     from posttrain.recipe.sections import DataSection
+    from posttrain.system.files import read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     examples = pairs(DataSection(path=str(settings.held_out)), tokenizer, None)
@@ -295,22 +299,22 @@ def judged(settings: Settings, policy: Any, reference: Any) -> dict[str, float]:
         gaps.append(settings.beta * (chosen - rejected))
     torch.manual_seed(0)
     rewards, divergences = [], []
-    for line in settings.held_out.read_text().splitlines()[:4]:
-        prompt = torch.tensor([tokenizer(json.loads(line)["prompt"]).input_ids] * 8)
+    for row in read_rows(settings.held_out)[:4]:
+        prompt = torch.tensor([tokenizer(row["prompt"]).input_ids] * 8)
         length = prompt.shape[1]
         tokens = policy.base.generate(
             prompt, do_sample=True, max_new_tokens=32, min_new_tokens=32, top_k=0, top_p=1.0, use_cache=True
         )
         mask = (torch.arange(tokens.shape[1]) >= length).expand(tokens.shape)
         divergences += (policy(tokens, mask)[0] - reference(tokens, mask)[0]).sum(-1).tolist()
-        rewards += [early_words(tokenizer.decode(row[length:].tolist())) for row in tokens]
-    sums = {"held_out_accuracy": statistics.mean(0.5 + 0.5 * ((gap > 0) - (gap < 0)) for gap in gaps)}
-    sums |= {"held_out_margin": statistics.mean(gaps), "reward": statistics.mean(rewards)}
-    return sums | {"kl_from_reference": statistics.mean(divergences)}
+        rewards += [early_letters(text_of(tokenizer, special=True)(ids[length:].tolist())) for ids in tokens]
+    means = {"held_out_accuracy": statistics.mean(0.5 + 0.5 * ((gap > 0) - (gap < 0)) for gap in gaps)}
+    means |= {"held_out_margin": statistics.mean(gaps), "reward": statistics.mean(rewards)}
+    return means | {"kl_from_reference": statistics.mean(divergences)}
 
 
-def early_words(text: str) -> float:
-    """Share of the text's consonants that are early ones; 0 without any."""
+def early_letters(text: str) -> float:
+    """Share of early ones among the text's consonants; 0 for a text without consonants."""
     early, late = (sum(letter in letters for letter in text) for letters in (EARLY, LATE))
     return early / max(1, early + late)
 
@@ -323,7 +327,7 @@ WORKERS = {"posttrain": work_posttrain, "trl": work_trl, "trl_precomputed": work
 
 
 def measure(settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    """The turns of each side, the warm-up too, step by step after each other."""
+    """Lets the sides take turns, step by step; returns the turns of each, including the warm-up."""
     tokens = tokens_of_steps(settings)
     workers = {name: settings.worker(name) for name in SIDES}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
@@ -347,20 +351,20 @@ def measure(settings: Settings) -> dict[str, list[dict[str, Any]]]:
 
 
 def summary(turns: Sequence[dict[str, Any]], settings: Settings) -> dict[str, float]:
-    """Tokens a second of the measured steps, with their share of a reference pass made before; peak memory."""
+    """Tokens a second of the measured steps, with their share of an earlier reference pass; peak memory."""
     measured = turns[settings.warmup : -1]
     tokens = sum(turn["tokens"] for turn in measured)
-    part = tokens / sum(turn["tokens"] for turn in turns)
-    found: dict[str, float] = {}
+    share = tokens / sum(turn["tokens"] for turn in turns)
+    figures: dict[str, float] = {}
     for name, kind in (("seconds", ""), ("cpu_seconds", "cpu_")):
-        steps, before = sum(turn[name] for turn in measured), turns[-1][f"reference_{name}"] * part
-        found |= {f"tokens_per_{kind}second": tokens / (steps + before), f"{kind}seconds": steps + before}
-        found |= {f"reference_{kind}seconds": before}
-    return found | {"peak_memory_mb": turns[-1]["peak_memory_mb"]}
+        steps, reference = sum(turn[name] for turn in measured), turns[-1][f"reference_{name}"] * share
+        figures |= {f"tokens_per_{kind}second": tokens / (steps + reference), f"{kind}seconds": steps + reference}
+        figures |= {f"reference_{kind}seconds": reference}
+    return figures | {"peak_memory_mb": turns[-1]["peak_memory_mb"]}
 
 
 def ratios(sides: dict[str, dict[str, float]], other: str) -> dict[str, float]:
-    """posttrain's figures over those of another side."""
+    """Ratios of posttrain's numbers to those of another side."""
     ours, theirs = sides["posttrain"], sides[other]
     return {
         name: ours[name] / theirs[name] for name in ("tokens_per_second", "tokens_per_cpu_second", "peak_memory_mb")
@@ -379,7 +383,7 @@ def judge(settings: Settings) -> dict[str, dict[str, float]]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures a reader wants first."""
+    """Prints the main results."""
     columns = ("tokens/s", "s", "peak MB", "held-out accuracy", "margin", "reward", "KL")
     print("\n" + f"{'':16s}" + "".join(f"{name:>19s}" for name in columns))
     for side in ("start", *SIDES):
@@ -392,9 +396,9 @@ def print_table(result: dict[str, Any]) -> None:
                 for number in numbers
             )
         )
-    for other, its in result["ratio"].items():
-        found = ", ".join(f"{name} {value:.2f}" for name, value in its.items())
-        print(f"posttrain over {other}: {found}")
+    for other, by_name in result["ratio"].items():
+        numbers = ", ".join(f"{name} {value:.2f}" for name, value in by_name.items())
+        print(f"posttrain over {other}: {numbers}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -423,10 +427,10 @@ def main() -> None:
         parameters = build(settings)
         print(f"{parameters / 1e6:.1f}M parameters, float32, {settings.pairs} pairs a step", flush=True)
         turns = measure(settings)
-        quality = judge(settings)
-    sides = {side: summary(its, settings) for side, its in turns.items()}
+        qualities = judge(settings)
+    sides = {side: summary(side_turns, settings) for side, side_turns in turns.items()}
     result: dict[str, Any] = {"ratio": {other: ratios(sides, other) for other in ("trl", "trl_precomputed")}}
-    result |= {"sides": sides, "quality": quality, "parameters": parameters, "vocabulary": SIZE.vocabulary}
+    result |= {"sides": sides, "quality": qualities, "parameters": parameters, "vocabulary": SIZE.vocabulary}
     result |= {"settings": arguments}
     print_table(result)
     write_result(path, result)

@@ -1,13 +1,13 @@
-"""What DPO, KTO, IPO and online DPO learn from the same start: held-out preferences, and the reward that is true.
+"""Results of DPO, KTO, IPO and online DPO from the same start: held-out preferences, and the true reward.
 
     python benchmarks/preference_learning.py --json benchmarks/results/preference_learning.json
 
-The start is the quickstart's warmed-up model, which works half of its additions out and estimates the others. Its own
-samples, told right from wrong by the verifier, become pairs (for DPO and IPO) and rated completions (for KTO); online
-DPO samples its own. Each method is its recipe with a model, data and sizes that fit. Measured before and after, on
-problems that none of them has seen:
+The start is the quickstart's warmed-up model, which works out half of its additions and estimates the rest. The
+verifier marks its samples as right or wrong; they become pairs (for DPO and IPO) and rated completions (for KTO).
+Online DPO samples its own pairs. Each method is its recipe with a suitable model, data and sizes. Measured before and
+after training, on problems that no method has seen:
 
-- accuracy: share of held-out pairs whose right completion the policy finds more likely; margin: by how many nats
+- accuracy: share of held-out pairs whose right completion has the higher log-prob; margin: the difference in nats
 - reward: share of right answers among samples at temperature 1
 - kl: KL of the policy from the start in nats a completion, by the policy's own samples
 """
@@ -31,13 +31,16 @@ from online_step import machine
 from transformers import AutoTokenizer
 
 from posttrain import load_recipe
+from posttrain.batch import pad
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.micro_batches import length_groups
+from posttrain.models.load import text_of
 from posttrain.models.policy import Policy, build_policy
 from posttrain.quickstart import story
-from posttrain.quickstart.start import Start, prompt_ids, read_rows, write_rows
-from posttrain.recipe.sections import PolicySection as PolicyOptions
+from posttrain.quickstart.start import Start, prompt_ids
+from posttrain.recipe.sections import PolicySection
+from posttrain.system.files import read_rows, write_rows
 from posttrain.training.loop import train
 from posttrain.verify.mathematics import math as verify
 
@@ -47,7 +50,7 @@ MICRO_BATCH_TOKENS = 16384
 
 
 class Method(NamedTuple):
-    """A recipe and what it learns from."""
+    """A recipe, the data that it learns from, and overrides."""
 
     recipe: str
     data: str
@@ -78,7 +81,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of independent values."""
+        """Mean and standard error of independent values."""
         return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
@@ -86,7 +89,7 @@ class Estimate(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Completions of a problem, and which of them are right."""
+    """Completions of a problem, each marked as right or wrong."""
 
     row: dict[str, str]
     prompt: list[int]
@@ -96,49 +99,47 @@ class Sampled(NamedTuple):
 
 
 def sample(model: Path, rows: Sequence[dict[str, str]], n: int, seed: int) -> list[Sampled]:
-    """``n`` completions of each problem at temperature 1."""
+    """Samples ``n`` completions of each problem at temperature 1."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     engine = TransformersEngine(model, max_model_len=128, seed=seed)
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     groups = engine.generate(prompts, SAMPLING, n, seeds=[seed * 1_000_003 + i for i in range(len(rows))])
     engine.close()
-    found = []
+    decode, sampled = text_of(tokenizer), []
     for row, prompt, group in zip(rows, prompts, groups, strict=True):
-        texts = [tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in group]
-        found.append(Sampled(row, prompt, group, texts, [bool(verify(text, answer=row["answer"])) for text in texts]))
-    return found
+        texts = [decode(completion.tokens) for completion in group]
+        sampled.append(Sampled(row, prompt, group, texts, [bool(verify(text, answer=row["answer"])) for text in texts]))
+    return sampled
 
 
 def pairs_of(sampled: Sequence[Sampled]) -> list[dict[str, Any]]:
-    """The first right and the first wrong completion of each problem that has both."""
-    found = []
-    for each in sampled:
-        if any(each.right) and not all(each.right):
-            chosen, rejected = each.texts[each.right.index(True)], each.texts[each.right.index(False)]
-            found.append({"prompt": each.row["prompt"], "chosen": chosen, "rejected": rejected})
-    return found
+    """Pairs of the first right and the first wrong completion of each problem that has both."""
+    pairs = []
+    for problem in sampled:
+        if any(problem.right) and not all(problem.right):
+            chosen, rejected = problem.texts[problem.right.index(True)], problem.texts[problem.right.index(False)]
+            pairs.append({"prompt": problem.row["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
 
 
 @torch.no_grad()
 def logp(model: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
     """Log-probs of whole completions."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
-    found = torch.zeros(len(lengths))
+    logps = torch.zeros(len(lengths))
     for rows in length_groups(lengths, MICRO_BATCH_TOKENS):
-        tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
+        tokens = pad([[*prompts[row], *completions[row]] for row in rows], dtype=torch.long)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for at, row in enumerate(rows):
-            start, end = len(prompts[row]), int(lengths[row])
-            tokens[at, :end] = torch.tensor([*prompts[row], *completions[row]])
-            mask[at, start:end] = True
-        found[rows] = model(tokens, mask)[0].sum(-1)
-    return found.tolist()
+        for i, row in enumerate(rows):
+            mask[i, len(prompts[row]) : int(lengths[row])] = True
+        logps[rows] = model(tokens, mask)[0].sum(-1)
+    return logps.tolist()
 
 
 def judge_pairs(model: Path, pairs: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
-    """How often, and by how many nats, the policy prefers the right completion of a pair."""
+    """Share of pairs, and margin in nats, by which the policy prefers the right completion."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    policy = build_policy(PolicyOptions(model=str(model))).eval()
+    policy = build_policy(PolicySection(model=str(model))).eval()
     prompts = [prompt_ids(tokenizer, pair["prompt"]) for pair in pairs]
     sides = []
     for side in ("chosen", "rejected"):
@@ -151,24 +152,24 @@ def judge_pairs(model: Path, pairs: Sequence[dict[str, Any]]) -> dict[str, Estim
 def measure(
     model: Path, start: Path, pairs: Sequence[dict[str, Any]], rows: Sequence[dict[str, str]], n: int, seed: int
 ) -> dict[str, Estimate]:
-    """A model on held-out pairs and problems; a problem's samples count as one value."""
+    """Measures a model on held-out pairs and problems; the samples of a problem are averaged to one value."""
     sampled = sample(model, rows, n, seed)
-    reward = Estimate.of([statistics.fmean(each.right) for each in sampled])
-    prompts = [each.prompt for each in sampled for _ in each.completions]
-    tokens = [completion.tokens for each in sampled for completion in each.completions]
-    both = [logp(build_policy(PolicyOptions(model=str(path))).eval(), prompts, tokens) for path in (model, start)]
-    gaps = [now - before for now, before in zip(*both, strict=True)]
+    reward = Estimate.of([statistics.fmean(problem.right) for problem in sampled])
+    prompts = [problem.prompt for problem in sampled for _ in problem.completions]
+    tokens = [completion.tokens for problem in sampled for completion in problem.completions]
+    logps = [logp(build_policy(PolicySection(model=str(path))).eval(), prompts, tokens) for path in (model, start)]
+    gaps = [now - before for now, before in zip(*logps, strict=True)]
     kl = Estimate.of([statistics.fmean(gaps[i : i + n]) for i in range(0, len(gaps), n)])
     return judge_pairs(model, pairs) | {"reward": reward, "kl": kl}
 
 
 def prepare(start: Start, folder: Path, prompts: int, seed: int) -> dict[str, Path]:
-    """Files of pairs, rated completions and problems to train on, and pairs that are held out."""
+    """Writes files of pairs, rated completions and problems to train on, and of held-out pairs; returns their paths."""
     sampled = sample(start.model, read_rows(start.train)[:prompts], 8, seed + 1)
     rated = [
-        {"prompt": each.row["prompt"], "completion": text, "label": right}
-        for each in sampled
-        for text, right in list(zip(each.texts, each.right, strict=True))[:2]
+        {"prompt": problem.row["prompt"], "completion": text, "label": right}
+        for problem in sampled
+        for text, right in list(zip(problem.texts, problem.right, strict=True))[:2]
     ]
     held_out = pairs_of(sample(start.model, read_rows(start.held_out), 8, seed + 2))
     files = {name: folder / f"{name}-{seed}.jsonl" for name in ("pairs", "rated", "held_out")}
@@ -178,7 +179,7 @@ def prepare(start: Start, folder: Path, prompts: int, seed: int) -> dict[str, Pa
 
 
 def run(method: Method, start: Start, data: Path, folder: Path, options: argparse.Namespace, seed: int) -> float:
-    """Trains; the seconds it took."""
+    """Trains by a method; returns the seconds."""
     overrides = [
         f"--policy.model={start.model}",
         "--policy.dtype=float32",
@@ -200,7 +201,7 @@ def run(method: Method, start: Start, data: Path, folder: Path, options: argpars
 
 
 def one_seed(seed: int, work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every method from the start of one seed, with the start itself."""
+    """Trains and measures every method from the start of one seed; measures the start too."""
     start = Start(work / f"start-{seed}")
     if not start.model.exists():
         story.prepare(start.path, seed)
@@ -213,14 +214,14 @@ def one_seed(seed: int, work: Path, options: argparse.Namespace) -> dict[str, An
         seconds = run(method, start, files[method.data], folder, options, seed)
         after = measure(folder / "model", start.model, pairs, rows, options.samples, seed)
         results[name] = after | {"seconds": seconds}
-    for name, found in results.items():
-        numbers = "  ".join(f"{key} {value}" for key, value in found.items() if isinstance(value, Estimate))
-        print(f"seed {seed}  {name:11} {numbers}  {found.get('seconds', 0):.0f} s", flush=True)
+    for name, figures in results.items():
+        numbers = "  ".join(f"{key} {value}" for key, value in figures.items() if isinstance(value, Estimate))
+        print(f"seed {seed}  {name:11} {numbers}  {figures.get('seconds', 0):.0f} s", flush=True)
     return results | {"rows": counts}
 
 
 def learned(results: dict[str, Any], name: str) -> bool:
-    """Whether accuracy and reward both rose by more than twice the standard error of the difference."""
+    """True if accuracy and reward both rose by more than twice the standard error of the difference."""
     before, after = results["start"], results[name]
     return all(
         after[key].mean - before[key].mean > 2 * math.hypot(after[key].error, before[key].error)
@@ -229,21 +230,21 @@ def learned(results: dict[str, Any], name: str) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """As JSON: estimates with names."""
+    """Turns named estimates into plain data for JSON."""
     if isinstance(value, Estimate):
         return value._asdict()
-    return {key: plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+    return {key: plain(member) for key, member in value.items()} if isinstance(value, dict) else value
 
 
 def main() -> int:
-    """Runs, prints the table and says whether every method has learned."""
+    """Runs the benchmark and writes the results; returns 1 if a method has not learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=800, help="problems that the start is sampled on")
-    parser.add_argument("--samples", type=int, default=4, help="of each held-out problem")
+    parser.add_argument("--prompts", type=int, default=800, help="problems on which the start is sampled")
+    parser.add_argument("--samples", type=int, default=4, help="samples of each held-out problem")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--folder", type=Path, help="where starts and runs are kept; default: a temporary one")
     options = parser.parse_args()
@@ -252,18 +253,21 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         seeds = {str(seed): one_seed(seed, work, options) for seed in options.seeds}
     missed = [
-        f"{name}, seed {seed}" for seed, found in seeds.items() for name in options.methods if not learned(found, name)
+        f"{name}, seed {seed}"
+        for seed, results in seeds.items()
+        for name in options.methods
+        if not learned(results, name)
     ]
     print("all have learned" if not missed else f"not beyond twice the standard error: {'; '.join(missed)}")
     if options.json:
-        written = {
+        content = {
             "date": datetime.date.today().isoformat(),
             "machine": machine(),
             "command": f"python benchmarks/preference_learning.py {' '.join(sys.argv[1:])}".strip(),
             "options": {key: value for key, value in vars(options).items() if key not in ("json", "folder")},
             "seeds": plain(seeds),
         }
-        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if missed else 0
 
 

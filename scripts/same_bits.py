@@ -1,11 +1,11 @@
 """Checks that two checkouts train to the same bits: ``python scripts/same_bits.py BEFORE AFTER --folder FOLDER``.
 
-A change of layout or of names must not change one number. Each checkout, with its own ``.venv``, runs the quickstart
-and, from the model and problems of the first quickstart, one recipe each of PPO with a value model, LoRA, offline DPO
+A change of layout or of names must not change any number. Each checkout, with its own ``.venv``, runs the quickstart.
+From the model and problems of the first quickstart it runs one recipe each of PPO with a value model, LoRA, offline DPO
 with cached reference log-probs, and blockwise decoding (as a training run, and as ``posttrain decode``). The rows of
-``metrics.jsonl`` (keys under ``time/`` left out), the completions and the saved weights are then compared byte by byte.
+``metrics.jsonl`` (without keys under ``time/``), the completions and the saved weights are then compared byte by byte.
 
-Takes about ten minutes on two CPU cores. This file uses the standard library only.
+It takes about ten minutes on two CPU cores. This file uses only the standard library.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ RUNS = ("quickstart", "ppo", "lora", "dpo", "blockwise", "decode")
 
 
 def main() -> int:
-    """Runs what is missing in both checkouts, prints a line for each run, and returns 1 if any of them differs."""
+    """Runs both checkouts, prints a line for each comparison, and returns 1 if any run differs.
+
+    Finished runs of the first checkout are used again.
+    """
     parser = argparse.ArgumentParser("python scripts/same_bits.py", description=__doc__)
     parser.add_argument("before", type=Path, help="a checkout with its .venv")
-    parser.add_argument("after", type=Path, help="another one")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="where runs go; those of `before` are kept for next time"
-    )
+    parser.add_argument("after", type=Path, help="another checkout with its .venv")
+    folder_help = "folder for the runs; those of `before` are kept and used again"
+    parser.add_argument("--folder", type=Path, required=True, help=folder_help)
     options = parser.parse_args()
     folder = options.folder.resolve()
     shutil.rmtree(folder / "after", ignore_errors=True)
@@ -44,7 +46,7 @@ def main() -> int:
 
 
 def run_all(checkout: Path, folder: Path, start: Path) -> None:
-    """All runs of one checkout."""
+    """Runs the quickstart and all recipes in one checkout."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     python = str(checkout / ".venv" / "bin" / "python")
@@ -66,7 +68,7 @@ def run_all(checkout: Path, folder: Path, start: Path) -> None:
 
 
 def write_pairs(problems: Path, pairs: Path) -> None:
-    """Preference pairs: the right answer, and one that is off by one."""
+    """Writes preference pairs: the right answer is chosen, and one that is off by one is rejected."""
     rows = [json.loads(line) for line in problems.read_text(encoding="utf-8").splitlines()]
     lines = (
         {"prompt": row["prompt"], "chosen": row["answer"], "rejected": str(int(row["answer"]) + 1)} for row in rows
@@ -76,7 +78,7 @@ def write_pairs(problems: Path, pairs: Path) -> None:
 
 def recipes(folder: Path, start: Path) -> Mapping[str, dict[str, Any]]:
     """The recipes by name, in the order in which they run."""
-    sampled = {
+    sampling = {
         "policy": {"model": str(start / "model")},
         "data": {"path": str(start / "train.jsonl"), "limit": 64},
         "verify": [{"use": "math"}],
@@ -90,8 +92,8 @@ def recipes(folder: Path, start: Path) -> Mapping[str, dict[str, Any]]:
         "pick": {"use": "top"},
         "score": {"use": "value", "model": value},
     }
-    trained = {
-        **sampled,
+    grpo = {
+        **sampling,
         "advantage": {"use": "outcome", "center": "group", "scale": "group"},
         "loss": [{"use": "clip"}],
         "optimizer": {"learning_rate": 3e-4},
@@ -99,7 +101,7 @@ def recipes(folder: Path, start: Path) -> Mapping[str, dict[str, Any]]:
         "prompts_per_step": 8,
         "completions": 4,
     }
-    critic = {
+    ppo = {
         "value": {"optimizer": {"learning_rate": 1e-3}},
         "advantage": {"use": "gae", "lambda_": 0.95},
         "shape": [{"use": "whiten"}],
@@ -108,7 +110,7 @@ def recipes(folder: Path, start: Path) -> Mapping[str, dict[str, Any]]:
         "minibatches": 2,
         "epochs": 2,
     }
-    pairs = {
+    dpo = {
         "policy": {"model": str(start / "model")},
         "reference": {"cache": str(folder / "cache")},
         "data": {"path": str(start / "pairs.jsonl")},
@@ -119,30 +121,31 @@ def recipes(folder: Path, start: Path) -> Mapping[str, dict[str, Any]]:
         "steps": 6,
         "prompts_per_step": 16,
     }
-    made = {
-        "ppo": {**trained, **critic},
-        "lora": {**trained, "policy": {"model": str(start / "model"), "lora": {"rank": 8}}},
-        "dpo": pairs,
-        "blockwise": {**trained, "decoder": guide},
+    training = {
+        "ppo": {**grpo, **ppo},
+        "lora": {**grpo, "policy": {"model": str(start / "model"), "lora": {"rank": 8}}},
+        "dpo": dpo,
+        "blockwise": {**grpo, "decoder": guide},
     }
-    made = {name: {**recipe, "run": {"folder": str(folder / name)}} for name, recipe in made.items()}
-    return {**made, "decode": {**sampled, "decoder": guide, "output": str(folder / "decode" / "completions.jsonl")}}
+    training = {name: {**recipe, "run": {"folder": str(folder / name)}} for name, recipe in training.items()}
+    decode = {**sampling, "decoder": guide, "output": str(folder / "decode" / "completions.jsonl")}
+    return {**training, "decode": decode}
 
 
 def compare(name: str, before: Path, after: Path) -> bool:
-    """Whether two run folders hold the same numbers; says so in a line."""
-    kinds: dict[str, Callable[[Path], Any]] = {
+    """Compares two run folders and prints the result; True if they hold the same numbers."""
+    readers: dict[str, Callable[[Path], Any]] = {
         "metrics.jsonl": metrics,
         "completions.jsonl": Path.read_bytes,
         "*/*.safetensors": lambda path: hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     files, different = 0, []
-    for pattern, content in kinds.items():
+    for pattern, read in readers.items():
         names = {path.relative_to(folder) for folder in (before, after) for path in folder.glob(pattern)}
         for file in sorted(names):
             files += 1
-            both = (before / file).exists() and (after / file).exists()
-            if not both or content(before / file) != content(after / file):
+            in_both = (before / file).exists() and (after / file).exists()
+            if not in_both or read(before / file) != read(after / file):
                 different.append(str(file))
     same = not different and files > 0
     print(f"{name}: {files} files {'are the same' if same else 'differ: ' + ', '.join(different)}", flush=True)
@@ -150,7 +153,7 @@ def compare(name: str, before: Path, after: Path) -> bool:
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of ``metrics.jsonl`` without the times."""
+    """Rows of ``metrics.jsonl`` without their times."""
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 

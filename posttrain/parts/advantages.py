@@ -1,10 +1,10 @@
 """Advantages ``batch -> [N, L]`` and shapers ``(advantage, batch) -> [N, L]``: float32, zero off the mask.
 
-Unscored completions (NaN reward) and greedy baselines stand outside every statistic and get advantage exactly 0.
-Rewards are few, so their statistics are taken in float64: a group of equal rewards gets exactly 0.
+Unscored completions (NaN reward) and baselines (``batch.baseline_only``) are left out of every statistic and get
+advantage exactly 0. Rewards are few, so their statistics are taken in float64: a group of equal rewards gets exactly 0.
 
-Notation: R_i the whole reward of completion i, that is ``reward`` plus the sum of ``step_reward`` over its chosen
-tokens; G_i the scored completions of i's group, G of them.
+Notation: R_i is the whole reward of completion i, that is ``reward`` plus the sum of ``step_reward`` over its chosen
+tokens; G_i are the scored completions of i's group, G of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
+from posttrain.batch import Batch, broadcast, group_max, group_mean, group_std, group_sum, seq_mean, seq_sum
 from posttrain.option_types import Count, Fraction, NonNegative, Option, Positive, facts
 from posttrain.parts.credit import (
     Truncated,
@@ -29,7 +29,6 @@ from posttrain.parts.credit import (
     step_starts,
     token_rewards,
 )
-from posttrain.parts.credit import valid_rows as _valid
 from posttrain.parts.ratio import needed
 
 Center = Literal["none", "group", "leave_one_out", "greedy", "length", "batch"]
@@ -45,7 +44,7 @@ def _by_group(options: Option) -> bool:
 def outcome(
     batch: Batch, *, center: Center = "group", scale: Scale = "none", ddof: Count = 1, eps: NonNegative = 1e-4
 ) -> Float[Tensor, "N L"]:
-    """The completion's reward against a baseline, the same at each of its tokens.
+    """Advantage of each token: the completion's reward minus a baseline, the same number at all of its tokens.
 
     A_it = (R_i - b_i) / (s_i + eps)
 
@@ -54,7 +53,7 @@ def outcome(
 
             - ``none``: 0.
             - ``group``: mean of the group. Shao et al. 2024 (GRPO), section 4.1.2, arXiv:2402.03300.
-            - ``leave_one_out``: mean of the others of the group. Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
+            - ``leave_one_out``: mean of the group's other completions. Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
             - ``greedy``: reward of the group's greedy completion. Li et al. 2023 (ReMax), arXiv:2310.10505.
             - ``length``: Σ_G |o_j| R_j / Σ_G |o_j|. Hao et al. 2025 (OPO), arXiv:2505.23585.
             - ``batch``: mean over all groups and ranks.
@@ -64,14 +63,14 @@ def outcome(
 
             - ``none``: nothing is divided.
             - ``group``: standard deviation of the group's rewards. Shao et al. 2024 (GRPO), arXiv:2402.03300.
-            - ``batch``: of all rewards on all ranks. Liu et al. 2025 (Lite PPO), arXiv:2508.08221.
+            - ``batch``: standard deviation of all rewards on all ranks. Liu et al. 2025 (Lite PPO), arXiv:2508.08221.
         ddof: 1 for the unbiased variance, as TRL and verl take it; 0 for the biased one.
         eps: added to the standard deviation: 1e-4 in TRL, 1e-6 in verl.
 
     Raises:
         ValueError: for ``greedy`` where the batch holds no greedy completion.
     """
-    valid = _valid(batch)
+    valid = batch.trained
     reward = _scored(batch.reward.double() + seq_sum(batch.step_reward.double(), batch.mask), batch)
     centred = reward - _baseline(reward, valid, batch, center)
     if scale != "none":
@@ -88,7 +87,7 @@ def returns(
     center: Center = "none",
     step_center: Literal["none", "leave_one_out"] = "none",
 ) -> Float[Tensor, "N L"]:
-    """Sum of the rewards from each token on, discounted per token that the policy chose.
+    """Advantage of each token: the sum of the rewards from it on, discounted per token that the policy chose.
 
     A_t = r_t + γ A_t', with t' the next chosen token
 
@@ -103,8 +102,8 @@ def returns(
         step_center: ``leave_one_out`` subtracts from each token's ``step_reward`` the mean over the group's other
             completions of their mean over tokens. Cui et al. 2025 (PRIME), eq. 5, arXiv:2502.01456.
     """
-    valid, outcome_reward = _valid(batch), _scored(batch.reward.double(), batch)
-    outcome_reward = outcome_reward - _baseline(outcome_reward, valid, batch, center)
+    outcome_reward = _scored(batch.reward.double(), batch)
+    outcome_reward = outcome_reward - _baseline(outcome_reward, batch.trained, batch, center)
     process = batch.step_reward.double().where(batch.mask, 0.0)
     if step_center == "leave_one_out":
         process = process - broadcast(_others_mean(seq_mean(process, batch.mask), batch), batch.mask)
@@ -129,47 +128,48 @@ def gae(
     r_t is ``step_reward``, and at the last chosen token ``reward`` too. λ = 1 gives the return minus V(s_t).
 
     Args:
-        gamma: discount a chosen token.
+        gamma: discount per chosen token.
         alpha: λ = max(0, 1 - 1 / (α · tokens)) instead: 0.05 in Yue et al. 2025 (VAPO), eq. 10, arXiv:2504.05118.
-        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off for what would have
-            followed; ``end`` takes it as an ending.
+        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off in place of the
+            rewards that would have followed; ``end`` treats the cut as an ending.
     """
-    value, cut = _value(batch), open_ended(batch, truncated)
-    before = at_state(value, batch.mask)
-    after = torch.where(cut, value, at_following(before, batch.mask))
-    errors = (token_rewards(batch) + gamma * after - before).where(batch.mask, 0.0)
-    return _trained(accumulate(errors, batch.mask, gamma * row_lambda(batch, lambda_, alpha)), batch)
+    value, is_cut_off = _value(batch), open_ended(batch, truncated)
+    value_now = at_state(value, batch.mask)
+    value_next = torch.where(is_cut_off, value, at_following(value_now, batch.mask))
+    delta = (token_rewards(batch) + gamma * value_next - value_now).where(batch.mask, 0.0)
+    return _trained(accumulate(delta, batch.mask, gamma * row_lambda(batch, lambda_, alpha)), batch)
 
 
 def value_change(
     batch: Batch, *, level: Literal["token", "step"] = "token", last: Literal["value", "reward"] = "value"
 ) -> Float[Tensor, "N L"]:
-    """How much each token changed the value: the advantage where rewards come at the end and γ is 1.
+    """Advantage of each token: the change of the value that it caused, for rewards at the end and γ = 1.
 
     A_t = V(s_t') - V(s_t), with t' the next chosen token; these add up to V of the whole completion minus V(s_0)
 
-    Huang et al. 2025 (DVPO), arXiv:2502.16944, with a value model that stays as it is.
+    Huang et al. 2025 (DVPO), arXiv:2502.16944, with a frozen value model.
     By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), section 4, arXiv:2410.01679.
 
     Args:
-        level: ``step`` gives each token what its whole reasoning step changed; only values at the states before steps
-            are read, and at the end.
+        level: ``step`` gives each token the change that its whole reasoning step caused. It reads the values only at
+            the states before steps and at the end.
         last: what follows the last chosen token: the model's ``value`` of the whole completion, or its ``reward``.
             Taking 0 instead, as a critic's bootstrap does, would punish every ending that was worth something.
     """
     value, ends = _value(batch), last_chosen(batch.mask)
     final = value if last == "value" else _scored(batch.reward.double(), batch)[:, None]
     starts = step_starts(batch) if level == "step" else batch.mask
-    before = at_state(value, batch.mask).where(starts, 0.0)
-    after = torch.where(last_chosen(starts), final.where(ends, 0.0).sum(-1, keepdim=True), at_following(before, starts))
-    changes = (after - before).where(starts, 0.0)
-    index = (starts.cumsum(-1) - 1).clamp(min=0)  # of the step that each token belongs to
+    value_now = at_state(value, batch.mask).where(starts, 0.0)
+    value_end = final.where(ends, 0.0).sum(-1, keepdim=True)
+    value_next = torch.where(last_chosen(starts), value_end, at_following(value_now, starts))
+    changes = (value_next - value_now).where(starts, 0.0)
+    index = (starts.cumsum(-1) - 1).clamp(min=0)  # number of the step that each token belongs to
     per_step = torch.zeros_like(changes).scatter_add(-1, index, changes)
     return _trained(per_step.gather(-1, index), batch)
 
 
 def static_q(batch: Batch) -> Float[Tensor, "N L"]:
-    """The value of each token as it is, without a baseline.
+    """Advantage of each token: the value of the prefix that ends with it, without a baseline.
 
     A_t = Q(s_t, y_t) = V(prefix that ends with y_t)
 
@@ -179,18 +179,18 @@ def static_q(batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True) -> Float[Tensor, "N L"]:
-    """Return that lets a completion be as good as its worst step: the worst outweighs the others.
+    """Advantage of each token: a return in which the completion's worst step outweighs all its other steps.
 
     G_t = Σ_k>=t r*_k + R,  r*_k = softmax_k(-r_k / T) r_k over the completion's steps
     A_it = G_it - b_i,  b_i = Σ_j≠i Σ_t G_jt / ((G - 1) max_j |o_j|) over the group
 
     Cheng et al. 2025 (PURE), arXiv:2504.15275. Goes with the shaper ``whiten``.
 
-    r_k is ``step_reward`` at the last token of step k, and R ``reward``, at the last token. What ``step_reward`` holds
-    at other tokens counts as it is.
+    r_k is ``step_reward`` at the last token of step k, and R ``reward``, at the last token. ``step_reward`` at all
+    other tokens is added unchanged.
 
     Args:
-        temperature: T; near 0 only the worst step counts, up to itself.
+        temperature: T; near 0 only the worst step counts, for the tokens up to its end.
         baseline: subtract b_i, a constant over the completion's tokens.
     """
     ends, process = step_ends(batch), batch.step_reward.double()
@@ -203,7 +203,9 @@ def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True
 def whiten(
     advantage: Float[Tensor, "N L"], batch: Batch, *, shift: bool = True, ddof: Count = 0, eps: NonNegative = 1e-8
 ) -> Float[Tensor, "N L"]:
-    """Scaled to unit variance, and shifted to mean 0, over the chosen tokens of all scored completions on all ranks.
+    """Scales advantages to variance 1 and shifts them to mean 0, over the tokens of all scored completions.
+
+    Mean and variance are over the chosen tokens on all ranks.
 
     A' = (A - mean) / sqrt(var + eps), plus mean where ``shift`` is off
 
@@ -214,7 +216,7 @@ def whiten(
         shift: subtract the mean.
         ddof: 0 for the biased variance, as OpenRLHF and the reference code of RLHF take it; 1 as in verl.
     """
-    counted = batch.mask & _valid(batch)[:, None]
+    counted = batch.mask & batch.trained[:, None]
     values = advantage.double().where(counted, 0.0)
     mean, variance = _moments(values, counted, batch, ddof)
     whitened = (values - mean) * torch.rsqrt(variance + eps) + (0.0 if shift else mean)
@@ -222,39 +224,41 @@ def whiten(
 
 
 def _trained(advantage: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, "N L"]:
-    return advantage.where(batch.mask & _valid(batch)[:, None], 0.0).to(batch.reward.dtype)
+    """Advantages in the dtype of the rewards, and 0 for every token that is not trained on."""
+    return advantage.where(batch.mask & batch.trained[:, None], 0.0).to(batch.reward.dtype)
 
 
 def _value(batch: Batch) -> Float[Tensor, "N L"]:
+    """The critic's values in float64, 0 off the states."""
     return needed(batch, "value").double().where(batch.states, 0.0)
 
 
 def _others_mean(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
-    """The mean over the other valid completions of the group; a completion without others is its own."""
-    valid = _valid(batch)
+    """Mean over the other valid completions of the group; the completion's own value if there are none."""
+    valid = batch.trained
     counted = values.where(valid, 0.0)
     others = group_sum(valid.double(), batch.group) - 1
     return torch.where(others > 0, (group_sum(counted, batch.group) - counted) / others.clamp(min=1), values)
 
 
 def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, " N"]:
-    """What the others of the group gain per token, over the length of the group's longest; 0 where there are none."""
-    valid = _valid(batch)
+    """Baseline of ``min_form``: the other completions' gain per token of the group's longest; 0 if there are none."""
+    valid = batch.trained
     total = gains.sum(-1).where(valid, 0.0)
     others = group_sum(valid.double(), batch.group) - 1
-    length = batch.tokens_chosen.double().where(valid, 0.0)
-    _, index = batch.group.unique(return_inverse=True)
-    longest = torch.zeros_like(length).scatter_reduce(0, index, length, "amax")[index]
+    longest = group_max(batch.tokens_chosen.double(), batch.group, valid)
     return (group_sum(total, batch.group) - total) / (others * longest).clamp(min=1)
 
 
 def _scored(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
+    """Rewards with 0 for unscored completions."""
     return reward.where(batch.scored, 0.0)
 
 
 def _baseline(
     reward: Float[Tensor, " N"], valid: Bool[Tensor, " N"], batch: Batch, center: Center
 ) -> Float[Tensor, " N"] | float:
+    """Baseline of each completion's reward, of the kind that ``outcome`` describes."""
     match center:
         case "none":
             return 0.0
@@ -276,6 +280,7 @@ def _baseline(
 def _spread(
     reward: Float[Tensor, " N"], valid: Bool[Tensor, " N"], batch: Batch, scale: Scale, ddof: int
 ) -> Float[Tensor, " N"] | Float[Tensor, ""]:
+    """Standard deviation that the rewards are divided by, of the group or of the batch."""
     match scale:
         case "group":
             return group_std(reward, batch.group, valid, ddof)
@@ -285,16 +290,16 @@ def _spread(
 
 
 def _greedy_baseline(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:
-    """Where the greedy completion could not be scored there is no baseline: each completion is its own, advantage 0."""
-    if _valid(batch).any() and not batch.baseline_only.any():
+    """Reward of the group's greedy completion; the completion's own reward (advantage 0) if that one is unscored."""
+    if batch.trained.any() and not batch.baseline_only.any():
         raise ValueError("outcome: center is greedy, but the rollout made no greedy completions")
     scored_greedy = batch.baseline_only & batch.scored
-    found = group_sum(scored_greedy.double(), batch.group) > 0
-    return torch.where(found, group_mean(reward, batch.group, scored_greedy), reward)
+    has_greedy = group_sum(scored_greedy.double(), batch.group) > 0
+    return torch.where(has_greedy, group_mean(reward, batch.group, scored_greedy), reward)
 
 
 def _moments(values: Tensor, counted: Tensor, batch: Batch, ddof: int = 0) -> tuple[Tensor, Tensor]:
-    """Mean and variance over what is counted on all ranks, in two passes; 0 where too little is counted."""
+    """Mean and variance of the counted values on all ranks, in two passes; 0 where too few are counted."""
     count = batch.total(counted)
     mean = batch.total(values.where(counted, 0.0)) / count.clamp(min=1)
     squares = batch.total((values - mean).where(counted, 0.0).square())

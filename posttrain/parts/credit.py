@@ -1,9 +1,9 @@
-"""What returns, advantages and value targets share: rewards a token, the state a token was chosen in, one recursion.
+"""Helpers of returns, advantages and value targets: rewards per token, states of tokens, and one recursion.
 
 The state in which chosen token t was chosen is the prefix that ends with column t - 1. Its next state is the one in
 which the next chosen token t' was chosen, column t' - 1: tool output in between is stepped over, without a discount.
 After the last chosen token nothing follows a completion that stopped; what would have followed a truncated one is
-unknown, and its value at the last chosen token's column stands for it. Sums are taken in float64.
+unknown, and its value at the last chosen token's column is used in its place. Sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ from posttrain.batch import Batch, Finish, broadcast
 Truncated = Literal["bootstrap", "end"]
 
 
-def valid_rows(batch: Batch) -> Bool[Tensor, " N"]:
-    """Completions that count in statistics and are trained on: scored, and no greedy baseline."""
-    return batch.scored & ~batch.baseline_only
-
-
 def last_chosen(mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
     """True at each completion's last chosen token."""
     return mask & (following(mask) == mask.shape[1])
 
 
 def following(mask: Bool[Tensor, "N L"]) -> Int[Tensor, "N L"]:
-    """For each column, the column of the first chosen token after it; L where there is none."""
+    """Column of the first chosen token after each column; L where there is none."""
     columns = mask.shape[1]
     chosen = torch.arange(columns, device=mask.device).expand_as(mask).where(mask, columns)
     at_or_after = chosen.flip(-1).cummin(-1).values.flip(-1)
@@ -38,12 +33,12 @@ def following(mask: Bool[Tensor, "N L"]) -> Int[Tensor, "N L"]:
 
 
 def at_following(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], fill: float = 0.0) -> Float[Tensor, "N L"]:
-    """For each column, ``values`` at the first chosen token after it, ``fill`` where there is none."""
+    """Takes ``values`` at the first chosen token after each column; ``fill`` where there is none."""
     return torch.nn.functional.pad(values, (0, 1), value=fill).gather(-1, following(mask))
 
 
 def at_state(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
-    """For each chosen token, ``values`` at the state in which it was chosen; 0 off the mask."""
+    """Takes ``values`` at the state in which each chosen token was chosen; 0 off the mask."""
     return torch.nn.functional.pad(values[:, :-1], (1, 0)).where(mask, 0.0)
 
 
@@ -58,7 +53,7 @@ def step_starts(batch: Batch) -> Bool[Tensor, "N L"]:
 
 
 def token_rewards(batch: Batch) -> Float[Tensor, "N L"]:
-    """``step_reward`` at each chosen token, and ``reward`` too at the last one; ``reward`` is 0 where unscored."""
+    """Reward of each chosen token: ``step_reward``, plus ``reward`` at the last one (0 where it is unscored)."""
     outcome = batch.reward.double().where(batch.scored, 0.0)
     return batch.step_reward.double().where(batch.mask, 0.0) + broadcast(outcome, last_chosen(batch.mask))
 
@@ -82,9 +77,9 @@ def open_ended(batch: Batch, truncated: Truncated) -> Bool[Tensor, "N L"]:
 def accumulate(
     terms: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], decay: float | Float[Tensor, " N"]
 ) -> Float[Tensor, "N L"]:
-    """The sum from each chosen token on, each later chosen token decayed once more: y_t = x_t + decay · y_t'.
+    """Decayed sum of ``terms`` from each chosen token on: y_t = x_t + decay · y_t', with t' the next chosen token.
 
-    Off the mask it holds the sum from the next chosen token on; terms there must be 0.
+    Off the mask it holds the sum from the next chosen token on. The terms off the mask must be 0.
     """
     if isinstance(decay, float) and decay == 1.0:
         return terms.flip(-1).cumsum(-1).flip(-1)
@@ -96,4 +91,5 @@ def accumulate(
 
 
 def _before_change(step_id: Int[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
+    """True at each chosen token whose next chosen token belongs to another step, or that has none."""
     return mask & (at_following(step_id.double(), mask, fill=-1.0) != step_id)

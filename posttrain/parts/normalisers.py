@@ -1,11 +1,11 @@
-"""Normalisers: each token's share of the loss, from sums over the global batch.
+"""Normalisers ``batch -> [N, L]``: each token's share of the loss, from sums over the global batch.
 
-A normaliser maps a batch to weights ``[N, L]``, float32 and zero off the mask; the loss of a term is the plain sum of
-``term * weight``. The counts below are over every rank and every micro-batch (``batch.total``), so the loss does not
-depend on how the batch is split. Unscored completions count: their advantage is 0, but other terms (KL, entropy) are
-about them too. Completions that hold no chosen token, and greedy baselines, do not.
+The shares are float32 and zero off the mask; the loss of a term is the plain sum of ``term * share``. The counts below
+are over every rank and every micro-batch (``batch.total``), so the loss does not depend on how the batch is split.
+Unscored completions count: their advantage is 0, but other terms (KL, entropy) are about them too. Completions without
+a chosen token, and baselines (``batch.baseline_only``), do not count.
 
-Notation: N completions; G groups; o_i the chosen tokens of completion i, |o_i| of them; m the mask.
+Notation: N completions; G groups; o_i are the chosen tokens of completion i, |o_i| of them; m is the mask.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def token_mean(batch: Batch, *, of: Literal["all", "positive"] = "all") -> Float
     Yu et al. 2025 (DAPO), eq. 12, arXiv:2503.14476.
 
     Args:
-        of: ``positive`` counts only completions with a positive score, of a term that is about them alone.
+        of: ``positive`` counts only completions with a positive score, for a term that is about them alone.
             Yue et al. 2025 (VAPO), section 4.3.2, arXiv:2504.05118.
     """
     mask = _counted(batch)
@@ -70,7 +70,7 @@ def seq_sum_over(batch: Batch, *, length: PositiveCount) -> Float[Tensor, "N L"]
     a mean.
 
     Raises:
-        ValueError: unless ``length`` is positive.
+        ValueError: if ``length`` is not positive.
     """
     if length <= 0:
         raise ValueError(f"seq_sum_over: length is a number of tokens and must be positive, not {length}")
@@ -78,7 +78,7 @@ def seq_sum_over(batch: Batch, *, length: PositiveCount) -> Float[Tensor, "N L"]
 
 
 def group_mean_of_token_sum(batch: Batch) -> Float[Tensor, "N L"]:
-    """Mean over groups of the sum over the tokens of all their completions: over pairs, in preference data.
+    """Mean over groups of the sum over the tokens of all their completions; with preference data, mean over pairs.
 
     w_it = m_it / G, with G the groups that hold a chosen token
 
@@ -100,11 +100,12 @@ def token_sum(batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def _counted(batch: Batch) -> Bool[Tensor, "N L"]:
+    """Tokens that have a share: chosen, and not of a baseline."""
     return batch.mask & ~batch.baseline_only[:, None]
 
 
 def _sequences(batch: Batch, mask: Bool[Tensor, "N L"]) -> Tensor:
-    """Completions, over all ranks, that hold a chosen token."""
+    """Number of completions on all ranks that hold a chosen token, at least 1."""
     return batch.total(mask.any(-1)).clamp(min=1)
 
 

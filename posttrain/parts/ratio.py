@@ -1,4 +1,4 @@
-"""What losses and weights share: log-ratios of two policies, and access to the fields of a batch that they need."""
+"""Helpers of losses and weights: log-ratios of two policies, and access to fields that another stage fills."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 from posttrain.batch import Batch
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 is beyond every clip and still far from float32's limit
-Filled = Literal["logp_old", "logp_ref", "advantage", "value", "target"]
 
 
 def log_ratio(
     now: Float[Tensor, "N L"], before: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]
 ) -> Float[Tensor, "N L"]:
-    """log p_now - log p_before at chosen tokens, clamped to ±20; exactly 0 elsewhere, whatever lies there.
+    """Log-ratio log p_now - log p_before at chosen tokens, clamped to ±20; exactly 0 elsewhere, even for NaN.
 
     So the ratio of padding is exactly 1, and no ratio is infinite.
     """
@@ -26,7 +25,7 @@ def log_ratio(
 def needed(
     batch: Batch, field: Literal["logp_old", "logp_ref", "advantage", "value", "target"]
 ) -> Float[Tensor, "N L"]:
-    """A field of the batch that an earlier stage of the loop fills.
+    """Returns a field of the batch that an earlier stage of the loop fills.
 
     Raises:
         ValueError: if that stage has not run.

@@ -1,8 +1,9 @@
-"""Which completions stay: ``batch -> Bool[N]``, True for those kept.
+"""Selection of completions ``batch -> Bool[N]``: True for the completions that are kept.
 
-In a recipe's ``select`` they act before rewards are turned into advantages, so the statistics are of what is kept, and
-the loop draws further prompts until enough are left. In ``keep`` they act after: the advantages are of all. Greedy
-baselines stay with their group; the loop drops them before the update.
+In a recipe's ``select`` a selection runs before advantages are computed, so their statistics are over the kept
+completions, and the loop draws further prompts until enough are left. In ``keep`` it runs after them: the statistics
+are over all completions. Baselines (``batch.baseline_only``) stay with their group; the loop drops them before the
+update.
 """
 
 from __future__ import annotations
@@ -14,46 +15,43 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from posttrain.batch import Batch, Finish
+from posttrain.batch import Batch, Finish, group_max, group_min
 from posttrain.option_types import facts
 
 
 @facts(compares_group=True)
 def mixed_groups(batch: Batch) -> Bool[Tensor, " N"]:
-    """Groups from which there is something to learn: whose completions did not all get the same verifier score.
+    """Keeps the groups whose completions did not all get the same verifier score.
 
     kept = max_G score > min_G score, which for scores of 0 and 1 is 0 < accuracy < 1
 
     Yu et al. 2025 (DAPO, dynamic sampling), eq. 11, arXiv:2503.14476.
 
-    Decided on ``score``, what the verifiers said, not on ``reward``: a length penalty does not make a solved prompt
-    worth learning from. Unscored completions have no say, but stay or go with their group.
+    The comparison uses ``score``, the verifiers' number, not ``reward``: a length penalty does not make a solved prompt
+    worth learning from. Unscored completions are ignored in the comparison, but stay or go with their group.
     """
     valid = ~batch.score.isnan() & ~batch.baseline_only
-    _, index = batch.group.unique(return_inverse=True)
-    highest = _group_extreme(batch.score.where(valid, -torch.inf), index, "amax")
-    lowest = _group_extreme(batch.score.where(valid, torch.inf), index, "amin")
-    return highest > lowest
+    return group_max(batch.score, batch.group, valid) > group_min(batch.score, batch.group, valid)
 
 
 @facts(compares_group=True)
 def max_variance(batch: Batch, *, keep: Annotated[int, Field(ge=2)]) -> Bool[Tensor, " N"]:
-    """In each group, the ``keep`` completions whose rewards have the largest variance.
+    """Keeps in each group the ``keep`` completions whose rewards have the largest variance.
 
     kept = the k smallest and the keep - k largest rewards, for the best k
 
     Xu et al. 2025 (PODS), arXiv:2504.13818.
 
-    Unscored completions go; a group with no more than ``keep`` scored ones keeps those. Of equal rewards, the earlier
-    row is the smaller.
+    Unscored completions are dropped; a group with at most ``keep`` scored ones keeps all of these. Of equal rewards,
+    the earlier row counts as the smaller.
 
     Raises:
         ValueError: if ``keep`` is less than 2.
     """
     if keep < 2:
-        raise ValueError(f"max_variance: at least 2 completions a group have a variance, not keep={keep}")
+        raise ValueError(f"max_variance: keep must be at least 2, because one completion has no variance, not {keep}")
     kept = batch.baseline_only.clone()
-    valid = batch.scored & ~batch.baseline_only
+    valid = batch.trained
     for group in batch.group.unique():
         rows = (valid & (batch.group == group)).nonzero().squeeze(-1)
         rows = rows[batch.reward[rows].argsort(stable=True)]
@@ -62,7 +60,7 @@ def max_variance(batch: Batch, *, keep: Annotated[int, Field(ge=2)]) -> Bool[Ten
 
 
 def finished(batch: Batch) -> Bool[Tensor, " N"]:
-    """Completions that ended by themselves; those cut off at the length limit, or aborted, say nothing of their end.
+    """Keeps the completions that ended with a stop; those cut off at the length limit or aborted are dropped.
 
     Yu et al. 2025 (DAPO, overlong filtering), section 3.4, arXiv:2503.14476.
     """
@@ -70,10 +68,9 @@ def finished(batch: Batch) -> Bool[Tensor, " N"]:
 
 
 def _widest(rows: Int[Tensor, " n"], reward: Float[Tensor, " N"], keep: int) -> Int[Tensor, " k"]:
-    """Of rows in ascending order of reward, the ``keep`` from both ends with the largest variance; each end has one."""
+    """Chooses ``keep`` rows with the largest variance from both ends of rows in ascending order of reward.
+
+    At least one row comes from each end.
+    """
     ends = [torch.cat([rows[:k], rows[len(rows) - keep + k :]]) for k in range(1, keep)]
     return max(ends, key=lambda subset: float(reward[subset].var(correction=0)))
-
-
-def _group_extreme(values: Float[Tensor, " N"], index: Int[Tensor, " N"], reduce: str) -> Float[Tensor, " N"]:
-    return torch.zeros_like(values).scatter_reduce(0, index, values, reduce, include_self=False)[index]

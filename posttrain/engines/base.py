@@ -1,4 +1,4 @@
-"""What an engine is: tokens in, tokens out, with the log-probs of the distribution that was sampled from.
+"""The protocols of engines: tokens in, tokens out, with log-probs under the distribution that was sampled from.
 
 Nothing is re-tokenised: the ids that an engine returns are the ids that the trainer learns from.
 """
@@ -18,7 +18,7 @@ from posttrain.recipe.sections import SamplingSection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 is greedy decoding.
+    """Settings of sampling. ``temperature`` 0 is greedy decoding.
 
     ``top_p`` < 1, ``top_k`` > 0 or ``min_p`` > 0 change the distribution: the log-probs an engine returns are those of
     the changed one, which a trainer's full softmax does not match. Training refuses them; evaluation does not.
@@ -45,7 +45,7 @@ class Sampling:
 
     @property
     def is_full_softmax(self) -> bool:
-        """Whether the distribution sampled from is the model's own softmax at ``temperature``."""
+        """True if tokens are drawn from the model's own softmax at ``temperature``."""
         return self.temperature > 0 and self.top_p >= 1 and self.top_k <= 0 and self.min_p <= 0
 
 
@@ -74,7 +74,7 @@ class Engine(Protocol):
 
     @property
     def version(self) -> int:
-        """Of the weights."""
+        """Version of the weights that the engine holds; set by ``load``."""
         ...
 
     def generate(
@@ -86,7 +86,7 @@ class Engine(Protocol):
         seeds: Sequence[int] | None = None,
         on_completion: OnCompletion | None = None,
     ) -> list[list[Completion]]:
-        """``n`` completions of each prompt.
+        """Samples ``n`` completions of each prompt.
 
         Args:
             prompts: token ids, one list a prompt.
@@ -124,13 +124,13 @@ class Row(NamedTuple):
 
 
 Shaper = Callable[[Float[Tensor, "B V"], Sequence[Row]], Float[Tensor, "B V"]]
-"""Replaces the next-token law of each row: log-probs at the sampling temperature (at temperature 0, those of the
-model's own softmax) to log-probs, normalised. It may be called more than once for the same row and position."""
+"""Replaces the next-token distribution of each row. Takes and returns normalised log-probs at the sampling temperature
+(at temperature 0, those of the model's own softmax). It may be called more than once for the same row and position."""
 
 
 @runtime_checkable
 class ShapingEngine(Engine, Protocol):
-    """An engine that lets a shaper change the law each token is drawn from; log-probs are then the changed law's."""
+    """An engine whose token distributions a shaper can change; log-probs are those of the changed distribution."""
 
     def generate(
         self,
@@ -142,7 +142,7 @@ class ShapingEngine(Engine, Protocol):
         on_completion: OnCompletion | None = None,
         shaper: Shaper | None = None,
     ) -> list[list[Completion]]:
-        """As :meth:`Engine.generate`.
+        """Samples completions; see :meth:`Engine.generate`.
 
         Raises:
             ValueError: for a shaper with ``top_p``, ``top_k`` or ``min_p``, which cut in another order in each engine.
@@ -151,12 +151,12 @@ class ShapingEngine(Engine, Protocol):
 
 
 class Aborted(Exception):
-    """A request that was taken back before it ended."""
+    """The error of a request that was aborted before it ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """What became of a request since its caller was last told. The last one has a completion or an error."""
+    """News of a request since the last update. The last update has a completion or an error."""
 
     tokens: list[int] = field(default_factory=list)  # new ones
     logps: list[float] = field(default_factory=list)  # theirs
@@ -165,13 +165,13 @@ class RequestUpdate:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more comes."""
+        """True if this is the last update."""
         return self.completion is not None or self.error is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Request:
-    """One completion that is wanted, on its own terms: other requests of other terms may share its batch."""
+    """A request for one completion with its own settings. Requests with other settings may share its batch."""
 
     prompt: Sequence[int]
     sampling: Sampling

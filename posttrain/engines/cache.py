@@ -50,7 +50,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _widened(held: Tensor | None, new: Tensor, columns: int) -> Tensor:
-    """Memory for ``columns`` columns of what ``new`` is, beginning with what is held."""
+    """Memory for ``columns`` columns of the kind of ``new``, beginning with a copy of the columns that are held."""
     room = new.new_empty(*new.shape[:2], columns, new.shape[-1])
     if held is not None and held.numel():
         room[:, :, : held.shape[-2]] = held
@@ -58,7 +58,7 @@ def _widened(held: Tensor | None, new: Tensor, columns: int) -> Tensor:
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A cache for a model of this configuration; other kinds of layers (sliding windows) are transformers' own."""
+    """A cache for a model of this configuration; other layers (sliding windows) use transformers' own cache."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -1,4 +1,4 @@
-"""Where randomness comes from: seeds, and choices as functions, so that an exact world can take all of them in turn."""
+"""Random choices as functions, so that tests can enumerate every choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Chooser = Callable[[Sequence[float]], int]
 """Draws an index from probabilities, which sum to 1 up to rounding."""
 
 MakeChooser = Callable[[int], Chooser]
-"""The chooser of a seed."""
+"""Makes the chooser of a seed."""
 
 
 def seeded_chooser(seed: int) -> Chooser:

@@ -1,4 +1,4 @@
-"""The engine that samples from a policy, with room for what it is to write."""
+"""Makes the engine of a policy, long enough for the prompts and completions of a run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from posttrain.recipe import sections
 
 
 class LengthBudget(NamedTuple):
-    """What a call of the engine needs positions for, in tokens."""
+    """The positions that a call of the engine needs, in tokens."""
 
     prompt: int
-    """The longest one."""
+    """Length of the longest prompt."""
     completion: int
     setting: str = "sampling.max_tokens"
-    """What limits the completion."""
+    """Name of the setting that limits the completion."""
     branches: int = 0
-    """What a call for several branches takes beyond that."""
+    """Further positions for a call with several branches."""
 
     @property
     def positions(self) -> int:
-        """All together."""
+        """Positions that the context window must have: prompt, completion and branches."""
         return self.prompt + self.completion + self.branches
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class LengthBudget(NamedTuple):
 def policy_engine(
     policy: sections.PolicySection, engine: sections.EngineSection, needed: Sequence[LengthBudget], *, seed: int
 ) -> Engine:
-    """The engine of a policy, as long as ``engine.max_model_len`` says or the largest room needs.
+    """Makes the engine of a policy, as long as ``engine.max_model_len`` says or the largest budget needs.
 
     Raises:
         UserError: where that is more than ``engine.max_model_len`` or the model's positions.
@@ -56,7 +56,7 @@ def policy_engine(
 def engine_of_length(
     policy: sections.PolicySection, engine: sections.EngineSection, length: int, *, seed: int
 ) -> Engine:
-    """The engine of a policy for prompts and completions of at most ``length`` tokens together.
+    """Makes the engine of a policy for prompts and completions of at most ``length`` tokens together.
 
     Raises:
         UserError: where the model has fewer positions.

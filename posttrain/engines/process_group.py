@@ -1,4 +1,4 @@
-"""A world of one process for vLLM, apart from the trainer's ``torch.distributed``.
+"""A process group of one process for vLLM, separate from the trainer's ``torch.distributed``.
 
 vLLM builds its groups from the default process group of ``torch.distributed``: it makes one where there is none, and
 otherwise takes the trainer's, ranks of other processes included. Neither fits an engine in each rank of a training job:
@@ -43,7 +43,7 @@ _engine_world = _World()  # vLLM keeps its groups in module globals, so all engi
 
 @contextmanager
 def engine_world() -> Iterator[None]:
-    """Within it, ``torch.distributed`` is the engines' world of one process; afterwards the trainer's is as it was."""
+    """Inside, ``torch.distributed`` is the engines' world of one process; afterwards it is the trainer's again."""
     with _lock:
         trainer_world, init_method, excepthook = c10d._world, c10d._default_pg_init_method, sys.excepthook
         c10d._world = _engine_world  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What engines do with prompts before the first token."""
+"""Checks of prompts and shapers that engines make before the first token."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
 
 
 def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
-    """Raises ``ValueError`` for a shaper together with filters: each engine would cut in another order."""
+    """Raises ``ValueError`` for a shaper together with filters, which engines apply in different orders."""
     if shaper is not None and sampling.temperature > 0 and not sampling.is_full_softmax:
         raise ValueError(
-            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped law takes no filters; "
+            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped distribution takes no filters; "
             "leave them out and restrict the shaper's candidates"
         )
 

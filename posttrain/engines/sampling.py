@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, each row from a random number of its own."""
+"""Draws tokens from logits, with a random number of its own for each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "N count"]:
-    """``count`` numbers in [0, 1) for each seed, float64, on CPU; the same for a seed whatever the others are."""
+    """Draws ``count`` numbers in [0, 1) for each seed, float64, on CPU, independent of other seeds."""
     drawn = torch.empty(len(seeds), count, dtype=torch.float64)
     generator = torch.Generator()
     for row, seed in zip(drawn, seeds, strict=True):
@@ -24,7 +24,7 @@ def uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "N count"]:
 
 
 def filters(sampling: Sampling) -> LogitsProcessorList:
-    """Min-p, top-k and top-p, in vLLM's order."""
+    """Applies min-p, top-k and top-p, in vLLM's order."""
     processors = LogitsProcessorList()
     if sampling.temperature == 0:
         return processors
@@ -40,7 +40,7 @@ def filters(sampling: Sampling) -> LogitsProcessorList:
 def draw(
     logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"], temperature: float, processors: LogitsProcessorList
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """A token a row, and its log-prob under the distribution it was drawn from, float32.
+    """Draws one token for each row, with its log-prob under the distribution that it was drawn from, float32.
 
     At temperature 0 the token is the most probable one and the log-prob that of the model's own softmax.
     """
@@ -71,6 +71,6 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> In
 
 
 def _first_above(cumulative: Float[Tensor, "N K"], target: Float[Tensor, "N 1"]) -> Int[Tensor, "N 1"]:
-    """Index of the first entry above the target, which rounding must not carry to the last entry's height."""
+    """Index of the first entry above the target; rounding never lifts the target to the last entry."""
     below_last = torch.nextafter(cumulative[:, -1:], cumulative.new_zeros(()))
     return torch.searchsorted(cumulative, torch.minimum(target, below_last), right=True)

@@ -1,4 +1,4 @@
-"""What all engines share: requests that join and leave while others are sampled, and ``generate`` on top of them."""
+"""The base of all engines: requests join and leave while others are sampled, and ``generate`` is made of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _InFlight:
 
 
 class SteppingEngine(ABC):
-    """An engine that samples all requests it has been given side by side, a token of each at every step.
+    """An engine that samples all its requests side by side, one token of each at every step.
 
     Requests may be submitted and aborted between steps. An engine belongs to one thread.
 
@@ -41,10 +41,10 @@ class SteppingEngine(ABC):
         self._fresh_seeds = FreshSeeds(seed)
         self._in_flight: dict[int, _InFlight] = {}
         self.before_step: Callable[[], None] = _nothing
-        """Called before every step, those of ``generate`` too: the moment to submit or abort other requests."""
+        """Hook before every step, also within ``generate``: the moment to submit or abort other requests."""
 
     def submit(self, request: Request) -> int:
-        """Takes a request in; returns its number. Its caller is told of each token or of the end alone.
+        """Accepts a request and returns its number. The caller gets an update for each token, or for the end only.
 
         Raises:
             ValueError: for a prompt that leaves no room, or a shaper together with filters.
@@ -62,13 +62,13 @@ class SteppingEngine(ABC):
         return [*self._in_flight]
 
     def step(self) -> None:
-        """Samples on. What a shaper raises ends its requests and no others."""
+        """Samples the next tokens. An error of a shaper ends its own requests and no others."""
         self.before_step()
         if self._in_flight:
             self._advance()
 
     def abort(self, numbers: Iterable[int]) -> None:
-        """Takes requests back, who are told so; those that have ended are left alone."""
+        """Aborts requests, which get an update that says so. Requests that have ended are ignored."""
         taken = [number for number in numbers if number in self._in_flight]
         for number in taken:
             self._fail(number, Aborted())
@@ -123,18 +123,18 @@ class SteppingEngine(ABC):
 
     @abstractmethod
     def _add(self, number: int, request: Request) -> None:
-        """The request will be sampled from the next step on."""
+        """Adds a request, which is sampled from the next step on."""
 
     @abstractmethod
     def _advance(self) -> None:
-        """Samples on, calling :meth:`_grow` and :meth:`_fail`."""
+        """Samples the next tokens and calls :meth:`_grow` and :meth:`_fail`."""
 
     @abstractmethod
     def _drop(self, numbers: Sequence[int]) -> None:
-        """These requests are no longer in flight: no more time should go into them."""
+        """Drops requests that are no longer in flight, so that no more time goes into them."""
 
     def _grow(self, number: int, tokens: list[int], logps: list[float], finish: Finish | None) -> None:
-        """Tells of new tokens; with ``finish`` they are the last."""
+        """Reports new tokens of a request; with ``finish`` they are its last."""
         flight = self._in_flight[number]
         flight.tokens += tokens
         flight.logps += logps
@@ -145,12 +145,12 @@ class SteppingEngine(ABC):
         flight.request.on_update(RequestUpdate(tokens, logps, completion))
 
     def _fail(self, number: int, error: Exception) -> None:
-        """The request ends without a completion."""
+        """Ends a request with an error instead of a completion."""
         self._in_flight.pop(number).request.on_update(RequestUpdate(error=error))
 
 
 def _nothing() -> None:
-    """Nobody has anything to do before a step."""
+    """The default hook before a step: does nothing."""
 
 
 def _completed(update: RequestUpdate) -> Completion:

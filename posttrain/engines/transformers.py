@@ -1,4 +1,4 @@
-"""A batched sampler on a plain transformers model: the engine where vLLM is not installed."""
+"""A batched sampler on a plain transformers model: the engine for machines without vLLM."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TransformersEngine(SteppingEngine):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that samples, for decoders that reach into it."""
+        """The model that samples, for decoders that edit its hidden states."""
         return self._opened()
 
     def _opened(self) -> PreTrainedModel:
@@ -102,7 +102,7 @@ class TransformersEngine(SteppingEngine):
         self._rounds = [each for each in self._rounds if self._in_flight.keys() & each.requests.keys()]
 
     def _advance(self) -> None:
-        """A token of each request of the newest round; there is another one only if a shaper generates, too."""
+        """Samples one token of each request of the newest round. Rounds nest only if a shaper itself generates."""
         now = self._rounds.pop() if self._rounds else self._next_round()
         try:
             over = next(now.tokens, None) is None
@@ -114,7 +114,7 @@ class TransformersEngine(SteppingEngine):
             self._rounds.append(now)
 
     def _next_round(self) -> Round:
-        """Takes requests of equal terms out of those that wait, the shortest first: neighbours need little padding."""
+        """Takes waiting requests with equal settings, the shortest first, so that neighbours need little padding."""
         first = next(iter(self._waiting.values()))
         fitting = {
             number: request
@@ -126,7 +126,7 @@ class TransformersEngine(SteppingEngine):
         return Round(requests, self._sample(requests))
 
     def _sample(self, requests: Mapping[int, Request]) -> Iterator[int]:
-        """Samples ``requests`` of equal terms at once; yields how many tokens each has."""
+        """Samples requests with equal settings together; yields the number of tokens that each has."""
         model, numbers, wanted = self._opened(), [*requests], [*requests.values()]
         sampling, shaper = wanted[0].sampling, wanted[0].shaper
         stops = torch.tensor(stop_ids(sampling, self._eos), dtype=torch.long, device=model.device)
@@ -157,7 +157,7 @@ class TransformersEngine(SteppingEngine):
             yield column + 1
 
     def _gone(self, batch: Running, numbers: Sequence[int]) -> Bool[Tensor, " B"]:
-        """Which running rows nobody waits for any more."""
+        """Indices of the rows whose request was aborted."""
         gone = [numbers[row] not in self._in_flight for row in batch.rows.tolist()]
         return batch.running & torch.tensor(gone, device=batch.running.device)
 
@@ -171,7 +171,7 @@ class TransformersEngine(SteppingEngine):
         stopped: Sequence[bool],
         ended: Sequence[bool],
     ) -> None:
-        """Tells of the tokens of rows: of the last one to those that stream, of all to those that have ended."""
+        """Reports tokens of rows: the newest to requests that stream, all of them to requests that have ended."""
         for row, stop, end in zip(rows, stopped, ended, strict=True):
             flight = self._in_flight.get(numbers[row])
             if flight is None or not (end or flight.request.stream):
@@ -203,7 +203,7 @@ class Running:
 
     @staticmethod
     def start(model: PreTrainedModel, requests: Sequence[Request], max_tokens: int) -> Running:
-        """Reads the prompts, each once, and gives every request its copy of the keys and values."""
+        """Reads each prompt once and gives every request its copy of the keys and values."""
         distinct = list(dict.fromkeys(tuple(request.prompt) for request in requests))
         length = torch.tensor([len(prompt) for prompt in distinct])
         padding = length.max() - length
@@ -227,7 +227,7 @@ class Running:
     def shaped(
         self, shaper: Shaper, requests: Sequence[Request], sampled: Int[Tensor, "N columns"], sampling: Sampling
     ) -> Float[Tensor, "B V"]:
-        """Logits whose softmax at the temperature is the shaper's law; those of ended rows are as they were."""
+        """Logits whose softmax at the temperature is the shaper's distribution; those of ended rows stay unchanged."""
         temperature = sampling.temperature or 1.0
         which = self.rows[self.running]
         going = [requests[row] for row in which.tolist()]
@@ -241,7 +241,7 @@ class Running:
         return logits
 
     def compact(self, drawn: Int[Tensor, " B"]) -> Int[Tensor, " kept"]:
-        """Takes ended rows out if they are many; returns the tokens of the rows that stay."""
+        """Removes ended rows if there are many; returns the tokens of the rows that stay."""
         if self.running.sum() > KEEP_WIDTH * len(self.running):
             return drawn
         kept = self.running.nonzero()[:, 0]
@@ -268,7 +268,7 @@ class Running:
 
 @torch.inference_mode()
 def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> Float[Tensor, "P V"]:
-    """Fills the cache with the prompts, padded on the left; the logits of what follows them."""
+    """Fills the cache with the prompts, padded on the left, and returns the logits of the next tokens."""
     width = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
     tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])

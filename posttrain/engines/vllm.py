@@ -151,7 +151,7 @@ class VllmEngine(SteppingEngine):
 
 
 def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, cache_mb: int, gpu_memory: float) -> Any:
-    """A ``vllm.LLM`` in this process."""
+    """Makes a ``vllm.LLM`` in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # vLLM's own switch, and the same for what it logs before it has read it
@@ -195,7 +195,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 @functools.lru_cache(maxsize=64)
 def sampling_params(sampling: Sampling, eos: tuple[int, ...], stream: bool = False) -> SamplingParams:
-    """vLLM's form of ``sampling``, without a seed."""
+    """vLLM's sampling parameters, without a seed."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -222,7 +222,7 @@ def vllm_shaping() -> Any:
 
 
 def parameter_places(model: Any) -> dict[str, Tensor]:
-    """For each Hugging Face name of a vLLM model's tensors, the part of vLLM's memory that holds it.
+    """Maps the Hugging Face name of each tensor to the part of vLLM's memory that holds it.
 
     vLLM packs several matrices into one (queries, keys and values; gate and up projections), one below the other, and
     pads vocabularies.

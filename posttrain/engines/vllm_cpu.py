@@ -1,4 +1,4 @@
-"""What vLLM needs on CPU to serve as a sampler whose weights change after every step."""
+"""Adapts vLLM's CPU backend to a sampler whose weights change after every step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arguments(*, max_model_len: int, cache_mb: int) -> dict[str, Any]:
 
 
 def prepare() -> None:
-    """Fits vLLM's CPU backend; does nothing elsewhere. Must run before vLLM's sampler is imported.
+    """Patches vLLM's CPU backend; does nothing elsewhere. Must run before vLLM's sampler is imported.
 
     * Linear layers keep their weights. vLLM packs them for its own kernels and drops the originals, after which no
       weight could be loaded. See :func:`pack_weights`.
@@ -54,7 +54,7 @@ def prepare() -> None:
 
 
 def _leave_memory_unbound(nodes: list[int]) -> None:
-    """In place of vLLM's function, which binds the whole process."""
+    """Replaces vLLM's function, which binds the whole process to cores."""
 
 
 def _keeping_weight(pack: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +66,7 @@ def _keeping_weight(pack: Callable[..., None]) -> Callable[..., None]:
 
 
 def pack_weights(model: torch.nn.Module) -> None:
-    """Packs the weights of linear layers again, after new ones were loaded; does nothing but on CPU.
+    """Packs the weights of linear layers again after a load; only needed on CPU.
 
     vLLM's kernels for packed weights are 1.1 to 2.2 times as fast as plain ones, for twice the memory of the weights.
     """
@@ -78,7 +78,7 @@ def pack_weights(model: torch.nn.Module) -> None:
 
 
 def check_head_size(size: int) -> None:
-    """Raises ``RecipeError`` where vLLM's CPU attention has no kernel for heads of this size."""
+    """Raises ``RecipeError`` if vLLM's CPU attention has no kernel for heads of this size."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     sizes = CPUAttentionBackend.get_supported_head_sizes()

@@ -1,4 +1,4 @@
-"""How vLLM runs its one worker here: in this process, on this rank's device."""
+"""The executor that runs vLLM's one worker in this process, on this rank's device."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from posttrain.engines.base import Request, Row
 
 KEY = "posttrain_shaped"
-"""The argument of a vLLM request that holds the number of ours."""
+"""Name of the argument of a vLLM request that holds the number of our request."""
 
 shaped: WeakValueDictionary[int, Request] = WeakValueDictionary()
 """Requests with a shaper, as long as their engine holds them; engines live in this process."""
 
 failures: dict[int, Exception] = {}
-"""What shapers have raised, by request: vLLM would dump its whole state on an error."""
+"""Errors of shapers, by request. They are kept here because vLLM dumps its whole state on an error."""
 
 
 class _Slot(NamedTuple):
@@ -31,7 +31,7 @@ class _Slot(NamedTuple):
 
 
 class ShapingProcessor(LogitsProcessor):
-    """Hands the rows of a shaper to it in one call; requests without one are left as they are.
+    """Passes all rows of a shaper to it in one call. Requests without a shaper are not changed.
 
     vLLM divides by the temperature afterwards, so the shaped log-probs are multiplied by it.
     """

@@ -1,4 +1,4 @@
-"""Replacing an engine's weights, and proof that what arrived is what was sent."""
+"""Replaces an engine's weights and checks that the tensors which arrived are those that were sent."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _announced(
 
 
 def _unknown(name: str, places: Mapping[str, Tensor]) -> str:
-    """What to say of a tensor that the engine does not have: which it has in the same module."""
+    """Message about a tensor that the engine does not have, with the tensors that it has in the same module."""
     module = name
     beside: list[str] = []
     while "." in module and not beside:

@@ -1,4 +1,4 @@
-"""One request while it is answered."""
+"""The state of one request while it is answered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from posttrain.serving.worker import Job
 
 
 class Run:
-    """The jobs of a request and what has come of them. Made where its slot is held, which :meth:`close` gives back.
+    """The jobs of a request and their results so far. The request holds a slot, which :meth:`close` releases.
 
     Raises:
         ApiError: for what cannot be sampled.
@@ -67,18 +67,18 @@ class Run:
         ]
 
     def start(self) -> None:
-        """Hands the jobs to the worker."""
+        """Submits the jobs to the worker."""
         for job in self._jobs:
             self._served.worker.submit(job)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer, once all is there."""
+        """The whole answer, once all choices have ended."""
         async for _ in self._grown():
             pass
         return self._writer.whole(self.choices, self._prompts)
 
     async def events(self) -> AsyncIterator[str]:
-        """The answer as server-sent events, as it comes."""
+        """Streams the answer as server-sent events."""
         for choice in self.choices:
             if (first := self._writer.first(choice)) is not None:
                 yield event(first)
@@ -96,7 +96,7 @@ class Run:
         yield "data: [DONE]\n\n"
 
     async def _grown(self) -> AsyncIterator[Choice]:
-        """Choices with something new, until all have ended."""
+        """Yields choices that have new tokens, until all have ended."""
         unfinished = len(self.choices)
         while unfinished:
             index, update = await self._news.get()
@@ -114,7 +114,7 @@ class Run:
             yield choice
 
     def close(self) -> None:
-        """Ends what still runs, and gives the slot back."""
+        """Cancels jobs that still run, and releases the slot."""
         if self._closed:
             return
         self._closed = True

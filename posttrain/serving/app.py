@@ -1,4 +1,4 @@
-"""The endpoints."""
+"""The endpoints of the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a run, which ends with its connection however that ends."""
+    """A response of server-sent events. The request ends with the connection, however that ends."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -40,11 +40,11 @@ class EventStream(StreamingResponse):
 
 
 class ClientGone(Exception):
-    """Nobody is there to be answered."""
+    """The error for a client that has disconnected."""
 
 
 def make_app(served: Served) -> FastAPI:
-    """The application; its lifespan is the worker's."""
+    """Makes the application. It starts and ends the worker."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -116,7 +116,7 @@ async def _answered(served: Served, asked: Asked, prompts: Sequence[list[int]], 
 
 
 async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled if the client disconnects.
+    """Awaits ``work``, and cancels it if the client disconnects.
 
     Raises:
         ClientGone: if it does.
@@ -138,7 +138,7 @@ async def _disconnected(http: Request) -> None:
 
 
 def _tell_errors(app: FastAPI) -> None:
-    """All errors in OpenAI's shape."""
+    """Installs handlers that answer all errors in OpenAI's format."""
 
     def handler(make: Callable[[Any], ApiError]) -> Callable[[Request, Any], Awaitable[Response]]:
         async def answer(http: Request, error: Any) -> Response:

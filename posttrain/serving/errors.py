@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API tells them: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
+"""Errors in the format of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
-"""By status; others are ``server_error``."""
+"""Type of an error by status; any other status is a ``server_error``."""
 
 
 class ApiError(Exception):
@@ -32,13 +32,13 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent."""
+        """The body of the response."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def of_validation(problems: Sequence[Any]) -> ApiError:
-    """What pydantic found wrong with a body, as one error about its first problem."""
+    """Turns pydantic's problems with a body into one error about the first of them."""
     first = problems[0]
     place = [str(step) for step in first["loc"] if step != "body"]
     if first["type"] == "json_invalid":
@@ -56,5 +56,5 @@ def of_validation(problems: Sequence[Any]) -> ApiError:
 
 
 def of_failure(error: Exception) -> ApiError:
-    """What a request is told of a fault that is the server's."""
+    """The error that a request gets for a fault of the server."""
     return ApiError(500, f"the server failed: {type(error).__name__}: {error}", code="internal_error")

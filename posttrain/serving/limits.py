@@ -1,4 +1,4 @@
-"""How many requests run, how many wait, and what becomes of the others."""
+"""Limits on the requests that run and that wait; further ones are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Limit:
         self.waiting = 0
 
     async def enter(self) -> None:
-        """Waits for a slot, to be given back by :meth:`leave`.
+        """Waits for a slot, which :meth:`leave` releases.
 
         Raises:
             ApiError: 429 if too many wait already.
@@ -35,5 +35,5 @@ class Limit:
             self.waiting -= 1
 
     def leave(self) -> None:
-        """Gives the slot back."""
+        """Releases the slot."""
         self._slots.release()

@@ -1,4 +1,4 @@
-"""From requests to token ids and sampling."""
+"""Turns requests into token ids and sampling settings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def token_ids(text: str | list[int], tokenizer: PreTrainedTokenizerBase, param: 
 
 
 def chat_prompt(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The conversation as the tokenizer's chat template writes it: as training wrote it.
+    """The conversation rendered by the tokenizer's chat template, as in training.
 
     Raises:
         ApiError: without a template, or for a conversation that it refuses.
@@ -60,7 +60,7 @@ def chat_prompt(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def sampling_for(request: Sampled, default: Sampling, prompts: Sequence[Sequence[int]], room: int) -> Sampling:
-    """How a request is sampled: as it says, and else by default.
+    """Sampling settings of a request; settings that it does not give are the recipe's.
 
     Args:
         room: most tokens of a prompt and its completion together.

@@ -1,4 +1,4 @@
-"""What may be asked of the server: the part of OpenAI's requests that it answers, and what it adds to them."""
+"""Request bodies: the part of OpenAI's API that the server supports, and its extensions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors: a setting that is misspelt shall not be ignored."""
+    """Base of all bodies. Unknown keys are errors, so that a misspelt setting is not ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -21,7 +21,7 @@ class Guide(Strict):
     """``extra_body={"guide": {"strength": 2.0}}``; OpenAI's ``lambda`` may be written instead."""
 
     strength: float | None = Field(default=None, validation_alias=AliasChoices("strength", "lambda"))
-    """Of the recipe's decoder, for this request alone; 0 is no guide at all."""
+    """Strength of the recipe's decoder for this request; 0 is no guide at all."""
 
 
 class StreamOptions(Strict):
@@ -30,7 +30,7 @@ class StreamOptions(Strict):
 
 
 class Sampled(Strict):
-    """What both kinds of requests have in common. What is not given is as in the recipe."""
+    """Settings of both kinds of requests. A setting that is not given is the recipe's."""
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -46,12 +46,12 @@ class Sampled(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     guide: Guide | bool = True
-    """False: the policy without its decoder."""
+    """``false`` samples from the policy without the decoder."""
     return_token_ids: bool = False
-    """Each choice has ``token_ids``, and ``prompt_token_ids``."""
+    """Add ``token_ids`` and ``prompt_token_ids`` to each choice."""
 
     user: str | None = None
-    """This, ``metadata`` and ``store`` change nothing."""
+    """``user``, ``metadata`` and ``store`` are accepted and change nothing."""
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     presence_penalty: float | None = None
@@ -67,7 +67,7 @@ class Sampled(Strict):
     @classmethod
     def _neutral(cls, value: Any) -> Any:
         if value:
-            raise ValueError("is not supported: log-probs are those of the policy's or the guide's law. Leave it out")
+            raise ValueError("is not supported: log-probs are those of the policy's or the guide's distribution. Leave it out")
         return value
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class Sampled(Strict):
 
 
 class CompletionRequest(Sampled):
-    """``POST /v1/completions``."""
+    """Body of ``POST /v1/completions``."""
 
     prompt: str | Tokens | list[str] | list[Tokens]
     logprobs: int | None = Field(default=None, ge=0)
@@ -126,13 +126,13 @@ class Message(Strict):
 
     @property
     def for_template(self) -> dict[str, str]:
-        """Its role and text."""
+        """Role and text of the message."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatRequest(Sampled):
-    """``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -162,7 +162,7 @@ class ChatRequest(Sampled):
 
 
 class ValuesRequest(Strict):
-    """``POST /v1/values``: what the guide's score says of every beginning of a completion."""
+    """Body of ``POST /v1/values``: the guide's score of every beginning of a completion."""
 
     model: str
     prompt: str | Tokens

@@ -1,4 +1,4 @@
-"""What a recipe of a server says."""
+"""The recipe of a server."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from posttrain.recipe import sections
 @dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
 class Server:
     host: str = "127.0.0.1"
-    """0.0.0.0 lets everyone in who can reach the machine: there are no passwords."""
+    """Address to listen on. 0.0.0.0 admits everyone who can reach the machine: there is no authentication."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """0: any that is free."""
+    """Port to listen on; 0 takes any free port."""
     name: str | None = None
-    """Of the model, for clients. Default: ``policy.model``, or the name of that folder."""
+    """Name of the model for clients. Default: ``policy.model``, or the name of that folder."""
     requests: int = Field(default=64, ge=1)
-    """That run at the same time; more of them wait."""
+    """Most requests that are decoded at the same time; further ones wait in the queue."""
     queue: int = Field(default=256, ge=0)
-    """Requests that may wait; more of them are refused with status 429."""
+    """Most requests that may wait; further ones are refused with status 429."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class ServeRecipe(DecodeRecipe):
-    """Which policy is served, and by which decoder. A decode recipe is one: what it says of data plays no part then.
+    """A recipe for a server: policy and decoder. A decode recipe works too; its data section is ignored.
 
     Raises:
         RecipeConflict: when built from settings that do not go together.
@@ -40,6 +40,6 @@ class ServeRecipe(DecodeRecipe):
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
+        """Name by which clients call the model."""
         model = self.policy.model
         return self.server.name or (Path(model).name if Path(model).is_dir() else model)

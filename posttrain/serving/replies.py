@@ -1,4 +1,4 @@
-"""Answers in OpenAI's words: of a whole completion, and of a piece of one."""
+"""Answers in OpenAI's format, for whole completions and for pieces of a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Asked = CompletionRequest | ChatRequest
 
 @dataclass
 class Choice:
-    """One completion in the making, and the pieces of it that have not been sent."""
+    """One completion while it is sampled, and its pieces that have not been sent yet."""
 
     index: int
     prompt: Sequence[int]
@@ -35,7 +35,7 @@ class Choice:
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def take(self, update: RequestUpdate) -> None:
-        """More tokens; those after a stop string are left out."""
+        """Adds tokens; those after a stop string are dropped."""
         for token, logp in zip(update.tokens, update.logps, strict=True):
             if self.finish is not None:
                 return
@@ -55,7 +55,7 @@ class Choice:
         self.measured = {name: value for name, value in completion.measured.items() if math.isfinite(value)}
 
     def sent(self) -> None:
-        """What there was is on its way."""
+        """Forgets the text and tokens that have just been sent to the client."""
         self.piece = ""
         self.tokens, self.logps, self.offsets = [], [], []
 
@@ -84,18 +84,18 @@ class Writer:
         return {**self._head(kind), "choices": written, "usage": usage(choices, prompts)}
 
     def first(self, choice: Choice) -> dict[str, Any] | None:
-        """What a stream of a chat begins with: whose turn it is."""
+        """The first event of a chat stream: the role of the speaker."""
         if not self._chat:
             return None
         return self._chunk([self._choice(choice, delta={"role": "assistant", "content": ""}, logprobs=None)])
 
     def piece(self, choice: Choice) -> dict[str, Any]:
-        """What is new of a choice, as an event of a stream."""
+        """The new part of a choice, as an event of a stream."""
         text = {"delta": {"content": choice.piece} if choice.piece else {}} if self._chat else {"text": choice.piece}
         return self._chunk([self._choice(choice, **text, logprobs=self._logprobs(choice))])
 
     def last(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The event that tells the usage."""
+        """The event with the token counts."""
         return {**self._chunk([]), "usage": usage(choices, prompts)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -138,6 +138,6 @@ def _chat_token(text: str, logp: float) -> dict[str, Any]:
 
 
 def usage(choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, int]:
-    """Tokens of prompts, each counted once, and of completions."""
+    """Token counts: each prompt counts once, and all completions count."""
     read, written = sum(map(len, prompts)), sum(choice.count for choice in choices)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

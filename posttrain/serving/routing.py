@@ -1,4 +1,4 @@
-"""What a server serves: an engine, the decoder on it, and how a request chooses between them."""
+"""Routes a request to the engine or to the decoder on it, at the strength that the request asks for."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from posttrain.serving.protocol import Guide
 from posttrain.serving.worker import Worker
 
 MOST_STRENGTHS = 64
-"""Decoders of other strengths that are remembered."""
+"""Most decoders of other strengths that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model under a name.
+    """A model that is served under a name.
 
     Args:
         decoder: the engine itself where there is no guide.
@@ -50,7 +50,7 @@ class Served:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def route(self, guide: Guide | bool, sampling: Sampling) -> tuple[Engine, float | None]:
-        """What a request is sampled from, and the strength of a token-wise guide.
+        """The engine or decoder that samples a request, and the strength of a token-wise guide.
 
         Raises:
             ApiError: for a strength where there is nothing that has one, or a guide that does not go with filters.
@@ -87,6 +87,6 @@ def _at_strength(decoder: Engine, strength: float) -> Engine:
 def _check_filters(decoder: Engine, sampling: Sampling) -> None:
     while isinstance(decoder, Decoder):
         if isinstance(decoder, Shaped) and sampling.temperature > 0 and not sampling.is_full_softmax:
-            message = "top_p, top_k and min_p cut the law, and so does the guide: leave them out, or set guide: false"
+            message = "top_p, top_k and min_p cut the distribution, and so does the guide: leave them out, or set guide: false"
             raise ApiError(400, message, param="top_p")
         decoder = decoder.engine

@@ -27,7 +27,7 @@ from posttrain.serving.worker import Worker
 from posttrain.system.processes import Processes
 
 LONGEST = 8192
-"""Default of ``engine.max_model_len`` where the model's own context is longer."""
+"""Default of ``engine.max_model_len`` if the model's own context is longer."""
 
 PATIENCE = 5
 """Seconds that requests have to end after Ctrl-C."""
@@ -47,7 +47,7 @@ def run_serve(path: str | Path, overrides: Overrides = ()) -> None:
 
 
 def serve(recipe: ServeRecipe) -> None:
-    """Serves until Ctrl-C, which ends requests under way after some seconds.
+    """Serves until Ctrl-C. Running requests then have some seconds to end.
 
     Raises:
         UserError: for what a person can mend.
@@ -61,7 +61,7 @@ def serve(recipe: ServeRecipe) -> None:
 
 @contextmanager
 def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
-    """The application of a recipe, with its engine.
+    """Makes the application of a recipe, with its engine.
 
     Raises:
         UserError: for what a person can mend.
@@ -96,7 +96,7 @@ def _engine(recipe: ServeRecipe) -> SteppingEngine:
 
 
 def listening(server: Server) -> socket.socket:
-    """A socket for the server: a port that is taken shows before models are loaded.
+    """Opens the server's socket before models are loaded, so that a port in use is found early.
 
     Raises:
         UserError: where it cannot be had.

@@ -1,4 +1,4 @@
-"""From tokens to text as they come, and an end at a stop string."""
+"""Decodes tokens to text as they arrive, and stops at a stop string."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that one more token makes known."""
+        """Adds a token and returns the text that is now complete."""
         self._tokens.append(token)
         known, new = self._texts()
         if new.endswith(INCOMPLETE):
@@ -33,7 +33,7 @@ class TextStream:
         return self._up_to_stop(new[len(known) :])
 
     def finish(self) -> str:
-        """The rest: characters that never became complete, and what might have begun a stop string."""
+        """The remaining text: incomplete characters, and what might have begun a stop string."""
         if self.stopped:
             return ""
         known, new = self._texts()
@@ -41,7 +41,7 @@ class TextStream:
         return text if self.stopped else text + self._held
 
     def _texts(self) -> tuple[str, str]:
-        """Of the last tokens whose text is known, without and with those that followed."""
+        """Text of the last complete tokens, without and with the tokens after them."""
         known = self._decode(self._tokens[self._context : self._shown])
         return known, self._decode(self._tokens[self._context :])
 
@@ -58,7 +58,7 @@ class TextStream:
 
 
 def longest_beginning(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of ``text`` are the beginning of a stop string."""
+    """Number of characters at the end of ``text`` that may begin a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-size:]) for stop in stops):

@@ -1,4 +1,4 @@
-"""What the guide's score says of every beginning of a completion."""
+"""The endpoint for values: the guide's score of every beginning of a completion."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def prefix_values(served: Served, asked: ValuesRequest) -> dict[str, Any]:
 
 
 async def _scored(served: Served, score: PrefixScore, prefixes: list[Prefix]) -> list[float]:
-    """In the worker's thread, where guides score."""
+    """Runs a function in the worker's thread, where guides score."""
     loop = asyncio.get_running_loop()
     found: asyncio.Future[list[float]] = loop.create_future()
 

@@ -1,4 +1,4 @@
-"""The thread that samples. Others hand it jobs, and are told of tokens by calls from it.
+"""The thread that samples. Other threads submit jobs, and it calls them back with new tokens.
 
 A decoder that works token by token, and the policy itself, take jobs in while others are sampled. Other decoders finish
 a round of jobs of equal terms in one call; meanwhile plain jobs go on, and new ones wait.
@@ -19,12 +19,12 @@ from posttrain.engines.stepping import SteppingEngine
 from posttrain.seeds import sample_seed
 
 OnUpdate = Callable[[int, RequestUpdate], None]
-"""Called by the worker's thread with a sample's index and what became of it; must not raise."""
+"""Callback of the worker's thread with the index and the update of a sample; must not raise."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """``n`` completions of one prompt: those that ``generate`` returns for this seed."""
+    """A job of ``n`` completions of one prompt, equal to those that ``generate`` returns for this seed."""
 
     prompt: Sequence[int]
     sampling: Sampling
@@ -39,11 +39,11 @@ class Job:
 
 
 class _Closing(Exception):
-    """The server ends."""
+    """The error of jobs that have not ended when the server ends."""
 
 
 class Worker:
-    """A thread around an engine, which nothing else may touch while it runs.
+    """A thread that owns an engine; no other thread may use the engine while it runs.
 
     Args:
         engine: steps.
@@ -59,29 +59,29 @@ class Worker:
         self.failure: Exception | None = None  # of the engine: it samples no more
 
     def start(self) -> None:
-        """Begins to sample."""
+        """Starts the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends after what it is at; jobs that have not ended are told of an error."""
+        """Ends the thread after the current step. Jobs that have not ended get an error."""
         self._commands.put(None)
         self._thread.join()
 
     def submit(self, job: Job) -> None:
-        """From any thread: takes a job in."""
+        """Submits a job. Thread-safe."""
         self.call(lambda: self._take(job))
 
     def cancel(self, job: Job, sample: int | None = None) -> None:
-        """From any thread: nobody waits for the job, or for one sample of it, any more."""
+        """Cancels a job, or one sample of it. Thread-safe."""
         self.call(lambda: self._cancel(job) if sample is None else self._abort(job, [sample]))
 
     def call(self, action: Callable[[], Any]) -> None:
-        """From any thread: something to be done between two steps."""
+        """Schedules a call between two steps. Thread-safe."""
         self._commands.put(action)
 
     @property
     def alive(self) -> bool:
-        """Whether it samples."""
+        """True while the thread samples."""
         return self._thread.is_alive() and self.failure is None
 
     def _run(self) -> None:
@@ -105,7 +105,7 @@ class Worker:
             self._obey(wait=False)
 
     def _obey(self, *, wait: bool) -> None:
-        """Does what was asked for since the last step; with ``wait`` there is nothing else to do."""
+        """Carries out the calls since the last step; with ``wait`` blocks until there is one."""
         while True:
             try:
                 command = self._commands.get(block=wait)
@@ -156,7 +156,7 @@ class Worker:
         self._engine.abort([job.numbers[sample] for sample in samples if sample in job.numbers])
 
     def _round(self) -> None:
-        """Completes waiting jobs of equal terms in one call."""
+        """Completes waiting jobs with equal settings in one call."""
         first = self._waiting[0]
         jobs = [job for job in self._waiting if _terms(job) == _terms(first)]
         self._waiting = [job for job in self._waiting if job not in jobs]

@@ -1,4 +1,4 @@
-"""The machine below a run: files, processes, interrupts, versions. Imports ``errors`` alone of the package.
+"""System: files, processes, interrupts, versions. Imports only ``errors`` of the package.
 
 Everything to the right may import from its modules.
 """

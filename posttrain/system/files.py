@@ -15,8 +15,8 @@ from typing import Any
 def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary file to write, which takes the place of ``path`` at the end of the block.
 
-    A reader sees the old content or all of the new, never a part of it; after an error the old content stays. The folder
-    is made if it is missing. Several processes may write the same path.
+    A reader sees the old content or all of the new, never a part of it; after an error the old content stays. The
+    folder is made if it is missing. Several processes may write the same path.
 
     Args:
         durable: flush the file to disk before it gets its name, so that it survives a crash of the machine.

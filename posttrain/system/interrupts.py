@@ -1,4 +1,4 @@
-"""Ctrl-C where it may come, and not where it would break what other threads wait for."""
+"""Delays Ctrl-C where it would break a queue that other threads wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts Ctrl-C off until the block has ended; a second one does not wait.
+    """Delays Ctrl-C until the block has ended. A second Ctrl-C is not delayed.
 
     Python raises :class:`KeyboardInterrupt` between any two instructions of the main thread: also between putting
     something into another thread's queue and telling that thread of it, which then waits for ever, and the run with

@@ -1,4 +1,4 @@
-"""The processes of a run: ranks, devices and what they tell each other. Accelerate starts and joins them."""
+"""The processes of a run: ranks, devices, collective operations. Accelerate starts and joins them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Processes:
         return reduced.to(tensor.device)
 
     def all_max(self, value: int) -> int:
-        """Largest of an integer over all ranks."""
+        """Largest value of an integer over all ranks."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -62,7 +62,7 @@ class Processes:
         return int(tensor)
 
     def gather(self, value: Any) -> list[Any]:
-        """A picklable object from every rank, in order of rank."""
+        """Gathers a picklable object from every rank, in the order of ranks."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -70,7 +70,7 @@ class Processes:
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on the main process, on every process. Its error, if any, is raised on all."""
+        """Calls ``make`` on the main process and returns its result on all. An error is raised on all of them."""
         result: Any = None
         error: Exception | None = None
         if self.is_main:
@@ -125,11 +125,11 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of the forward pass of a model under training, for models that are not trained."""
+        """A context with the precision of the trained model's forward pass, for models that are not trained."""
         return self.accelerator.autocast()
 
     def before_end(self, release: Callable[[], None]) -> None:
-        """Registers what to call before the processes part: it lets go of models that ranks share."""
+        """Registers a function that is called before the processes end, to free models that ranks share."""
         self._before_end.append(release)
 
     def __enter__(self) -> Processes:
@@ -162,7 +162,7 @@ class Processes:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error if other processes can be told of it as it is, else its type and message."""
+    """The error itself if it can be pickled, else an error with its type and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -179,7 +179,7 @@ _SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_W
 
 
 def refuse_hidden_single_process(environment: Mapping[str, str]) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing; this does.
+    """Refuses ``accelerate launch --cpu --num_processes 2``, which starts one process without a word.
 
     Raises:
         UserError: with the command that starts several.
@@ -194,7 +194,7 @@ def refuse_hidden_single_process(environment: Mapping[str, str]) -> None:
 
 
 def refuse_lost_processes(environment: Mapping[str, str], world: int) -> None:
-    """Every rank would train alone if the launcher's world were not the trainer's.
+    """Refuses a launch in which every rank would train alone, because the launcher's world is not the trainer's.
 
     Raises:
         UserError: with both numbers.

@@ -1,4 +1,4 @@
-"""Keeps off the console what libraries say of themselves and nobody who trains a model can act on."""
+"""Silences messages of libraries on which nobody who trains a model can act."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Sets the libraries' own switches. To be called before any of them is imported.
+    """Sets the libraries' own switches. Must be called before any of them is imported.
 
     * Progress bars of downloads and of loading and saving weights: only where somebody watches a terminal.
     * DeepSpeed is told that there is no GPU, or every process that imports it warns of having found none.

@@ -8,7 +8,7 @@ PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "trl", "
 
 
 def versions() -> dict[str, str]:
-    """The packages that made the model, those that are installed."""
+    """Versions of the installed packages that matter for a run."""
     found = {}
     for name in PACKAGES:
         for distribution in (name, f"{name}-cpu"):
@@ -20,6 +20,6 @@ def versions() -> dict[str, str]:
 
 
 def engine_name(engine: object) -> str:
-    """The library that samples with its version, as ``vllm 0.32.0``; of an engine without one, the class."""
+    """Name and version of the library that samples, such as ``vllm 0.32.0``; the class name for other engines."""
     library = getattr(engine, "library", None)
     return f"{library} {versions()[library]}" if library else type(engine).__name__

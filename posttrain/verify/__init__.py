@@ -1,4 +1,7 @@
-"""Runs verifiers on completions as they end, in worker processes with time limits."""
+"""Verifiers, and the worker processes that run them on completions with time limits. Read ``functions.py`` first.
+
+Other rooms take ``VerifierPool`` and ``signature_of`` from here. May import from parts, recipe, system and the modules
+to their left."""
 
 from __future__ import annotations
 

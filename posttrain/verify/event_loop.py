@@ -1,4 +1,4 @@
-"""Async verifiers: many wait at the same time in one event loop, in a thread of this process."""
+"""Runs async verifiers concurrently in one event loop, in a thread of this process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EventLoop:
                 return describe(error)
 
     def wait(self, future: Future[Any], limit: float) -> Any:
-        """The result of a future of this loop.
+        """Waits for a future of this loop and returns its result.
 
         Raises:
             TimeoutError: where the call ran out of time, or where a call blocks the loop's thread instead of awaiting,
@@ -61,7 +61,7 @@ class EventLoop:
         return bool(concurrent.futures.wait([answer], timeout=GRACE).done)
 
     def close(self) -> None:
-        """Cancels what still runs."""
+        """Cancels all calls that still run."""
         self._loop.call_soon_threadsafe(self._stop)
         self._thread.join(timeout=2)  # a coroutine that blocks the thread cannot be stopped; the thread is a daemon
 

@@ -18,7 +18,7 @@ IN_PROCESS: Mapping[Callable[..., float | None], Callable[..., float | None]] = 
     length: length,
     math: math_quick,
 }
-"""What decides in microseconds, in the process that asks, and cannot hang; its ``None`` sends the call to a worker."""
+"""Fast versions of verifiers, which run in the calling process and cannot hang. ``None`` sends the call to a worker."""
 
 WRONG_IF_STUCK: frozenset[Callable[..., float | None]] = frozenset({math})
-"""Where a time-out or a dead worker is the completion's doing (a tower of powers), not the verifier's: it scores 0."""
+"""Verifiers whose time-outs and dead workers are the completion's fault (a tower of powers): it scores 0."""

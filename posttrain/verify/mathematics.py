@@ -45,7 +45,7 @@ def math(completion: str, *, answer: str | int | float) -> float:
 
 
 def math_quick(completion: str, *, answer: str | int | float) -> float | None:
-    """As :func:`math` where numbers or words decide, without sympy; ``None`` where they do not."""
+    """Fast version of :func:`math` for numbers and words, without sympy; ``None`` if they do not decide."""
     marked = marked_answer(completion)
     written = said_answer(completion) if marked is None else marked
     if written is None:
@@ -64,7 +64,7 @@ def math_quick(completion: str, *, answer: str | int | float) -> float | None:
 
 
 def marked_answer(completion: str) -> str | None:
-    r"""What is in the last ``\boxed{}``, else what follows the last ``####``; ``None`` without either."""
+    r"""The content of the last ``\boxed{}``, else the text after the last ``####``; ``None`` without either."""
     text = _after_thinking(completion)
     boxed = last_boxed(text)
     if boxed is None and FINAL_MARK in text:
@@ -88,7 +88,7 @@ def gold_answer(answer: str | int | float) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What is inside the last ``\boxed{...}``, braces counted; ``None`` without one that is closed."""
+    r"""The content of the last ``\boxed{...}`` with balanced braces; ``None`` if there is none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -102,7 +102,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """Without delimiters, currency, emphasis and the sentence's full stop; spaces and minus signs in one form."""
+    """The text without delimiters, currency, emphasis and final full stop, with spaces and minus signs in one form."""
     text = text.strip().replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
     for mark in ("\\$", "$", "\\(", "\\)", "**"):
         text = text.replace(mark, "")
@@ -115,7 +115,7 @@ Number = tuple[Fraction, str]
 
 
 def read_number(text: str) -> Number | None:
-    """The number that a tidy text is, with its unit left out; ``None`` where it is not one number."""
+    """Reads a tidy text as a number, without its unit; ``None`` if it is not one number."""
     bare = _UNIT.sub("", text)
     percent = bare.endswith("%")
     bare = bare.removesuffix("%").replace("- ", "-").strip()
@@ -132,7 +132,7 @@ def read_number(text: str) -> Number | None:
 
 
 def same_number(left: Number, right: Number) -> bool:
-    """Whether two numbers are equal: to six decimals where one is written as a decimal, as math-verify does."""
+    """True if two numbers are equal: to six decimals if one is written as a decimal, as in math-verify."""
     (a, a_kind), (b, b_kind) = left, right
     if (a_kind == "percent") != (b_kind == "percent"):
         a, b = (a, b) if a_kind == "percent" else (b, a)

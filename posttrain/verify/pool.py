@@ -1,4 +1,4 @@
-"""The pool: completions go in as they end, verdicts come out together."""
+"""The pool of verifiers: completions are submitted as they end, verdicts are collected together."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLS_PER_WORKER = 20_000  # then a fresh process takes over, so that caches and
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The score of a completion and what each verifier said."""
+    """The score of a completion and the value of each verifier."""
 
     score: float  # sum of weight * value over the verifiers that apply; NaN: unscored; 0 in a recipe with none at all
     values: Mapping[str, float | None]  # by verifier; None: does not apply, or failed under ``on_error: skip``
@@ -39,7 +39,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """A part of the ``verify`` slot, as the pool calls it."""
+    """A part of the slot ``verify``, in the form in which the pool calls it."""
 
     name: str  # unique in the recipe
     part: Part
@@ -111,7 +111,7 @@ class VerifierPool:
                 item.outcomes[verifier.name] = self._start(index, verifier, item)
 
     def collect(self) -> dict[Hashable, Verdict]:
-        """The verdicts of all that was submitted since the last call, in the order of their keys.
+        """Waits for the verdicts of everything submitted since the last call, and returns them in the order of keys.
 
         Raises:
             VerifierError: for the first completion that a verifier with ``on_error: stop`` failed on.
@@ -129,7 +129,7 @@ class VerifierPool:
                 _cancel(item)
 
     def close(self) -> None:
-        """Ends the worker processes, whatever they are doing. Closing twice is harmless."""
+        """Ends the worker processes, even busy ones. Closing twice is harmless."""
         with uninterrupted():
             self._stop_processes()
             if self._event_loop is not None:
@@ -225,7 +225,7 @@ class VerifierPool:
         raise VerifierError(verifier.name, outcome.problem, place, columns, item.text, outcome.trace)
 
     def _settle(self, verifier: Verifier, pending: Outcome | Future[Any] | _Element) -> tuple[Outcome, bool]:
-        """What came of a call, and whether it was stuck: out of time, or its process gone."""
+        """The result of a call, and whether it was stuck: out of time, or its process gone."""
         if isinstance(pending, _Element):
             whole, stuck = self._settle(verifier, pending.whole)
             return (whole if isinstance(whole, Failed) else whole[pending.position]), stuck  # type: ignore[index]
@@ -247,7 +247,7 @@ class VerifierPool:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -268,7 +268,7 @@ def _verifiers(parts: Sequence[Part]) -> tuple[Verifier, ...]:
 
 
 def _source(name: str, part: Part, signature: Signature) -> Source:
-    """What a worker needs to find the verifier again.
+    """Everything that a worker needs to find the verifier again.
 
     Raises:
         TypeError: for one that exists in this process only.

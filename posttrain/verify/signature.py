@@ -1,4 +1,4 @@
-"""What a verifier asks for: which dataset columns, one completion at a time or all at once."""
+"""Reads from a verifier's signature which dataset columns it asks for, and whether it takes one completion or all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_COLUMNS = frozenset({"completion", "completions", "prompts", "completion_ids
 
 @dataclass(frozen=True)
 class Signature:
-    """How a verifier is called."""
+    """The call signature of a verifier."""
 
     batch: bool  # TRL's way: lists over the whole batch
     asynchronous: bool
@@ -26,7 +26,7 @@ class Signature:
     not_null: frozenset[str]  # columns whose annotation excludes None
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of a row that the verifier takes."""
+        """Selects the columns of a row that the verifier takes."""
         if self.all_columns:
             return {name: value for name, value in row.items() if name not in NOT_COLUMNS}
         return {name: row[name] for name in (*self.required, *self.optional) if name in row and name not in NOT_COLUMNS}
@@ -90,7 +90,7 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def _excludes_none(annotation: Any) -> bool:
-    """Whether an annotation, as an object or as source text, is there and leaves no room for None."""
+    """True if there is an annotation, as an object or as source text, and it does not allow None."""
     if annotation is inspect.Parameter.empty:
         return False
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)

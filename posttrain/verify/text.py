@@ -18,7 +18,7 @@ def format(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float:
 
 
 def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float | None:
-    """As :func:`format` for the default pattern; ``None`` for any other, which may backtrack without end."""
+    """Fast version of :func:`format` for the default pattern; ``None`` for others, which may backtrack without end."""
     return format(completion) if pattern == THINK_THEN_ANSWER else None
 
 

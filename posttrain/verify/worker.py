@@ -1,4 +1,4 @@
-"""What runs inside a worker process: verifiers, found again by their spec and called one at a time.
+"""Runs inside a worker process: finds verifiers by their spec and calls them one at a time.
 
 Imports little on purpose: this is what every new worker waits for.
 """
@@ -18,7 +18,7 @@ from posttrain.recipe.resolve import resolve
 
 @dataclass(frozen=True)
 class Source:
-    """Where a worker finds a verifier."""
+    """The place where a worker finds a verifier."""
 
     spec: str  # file.py:name or package.module.name
     options: Mapping[str, Any]
@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A call that did not give a number."""
+    """The result of a call that did not return a number."""
 
     problem: str  # completes the sentence "verifier 'x' ..."
     trace: str = ""
@@ -38,7 +38,7 @@ _verifiers: list[Callable[..., Any] | Failed] = []
 
 
 def start(sources: Sequence[Source]) -> None:
-    """Fills this process with verifiers; one that cannot be found fails when it is called, with its traceback."""
+    """Loads the verifiers into this process. One that cannot be found fails when it is called, with its traceback."""
     _verifiers[:] = [_find(source) for source in sources]
 
 
@@ -47,12 +47,12 @@ def ready() -> None:
 
 
 def call_one(index: int, completion: str, columns: Mapping[str, Any]) -> Outcome:
-    """One verifier on one completion."""
+    """Calls one verifier on one completion."""
     return guarded(_verifiers[index], lambda call: as_value(call(completion, **columns)))
 
 
 def call_batch(index: int, size: int, arguments: Mapping[str, Any]) -> list[float | None] | Failed:
-    """One verifier of TRL's kind on all completions."""
+    """Calls one verifier with TRL's signature on all completions."""
     return guarded(_verifiers[index], lambda call: as_values(call(**arguments), size))
 
 
@@ -78,7 +78,7 @@ def describe(error: BaseException) -> Failed:
 
 
 class BadValue(TypeError):
-    """A verifier returned something else than a finite number or None."""
+    """The error for a verifier that returned neither a finite number nor None."""
 
 
 def as_value(value: Any) -> float | None:

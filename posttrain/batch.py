@@ -216,7 +216,7 @@ class Outputs:
     collision: Float[Tensor, "N L"] | None = None  # log Σ_v π(v)², of two draws of the next token being equal
 
 
-def pad(rows: Sequence[Any], fill: float = 0, *, dtype: torch.dtype | None = None) -> Tensor:
+def pad(rows: Sequence[Any], fill: int | float = 0, *, dtype: torch.dtype | None = None) -> Tensor:
     """Rows of unequal lengths (lists, arrays or tensors) as one tensor ``[N, L]``, filled up on the right."""
     tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)

@@ -1,4 +1,8 @@
-"""Data: files, folders, hub data sets and generators become rows with prompt tokens; samplers choose among the rows."""
+"""Data: files, folders, hub datasets and generators become rows with prompt tokens. Read ``rows.py`` first.
+
+Exports rows, their checks, and the prompt samplers (parts of the slot ``prompts``); ``examples`` has the parts of the
+slot ``examples``. May import from recipe, parts, models, verify and engines, and from the single files before them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python rows to an Arrow table, with the row named where a column's values do not go together."""
+"""Makes an Arrow table of Python rows; an error names the first row that does not fit its column."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ARROW_ERRORS = (pa.ArrowException, OverflowError)
 
 
 def to_table(make_rows: Callable[[], Iterable[dict[str, Any]]], place: Callable[[int], str]) -> pa.Table:
-    """All rows as one table; a key that a row lacks is null there.
+    """Puts all rows into one table; a key that a row lacks is null there.
 
     Args:
-        make_rows: yields the rows from the start; called again to find the row of an error.
-        place: names the row of an index.
+        make_rows: function that yields the rows from the start; called again to find the row of an error.
+        place: function that names the row of an index.
 
     Raises:
-        DataError: for columns whose values have different types, naming the first row that does not fit.
+        DataError: if the values of a column have different types; the message names the first row that does not fit.
     """
     tables, rows = [], iter(make_rows())
     try:
@@ -43,7 +43,7 @@ def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _explain(name: str, values: list[Any], place: Callable[[int], str], problems: Problems) -> None:
-    """Adds the first row up to which a column's values cannot be one Arrow array, found by bisection."""
+    """Adds the first row that keeps a column from being one Arrow array, found by bisection, to the problems."""
     if _fits(values):
         return
     low, high = 0, len(values)  # values[:low] fits, values[:high] does not
@@ -52,11 +52,11 @@ def _explain(name: str, values: list[Any], place: Callable[[int], str], problems
         low, high = (middle, high) if _fits(values[:middle]) else (low, middle)
     bad = high - 1
     first = next((i for i, value in enumerate(values) if value is not None), bad)
-    found = f"column {name!r} is {shown(values[bad])}"
+    wrong = f"column {name!r} is {shown(values[bad])}"
     if first == bad:
-        problems.add(place(bad), f"{found}: a data set cannot hold that; use text, numbers, lists and objects of them")
+        problems.add(place(bad), f"{wrong}: a dataset cannot hold that; use text, numbers, lists and objects of them")
     else:
-        problems.add(place(bad), f"{found}, but {shown(values[first])} at {place(first)}: use one type for all rows")
+        problems.add(place(bad), f"{wrong}, but {shown(values[first])} at {place(first)}: use one type for all rows")
 
 
 def _fits(values: list[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What makes a row fit: its prompt, and the columns that the verifiers ask for."""
+"""Checks that the rows of a dataset have the columns that the verifiers ask for."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from posttrain.verify.signature import NOT_COLUMNS, signature_of
 
 
 def check_columns(rows: Rows, verifiers: Sequence[Part]) -> None:
-    """Every column that a verifier asks for is there, and not null where its annotation rules that out.
+    """Checks that every column that a verifier asks for is there, and not null if its annotation rules that out.
 
     Raises:
-        DataError: naming the verifier, and the rows that lack a value.
+        DataError: if one is missing or null; the message names the verifier and the rows without a value.
     """
     problems = Problems()
     for part in verifiers:

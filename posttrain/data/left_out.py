@@ -1,4 +1,4 @@
-"""What of a data set is not used, or not as it stands, and why."""
+"""An account of the rows of a dataset that are left out or cut, with the reasons."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-FIRST = 5  # rows that are named
+FIRST = 5  # number of rows that are named
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Rows that share a reason."""
+    """Rows that are left out or cut for the same reason."""
 
     what: Literal["left out", "cut"]
     reason: str  # such as "more than 2048 tokens (`max_tokens`)"
     count: int
-    first: tuple[str, ...]  # where the first few are, such as ``pairs.jsonl:7``
+    first: tuple[str, ...]  # places of the first few, such as ``pairs.jsonl:7``
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.first) else ""
@@ -27,11 +27,11 @@ class LeftOut:
 def left_out(
     reason: str, rows: Iterable[int], place: Callable[[int], str], what: Literal["left out", "cut"] = "left out"
 ) -> tuple[LeftOut, ...]:
-    """The entry for these rows; none where there are none."""
+    """Makes the entry of these rows, as a tuple that is empty if there are no rows."""
     numbers = sorted(set(rows))
     return (LeftOut(what, reason, len(numbers), tuple(place(row) for row in numbers[:FIRST])),) if numbers else ()
 
 
 def as_plain(entries: Sequence[LeftOut]) -> list[dict[str, Any]]:
-    """For a JSON file."""
+    """The entries as plain dicts, for JSON."""
     return [asdict(entry) for entry in entries]

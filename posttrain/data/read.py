@@ -1,4 +1,4 @@
-"""Reads a data set from wherever ``data.path`` points to, and remembers where each row came from."""
+"""Reads a dataset from the place that ``data.path`` names, and remembers where each row came from."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from posttrain.recipe.yaml_reader import suggestion
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows, and how to name each of them in a message."""
+    """Rows as they were read, with the names by which messages refer to them."""
 
     rows: datasets.Dataset
-    place: Callable[[int], str]
-    name: str
+    place: Callable[[int], str]  # name of a row, such as ``problems.jsonl:7``
+    name: str  # name of the dataset
 
 
 def read(data: sections.DataSection, base: Path | None) -> RawRows:
-    """The rows as they are stored, at most ``data.limit``.
+    """Reads the rows of a dataset, at most ``data.limit``.
 
     Args:
         base: the recipe's folder; relative paths are looked up there, then in the current folder.
 
     Raises:
-        DataError: where there are none to be had, naming the file and line.
+        DataError: if the rows cannot be read; the message names the file and line.
     """
     source = read_generator(data, base) if ".py:" in data.path else _read_stored(data, base)
     if data.limit is not None and data.limit < len(source.rows):
@@ -59,7 +59,7 @@ def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: what `{path.suffix}` files hold is not known; use {', '.join(READERS)} or a .py generator"
+            f"{path}: files ending in `{path.suffix}` cannot be read; use {', '.join(READERS)} or a .py generator"
         )
     if data.split != "train":
         raise DataError(
@@ -69,7 +69,7 @@ def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:
 
 
 def find(path: str, base: Path | None) -> Path | None:
-    """The file or folder, looked up in the recipe's folder and then in the current one."""
+    """Finds a file or folder, in the recipe's folder or else in the current one; None if there is none."""
     for folder in _folders(base):
         candidate = folder / Path(path).expanduser()
         if candidate.exists():
@@ -78,10 +78,10 @@ def find(path: str, base: Path | None) -> Path | None:
 
 
 def read_json_lines(path: Path) -> RawRows:
-    """One JSON object a line, in UTF-8; blank lines are skipped.
+    """Reads a file with one JSON object on each line, in UTF-8; blank lines are skipped.
 
     Raises:
-        DataError: naming each line that is not one.
+        DataError: if a line is not a JSON object; the message names each such line.
     """
     lines, problems = array("q"), Problems()
 
@@ -107,7 +107,7 @@ def _json_line(line: bytes, place: str, problems: Problems) -> dict[str, Any] | 
         problems.add(place, f"byte {error.start + 1} is not UTF-8: save the file in UTF-8")
     except json.JSONDecodeError as error:
         hint = "; a JSON array goes into a file that ends in .json" if line.strip() == b"[" else ""
-        problems.add(place, f"not JSON at column {error.colno}: {error.msg}; each line is to be one object{hint}")
+        problems.add(place, f"not JSON at column {error.colno}: {error.msg}; each line should be one object{hint}")
     else:
         if isinstance(value, dict):
             return value
@@ -116,10 +116,10 @@ def _json_line(line: bytes, place: str, problems: Problems) -> dict[str, Any] | 
 
 
 def read_json(path: Path) -> RawRows:
-    """A JSON array of objects.
+    """Reads a JSON array of objects.
 
     Raises:
-        DataError: where it is something else.
+        DataError: if the file holds something else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -143,10 +143,10 @@ def read_json(path: Path) -> RawRows:
 
 
 def read_csv(path: Path) -> RawRows:
-    """Comma- or tab-separated values under a header, in UTF-8. CSV has no types: every value is text.
+    """Reads comma- or tab-separated values under a header, in UTF-8. CSV has no types: every value is text.
 
     Raises:
-        DataError: naming each line with another number of values than the header.
+        DataError: if the number of values differs from the header's; the message names each such line.
     """
     lines, problems = array("q"), Problems()
 
@@ -164,8 +164,8 @@ def read_csv(path: Path) -> RawRows:
                     yield dict(zip(header, values, strict=True))
                 else:
                     hint = "; put values that contain a comma in double quotes" if len(values) > len(header) else ""
-                    found = f"{len(values)} values for the {len(header)} columns {', '.join(header)}{hint}"
-                    problems.add(f"{path}:{reader.line_num}", found)
+                    problem = f"{len(values)} values for the {len(header)} columns {', '.join(header)}{hint}"
+                    problems.add(f"{path}:{reader.line_num}", problem)
 
     try:
         return _collect(path, rows, lambda index: f"{path}:{lines[index]}", problems)
@@ -183,10 +183,10 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def read_parquet(path: Path) -> RawRows:
-    """A Parquet file.
+    """Reads a Parquet file.
 
     Raises:
-        DataError: where it cannot be read.
+        DataError: if it cannot be read.
     """
     try:
         table = pyarrow.parquet.read_table(path)
@@ -207,10 +207,10 @@ READERS: Mapping[str, Callable[[Path], RawRows]] = {
 
 
 def read_folder(path: Path, data: sections.DataSection) -> RawRows:
-    """A folder that ``save_to_disk`` made, or one of data files laid out as on the hub.
+    """Reads a folder that ``save_to_disk`` made, or one of data files laid out as on the hub.
 
     Raises:
-        DataError: where there is no such split, or a file does not read.
+        DataError: if there is no such split, or a file cannot be read.
     """
     name = f"{path} ({data.split})"
     try:
@@ -221,15 +221,15 @@ def read_folder(path: Path, data: sections.DataSection) -> RawRows:
         raise
     except Exception as error:  # datasets raises many kinds, from its builders and from Arrow
         for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS):
-            READERS[file.suffix.lower()](file)  # says which line is wrong, where one is
+            READERS[file.suffix.lower()](file)  # raises an error that names the wrong line, if there is one
         raise DataError(f"{path}: {_first_line(error)}") from None
 
 
 def read_hub(data: sections.DataSection, base: Path | None) -> RawRows:
-    """A data set of the hub, or from its cache.
+    """Reads a dataset of the hub, or from the hub's cache.
 
     Raises:
-        DataError: with what the hub said.
+        DataError: if it cannot be loaded, with the hub's message.
     """
     if Path(data.path).suffix.lower() in READERS or data.path.startswith((".", "/", "~")):
         raise DataError(_missing(data.path, base))
@@ -237,16 +237,16 @@ def read_hub(data: sections.DataSection, base: Path | None) -> RawRows:
         rows = datasets.load_dataset(data.path, data.name, split=data.split)
     except Exception as error:  # datasets and the hub's client raise many kinds
         raise DataError(
-            f"data.path {data.path!r} is no file or folder here, and as a data set of the hub: {_first_line(error)}"
+            f"data.path {data.path!r} is no file or folder here, nor a dataset of the hub: {_first_line(error)}"
         ) from None
     return _named(rows, f"{data.path} ({data.split})")
 
 
 def read_generator(data: sections.DataSection, base: Path | None) -> RawRows:
-    """What a user's function yields: dicts of columns.
+    """Reads the rows that a user's generator function yields: dicts of columns.
 
     Raises:
-        DataError: where it raises or yields something else, naming the row.
+        DataError: if it raises or yields something else; the message names the row.
     """
     function = resolve(specify(data.path, "posttrain.data.read", _folders(base)))
     try:

@@ -1,4 +1,4 @@
-"""Rows of a data set, with their prompts as token ids."""
+"""Rows of a dataset with their prompts as token ids."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from posttrain.errors import DataError
 from posttrain.recipe import sections
 from posttrain.recipe.yaml_reader import suggestion
 
-BATCH = 1000  # rows rendered and tokenised at a time
+BATCH = 1000  # number of rows that are rendered and tokenised at a time
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set that fits: ``rows[i]`` is a row's columns, ``rows.prompt_tokens(i)`` its prompt as token ids.
+    """A checked dataset: ``rows[i]`` is a row's columns, ``rows.prompt_tokens(i)`` its prompt as token ids.
 
-    Columns and tokens stay in Arrow and become Python objects when they are asked for. ``prompt`` is a list of messages
-    where the chat template wrapped it, whether the data set has it so or not.
+    Columns and tokens stay in Arrow and become Python objects when they are read. ``prompt`` is a list of messages if
+    the chat template wraps it, even if it is plain text in the dataset.
     """
 
     columns: tuple[str, ...]
-    left_out: int  # prompts longer than ``max_prompt_tokens``
-    dropped: tuple[LeftOut, ...]  # the same, with where they are
-    longest_prompt: int  # tokens
+    dropped: tuple[LeftOut, ...]  # account of the prompts longer than ``max_prompt_tokens``
+    longest_prompt: int  # tokens of the longest prompt
     source: RawRows
     _rows: datasets.Dataset
     _tokens: pa.ChunkedArray  # list<int32>
-    _numbers: np.ndarray  # of each row, in the source
+    _numbers: np.ndarray  # number of each row in the source
     _to_prompt: Callable[[Any], Any]
 
     def __len__(self) -> int:
@@ -55,24 +54,24 @@ class Rows:
         return self._tokens[int(self._numbers[index])].as_py()
 
     def place(self, index: int) -> str:
-        """Where a row is, such as ``problems.jsonl:7``."""
+        """Place of a row for messages, such as ``problems.jsonl:7``."""
         return self.source.place(int(self._numbers[index]))
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column as it is stored."""
+        """A column of the dataset as it is stored, in the order of the rows."""
         return _arrow_column(self._rows, name).take(pa.array(self._numbers))
 
 
 def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Reads, checks, and tokenises a data set.
+    """Reads, checks, and tokenises a dataset.
 
     Args:
-        data: the recipe's section.
+        data: the recipe's section ``data``.
         base: the recipe's folder, for relative paths.
-        tokenizer: of the policy; its chat template is applied to conversational prompts.
+        tokenizer: the policy's tokenizer; its chat template is applied to conversational prompts.
 
     Raises:
-        DataError: with the file, row and column of everything that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     return tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
 
@@ -81,41 +80,40 @@ def tokenise_rows(source: RawRows, data: sections.DataSection, tokenizer: PreTra
     """Checks and tokenises the prompts of rows that have been read.
 
     Raises:
-        DataError: with the file, row and column of everything that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     _require_prompt(source)
     _check_prompts(source)
     to_prompt = _prompt_maker(source, data, tokenizer)
     tokens, lengths = _tokenise(source, data, tokenizer, to_prompt)
-    kept = _keep(lengths, data.max_prompt_tokens, source)
+    numbers = _short_enough(lengths, data.max_prompt_tokens, source)
     return Rows(
         columns=tuple(source.rows.column_names),
-        left_out=len(source.rows) - len(kept),
         dropped=left_out(
             f"a prompt of more than {data.max_prompt_tokens} tokens (`max_prompt_tokens`)",
-            np.setdiff1d(np.arange(len(lengths)), kept).tolist(),
+            np.setdiff1d(np.arange(len(lengths)), numbers).tolist(),
             source.place,
         ),
-        longest_prompt=int(lengths[kept].max()),
+        longest_prompt=int(lengths[numbers].max()),
         source=source,
         _rows=source.rows,
         _tokens=tokens,
-        _numbers=kept,
+        _numbers=numbers,
         _to_prompt=to_prompt,
     )
 
 
 def with_columns(source: RawRows, copies: Mapping[str, str]) -> RawRows:
-    """The source with columns copied under new names.
+    """Copies columns under new names.
 
     Raises:
-        DataError: where there is nothing to copy, or the new name is taken.
+        DataError: if there is no such column, or the new name is taken.
     """
-    problems, there = Problems(), source.rows.column_names
+    problems, names = Problems(), source.rows.column_names
     for new, old in copies.items():
-        if old not in there:
-            problems.add(source.name, f"no column {old!r} to copy to {new!r} (`columns`); {suggestion(old, there)}")
-        elif new in there and new != old:
+        if old not in names:
+            problems.add(source.name, f"no column {old!r} to copy to {new!r} (`columns`); {suggestion(old, names)}")
+        elif new in names and new != old:
             problems.add(source.name, f"there is a column {new!r} already; {old!r} cannot be copied to it (`columns`)")
     problems.raise_if_any()
     rows = source.rows
@@ -126,11 +124,11 @@ def with_columns(source: RawRows, copies: Mapping[str, str]) -> RawRows:
 
 
 def _require_prompt(source: RawRows) -> None:
-    there = source.rows.column_names
-    if "prompt" not in there:
-        close = next((name for name in ("question", "problem", "instruction", "query", "input") if name in there), None)
+    names = source.rows.column_names
+    if "prompt" not in names:
+        close = next((name for name in ("question", "problem", "instruction", "query", "input") if name in names), None)
         copy = f"`columns: {{prompt: {close or '<column>'}}}` copies one"
-        raise DataError(f"{source.name}: no column 'prompt'; {suggestion('prompt', there)}; {copy}")
+        raise DataError(f"{source.name}: no column 'prompt'; {suggestion('prompt', names)}; {copy}")
 
 
 def _arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -156,7 +154,7 @@ def _check_prompts(source: RawRows) -> None:
 def _prompt_maker(
     source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Any], Any]:
-    """From a stored prompt to the plain text or the messages that the policy is given."""
+    """Returns a function from a stored prompt to the plain text or the messages that the policy gets."""
     plain = isinstance(source.rows[0]["prompt"], str)
     template = tokenizer.chat_template is not None
     chat = not plain or data.system is not None or (template if data.chat is None else data.chat)
@@ -180,14 +178,14 @@ def _prompt_maker(
 
 
 def without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as it was written: Arrow fills up what it lacks of the keys of others."""
+    """The message without nulls, which Arrow fills in for keys that only other messages have."""
     return {key: value for key, value in message.items() if value is not None}
 
 
 def _tokenise(
     source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
 ) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Prompts as token ids, and how many each has."""
+    """Tokenises the prompts; returns their token ids, and the number of tokens of each."""
     problems, chunks, lengths, number = Problems(), [], [], 0
     for prompts in _batches(source):
         texts = []
@@ -195,7 +193,7 @@ def _tokenise(
             try:
                 texts.append(_render(prompt, tokenizer, data.template))
             except (jinja2.TemplateError, TypeError, ValueError) as error:
-                problems.add(source.place(number), f"column 'prompt': the chat template refuses it: {error}")
+                problems.add(source.place(number), f"column 'prompt': the chat template rejects it: {error}")
             number += 1
         # A chat template writes the special tokens itself; a plain prompt gets the tokenizer's, such as one BOS.
         plain = to_prompt is str
@@ -212,16 +210,16 @@ def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[s
     return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
 
 
-def _keep(lengths: np.ndarray, longest: int | None, source: RawRows) -> np.ndarray:
-    """Numbers of the rows whose prompts have tokens, and not too many."""
+def _short_enough(lengths: np.ndarray, longest: int | None, source: RawRows) -> np.ndarray:
+    """Numbers of the rows whose prompts have at most ``longest`` tokens; a prompt without tokens is an error."""
     problems = Problems()
     for number in np.flatnonzero(lengths == 0):
         problems.add(source.place(int(number)), "column 'prompt' has no tokens")
     problems.raise_if_any()
-    kept = np.flatnonzero(lengths <= longest) if longest is not None else np.arange(len(lengths))
-    if not len(kept):
+    numbers = np.flatnonzero(lengths <= longest) if longest is not None else np.arange(len(lengths))
+    if not len(numbers):
         raise DataError(
             f"{source.name}: every prompt has more than {longest} tokens (`max_prompt_tokens`); "
             f"the shortest has {lengths.min()}"
         )
-    return kept
+    return numbers

@@ -1,4 +1,4 @@
-"""Prompt samplers: which rows come next. Each is a pure function of its state, so that all processes draw the same."""
+"""Prompt samplers choose the next rows. Each is a pure function of its state, so that all processes draw the same."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 
 from posttrain.errors import DataError
 
-SMALLEST = 1e-9  # weight of a row that would never be drawn, so that a draw larger than the others can end
+SMALLEST = 1e-9  # least weight of a row: rows of weight 0 are drawn when there is no other row left
 
 
 class PromptSampler(Protocol):
-    """What the ``prompts`` slot holds; built as ``cls(size=..., seed=..., **options)``."""
+    """A part of the slot ``prompts``, built as ``cls(size=..., seed=..., **options)``."""
 
     def draw(self, n: int) -> list[int]:
-        """The next ``n`` rows."""
+        """Draws the next ``n`` rows."""
         ...
 
     def update(self, index: Sequence[int], outcomes: Sequence[Sequence[float]]) -> None:
-        """Learns from the scores of each of the prompts ``index``, those of all processes; NaN is unscored."""
+        """Learns from the scores of the prompts ``index`` of all processes; NaN is unscored."""
         ...
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain numbers, strings and lists."""
+        """State for a checkpoint: plain numbers, strings and lists."""
         ...
 
     @state.setter
@@ -34,7 +34,7 @@ class PromptSampler(Protocol):
 
 
 class _Epochs:
-    """Passes over all rows, each in an order that depends on the seed and the pass alone."""
+    """Passes over all rows, each in an order that depends only on the seed and the pass."""
 
     def __init__(self, *, size: int, seed: int, shuffle: bool) -> None:
         self.size, self.seed, self.shuffle = _checked(size), seed, shuffle
@@ -42,19 +42,19 @@ class _Epochs:
         self._order = self._order_of(0)
 
     def draw(self, n: int) -> list[int]:
-        """The next ``n`` rows; a new pass begins where one ends."""
+        """Draws the next ``n`` rows; a new pass begins where one ends."""
         drawn: list[int] = []
         while len(drawn) < n:
             if self.offset == self.size:
                 self.epoch, self.offset = self.epoch + 1, 0
                 self._order = self._order_of(self.epoch)
-            taken = self._order[self.offset : self.offset + n - len(drawn)]
-            self.offset += len(taken)
-            drawn += taken.tolist()
+            rows = self._order[self.offset : self.offset + n - len(drawn)]
+            self.offset += len(rows)
+            drawn += rows.tolist()
         return drawn
 
     def update(self, index: Sequence[int], outcomes: Sequence[Sequence[float]]) -> None:
-        """Nothing to learn."""
+        """Does nothing: this order does not depend on scores."""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class _Epochs:
 
 
 class _ByFailure:
-    """See :func:`by_failure`."""
+    """Sampler that :func:`by_failure` makes."""
 
     def __init__(self, *, size: int, seed: int, unseen: float, floor: float) -> None:
         self.size, self.seed, self.unseen, self.floor = _checked(size), seed, unseen, floor
@@ -89,7 +89,7 @@ class _ByFailure:
         return np.where(self._tries > 0, np.maximum(1.0 - rate, self.floor), self.unseen)
 
     def draw(self, n: int) -> list[int]:
-        """``n`` rows, each at most once until all have been drawn."""
+        """Draws ``n`` rows, each at most once until all have been drawn."""
         drawn: list[int] = []
         while len(drawn) < n:
             noise = np.random.default_rng([self.seed, self.draws]).gumbel(size=self.size)
@@ -100,7 +100,7 @@ class _ByFailure:
         return drawn
 
     def update(self, index: Sequence[int], outcomes: Sequence[Sequence[float]]) -> None:
-        """Counts tries and scores, clamped to [0, 1]."""
+        """Counts tries, and adds scores, clamped to [0, 1]."""
         for row, scores in zip(index, outcomes, strict=True):
             scored = np.array([score for score in scores if not math.isnan(score)])
             self._tries[row] += len(scored)
@@ -108,7 +108,7 @@ class _ByFailure:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Number of draws, and tries and successes of the rows seen."""
+        """Number of draws, and tries and successes of the rows that have been tried."""
         seen = np.flatnonzero(self._tries)
         counts = {
             "rows": seen.tolist(),
@@ -127,21 +127,23 @@ class _ByFailure:
 
 
 def uniform(*, size: int, seed: int) -> PromptSampler:
-    """All rows in shuffled order, then all of them in another one."""
+    """Goes through all rows in random order, reshuffled for every pass."""
     return _Epochs(size=size, seed=seed, shuffle=True)
 
 
 def sequential(*, size: int, seed: int) -> PromptSampler:
-    """All rows as they come, again and again; ``seed`` changes nothing."""
+    """Goes through all rows in the order of the dataset, again and again; ``seed`` changes nothing."""
     return _Epochs(size=size, seed=seed, shuffle=False)
 
 
 def by_failure(*, size: int, seed: int, unseen: float = 1.0, floor: float = 0.0) -> PromptSampler:
-    """Rows with probability proportional to 1 - success rate: Kimi Team 2025 (arXiv:2501.12599), prioritized sampling.
+    """Draws rows with probability proportional to 1 - success rate.
+
+    Kimi Team 2025 (arXiv:2501.12599), prioritized sampling.
 
     Args:
         unseen: weight of a row that has not been tried.
-        floor: least weight of a row that has, so that solved ones are visited again.
+        floor: least weight of a row that has been tried, so that solved ones are drawn again.
     """
     return _ByFailure(size=size, seed=seed, unseen=unseen, floor=floor)
 
@@ -155,6 +157,6 @@ def _checked(size: int) -> int:
 def _check_size(saved: int, size: int) -> None:
     if saved != size:
         raise DataError(
-            f"the checkpoint's prompt sampler is of a data set of {saved} rows, this one has {size}: "
+            f"the checkpoint's prompt sampler was saved for a dataset of {saved} rows, but this one has {size}: "
             "resume with the same `data` section, or start a new run"
         )

@@ -1,4 +1,4 @@
-"""Tokens as text, piece by piece: where reasoning steps end, and what to print in colour."""
+"""Cuts completions into reasoning steps, by the text of their tokens."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from posttrain.batch import Batch
 from posttrain.errors import DataError
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, special tokens included."""
+"""Function from token ids to text."""
 
 
 def pieces(tokens: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds; a character of several tokens stands at the last of them."""
-    found: list[str] = []
+    """The text that each token adds; a character of several tokens is at the last of them."""
+    texts: list[str] = []
     waiting: list[int] = []
     for token in tokens:
         waiting.append(token)
         text = decode(waiting)
         unfinished = text.endswith("\ufffd") and len(waiting) < 4  # bytes of one character
-        found.append("" if unfinished else text)
+        texts.append("" if unfinished else text)
         waiting = waiting if unfinished else []
     if waiting:
-        found[-1] = decode(waiting)
-    return found
+        texts[-1] = decode(waiting)
+    return texts
 
 
 def steps_by_text(batch: Batch, decode: Decode, separator: str) -> Int[Tensor, "N L"]:
-    """``step_id`` of completions whose reasoning steps end with ``separator``, such as a line break.
+    """Computes ``step_id`` of completions whose reasoning steps end with ``separator``, such as a line break.
 
     A token belongs to the step that its first character is in; -1 off the mask.
     """
@@ -42,7 +42,7 @@ def steps_by_text(batch: Batch, decode: Decode, separator: str) -> Int[Tensor, "
 
 
 def step_numbers(ids: Sequence[int], decode: Decode, separator: str) -> Int[Tensor, " L"]:
-    """The step of each token of one completion, from 0 on: that in which its first character is.
+    """Number of each token's step in one completion, from 0 on: the step that has the token's first character.
 
     A run of separators ends one step; at the end of the completion it belongs to the last step.
     """
@@ -55,7 +55,7 @@ def step_numbers(ids: Sequence[int], decode: Decode, separator: str) -> Int[Tens
 
 
 def _ends(text: str, separator: str) -> list[int]:
-    """Where each run of separators ends."""
+    """Positions at which runs of separators end."""
     ends: list[int] = []
     at = text.find(separator)
     while at >= 0:
@@ -69,13 +69,13 @@ def _ends(text: str, separator: str) -> list[int]:
 
 
 def cut(text: str, separator: str, count: int) -> list[str]:
-    """The steps of a text: joined by the separator they are the text again.
+    """Cuts a text into its steps. Joined by the separator they are the text again.
 
     A run of separators ends one step; all but one of it stay in that step, those at the end of the text in the last
     step, and those at its beginning in the first.
 
     Raises:
-        DataError: where that does not give ``count`` steps.
+        DataError: if the text does not have ``count`` steps.
     """
     body = text.strip(separator)
     start = text.find(body)
@@ -88,5 +88,5 @@ def cut(text: str, separator: str, count: int) -> list[str]:
     steps[0] = text[:start] + steps[0]
     steps[-1] += text[start + len(body) :]
     if len(steps) != count:
-        raise DataError(f"step labels: {text[:60]!r} has {len(steps)} steps, but its tokens lie in {count}")
+        raise DataError(f"step labels: {text[:60]!r} has {len(steps)} steps, but its tokens are in {count}")
     return steps

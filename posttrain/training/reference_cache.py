@@ -57,22 +57,11 @@ class ReferencedExamples:
     ]  # log-probs of each group: float32, the chosen tokens of its completions one after another
 
     @property
-    def left_out(self) -> int:
-        return self.examples.left_out
-
-    @property
     def dropped(self) -> tuple[LeftOut, ...]:
         return self.examples.dropped
 
-    @property
-    def longest(self) -> int:
-        return self.examples.longest
-
     def __len__(self) -> int:
         return len(self.examples)
-
-    def place(self, index: int) -> str:
-        return self.examples.place(index)
 
     def fingerprint(self) -> str:
         return self.examples.fingerprint()

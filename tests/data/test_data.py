@@ -192,7 +192,7 @@ def test_one_beginning_of_sequence_token(load, tmp_path: Path, tiny_model_folder
 def test_long_prompts_are_left_out_and_counted(load, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"prompt": "x" * n, "answer": n} for n in (1, 9, 2, 8, 3)])
     rows = load("a.jsonl", chat=False, max_prompt_tokens=3)
-    assert (len(rows), rows.left_out, rows.longest_prompt) == (3, 2, 3)
+    assert (len(rows), rows.dropped[0].count, rows.longest_prompt) == (3, 2, 3)
     assert [rows[i]["answer"] for i in range(3)] == [1, 2, 3] and rows.place(2).endswith("a.jsonl:5")
     assert rows.column("answer").to_pylist() == [1, 2, 3] and rows.prompt_tokens(2) == rows.prompt_tokens(0) * 3
 
@@ -210,13 +210,13 @@ def test_many_rows_come_back_in_order(load, tmp_path: Path) -> None:
 GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
 
 BROKEN_LINES: dict[str, tuple[list[Any], str]] = {
-    "not json": ([GOOD, '{"prompt": "x",}'], r"rows.jsonl:2: not JSON at column \d+: .*; each line is to be one"),
+    "not json": ([GOOD, '{"prompt": "x",}'], r"rows.jsonl:2: not JSON at column \d+: .*; each line should be one"),
     "an array": (["[", GOOD, "]"], r"rows.jsonl:1: not JSON .*a JSON array goes into a file that ends in .json"),
     "not an object": ([GOOD, "7"], r"rows.jsonl:2: 7 \(a number\) where an object such as"),
     "number": ([GOOD, {"prompt": 7, "answer": "2"}], r"rows.jsonl:2: column 'prompt' is 7 \(a number\), but 'What"),
-    "all numbers": ([{"prompt": 7}], r"rows.jsonl:1: column 'prompt' is 7 \(a number\); it is to be text, or a list"),
-    "null": ([GOOD, "", {"prompt": None}], "rows.jsonl:3: column 'prompt' is null; it is to be text"),
-    "lacks prompt": ([GOOD, {"answer": "2"}], "rows.jsonl:2: column 'prompt' is null; it is to be text"),
+    "all numbers": ([{"prompt": 7}], r"rows.jsonl:1: column 'prompt' is 7 \(a number\); it should be text, or a list"),
+    "null": ([GOOD, "", {"prompt": None}], "rows.jsonl:3: column 'prompt' is null; it should be text"),
+    "lacks prompt": ([GOOD, {"answer": "2"}], "rows.jsonl:2: column 'prompt' is null; it should be text"),
     "empty text": ([GOOD, {"prompt": " \n"}], "rows.jsonl:2: column 'prompt' is empty text: leave the row out"),
     "empty list": ([{"prompt": CHAT}, {"prompt": []}], "rows.jsonl:2: column 'prompt' is an empty list"),
     "no role": (
@@ -228,7 +228,7 @@ BROKEN_LINES: dict[str, tuple[list[Any], str]] = {
     "system late": ([{"prompt": [*CHAT, {"role": "system", "content": "x"}]}], "'system', which only the first"),
     "assistant last": ([{"prompt": CHAT[:2]}], "rows.jsonl:1: .* ends with a message of role 'assistant'; the last"),
     "content": ([{"prompt": [{"role": "user", "content": 7}]}], r"message 1 of 1 that has the content 7 \(a number\)"),
-    "list of text": ([{"prompt": ["x"]}], r"has a message 1 of 1 that is 'x' \(text\); it is to be an object with"),
+    "list of text": ([{"prompt": ["x"]}], r"has a message 1 of 1 that is 'x' \(text\); it should be an object with"),
     "mixed": ([GOOD, {"prompt": CHAT}], r"rows.jsonl:2: column 'prompt' is \[.*\(a list\), but 'What.* at .*s.jsonl:1"),
     "mixed column": ([GOOD, {"prompt": "x", "answer": 2}], r"rows.jsonl:2: column 'answer' is 2 \(a number\), but '2'"),
     "no prompt": ([{"promt": "x"}], "rows.jsonl: no column 'prompt'; did you mean 'promt'"),
@@ -296,7 +296,7 @@ BROKEN_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "kind": (
         "a.txt",
         lambda p: p.write_text("x"),
-        r"a.txt: what `.txt` files hold is not known; use .jsonl, .json, .parquet",
+        r"a.txt: files ending in `.txt` cannot be read; use .jsonl, .json, .parquet",
     ),
     "folder": (
         "set",
@@ -354,7 +354,7 @@ def test_missing_file_and_split_of_a_file(load, tmp_path: Path) -> None:
 def test_a_hub_name_that_is_nowhere(load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        DataError, match="'nobody/nothing' is no file or folder here, and as a data set of the hub: .*nobody"
+        DataError, match="'nobody/nothing' is no file or folder here, nor a dataset of the hub: .*nobody"
     ):
         load("nobody/nothing")
 
@@ -364,7 +364,7 @@ GENERATORS = {
     "yields text": ("yield {'prompt': 'x'}\n    yield 'y'", r"row 2: yielded 'y' \(text\) where a dict of columns"),
     "returns none": ("return None", "row 1: raised TypeError"),
     "yields nothing": ("yield from ()", "own.py:rows: no rows"),
-    "odd value": ("yield {'prompt': 'x', 'answer': object()}", "row 1: column 'answer' is <object.* a data set cannot"),
+    "odd value": ("yield {'prompt': 'x', 'answer': object()}", "row 1: column 'answer' is <object.* a dataset cannot"),
     "null prompt": ("yield {'prompt': None}", "row 1: column 'prompt' is null"),
 }
 
@@ -424,7 +424,7 @@ def test_a_template_that_refuses_a_row(load, tmp_path: Path, tiny_model_folder: 
     strict = AutoTokenizer.from_pretrained(tiny_model_folder)
     strict.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}ok"
     write_lines(tmp_path / "a.jsonl", [{"prompt": CHAT[:1]}, {"prompt": CHAT}])
-    with pytest.raises(DataError, match=r"a.jsonl:2: column 'prompt': the chat template refuses it: one at a time"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: column 'prompt': the chat template rejects it: one at a time"):
         load("a.jsonl", tokenizer=strict)
 
 

@@ -109,7 +109,7 @@ def test_template_that_rewrites_the_prompt_is_refused(make, tiny_model_folder):
     its = AutoTokenizer.from_pretrained(tiny_model_folder)
     its.chat_template = its.chat_template.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    with pytest.raises(DataError, match=r"rows.jsonl:1: column 'completion': with the answer behind it.*plain text"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: column 'completion': with the answer after it.*plain text"):
         make(examples.demonstrations, [{"messages": turns}], tokenizer=its)
 
 
@@ -196,8 +196,8 @@ def test_implicit_prompt_of_plain_text_is_the_common_beginning(make, tokenizer):
 def test_rows_that_are_too_long_are_left_out_and_counted(make):
     rows = [{"prompt": "p", "chosen": "a" * n, "rejected": "b"} for n in (3, 50, 4)]
     found = make(examples.pairs, rows, max_tokens=20)
-    assert (len(found), found.left_out, found.longest) == (2, 1, 9)
-    assert found.place(1).endswith("rows.jsonl:3")
+    assert (len(found), found.dropped[0].count, int(found.batch([0, 1]).length.max())) == (2, 1, 9)
+    assert found.dropped[0].first[0].endswith("rows.jsonl:2")
     with pytest.raises(DataError, match=r"every row has more than 3 tokens.*the shortest has 6"):
         make(examples.pairs, rows, max_tokens=3)
 
@@ -211,7 +211,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(make):
         (examples.rated, {"completion": "c", "reward": 1, "finish": "lenght"}, r"'finish' is 'lenght'.*'length'"),
         (examples.stepwise, {"completions": ["a"], "labels": [1, 0]}, r"'labels' has 2 elements; there are 1 steps"),
         (examples.stepwise, {"completions": [], "labels": []}, r"rows.jsonl:2: column 'completions' is \[\]"),
-        (examples.stepwise, {"completions": ["a", ""], "labels": [1, 0]}, r"each step is to be some text"),
+        (examples.stepwise, {"completions": ["a", ""], "labels": [1, 0]}, r"each step should be some text"),
         (examples.pairs, {"chosen": "c"}, r"rows.jsonl:2: columns 'chosen' and 'rejected' are 'c' \(text\) and null"),
         (examples.demonstrations, {"messages": [{"role": "user", "content": "u"}]}, r"no message of the assistant"),
     ],

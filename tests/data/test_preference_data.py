@@ -60,7 +60,7 @@ def test_lists_become_pairs_the_best_and_worst_or_single(make):
     tied = {"prompt": "t", "completions": ["u", "v"], "scores": [1, 1]}
     found = make(examples.lists, [LIST, tied], into="pairs")
     assert texts(found) == [[("bb", 3), ("a", 1)], [("c", 2), ("a", 1)], [("bb", 3), ("c", 2)]]
-    assert found.left_out == 1 and "different ratings" in found.dropped[0].reason
+    assert found.dropped[0].count == 1 and "different ratings" in found.dropped[0].reason
     assert texts(make(examples.lists, [LIST], into="best_and_worst")) == [[("bb", 3), ("a", 1)]]
     assert texts(make(examples.lists, [LIST], into="single")) == [[("a", 1)], [("bb", 3)], [("c", 2)]]
 
@@ -124,7 +124,7 @@ def test_pairs_that_are_the_same_and_pairs_too_long_are_accounted_for(make):
         {"prompt": "p", "chosen": c, "rejected": r} for c, r in (("a", "a"), ("a" * 50, "b"), ("a", "b"), ("c", "c"))
     ]
     found = make(examples.pairs, rows, max_tokens=20)
-    assert (len(found), found.left_out) == (1, 3)
+    assert (len(found), sum(entry.count for entry in found.dropped)) == (1, 3)
     account = {each.reason: (each.count, [place.rsplit(":")[-1] for place in each.first]) for each in found.dropped}
     assert account == {
         "the completions are all the same": (2, ["1", "4"]),
@@ -149,7 +149,7 @@ def test_cut_prompts_lose_their_beginning_on_both_sides_alike(make, tokenizer):
         "56789abcdef<|end|>",
         "56789g<|end|>",
     ]
-    assert batch.finish.tolist() == [Finish.STOPPED] * 2 and found.left_out == 0
+    assert batch.finish.tolist() == [Finish.STOPPED] * 2
     assert [(each.what, each.count) for each in found.dropped] == [("cut", 1)]
 
 
@@ -166,7 +166,7 @@ def test_cut_completions_keep_the_difference_or_are_left_out(make, tokenizer):
     batch = found.batch([1])
     assert batch.finish.tolist() == [Finish.LENGTH, Finish.STOPPED]
     account = [(each.what, each.reason.split(" ")[0], each.count) for each in found.dropped]
-    assert account == [("left out", "more", 1), ("left out", "differ", 1), ("cut", "more", 2)] and found.left_out == 2
+    assert account == [("left out", "more", 1), ("left out", "differ", 1), ("cut", "more", 2)]
 
 
 completion = st.lists(st.integers(0, 2), min_size=1, max_size=8)

@@ -72,7 +72,7 @@ def test_by_failure_resumes_exactly() -> None:
 @pytest.mark.parametrize("make", [uniform, sequential, by_failure])
 def test_state_of_another_data_set_is_refused(make) -> None:
     sampler = make(size=4, seed=0)
-    with pytest.raises(DataError, match="is of a data set of 5 rows, this one has 4"):
+    with pytest.raises(DataError, match="was saved for a dataset of 5 rows, but this one has 4"):
         sampler.state = make(size=5, seed=0).state
     with pytest.raises(ValueError, match="needs rows"):
         make(size=0, seed=0)

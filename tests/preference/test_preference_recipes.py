@@ -261,7 +261,8 @@ def test_mismatched_completions_are_the_next_ones_of_another_prompt(tmp_path: Pa
 
 def test_mismatched_completions_that_would_be_too_long_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
     found = rated(tmp_path, tokenizer, "abc", max_tokens=9)  # prompt 4, completions 3, 5 and 7 tokens
-    assert [len(group) for group in found.groups] == [2, 2] and found.left_out == 1 and found.longest == 9
+    assert [len(group) for group in found.groups] == [2, 2] and [entry.count for entry in found.dropped] == [1]
+    assert max(len(completion) for group in found.groups for completion in group) == 9
     with pytest.raises(DataError, match="all rows have the same prompt"):
         rated(tmp_path, tokenizer, "aaa")
 

@@ -1,7 +1,7 @@
-"""Parts of the ``examples`` slot: given completions to learn from instead of sampling.
+"""Parts of the slot ``examples``: dataset completions to learn from instead of sampling.
 
 ``part(data, tokenizer, base, *, ...) -> Examples``. An index of the examples is a group of completions of one prompt;
-``examples.batch(index)`` is a batch as a rollout would have made it, with its rewards.
+``examples.batch(index)`` is a batch in the form of a rollout's, with its rewards. Read ``dataset_examples.py`` first.
 """
 
 from __future__ import annotations

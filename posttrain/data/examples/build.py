@@ -1,4 +1,4 @@
-"""From the rows of a data set to examples: completions encoded, groups converted, made to fit, and accounted for."""
+"""Makes examples of the rows of a dataset: encodes completions, converts and fits groups, accounts for the rest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from posttrain.data.examples.groups import Group, Into, TooLong, convert, distin
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
+from posttrain.models.load import text_of
 from posttrain.recipe import sections
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What groups of completions are to become."""
+class GroupOptions:
+    """Options by which completions become groups: their length, their kind, what is added."""
 
     max_tokens: int | None = None
     too_long: TooLong = "leave_out"
@@ -35,62 +36,59 @@ class Wanted:
 def completions(
     rows: Rows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
 ) -> Iterator[EncodedCompletion]:
-    """A column's completions, encoded, in the order of the rows."""
+    """Encodes the completions of a column, in the order of the rows."""
     need(rows, (column,))
     finishes = read_finishes(rows)
     written = [Written(i, clean(rows[i][column]), finishes[i], column) for i in range(len(rows))]
-    for each, encoded in zip(written, encode(rows, written, tokenizer, data.template), strict=True):
-        yield given_of(each, encoded)
+    for completion, encoded in zip(written, encode(rows, written, tokenizer, data.template), strict=True):
+        yield without_reward(completion, encoded)
 
 
-def given_of(written: Written, encoded: Encoded) -> EncodedCompletion:
-    """The completion without a reward; the turns of several messages are its steps."""
+def without_reward(written: Written, encoded: Encoded) -> EncodedCompletion:
+    """The encoded completion without a reward; the turns of several messages are its steps."""
     steps: np.ndarray | None = turn_ids(encoded.mask) if encoded.starts is None else None
     return EncodedCompletion(encoded.tokens, encoded.mask, written.index, written.finish, step_id=steps)
 
 
 def make_examples(
-    rows: Rows, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, wanted: Wanted
+    rows: Rows, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, options: GroupOptions
 ) -> DatasetExamples:
-    """Examples of the groups, with an account of what was left out or cut.
+    """Makes examples of the groups, with an account of everything that was left out or cut.
 
     Raises:
-        DataError: where nothing is left.
+        DataError: if nothing is left.
     """
-    differing, alike = distinct(groups) if wanted.distinct else (groups, [])
-    converted, unpaired = convert(differing, wanted.into)
-    fitted = fit(converted, wanted.max_tokens, wanted.too_long, whole=wanted.whole)
-    limit = f"more than {wanted.max_tokens} tokens (`max_tokens`)"
+    differing, alike = distinct(groups) if options.distinct else (groups, [])
+    converted, unpaired = convert(differing, options.into)
+    fitted = fit(converted, options.max_tokens, options.too_long, whole=options.whole)
+    limit = f"more than {options.max_tokens} tokens (`max_tokens`)"
     reasons = {
         "the completions are all the same": alike,
         "no two completions of the prompt have different ratings": unpaired,
         limit: fitted.too_long,
-        f"differ only beyond {wanted.max_tokens} tokens (`max_tokens`)": fitted.indistinct,
+        f"differ only beyond {options.max_tokens} tokens (`max_tokens`)": fitted.indistinct,
     }
-    gone = rows.dropped + sum((left_out(reason, found, rows.place) for reason, found in reasons.items()), ())
+    dropped = rows.dropped + sum((left_out(reason, numbers, rows.place) for reason, numbers in reasons.items()), ())
     if not fitted.groups:
-        raise DataError(_nothing_left(rows, groups, gone, wanted.max_tokens, len(fitted.too_long)))
-    made = fitted.groups
-    if wanted.mismatched:
-        made = with_mismatched(made, wanted.max_tokens, rows.source.name)
-    kept = {given.row for group in fitted.groups for given in group}
-    used = {given.row for group in groups for given in group}
+        raise DataError(_nothing_left(rows, groups, dropped, options.max_tokens, len(fitted.too_long)))
+    final_groups = fitted.groups
+    if options.mismatched:
+        final_groups = with_mismatched(final_groups, options.max_tokens, rows.source.name)
     return DatasetExamples(
-        groups=made,
-        columns=lambda row: {**rows[row], **wanted.columns.get(row, {})},
-        place_of=rows.place,
-        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        left_out=rows.left_out + len(used - kept),
-        dropped=gone + left_out(limit, fitted.cut, rows.place, "cut"),
+        groups=final_groups,
+        columns=lambda row: {**rows[row], **options.columns.get(row, {})},
+        place=rows.place,
+        decode=text_of(tokenizer),
+        dropped=dropped + left_out(limit, fitted.cut, rows.place, "cut"),
     )
 
 
 def _nothing_left(
-    rows: Rows, groups: Sequence[Group], gone: Sequence[LeftOut], longest: int | None, too_long: int
+    rows: Rows, groups: Sequence[Group], dropped: Sequence[LeftOut], longest: int | None, too_long: int
 ) -> str:
     if too_long:
-        shortest = min(len(given) for group in groups for given in group)
+        shortest = min(len(completion) for group in groups for completion in group)
         return (
             f"{rows.source.name}: every row has more than {longest} tokens (`max_tokens`); the shortest has {shortest}"
         )
-    return f"{rows.source.name}: no row is left; " + "; ".join(map(str, gone))
+    return f"{rows.source.name}: no row is left; " + "; ".join(map(str, dropped))

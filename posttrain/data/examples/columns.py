@@ -1,4 +1,4 @@
-"""Columns of examples: what they hold, checked, with file and row of all that does not fit."""
+"""Reads and checks the columns of examples; errors name the file and row of everything that does not fit."""
 
 from __future__ import annotations
 
@@ -22,40 +22,44 @@ REWARD_COLUMNS = ("reward", "score", "label")
 
 
 def need(rows: Rows | RawRows, names: Sequence[str]) -> None:
-    """
+    """Checks that there are columns of these names.
+
     Raises:
-        DataError: where one of the columns is not there.
+        DataError: if one of the columns is missing.
     """
-    source, there = (rows.source, rows.columns) if isinstance(rows, Rows) else (rows, rows.rows.column_names)
+    source, present = (rows.source, rows.columns) if isinstance(rows, Rows) else (rows, rows.rows.column_names)
     problems = Problems()
     for name in names:
-        if name not in there:
+        if name not in present:
             copy = f"`columns: {{{name}: <column>}}` copies one"
-            problems.add(source.name, f"no column {name!r}; {suggestion(name, there)}; {copy}")
+            problems.add(source.name, f"no column {name!r}; {suggestion(name, present)}; {copy}")
     problems.raise_if_any()
 
 
 def find_reward(rows: Rows) -> str:
-    """The one column that is called as ratings are.
+    """Finds the one column whose name says that it is the rating.
 
     Raises:
-        DataError: where there are none or several.
+        DataError: if there is none or several.
     """
-    there = [name for name in REWARD_COLUMNS if name in rows.columns]
-    if len(there) == 1:
-        return there[0]
-    names = ", ".join(map(repr, there or rows.columns))
-    found = f"several columns may be the rating ({names})" if there else f"none of the columns is a rating ({names})"
-    raise DataError(f"{rows.source.name}: {found}; name it: `examples: {{use: rated, reward: <column>}}`")
+    candidates = [name for name in REWARD_COLUMNS if name in rows.columns]
+    if len(candidates) == 1:
+        return candidates[0]
+    names = ", ".join(map(repr, candidates or rows.columns))
+    if candidates:
+        problem = f"several columns may be the rating ({names})"
+    else:
+        problem = f"none of the columns is a rating ({names})"
+    raise DataError(f"{rows.source.name}: {problem}; name it: `examples: {{use: rated, reward: <column>}}`")
 
 
 def read_numbers(rows: Rows, name: str) -> list[float]:
-    """A column of numbers, or of true and false."""
+    """Reads a column of numbers, or of true and false."""
     need(rows, (name,))
     problems, numbers = Problems(), []
     for i, value in enumerate(rows.column(name).to_pylist()):
         if not isinstance(value, bool | int | float) or not math.isfinite(value):
-            problems.add(rows.place(i), f"column {name!r} is {shown(value)}; it is to be a number, or true or false")
+            problems.add(rows.place(i), f"column {name!r} is {shown(value)}; it should be a number, or true or false")
         else:
             numbers.append(float(value))
     problems.raise_if_any()
@@ -70,18 +74,19 @@ def read_number_lists(
     within: tuple[float, float] | None = None,
     null: bool = False,
 ) -> list[list[float]]:
-    """A column of lists of numbers, or of true and false; NaN for null, where that is allowed.
+    """Reads a column of lists of numbers, or of true and false; null becomes NaN.
 
     Args:
-        lengths: how many there are to be in each row, those of the column ``completions``. Default: at least one.
-        within: what they may be.
+        lengths: number of numbers in each row, as in the column ``completions``. Default: at least one.
+        within: smallest and largest number.
+        null: allow null in the lists.
     """
     need(rows, (name,))
-    problems, found = Problems(), []
+    problems, lists = Problems(), []
     low, high = within or (-math.inf, math.inf)
     for i, numbers in enumerate(rows.column(name).to_pylist()):
         if not isinstance(numbers, list) or not numbers:
-            problems.add(rows.place(i), f"column {name!r} is {shown(numbers)}; it is to be a list of numbers")
+            problems.add(rows.place(i), f"column {name!r} is {shown(numbers)}; it should be a list of numbers")
             continue
         if lengths is not None and len(numbers) != lengths[i]:
             problems.add(
@@ -91,11 +96,11 @@ def read_number_lists(
         wrong = [number for number in numbers if not _is_number(number, low, high) and not (null and number is None)]
         if wrong:
             between = "" if within is None else f" from {low:g} to {high:g}"
-            problems.add(rows.place(i), f"column {name!r} holds {shown(wrong[0])}; each is to be a number{between}")
+            problems.add(rows.place(i), f"column {name!r} holds {shown(wrong[0])}; each should be a number{between}")
             continue
-        found.append([math.nan if number is None else float(number) for number in numbers])
+        lists.append([math.nan if number is None else float(number) for number in numbers])
     problems.raise_if_any()
-    return found
+    return lists
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
@@ -103,20 +108,20 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 
 def read_answers(rows: Rows) -> list[list[Any]]:
-    """The completions of each row, text or messages each."""
-    problems, found = Problems(), []
+    """Reads the list of completions of each row; a completion is text or messages."""
+    problems, lists = Problems(), []
     for i in range(len(rows)):
         answers = rows[i]["completions"]
         if not isinstance(answers, list) or not answers:
-            problems.add(rows.place(i), f"column 'completions' is {shown(answers)}; it is to be a list of completions")
+            problems.add(rows.place(i), f"column 'completions' is {shown(answers)}; it should be a list of completions")
         else:
-            found.append([clean(answer) for answer in answers])
+            lists.append([clean(answer) for answer in answers])
     problems.raise_if_any()
-    return found
+    return lists
 
 
 def read_finishes(rows: Rows) -> list[Finish]:
-    """How each completion ended, by the column ``finish``; all of them stopped where there is none."""
+    """Reads the column ``finish``, which says how each completion ended; without the column all of them stopped."""
     if "finish" not in rows.columns:
         return [Finish.STOPPED] * len(rows)
     problems, finishes, names = Problems(), [], [finish.name.lower() for finish in Finish]
@@ -130,14 +135,14 @@ def read_finishes(rows: Rows) -> list[Finish]:
 
 
 def read_steps(rows: Rows, separator: str) -> list[list[str]]:
-    """Each solution's steps with what stands between them."""
+    """Reads the steps of each solution; every step but the last gets the separator at its end."""
     problems, pieces = Problems(), []
     for i, steps in enumerate(rows.column("completions").to_pylist()):
         wrong = [step for step in steps or () if not isinstance(step, str) or not step]
         if not isinstance(steps, list) or not steps:
-            problems.add(rows.place(i), f"column 'completions' is {shown(steps)}; it is to be a list of steps")
+            problems.add(rows.place(i), f"column 'completions' is {shown(steps)}; it should be a list of steps")
         elif wrong:
-            problems.add(rows.place(i), f"column 'completions' holds {shown(wrong[0])}; each step is to be some text")
+            problems.add(rows.place(i), f"column 'completions' holds {shown(wrong[0])}; each step should be some text")
         else:
             pieces.append([step + separator for step in steps[:-1]] + steps[-1:])
     problems.raise_if_any()
@@ -145,8 +150,8 @@ def read_steps(rows: Rows, separator: str) -> list[list[str]]:
 
 
 def read_labels(rows: Rows) -> list[list[float]]:
-    """Each solution's labels as numbers, NaN for null."""
-    problems, found = Problems(), []
+    """Reads the labels of each solution as numbers; null becomes NaN."""
+    problems, lists = Problems(), []
     steps = rows.column("completions").to_pylist()
     for i, labels in enumerate(rows.column("labels").to_pylist()):
         if not isinstance(labels, list) or len(labels) != len(steps[i] or ()):
@@ -157,34 +162,34 @@ def read_labels(rows: Rows) -> list[list[float]]:
         elif wrong := [label for label in labels if not isinstance(label, bool | int | float | None)]:
             problems.add(rows.place(i), f"column 'labels' holds {shown(wrong[0])}; a label is a number, true or false")
         else:
-            found.append([float("nan") if label is None else float(label) for label in labels])
+            lists.append([float("nan") if label is None else float(label) for label in labels])
     problems.raise_if_any()
-    return found
+    return lists
 
 
 def clean(completion: Any) -> Any:
-    """Messages without the nulls that Arrow fills in."""
+    """Removes the nulls that Arrow fills into messages."""
     if not isinstance(completion, list):
         return completion
     return [without_nulls(message) if isinstance(message, dict) else message for message in completion]
 
 
 def converted(source: RawRows, convert: Callable[[dict[str, Any]], dict[str, Any] | str]) -> RawRows:
-    """The source with each row converted; ``convert`` says in words what is wrong with a row that does not fit."""
+    """Converts each row; for a row that does not fit, ``convert`` returns text that says what is wrong."""
     problems = Problems()
     for i, row in enumerate(source.rows):
-        if isinstance(found := convert(dict(row)), str):
-            problems.add(source.place(i), found)
+        if isinstance(problem := convert(dict(row)), str):
+            problems.add(source.place(i), problem)
     problems.raise_if_any()
     table = to_table(partial(map, lambda row: convert(dict(row)), source.rows), source.place)  # type: ignore[arg-type]
     return RawRows(datasets.Dataset(table), source.place, source.name)
 
 
 def split_messages(row: dict[str, Any]) -> dict[str, Any] | str:
-    """``messages`` as ``prompt`` and ``completion``, cut before the assistant's first."""
+    """Splits ``messages`` into ``prompt`` and ``completion``, before the assistant's first message."""
     messages = clean(row.pop("messages"))
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return f"column 'messages' is {shown(messages)}; it is to be a list of messages with role and content"
+        return f"column 'messages' is {shown(messages)}; it should be a list of messages with role and content"
     first = next((i for i, message in enumerate(messages) if message.get("role") == "assistant"), None)
     if not first:
         return "column 'messages' " + (
@@ -194,7 +199,7 @@ def split_messages(row: dict[str, Any]) -> dict[str, Any] | str:
 
 
 def explicit_prompt(row: dict[str, Any]) -> dict[str, Any] | str:
-    """A preference with its ``prompt``, which may only be the common beginning of both sides."""
+    """Adds the ``prompt`` to a preference that has it only as the common beginning of both sides."""
     chosen, rejected = clean(row["chosen"]), clean(row["rejected"])
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         return f"columns 'chosen' and 'rejected' are {shown(chosen)} and {shown(rejected)}: both text, or both messages"
@@ -202,5 +207,4 @@ def explicit_prompt(row: dict[str, Any]) -> dict[str, Any] | str:
     whole_conversations = isinstance(chosen, list) and any(message.get("role") != "assistant" for message in chosen[:1])
     if prompt is not None and not whole_conversations:
         return {**row, "chosen": chosen, "rejected": rejected}
-    found = extract_prompt({"chosen": chosen, "rejected": rejected})
-    return {**row, **found}
+    return {**row, **extract_prompt({"chosen": chosen, "rejected": rejected})}

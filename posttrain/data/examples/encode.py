@@ -1,4 +1,4 @@
-"""Given completions as the token ids that the policy would have written."""
+"""Encodes dataset completions as the token ids that the policy would have written."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from posttrain.data.prompts import message_problem
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
 
-CHUNK = 1000  # rows tokenised at a time
+CHUNK = 1000  # number of rows that are tokenised at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A completion to encode: ``rows[index]``'s, from a column of that row."""
+    """A completion to encode, from a column of ``rows[index]``."""
 
-    index: int  # in Rows
+    index: int  # number of the row in Rows
     completion: Any  # text, or messages
     finish: Finish
     column: str
@@ -37,15 +37,15 @@ class Encoded:
 
     tokens: np.ndarray  # int32 [length]
     mask: np.ndarray  # bool [length]
-    starts: np.ndarray | None  # int [chosen tokens]: where each begins in the completion's text; None for many turns
+    starts: np.ndarray | None  # int [chosen tokens]: start of each in the completion's text; None for many turns
 
 
 def completion_problem(completion: Any, prompt: Any) -> str | None:
-    """What keeps a completion from being text or messages, as the end of the sentence "column 'completion' ..."."""
+    """Returns what is wrong with a completion, as the end of "column 'completion' ..."; None if nothing is."""
     if isinstance(completion, str):
         return None if completion else "is empty text: leave the row out"
     if not isinstance(completion, list):
-        return f"is {shown(completion)}; it is to be text, or a list of messages with role and content"
+        return f"is {shown(completion)}; it should be text, or a list of messages with role and content"
     if not completion:
         return "is an empty list: leave the row out"
     if isinstance(prompt, str):
@@ -53,29 +53,29 @@ def completion_problem(completion: Any, prompt: Any) -> str | None:
     for position, message in enumerate(completion):
         if problem := message_problem(message, position):
             return f"has a message {position + 1} of {len(completion)} that {problem}"
-    for which, message in (("begins", completion[0]), ("ends", completion[-1])):
+    for verb, message in (("begins", completion[0]), ("ends", completion[-1])):
         if message["role"] != "assistant":
-            return f"{which} with a message of role {message['role']!r}; it is to be the assistant's"
+            return f"{verb} with a message of role {message['role']!r}; it should be the assistant's"
     return None
 
 
 def encode(
     rows: Rows, written: Sequence[Written], tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
 ) -> list[Encoded]:
-    """Prompts with completions as token ids.
+    """Encodes prompts with their completions as token ids.
 
-    A text is taken as the policy's own words: the prompt's ids, the text's ids, and the end-of-sequence token if it
-    ended. One assistant's message is what the chat template makes of it after the prompt. Of several messages the
-    assistant's are the policy's words, by the template's generation markers; where it has none, by those of TRL's
-    template for the same family of models.
+    A text counts as the policy's own words: the prompt's ids, the text's ids, and the end-of-sequence token if it
+    ended. One assistant's message is encoded as the chat template writes it after the prompt. Among several messages
+    the assistant's are the policy's words. The template's generation markers say which tokens these are; if it has
+    none, those of TRL's template for the same family of models.
 
     Args:
-        rows: with tokenised prompts.
+        rows: rows with tokenised prompts.
         written: the completions.
         template: further arguments of the chat template.
 
     Raises:
-        DataError: naming the rows that cannot be encoded.
+        DataError: if a row cannot be encoded; the message names each such row.
     """
     problems, encoded = Problems(), []
     for start in range(0, len(written), CHUNK):
@@ -92,43 +92,43 @@ def _encode_chunk(
     problems: Problems,
 ) -> Iterator[Encoded]:
     texts: list[str | None] = []
-    for each in chunk:
-        place = f"column {each.column!r}"
-        prompt = rows[each.index]["prompt"]
+    for written in chunk:
+        place = f"column {written.column!r}"
+        prompt = rows[written.index]["prompt"]
         try:
-            if problem := completion_problem(each.completion, prompt):
+            if problem := completion_problem(written.completion, prompt):
                 raise ValueError(f"{place} {problem}")
-            texts.append(_text_of(prompt, each.completion, tokenizer, template, place))
+            texts.append(_text_after(prompt, written.completion, tokenizer, template, place))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            problems.add(rows.place(each.index), str(error))
+            problems.add(rows.place(written.index), str(error))
             texts.append("")
     plain = [text for text in texts if text is not None]
-    of_texts = iter(_tokenise(plain, tokenizer))
-    for each, text in zip(chunk, texts, strict=True):
-        prompt_ids = rows.prompt_tokens(each.index)
+    tokenised = iter(_tokenise(plain, tokenizer))
+    for written, text in zip(chunk, texts, strict=True):
+        prompt_ids = rows.prompt_tokens(written.index)
         if text is not None:
-            yield _of_text(prompt_ids, *next(of_texts), each, tokenizer)
+            yield _encode_text(prompt_ids, *next(tokenised), written, tokenizer)
             continue
         try:
-            yield _of_turns(prompt_ids, rows[each.index]["prompt"] + each.completion, tokenizer, template)
+            yield _encode_turns(prompt_ids, rows[written.index]["prompt"] + written.completion, tokenizer, template)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            problems.add(rows.place(each.index), f"column {each.column!r}: {error}")
+            problems.add(rows.place(written.index), f"column {written.column!r}: {error}")
 
 
 def _tokenise(texts: list[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Ids of each text, and the characters that each stands for."""
+    """Tokenises each text: its ids, and the range of characters of each id."""
     if not texts:
         return []
     if not tokenizer.is_fast:
-        raise DataError("examples: the tokenizer cannot tell which characters a token stands for; use its fast version")
-    found: Any = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+        raise DataError("examples: the tokenizer does not give the characters of each token; use its fast version")
+    encoding: Any = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    return list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
 
 
-def _text_of(
+def _text_after(
     prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], place: str
 ) -> str | None:
-    """What follows the prompt, as text; None for several turns."""
+    """The text after the prompt; None for several turns."""
     if isinstance(completion, str):
         return completion
     if len(completion) > 1:
@@ -137,9 +137,9 @@ def _text_of(
     whole = _render(prompt + completion, tokenizer, template)
     if not whole.startswith(before):
         raise ValueError(
-            f"{place}: with the answer behind it, the chat template writes the prompt in another way, so it is not "
-            f"clear which words are the policy's (the prompt ends with {before[-30:]!r}); give the completion as plain "
-            "text, just as the policy is to write it after the prompt"
+            f"{place}: with the answer after it, the chat template writes the prompt in another way, so it is not "
+            f"clear which words are the policy's (the prompt ends with {before[-30:]!r}); write the completion as "
+            "plain text, exactly as the policy should write it after the prompt"
         )
     return whole[len(before) :]
 
@@ -148,7 +148,7 @@ def _render(messages: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **template))
 
 
-def _of_text(
+def _encode_text(
     prompt_ids: list[int],
     ids: list[int],
     offsets: list[tuple[int, int]],
@@ -157,7 +157,7 @@ def _of_text(
 ) -> Encoded:
     end: Any = tokenizer.eos_token_id
     stopped = written.finish == Finish.STOPPED
-    if isinstance(written.completion, list) and end in ids:  # templates put a line break behind the end
+    if isinstance(written.completion, list) and end in ids:  # templates put a line break after the end
         ids = ids[: len(ids) - ids[::-1].index(end) - (not stopped)]
     elif isinstance(written.completion, str) and stopped and ids[-1:] != [end]:
         ids = [*ids, end]
@@ -167,7 +167,7 @@ def _of_text(
     return Encoded(np.array([*prompt_ids, *ids], np.int32), mask, np.array(starts))
 
 
-def _of_turns(
+def _encode_turns(
     prompt_ids: list[int], messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Mapping
 ) -> Encoded:
     whole: Any = tokenizer.apply_chat_template(
@@ -189,30 +189,30 @@ def _of_turns(
 
 
 def generation_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat template with generation markers: the tokenizer's, or TRL's of the same model family.
+    """Finds a chat template with generation markers: the tokenizer's, or TRL's for the same family of models.
 
     Raises:
-        DataError: where there is none.
+        DataError: if there is none.
     """
-    own: Any = tokenizer.chat_template
-    own = own["default"] if isinstance(own, dict) else own
-    if has_generation_markers(own):
-        return own
+    template: Any = tokenizer.chat_template
+    template = template["default"] if isinstance(template, dict) else template
+    if has_generation_markers(template):
+        return template
     try:
-        found = get_training_chat_template(tokenizer)
+        with_markers = get_training_chat_template(tokenizer)
     except ValueError:
-        found = None
-    if found is None:
+        with_markers = None
+    if with_markers is None:
         raise DataError(
             "examples of several turns: the tokenizer's chat template has no {% generation %} markers, which say which "
             "tokens the policy wrote; put them around the assistant's content in the template, or cut the examples "
             "into prompts with one answer each"
         )
-    return found
+    return with_markers
 
 
 def turn_ids(mask: np.ndarray) -> np.ndarray:
-    """Number of the run of chosen tokens that each token is in, -1 off the mask.
+    """Numbers the runs of chosen tokens: for each token the number of its run, -1 off the mask.
 
     Args:
         mask: bool [length].
@@ -222,14 +222,14 @@ def turn_ids(mask: np.ndarray) -> np.ndarray:
 
 
 def step_ids(encoded: Encoded, ends: Sequence[int]) -> np.ndarray:
-    """Number of the step that each token begins in, -1 off the mask; a step's separator belongs to it.
+    """Finds the step in which each token begins, -1 off the mask; a step's separator belongs to it.
 
     Args:
-        encoded: of a text.
-        ends: where each step ends in the text, in characters, ascending; what follows the last belongs to it.
+        encoded: an encoded text.
+        ends: end of each step in the text, in characters, ascending; text after the last end belongs to the last step.
 
     Raises:
-        ValueError: where a step holds no token's beginning.
+        ValueError: if no token begins in a step.
     """
     assert encoded.starts is not None
     numbers = np.minimum(np.searchsorted(np.array(ends), encoded.starts, side="right"), len(ends) - 1)
@@ -237,7 +237,7 @@ def step_ids(encoded: Encoded, ends: Sequence[int]) -> np.ndarray:
     if missing:
         raise ValueError(
             f"step {min(missing) + 1} of {len(ends)} has no token of its own: the tokenizer makes one token of its "
-            "text and that before it, or it is empty"
+            "text and the text before it, or it is empty"
         )
     whole = np.full(len(encoded.tokens), -1, np.int32)
     whole[encoded.mask] = numbers
@@ -245,7 +245,7 @@ def step_ids(encoded: Encoded, ends: Sequence[int]) -> np.ndarray:
 
 
 def ends_of(pieces: Sequence[str]) -> list[int]:
-    """Where each piece ends in the text that they make together."""
+    """End of each piece in the text that the pieces make together."""
     return np.cumsum([len(piece) for piece in pieces]).tolist()
 
 

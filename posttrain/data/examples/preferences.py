@@ -1,4 +1,4 @@
-"""Examples from the rows of a data set: preferences, as pairs, as lists, and by several annotators."""
+"""Examples of preferences from the rows of a dataset: pairs, lists, and judgements of several annotators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.data.examples.build import Wanted, completions, given_of, make_examples
+from posttrain.data.examples.build import GroupOptions, completions, make_examples, without_reward
 from posttrain.data.examples.columns import (
     converted,
     explicit_prompt,
@@ -44,28 +44,29 @@ def pairs(
     max_tokens: int | None = None,
     too_long: TooLong = "leave_out",
 ) -> Examples:
-    """Preferences: columns ``chosen`` and ``rejected``, and ``prompt`` unless both begin with it, as in TRL's format.
+    """Reads pairs: columns ``chosen`` and ``rejected``, and ``prompt`` unless both begin with it, as in TRL's format.
 
     A group has two completions: the chosen one with reward 1, then the rejected one with reward 0. Further columns,
-    such as a margin, stay in ``batch.rows``. Pairs of which both sides are the same are left out and counted.
+    such as a margin, stay in ``batch.rows``. Pairs whose sides are equal are left out and counted.
 
     Args:
-        scores: columns with the ratings of the chosen and of the rejected one, to be their rewards in place of 1 and 0.
-            Where they are equal, or the other way round, a loss goes by them.
-        annotator: column that says who judged, where several rows may be about the same two completions. With
-            ``per_annotator: soft`` these are one pair with the column ``probability``: how many prefer the chosen one.
-        votes: column with a list of what several annotators said of a row's pair: 1 for chosen, 0 for rejected, or a
+        scores: columns with the ratings of the chosen and of the rejected one, which become their rewards in place of 1
+            and 0. A loss follows these ratings, even if they are equal or prefer the rejected one.
+        annotator: column that names the annotator, if several rows may be about the same two completions. With
+            ``per_annotator: soft`` these are one pair with the column ``probability``: the share that prefers the
+            chosen one.
+        votes: column with a list of the votes of several annotators on a row's pair: 1 for chosen, 0 for rejected, or a
             probability; or true and false.
         per_annotator: ``soft``: one pair with the column ``probability``, for the target of that name; ``each``: one
             pair for each annotator.
-        into: ``single``: each completion is a group by itself, as unpaired preferences are.
+        into: ``single``: each completion is a group of its own, like an unpaired preference.
         mismatched: as in ``rated``; with ``into: single``.
-        max_tokens: prompt plus completion; what has more is treated as ``too_long`` says, and counted.
-        too_long: ``leave_out`` the pair; ``cut_prompt`` at its beginning, for both sides alike; ``cut_completion`` at
+        max_tokens: most tokens of prompt plus completion; longer rows are treated by ``too_long``, and counted.
+        too_long: ``leave_out`` the pair; ``cut_prompt`` at its beginning, equally for both sides; ``cut_completion`` at
             its end, but never so that both sides are the same.
 
     Raises:
-        DataError: naming file, row and column of all that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     if mismatched and into != "single":
         raise DataError("examples: `mismatched` is for completions without a partner: set `into: single`")
@@ -76,10 +77,11 @@ def pairs(
     for i, side in enumerate(("chosen", "rejected")):
         rewards = [1.0 - i] * len(rows) if scores is None else read_numbers(rows, scores[i])
         encoded = completions(rows, data, tokenizer, side)
-        sides.append([replace(given, reward=reward) for given, reward in zip(encoded, rewards, strict=True)])
-    said = read_number_lists(rows, votes, within=(0.0, 1.0)) if votes is not None else None
-    judged = by_annotators(list(zip(*sides, strict=True)), annotator, said.__getitem__ if said else None, per_annotator)
-    wanted = Wanted(
+        sides.append([replace(completion, reward=reward) for completion, reward in zip(encoded, rewards, strict=True)])
+    lists = read_number_lists(rows, votes, within=(0.0, 1.0)) if votes is not None else None
+    votes_of = lists.__getitem__ if lists else None
+    judged = by_annotators(list(zip(*sides, strict=True)), annotator, votes_of, per_annotator)
+    options = GroupOptions(
         max_tokens=max_tokens,
         too_long=too_long,
         into=into,
@@ -87,7 +89,7 @@ def pairs(
         mismatched=mismatched,
         columns=judged.columns,
     )
-    return make_examples(rows, judged.groups, tokenizer, wanted)
+    return make_examples(rows, judged.groups, tokenizer, options)
 
 
 @facts(gives_mismatched=lambda options: options["mismatched"])
@@ -102,31 +104,37 @@ def lists(
     max_tokens: int | None = None,
     too_long: TooLong = "leave_out",
 ) -> Examples:
-    """Several rated completions a row: columns ``prompt``, ``completions`` (a list) and ``scores`` (a list of numbers).
+    """Reads lists of rated completions: columns ``prompt``, ``completions`` and ``scores`` (a list of numbers).
 
     A group has the completions of a row, with their scores as rewards; a score of null is unknown.
 
     Args:
         scores: column of the ratings.
         into: ``pairs``: a pair for each two completions with different scores; ``best_and_worst``: one pair a row;
-            ``single``: each completion by itself.
+            ``single``: each completion is a group of its own.
         mismatched: as in ``rated``; with ``into: single``.
-        max_tokens: prompt plus completion; what has more is treated as ``too_long`` says, and counted.
-        too_long: as in ``pairs``, with the completions that a group is to hold.
+        max_tokens: most tokens of prompt plus completion; longer rows are treated by ``too_long``, and counted.
+        too_long: as in ``pairs``, for all completions of a group.
 
     Raises:
-        DataError: naming file, row and column of all that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     if mismatched and into != "single":
         raise DataError("examples: `mismatched` is for completions without a partner: set `into: single`")
     rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
     need(rows, ("completions", scores))
     answers, finishes = read_answers(rows), read_finishes(rows)
-    rewards = read_number_lists(rows, scores, lengths=[len(each) for each in answers], null=True)
-    written = [Written(i, answer, finishes[i], "completions") for i, its in enumerate(answers) for answer in its]
+    rewards = read_number_lists(rows, scores, lengths=[len(row_answers) for row_answers in answers], null=True)
+    written = [
+        Written(i, answer, finishes[i], "completions")
+        for i, row_answers in enumerate(answers)
+        for answer in row_answers
+    ]
     encoded = iter(zip(written, encode(rows, written, tokenizer, data.template), strict=True))
-    groups: list[Group] = [[replace(given_of(*next(encoded)), reward=reward) for reward in its] for its in rewards]
-    wanted = Wanted(
+    groups: list[Group] = [
+        [replace(without_reward(*next(encoded)), reward=reward) for reward in row_rewards] for row_rewards in rewards
+    ]
+    options = GroupOptions(
         max_tokens=max_tokens,
         too_long=too_long,
         into=into,
@@ -134,7 +142,7 @@ def lists(
         distinct=True,
         mismatched=mismatched,
     )
-    return make_examples(rows, groups, tokenizer, wanted)
+    return make_examples(rows, groups, tokenizer, options)
 
 
 def by_annotators(
@@ -143,7 +151,7 @@ def by_annotators(
     votes: Callable[[int], Sequence[float]] | None,
     per_annotator: Literal["soft", "each"],
 ) -> Judged:
-    """Pairs as the annotators judged them, together or each by themselves."""
+    """Applies the annotators' judgements to pairs: merged into one pair, or one pair for each annotator."""
     if votes is not None:
         return Judged(repeat_votes(groups, votes), {}) if per_annotator == "each" else soften_votes(groups, votes)
     if annotator is not None and per_annotator == "soft":

@@ -1,9 +1,9 @@
-"""Examples from the rows of a data set: rated completions, solutions rated step by step, demonstrations.
+"""Examples of rated completions, of solutions rated step by step, and of demonstrations, from the rows of a dataset.
 
-In each of them ``prompt`` and completions are text or lists of messages. A text completion is taken as the policy's own
-words after the prompt and gets the end-of-sequence token; messages go through the chat template. An optional column
+``prompt`` and completions are text or lists of messages. A text completion counts as the policy's own words after the
+prompt and gets the end-of-sequence token; messages go through the chat template. An optional column
 ``finish`` (``stopped``, ``length`` or ``aborted``) says how a completion ended: one that was cut off gets no
-end-of-sequence token. Rows of more than ``max_tokens`` are left out, or cut where that is asked for, and counted.
+end-of-sequence token. Rows of more than ``max_tokens`` are left out or cut, as ``too_long`` says, and counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.data.examples.build import Wanted, completions, make_examples
+from posttrain.data.examples.build import GroupOptions, completions, make_examples
 from posttrain.data.examples.columns import (
     converted,
     find_reward,
@@ -48,24 +48,24 @@ def demonstrations(
     max_tokens: int | None = None,
     too_long: TooLong = "leave_out",
 ) -> Examples:
-    """Completions to imitate, one a group: columns ``prompt`` and ``completion``, or ``messages``.
+    """Reads completions to imitate, one a group: columns ``prompt`` and ``completion``, or ``messages``.
 
-    Of ``messages``, those before the assistant's first are the prompt, and all of the assistant's are learned.
+    The ``messages`` before the assistant's first one are the prompt; all messages of the assistant are learned.
 
     Args:
-        reward: what each of them is worth.
-        max_tokens: prompt plus completion; what has more is treated as ``too_long`` says, and counted.
+        reward: reward of each completion.
+        max_tokens: most tokens of prompt plus completion; longer rows are treated by ``too_long``, and counted.
         too_long: ``leave_out`` the row, ``cut_prompt`` at its beginning, or ``cut_completion`` at its end.
 
     Raises:
-        DataError: naming file, row and column of all that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     source = with_columns(read(data, base), data.columns)
     if "messages" in source.rows.column_names and "completion" not in source.rows.column_names:
         source = converted(source, split_messages)
     rows = tokenise_rows(source, data, tokenizer)
-    groups = [[replace(given, reward=reward)] for given in completions(rows, data, tokenizer)]
-    return make_examples(rows, groups, tokenizer, Wanted(max_tokens=max_tokens, too_long=too_long))
+    groups = [[replace(completion, reward=reward)] for completion in completions(rows, data, tokenizer)]
+    return make_examples(rows, groups, tokenizer, GroupOptions(max_tokens=max_tokens, too_long=too_long))
 
 
 @facts(gives_mismatched=lambda options: options["mismatched"])
@@ -81,34 +81,37 @@ def rated(
     max_tokens: int | None = None,
     too_long: TooLong = "leave_out",
 ) -> Examples:
-    """Completions with a number or a verdict each: columns ``prompt``, ``completion`` and a rating.
+    """Reads rated completions: columns ``prompt``, ``completion`` and a rating.
 
-    The rating is a number, or true or false; TRL's unpaired preferences (``label``) fit as they are.
+    The rating is a number, or true or false. TRL's unpaired preferences (``label``) need no change.
 
     Args:
         reward: column of the rating. Default: ``reward``, ``score`` or ``label``, whichever is there.
-        group: column whose equal values make a group, such as ``prompt``. Default: every row is one.
-        into: with ``group``, ``pairs``: a pair for each two completions of a group with different ratings, as where a
-            prompt has a good and a bad one; ``best_and_worst``: one pair a group.
-        mismatched: adds a completion of another prompt to each group, which is never trained on: for the baseline of
-            that name.
-        max_tokens: prompt plus completion; what has more is treated as ``too_long`` says, and counted.
+        group: column whose equal values make a group, such as ``prompt``. Default: every row is a group.
+        into: with ``group``, ``pairs``: a pair for each two completions of a group with different ratings;
+            ``best_and_worst``: one pair a group.
+        mismatched: add a completion of another prompt to each group, for the baseline of that name. It is never trained
+            on.
+        max_tokens: most tokens of prompt plus completion; longer rows are treated by ``too_long``, and counted.
         too_long: ``leave_out`` the completion; ``cut_prompt`` at its beginning, for the whole group; ``cut_completion``
             at its end, but never so that completions of a group become the same.
 
     Raises:
-        DataError: naming file, row and column of all that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
     name = reward or find_reward(rows)
     rewards = read_numbers(rows, name)
-    given = [replace(each, reward=r) for each, r in zip(completions(rows, data, tokenizer), rewards, strict=True)]
+    with_rewards = [
+        replace(completion, reward=number)
+        for completion, number in zip(completions(rows, data, tokenizer), rewards, strict=True)
+    ]
     if group is not None:
         need(rows, (group,))
-    keys = [each.row if group is None else _key(rows[each.row][group]) for each in given]
+    keys = [c.row if group is None else _key(rows[c.row][group]) for c in with_rewards]
     whole = into != "groups"
-    wanted = Wanted(max_tokens=max_tokens, too_long=too_long, into=into, whole=whole, mismatched=mismatched)
-    return make_examples(rows, grouped(given, keys), tokenizer, wanted)
+    options = GroupOptions(max_tokens=max_tokens, too_long=too_long, into=into, whole=whole, mismatched=mismatched)
+    return make_examples(rows, grouped(with_rewards, keys), tokenizer, options)
 
 
 def stepwise(
@@ -119,18 +122,18 @@ def stepwise(
     separator: str = "\n",
     max_tokens: int | None = None,
 ) -> Examples:
-    """Solutions with a label a step: TRL's stepwise supervision, columns ``prompt``, ``completions`` and ``labels``.
+    """Reads solutions with a label for each step: TRL's columns ``prompt``, ``completions`` and ``labels``.
 
-    The label (a number, true or false, null where it is not known) becomes ``step_reward`` at the step's last token,
+    The label (a number, true or false, null if it is not known) becomes ``step_reward`` at the step's last token,
     NaN for null. The reward is that of the column ``reward`` if there is one, or else the last label that is known.
     The end-of-sequence token belongs to the last step.
 
     Args:
-        separator: stands after each step but the last, and belongs to it.
-        max_tokens: prompt plus completion; longer rows are left out and counted.
+        separator: text after each step but the last; it belongs to the step before it.
+        max_tokens: most tokens of prompt plus completion; longer rows are left out and counted.
 
     Raises:
-        DataError: naming file, row and column of all that does not fit.
+        DataError: if rows are wrong; the message names the file, row and column of each.
     """
     rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
     need(rows, ("completions", "labels"))
@@ -141,17 +144,19 @@ def stepwise(
     encoded = encode(rows, written, tokenizer, data.template)
     rewards = read_numbers(rows, "reward") if "reward" in rows.columns else [_last_known(values) for values in labels]
     problems, groups = Problems(), []
-    for i, each in enumerate(encoded):
+    for i, solution in enumerate(encoded):
         try:
-            steps = step_ids(each, ends_of(pieces[i]))
+            steps = step_ids(solution, ends_of(pieces[i]))
         except ValueError as error:
             problems.add(rows.place(i), f"column 'completions': {error}; try another `separator`")
             continue
-        step_reward = np.zeros(len(each.tokens), np.float32)
+        step_reward = np.zeros(len(solution.tokens), np.float32)
         step_reward[last_columns(steps)] = labels[i]
-        groups.append([EncodedCompletion(each.tokens, each.mask, i, finishes[i], rewards[i], steps, step_reward)])
+        groups.append(
+            [EncodedCompletion(solution.tokens, solution.mask, i, finishes[i], rewards[i], steps, step_reward)]
+        )
     problems.raise_if_any()
-    return make_examples(rows, groups, tokenizer, Wanted(max_tokens=max_tokens))
+    return make_examples(rows, groups, tokenizer, GroupOptions(max_tokens=max_tokens))
 
 
 def _last_known(labels: Sequence[float]) -> float:

@@ -24,8 +24,8 @@ def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
     """Raises ``ValueError`` for a shaper together with filters, which engines apply in different orders."""
     if shaper is not None and sampling.temperature > 0 and not sampling.is_full_softmax:
         raise ValueError(
-            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped distribution takes no filters; "
-            "leave them out and restrict the shaper's candidates"
+            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped distribution takes no "
+            "filters; leave them out and restrict the shaper's candidates"
         )
 
 

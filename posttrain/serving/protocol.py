@@ -67,7 +67,7 @@ class Sampled(Strict):
     @classmethod
     def _neutral(cls, value: Any) -> Any:
         if value:
-            raise ValueError("is not supported: log-probs are those of the policy's or the guide's distribution. Leave it out")
+            raise ValueError("is not supported: it would change the distribution that log-probs refer to. Leave it out")
         return value
 
     @model_validator(mode="after")

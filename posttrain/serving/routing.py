@@ -87,6 +87,8 @@ def _at_strength(decoder: Engine, strength: float) -> Engine:
 def _check_filters(decoder: Engine, sampling: Sampling) -> None:
     while isinstance(decoder, Decoder):
         if isinstance(decoder, Shaped) and sampling.temperature > 0 and not sampling.is_full_softmax:
-            message = "top_p, top_k and min_p cut the distribution, and so does the guide: leave them out, or set guide: false"
+            message = (
+                "top_p, top_k and min_p cut the distribution, as the guide does: leave them out, or set guide: false"
+            )
             raise ApiError(400, message, param="top_p")
         decoder = decoder.engine

@@ -148,9 +148,9 @@ def test_completions_of_one_token_do_not_tell_sum_mean_and_tail_apart() -> None:
     ("call", "message"),
     [
         (lambda p: pair_targets.soft(p, name="weights"), "no column 'weights'.*probability"),
-        (lambda p: pair_targets.soft(p, name="ten"), "hold probabilities, and holds 10"),
-        (lambda p: pair_weights.given(p, name="minus"), "at least 0, and holds -1"),
-        (lambda p: margins.given(p, name="text"), "hold numbers, and holds 'no'"),
+        (lambda p: pair_targets.soft(p, name="ten"), "hold probabilities, but holds 10"),
+        (lambda p: pair_weights.given(p, name="minus"), "at least 0, but holds -1"),
+        (lambda p: margins.given(p, name="text"), "hold numbers, but holds 'no'"),
     ],
 )
 def test_wrong_numbers_are_named(call: Callable[..., Tensor], message: str) -> None:

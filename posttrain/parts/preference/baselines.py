@@ -1,7 +1,8 @@
-"""Baselines ``(batch) -> [N]``: what a score is measured against, from the whole batch before it is updated on.
+"""Baselines ``(batch) -> [N]``: numbers that are subtracted from scores, computed once before the update.
 
 They read ``logp_old``, the policy's log-probs before the update, and sums over all ranks, so they do not depend on how
-the batch is split. ``batch.baseline_only`` marks completions that serve as a baseline alone and are dropped before the update.
+the batch is split. ``batch.baseline_only`` marks completions that serve as a baseline alone and are dropped before the
+update.
 
 Notation: s_i = Σ_t (log π_old(y_it) - log π_ref(y_it)), the log-ratio of completion i.
 """
@@ -23,15 +24,15 @@ from posttrain.parts.ratio import needed
 
 @facts(needs_mismatched=True)
 def mismatched(batch: Batch) -> Float[Tensor, " N"]:
-    """Estimate of KL(π ‖ π_ref) from completions put behind prompts that they do not answer.
+    """Estimate of KL(π ‖ π_ref) from completions that follow prompts that they do not answer.
 
     b = max(0, mean_j s_j), over the baseline completions j of all ranks
 
-    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. Batches must hold a baseline completion (``baseline_only``)
-    for each prompt: the completion of another one.
+    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. Batches must hold a baseline completion
+    (``baseline_only``) for each prompt: the completion of another one.
 
     Raises:
-        ValueError: for a batch without any.
+        ValueError: if the batch holds no such completion.
     """
     count = batch.total(batch.baseline_only)
     if count == 0:
@@ -59,7 +60,7 @@ class running_mean:
 
 
 def sorted_reference(batch: Batch) -> Float[Tensor, " N"]:
-    """Compares the k-th smallest margin of the policy with the k-th smallest of the reference, not pair by pair.
+    """Shift that compares the k-th smallest margin of the policy with the k-th smallest of the reference.
 
     b_i = m'_(k) - m'_i at the chosen completion of pair i, whose margin m_i = log π(y_w) - log π(y_l) is the k-th
     smallest; m' is that of the reference. 0 elsewhere. For the margin ``baseline``.
@@ -68,30 +69,33 @@ def sorted_reference(batch: Batch) -> Float[Tensor, " N"]:
     """
     chosen, rejected = find_pairs(batch)
     policy, reference = (seq_sum(needed(batch, name), batch.mask) for name in ("logp_old", "logp_ref"))
-    margin, wanted = policy[chosen] - policy[rejected], reference[chosen] - reference[rejected]
-    shift = torch.empty_like(wanted)
-    shift[margin.argsort()] = wanted.sort().values
-    return torch.zeros_like(policy).index_add(0, chosen, shift - wanted)
+    margin, reference_margin = policy[chosen] - policy[rejected], reference[chosen] - reference[rejected]
+    matched = torch.empty_like(reference_margin)
+    matched[margin.argsort()] = reference_margin.sort().values
+    return torch.zeros_like(policy).index_add(0, chosen, matched - reference_margin)
 
 
 def sorted_pairs(batch: Batch) -> Int[Tensor, " N"]:
-    """New groups: the k-th smallest log-ratio of a chosen completion with the k-th smallest of a rejected one.
+    """New groups that pair the k-th smallest log-ratio of a chosen completion with the k-th smallest of a rejected one.
 
     Melnyk et al. 2024 (AOT, unpaired), arXiv:2406.05882: stochastic dominance of the chosen ones as a whole. Sorts the
     completions of one process. Chosen ones have a label above 0.
 
     Raises:
-        ValueError: where there are more of one kind than of the other.
+        ValueError: if the numbers of chosen and rejected completions differ.
     """
     ratio, valid, good = _log_ratio(batch), labelled(batch), batch.reward > 0
     chosen, rejected = ((valid & kind).nonzero().squeeze(-1) for kind in (good, ~good))
     if len(chosen) != len(rejected):
-        raise ValueError(f"sorted_pairs: {len(chosen)} chosen completions cannot be paired with {len(rejected)}")
-    group = torch.arange(len(batch), device=ratio.device) + len(chosen)  # those without a label: each by itself
+        raise ValueError(
+            f"sorted_pairs: {len(chosen)} chosen completions cannot be paired with {len(rejected)} rejected ones"
+        )
+    group = torch.arange(len(batch), device=ratio.device) + len(chosen)  # without a label: a group of its own
     for rows in (chosen, rejected):
         group[rows[ratio[rows].argsort()]] = torch.arange(len(rows), device=ratio.device)
     return group
 
 
 def _log_ratio(batch: Batch) -> Float[Tensor, " N"]:
+    """Log-ratio of each completion before the update."""
     return seq_sum(needed(batch, "logp_old") - needed(batch, "logp_ref"), batch.mask)

@@ -1,6 +1,6 @@
-"""Preferences as a game: what becomes of rewards where completions are compared, ``(batch) -> [N]``.
+"""Rewards from comparing completions with each other, ``(batch) -> [N]``: preferences as a game.
 
-Tables of pairwise probabilities are ``[..., K, K]``, with [i, j] = P(i beats j).
+Tables of pairwise probabilities are ``[N, N]``, with [i, j] = P(i beats j).
 """
 
 from __future__ import annotations
@@ -18,20 +18,12 @@ from posttrain.parts.preference.groups import labelled
 Rivals = Literal["group", "baselines"]
 
 
-def antisymmetric(table: Float[Tensor, "*G K K"]) -> Float[Tensor, "*G K K"]:
-    """Both orders of a judge made one: P(i, j) + P(j, i) = 1, and ½ for a completion against itself.
-
-    P'(i, j) = (P(i, j) + 1 - P(j, i)) / 2
-    """
-    return (table + 1 - table.transpose(-1, -2)) / 2
-
-
 def rivals(batch: Batch, against: Rivals) -> Bool[Tensor, "N N"]:
-    """[i, j]: completion i is compared with completion j.
+    """Table of comparisons: [i, j] is True if completion i is compared with completion j.
 
     Args:
-        against: the other completions of the group that are learned from, or those that are baselines alone
-            (``batch.baseline_only``), such as the opponent's.
+        against: ``group``: the group's other completions that are trained on. ``baselines``: the group's completions
+            that serve as a baseline alone (``batch.baseline_only``), such as the opponent's.
     """
     ours = labelled(batch)
     theirs = ours if against == "group" else batch.baseline_only & batch.scored & batch.mask.any(-1)
@@ -42,14 +34,14 @@ def rivals(batch: Batch, against: Rivals) -> Bool[Tensor, "N N"]:
 def mean_over_rivals(
     table: Float[Tensor, "N N"], compared: Bool[Tensor, "N N"], *, itself: bool = False
 ) -> Float[Tensor, " N"]:
-    """How often each completion wins against those that it is compared with; ½ where there is none.
+    """Mean probability that a completion wins its comparisons; ½ if it is compared with no other.
 
     Args:
-        table: probabilities of winning; read where ``compared``.
+        table: probabilities of winning; read where ``compared`` is True.
         itself: counts a tie with itself too. The mean of a group is ½ either way.
     """
-    own = 0.5 if itself else 0.0
-    wins, count = table.where(compared, 0.0).sum(1) + own, compared.sum(1) + 2 * own
+    tie = 0.5 if itself else 0.0
+    wins, count = table.where(compared, 0.0).sum(1) + tie, compared.sum(1) + 2 * tie
     return torch.where(compared.any(1), wins / count.clamp(min=1), 0.5)
 
 
@@ -62,18 +54,19 @@ def win_rate(
     temperature: Positive | None = None,
     center: float = 0.5,
 ) -> Float[Tensor, " N"]:
-    """How often a completion beats others of its prompt, by the rewards.
+    """Win rate of a completion against the other completions of its prompt, judged by their rewards.
 
     r_i = mean_j P(i, j) - ½, with P(i, j) = 1 for the higher reward, ½ for equal ones, 0 for the lower
 
     Swamy et al. 2024 (SPO), algorithm 1, arXiv:2401.04056, whose mean over a group is 0.
 
     Args:
-        against: the others of the group, or the baselines, such as completions of the opponent.
+        against: ``group``: the group's other completions. ``baselines``: its baselines, such as completions of the
+            opponent.
         itself: counts a tie with itself. Differences of such rates are unbiased for regressions over all pairs of the
             group: two completions of which the first wins with probability p differ by p - ½.
-        temperature: P(i, j) = σ((r_i - r_j) / temperature), of a Bradley-Terry model's rewards.
-        center: subtracted.
+        temperature: P(i, j) = σ((r_i - r_j) / temperature), for the rewards of a Bradley-Terry model.
+        center: number that is subtracted from the win rate.
     """
     gap = batch.reward[:, None] - batch.reward
     table = 0.5 + 0.5 * gap.sign() if temperature is None else (gap / temperature).sigmoid()
@@ -81,9 +74,9 @@ def win_rate(
 
 
 def given_first(batch: Batch) -> Float[Tensor, " N"]:
-    """The completion that the data set gives is better than all others.
+    """Reward 1 for the completion from the dataset and 0 for all others.
 
-    r = 1 if given, 0 else
+    r = 1 if from the dataset, 0 else
 
     Chen et al. 2024 (SPIN), arXiv:2401.01335.
     """

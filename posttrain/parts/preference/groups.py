@@ -1,4 +1,4 @@
-"""Pairs and lists in a batch, read from ``batch.group`` and ``batch.reward``; a group's rows may stand in any order."""
+"""Pairs and lists in a batch, read from ``batch.group`` and ``batch.reward``; a group's rows may be in any order."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ class Pairs:
 
     outputs: Outputs
     batch: Batch
-    score: Float[Tensor, " N"]  # times beta
-    chosen: Int[Tensor, " P"]
-    rejected: Int[Tensor, " P"]
+    score: Float[Tensor, " N"]  # score of each completion times beta
+    chosen: Int[Tensor, " P"]  # row of the better completion
+    rejected: Int[Tensor, " P"]  # row of the worse completion
     beta: float = 1.0
 
     def both(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of the chosen and of the rejected completions, each ``[P]``, from numbers of all ``[N]``."""
+        """Splits numbers of all completions ``[N]`` into those of the chosen and of the rejected ones, each ``[P]``."""
         return values[self.chosen], values[self.rejected]
 
     @property
     def margin(self) -> Float[Tensor, " P"]:
-        """By how much the policy prefers the chosen completion."""
+        """Score of the chosen completion minus that of the rejected one, times beta."""
         chosen, rejected = self.both(self.score)
         return chosen - rejected
 
 
 class Lists(NamedTuple):
-    """Groups as rows of a table."""
+    """Groups as the rows of a table with a column for each completion."""
 
-    index: Int[Tensor, "G K"]  # row of the batch; 0 where there is none
-    valid: Bool[Tensor, "G K"]
+    index: Int[Tensor, "G K"]  # row of the completion in the batch; 0 where the list is shorter
+    valid: Bool[Tensor, "G K"]  # True where there is a completion
 
     def table(self, values: Float[Tensor, " N"]) -> Float[Tensor, "G K"]:
-        """Numbers of the completions as a table, 0 where a list is shorter than the longest."""
+        """Arranges numbers of the completions as a table, with 0 where a list is shorter than the longest."""
         return values[self.index].where(self.valid, 0.0)
 
 
@@ -67,7 +67,7 @@ def find_pairs(
 
     Args:
         select: every pair of a group, or only its best completions against its worst.
-        ties: whether completions with equal labels make a pair; if so, the one that stands first is the chosen one.
+        ties: ``keep`` makes pairs of completions with equal labels too, with the earlier row as the chosen one.
     """
     valid, label = labelled(batch), batch.reward
     together = (batch.group[:, None] == batch.group) & valid[:, None] & valid
@@ -80,7 +80,7 @@ def find_pairs(
 
 
 def find_lists(batch: Batch) -> Lists:
-    """The groups that hold two labelled completions or more."""
+    """Groups with at least two labelled completions, as lists."""
     rows = labelled(batch).nonzero().squeeze(-1)
     _, group, size = batch.group[rows].unique(return_inverse=True, return_counts=True)
     order = group.argsort(stable=True)
@@ -93,10 +93,11 @@ def find_lists(batch: Batch) -> Lists:
 
 
 def rows_of(batch: Batch, rows: Rows) -> Bool[Tensor, " N"]:
-    """Completions of a kind: the best (or worst) labelled ones of each group, all labelled ones, those without, or the
-    opponent's.
+    """Completions of a kind, as a mask.
 
-    In a pair the best is the chosen one. A completion alone in its group is its best and its worst.
+    ``best`` and ``worst`` are the best and the worst labelled completions of each group; in a pair the best is the
+    chosen one, and a completion alone in its group is both. ``labelled`` and ``unlabelled`` are completions with and
+    without a label, ``opponent`` the opponent's completions.
     """
     if rows == "unlabelled":
         return present(batch) & ~batch.scored
@@ -111,30 +112,31 @@ def rows_of(batch: Batch, rows: Rows) -> Bool[Tensor, " N"]:
 
 
 def share(batch: Batch, counted: Bool[Tensor, " N"], within: Int[Tensor, " N"] | None = None) -> Float[Tensor, " N"]:
-    """1 over the number of counted completions of the group (or of another partition); 0 for the others."""
+    """1 over the number of counted completions of the group (or of the partition ``within``); 0 for uncounted ones."""
     count = group_sum(counted.to(batch.reward.dtype), batch.group if within is None else within)
     return (1 / count.clamp(min=1)).where(counted, 0.0)
 
 
 def at_first_token(values: Float[Tensor, " N"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
-    """The completion's number at the first token that the policy chose, 0 elsewhere."""
+    """Puts each completion's number at its first chosen token, and 0 elsewhere."""
     first = mask & (mask.cumsum(-1) == 1)
     return values[:, None].where(first, 0.0)
 
 
 def column(batch: Batch, rows: Sequence[int], name: str) -> Float[Tensor, " P"]:
-    """A column of numbers of the data set, for some rows of the batch.
+    """A column of numbers of the dataset, for some rows of the batch.
 
     Raises:
-        ValueError: where the column is missing or holds something else.
+        ValueError: if the column is missing or holds anything but numbers.
     """
     numbers = [_number(batch.rows[row], name) for row in rows]
     return torch.tensor(numbers, dtype=batch.reward.dtype, device=batch.reward.device)
 
 
 def _number(row: dict[str, Any], name: str) -> float:
+    """Number in a row's column."""
     if name not in row:
         raise ValueError(f"the data has no column {name!r}, which a part of the loss reads; it has {sorted(row)}")
     if isinstance(row[name], bool) or not isinstance(row[name], int | float):
-        raise ValueError(f"column {name!r} should hold numbers, and holds {row[name]!r}")
+        raise ValueError(f"column {name!r} should hold numbers, but holds {row[name]!r}")
     return float(row[name])

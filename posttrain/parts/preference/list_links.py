@@ -1,6 +1,6 @@
 """Links of lists ``(score, log_target, valid) -> [G]``: the loss of all completions of a prompt together.
 
-Notation: z_k = beta s_k; q_k the target probability; P = softmax(z), the policy's.
+Notation: z_k = beta s_k; q_k is the target probability; P = softmax(z) is the policy's distribution over the list.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def cross_entropy(
 def noise_contrastive(
     score: Float[Tensor, "G K"], log_target: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"]
 ) -> Float[Tensor, " G"]:
-    """Tells samples of the target from samples of the reference: the size of a score counts, not differences alone.
+    """Noise-contrastive loss: classifies samples as the target's or the reference's, so absolute scores count too.
 
     loss = -Σ_k (q_k log σ(z_k) + log σ(-z_k) / K)
 
@@ -41,14 +41,14 @@ def noise_contrastive(
 def reverse_kl(
     score: Float[Tensor, "G K"], log_target: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"]
 ) -> Float[Tensor, " G"]:
-    """Divergence of the policy's distribution over the list from the target, the way that seeks a mode.
+    """Reverse (mode-seeking) KL divergence of the policy's distribution over the list from the target.
 
     loss = Σ_k P_k (log P_k - log q_k)
 
     Ji et al. 2024 (EXO), eq. 16 for pairs, arXiv:2402.00856.
 
     Raises:
-        ValueError: where the target has a probability of 0.
+        ValueError: if the target has a probability of 0.
     """
     if bool(((log_target == -math.inf) & valid).any()):
         raise ValueError("reverse_kl is infinite where a target probability is 0: give the target best an `eps`")
@@ -60,22 +60,23 @@ def reverse_kl(
 def plackett_luce(
     score: Float[Tensor, "G K"], log_target: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"]
 ) -> Float[Tensor, " G"]:
-    """Negative log-likelihood of the whole ranking: the best of all, then the best of the rest, and so on.
+    """Negative log-likelihood of the whole ranking: first the best of all, then the best of the rest, and so on.
 
     loss = -Σ_k log(exp(z_(k)) / Σ_{j ≥ k} exp(z_(j))), with (1) the most probable of the target
 
-    Rafailov et al. 2023 (DPO), appendix A.3, arXiv:2305.18290. Equal ones are ranked as they stand.
+    Rafailov et al. 2023 (DPO), appendix A.3, arXiv:2305.18290. Equal ones are ranked in the order of the list.
     """
     ranking = log_target.masked_fill(~valid, -math.inf)
     order = torch.sort(ranking, dim=-1, descending=True, stable=True).indices
-    ranked, there = score.gather(-1, order), valid.gather(-1, order)
-    filled = torch.where(there, ranked, _LOWEST)
+    ranked, ranked_valid = score.gather(-1, order), valid.gather(-1, order)
+    filled = torch.where(ranked_valid, ranked, _LOWEST)
     rest = filled.flip(-1).logcumsumexp(-1).flip(-1)
-    return (rest - ranked).where(there, 0.0).sum(-1)
+    return (rest - ranked).where(ranked_valid, 0.0).sum(-1)
 
 
 _LOWEST = -1e9  # in place of -inf, whose gradient is NaN
 
 
 def _log_softmax(score: Tensor, valid: Tensor) -> Tensor:
+    """Log-softmax over the completions that a list holds."""
     return torch.where(valid, score, _LOWEST).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Targets of lists ``(label, valid) -> [G, K]``: log-probabilities over each list; -inf where there is none."""
+"""Targets of lists ``(label, valid) -> [G, K]``: log-probabilities over each list; -inf for a probability of 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posttrain.option_types import BelowHalf, Positive
 def softmax(
     label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, temperature: Positive = 1.0
 ) -> Float[Tensor, "G K"]:
-    """Probabilities that grow with the labels.
+    """Softmax of the labels: better completions get higher probabilities.
 
     q_k = exp(r_k / temperature) / Σ_j exp(r_j / temperature)
 
@@ -24,15 +24,15 @@ def softmax(
 
 
 def best(label: Float[Tensor, "G K"], valid: Bool[Tensor, "G K"], *, eps: BelowHalf = 0.0) -> Float[Tensor, "G K"]:
-    """Everything on the best completions, but for a share that the others divide.
+    """Probability 1 - eps on the best completions, and eps divided among all others.
 
     q_k = 1 - eps for the best, eps / (K - 1) for the others
 
     Ji et al. 2024 (EXO), arXiv:2402.00856, with ``eps`` 0.001.
     """
     top = valid & (label == label.masked_fill(~valid, -math.inf).amax(-1, keepdim=True))
-    others = valid & ~top
-    spared = eps * others.any(-1, keepdim=True).to(label.dtype)
-    high = (1 - spared) / top.sum(-1, keepdim=True)
-    low = spared / others.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(top, high, low.where(others, 0.0)).log()
+    below = valid & ~top
+    rest = eps * below.any(-1, keepdim=True).to(label.dtype)
+    high = (1 - rest) / top.sum(-1, keepdim=True)
+    low = rest / below.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(top, high, low.where(below, 0.0)).log()

@@ -1,4 +1,4 @@
-"""Margins ``(pairs) -> [P]``: subtracted from h = beta (s_w - s_l) before the link; several add up."""
+"""Margins ``(pairs) -> [P]``: numbers subtracted from h = beta (s_w - s_l) before the link; several add up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posttrain.parts.preference.groups import Pairs, column
 
 
 def constant(pairs: Pairs, *, gamma: float = 1.6) -> Float[Tensor, " P"]:
-    """The same margin for every pair.
+    """Constant margin, equal for all pairs.
 
     m = γ
 
@@ -24,11 +24,11 @@ def constant(pairs: Pairs, *, gamma: float = 1.6) -> Float[Tensor, " P"]:
 
 
 def given(pairs: Pairs, *, name: str = "margin", scale: float = 1.0) -> Float[Tensor, " P"]:
-    """A column of the chosen completion's row.
+    """Margin from the data: a column of the chosen completion's row.
 
     m = scale · margin
 
-    Touvron et al. 2023 (Llama 2), eq. 2, arXiv:2307.09288, by how much better the annotator finds it.
+    Touvron et al. 2023 (Llama 2), eq. 2, arXiv:2307.09288, with the annotator's rating of how much better it is.
     Zhou et al. 2023 (MODPO), arXiv:2310.03708, with the difference of the other objectives' weighted rewards,
     ``scale`` of 1 / w_0 and the term's ``beta`` over w_0.
     """
@@ -36,7 +36,7 @@ def given(pairs: Pairs, *, name: str = "margin", scale: float = 1.0) -> Float[Te
 
 
 def reward_gap(pairs: Pairs, *, scale: float = 1.0, form: Literal["linear", "log"] = "log") -> Float[Tensor, " P"]:
-    """A function of the difference of the labels.
+    """Margin from the labels: a function of their difference.
 
     m = α log(r_w - r_l), or α (r_w - r_l)
 
@@ -48,29 +48,31 @@ def reward_gap(pairs: Pairs, *, scale: float = 1.0, form: Literal["linear", "log
 
 
 def length_gap(pairs: Pairs, *, alpha: float = 0.01) -> Float[Tensor, " P"]:
-    """The difference of the lengths in tokens, so that a longer completion must be liked for more than its length.
+    """Length margin: the difference of the lengths in tokens, so that length alone does not win a pair.
 
     m = α (n_w - n_l)
 
     Park et al. 2024 (R-DPO), arXiv:2403.19159.
     """
-    longer, shorter = pairs.both(pairs.batch.tokens_chosen)
-    return alpha * (longer - shorter).to(pairs.score.dtype)
+    chosen, rejected = pairs.both(pairs.batch.tokens_chosen)
+    return alpha * (chosen - rejected).to(pairs.score.dtype)
 
 
 def chosen_loss(pairs: Pairs, *, lam: NonNegative = 50.0) -> Float[Tensor, " P"]:
-    """What the chosen completion has lost against the reference: a pair is not won by making both less likely.
+    """Margin that grows once the chosen completion is less likely than under the reference.
 
     m = λ beta max(0, -s_w)
 
     Pal et al. 2024 (DPOP, Smaug), arXiv:2402.13228.
+
+    So a pair cannot be won by making both completions less likely.
     """
     chosen, _ = pairs.both(pairs.score)
     return lam * (-chosen).clamp(min=0)
 
 
 def rejected_share(pairs: Pairs, *, bias: Fraction = 0.5) -> Float[Tensor, " P"]:
-    """Counts the rejected completion's score in part, so that the policy stays close to what the data shows.
+    """Reduces the rejected completion's score to a share, so that the policy stays close to the data.
 
     m = -(1 - bias) beta s_l
 
@@ -81,14 +83,14 @@ def rejected_share(pairs: Pairs, *, bias: Fraction = 0.5) -> Float[Tensor, " P"]
 
 
 def token_kl(pairs: Pairs, *, alpha: NonNegative = 0.5, chosen_gradient: bool = False) -> Float[Tensor, " P"]:
-    """The difference of the divergences from the reference along both completions, exact over the vocabulary.
+    """Difference of both completions' KL divergences from the reference, exact over the vocabulary.
 
     m = beta α (K_l - sg[K_w]), with K = Σ_t KL(π_ref(· | y_<t) ‖ π(· | y_<t))
 
     Zeng et al. 2024 (TDPO2), arXiv:2404.11999. With ``alpha: 1`` and ``chosen_gradient: true``: TDPO1.
 
     Raises:
-        ValueError: where the forward pass has not computed the divergences.
+        ValueError: if the forward pass has not computed the divergences.
     """
     if pairs.outputs.kl_ref is None:
         raise ValueError("the margin token_kl needs outputs.kl_ref, which the forward pass did not compute")
@@ -97,7 +99,7 @@ def token_kl(pairs: Pairs, *, alpha: NonNegative = 0.5, chosen_gradient: bool = 
 
 
 def baseline(pairs: Pairs) -> Float[Tensor, " P"]:
-    """What the recipe's ``baseline`` slot has put at the chosen completion.
+    """Margin from the recipe's ``baseline`` slot, at the chosen completion.
 
     m = beta b_w
 

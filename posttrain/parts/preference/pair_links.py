@@ -1,6 +1,6 @@
 """Links of pairs ``(margin, target) -> [P]``: the loss of a pair.
 
-Notation: h, the margin: beta times the difference of the scores, less what the recipe subtracts; p, the target: the
+Notation: h is the margin, beta times the difference of the scores minus the recipe's margins; p is the target, the
 probability that the chosen completion is the better one. A link f of hard labels becomes p f(h) + (1 - p) f(-h).
 """
 
@@ -27,7 +27,7 @@ def logistic(
     Rafailov et al. 2023 (DPO), eq. 7, arXiv:2305.18290.
 
     Args:
-        bound: clips h to [-bound, bound] first. Huang et al. 2024 (χPO), arXiv:2407.13399: twice the largest
+        bound: clips h to [-bound, bound] first. Huang et al. 2024 (χPO), arXiv:2407.13399, use twice the largest
             reward.
     """
     if bound is not None:
@@ -36,7 +36,7 @@ def logistic(
 
 
 def hinge(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, slack: NonNegative = 1.0) -> Float[Tensor, " P"]:
-    """Nothing beyond a margin of ``slack``.
+    """Hinge loss: linear below a margin of ``slack``, 0 above it.
 
     f(h) = max(0, slack - h)
 
@@ -46,12 +46,12 @@ def hinge(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, slack: No
 
 
 def square(margin: Float[Tensor, " P"], target: Float[Tensor, " P"], *, tau: Positive = 0.1) -> Float[Tensor, " P"]:
-    """Squared distance of the margin from one that is finite even for certain labels.
+    """Squared distance of the margin from a target margin that is finite even for certain labels.
 
     loss = (h - (p - ½) / τ)²
 
     Azar et al. 2023 (IPO), eq. 17, arXiv:2310.12036, with ``beta: 1``. Soft p: Calandriello et al. 2024 (online IPO),
-    arXiv:2403.08635; less than the mixture of both labels by a constant.
+    arXiv:2403.08635; it is smaller by a constant than the mixture of both labels' losses.
     """
     return (margin - (target - 0.5) / tau).square()
 
@@ -67,7 +67,7 @@ def regression(margin: Float[Tensor, " P"], target: Float[Tensor, " P"]) -> Floa
 
 
 def exponential(margin: Float[Tensor, " P"], target: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """Exponential loss. Exponents are cut at 80.
+    """Exponential loss, with exponents cut at 80.
 
     f(h) = e^-h
 
@@ -77,7 +77,7 @@ def exponential(margin: Float[Tensor, " P"], target: Float[Tensor, " P"]) -> Flo
 
 
 def sigmoid(margin: Float[Tensor, " P"], target: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """Probability that the policy prefers the wrong completion: saturates on both sides.
+    """Probability that the policy prefers the wrong completion: a loss that saturates on both sides.
 
     f(h) = 1 - σ(h)
 
@@ -104,8 +104,10 @@ def logistic_exponential(
 
 
 def _mixed(f: Callable[[Tensor], Tensor], margin: Tensor, target: Tensor) -> Tensor:
+    """Mean of a link's losses for both labels, weighted by their probabilities."""
     return target * f(margin) + (1 - target) * f(-margin)
 
 
 def _exp_of_minus(h: Tensor) -> Tensor:
+    """Computes e^-h, with the exponent cut at 80."""
     return (-h).clamp(max=MAX_EXPONENT).exp()

@@ -10,7 +10,7 @@ from posttrain.parts.preference.groups import Pairs, column
 
 
 def hard(pairs: Pairs) -> Float[Tensor, " P"]:
-    """The label as it is.
+    """Hard label: the chosen completion is the better one.
 
     p = 1, and ½ for a tie
     """
@@ -19,7 +19,7 @@ def hard(pairs: Pairs) -> Float[Tensor, " P"]:
 
 
 def smoothed(pairs: Pairs, *, eps: BelowHalf = 0.1) -> Float[Tensor, " P"]:
-    """The label, if a share of the labels is wrong and the policy should say so.
+    """Smoothed label, for data in which a share of the labels is wrong: the policy stays less certain.
 
     p = 1 - eps
 
@@ -29,7 +29,7 @@ def smoothed(pairs: Pairs, *, eps: BelowHalf = 0.1) -> Float[Tensor, " P"]:
 
 
 def debiased(pairs: Pairs, *, eps: BelowHalf = 0.1) -> Float[Tensor, " P"]:
-    """What makes the expected loss that of clean labels where a share of the labels is flipped.
+    """Debiased label, for data in which a share of the labels is flipped: the expected loss is that of clean labels.
 
     p = (1 - eps) / (1 - 2 eps), and 1 - p = -eps / (1 - 2 eps) is negative
 
@@ -39,21 +39,22 @@ def debiased(pairs: Pairs, *, eps: BelowHalf = 0.1) -> Float[Tensor, " P"]:
 
 
 def soft(pairs: Pairs, *, name: str = "probability") -> Float[Tensor, " P"]:
-    """A column of the chosen completion's row: the probability that it is better than the other, from several judges,
-    a preference model or both orders of one judge.
+    """Soft label from the data: a column of the chosen completion's row with the probability that it is the better one.
+
+    Such probabilities come from several judges, a preference model or both orders of one judge.
 
     Raises:
-        ValueError: for a number outside [0, 1].
+        ValueError: if a number is outside [0, 1].
     """
     p = column(pairs.batch, pairs.chosen.tolist(), name)
     outside = p[(p < 0) | (p > 1)].tolist()
     if outside:
-        raise ValueError(f"soft: column {name!r} should hold probabilities, and holds {outside[0]}")
+        raise ValueError(f"soft: column {name!r} should hold probabilities, but holds {outside[0]}")
     return p
 
 
 def bradley_terry(pairs: Pairs, *, temperature: Positive = 1.0) -> Float[Tensor, " P"]:
-    """The probability that a reward model gives to the chosen completion.
+    """Probability that the chosen completion is the better one, by a Bradley-Terry model of the rewards.
 
     p = σ((r_w - r_l) / temperature)
 
@@ -64,7 +65,7 @@ def bradley_terry(pairs: Pairs, *, temperature: Positive = 1.0) -> Float[Tensor,
 
 
 def reward_gap(pairs: Pairs, *, eta: Positive = 1.0) -> Float[Tensor, " P"]:
-    """The difference of the rewards, to be regressed to; no probability.
+    """Difference of the rewards, for the link ``regression``; it is not a probability.
 
     target = η (r_w - r_l)
 

@@ -1,7 +1,7 @@
 """Links of single completions ``(score, label) -> [N]``: the loss of a completion.
 
-Notation: z = beta (s - b), the score against the baseline; desirable: a label above 0. Labels of pairs are 1 and 0, so
-their chosen completion is desirable and their rejected one is not.
+Notation: z = beta (s - b) is the score minus the baseline; desirable means a label above 0. Labels of pairs are 1 and
+0, so their chosen completion is desirable and their rejected one is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def sigmoid(
     desirable: NonNegative = 1.0,
     undesirable: NonNegative = 1.0,
 ) -> Float[Tensor, " N"]:
-    """Saturating loss: neither the hopeless nor the learned completions count.
+    """Sigmoid loss, which saturates: completions with very low or very high scores hardly count.
 
     loss = λ_D (1 - σ(z)) if desirable, λ_U (1 - σ(-z)) else
 
@@ -34,7 +34,7 @@ def sigmoid(
 
 
 def sigmoid_down(score: Float[Tensor, " N"], label: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Makes desirable completions less likely: for chosen completions that are worse than what the policy writes.
+    """Makes desirable completions less likely: for chosen completions that are worse than the policy's own.
 
     loss = σ(z) if desirable, 0 else
 
@@ -69,14 +69,14 @@ def square(
     loss = (z - scale (label - center))²
 
     Wu et al. 2024 (SPPO), eq. 4.7, arXiv:2405.00675, with ``beta: 1``, ``scale`` η and win rates as labels; on pairs
-    with labels 1 and 0, the hard form. The same beside the logistic loss: Xiao et al. 2024 (Cal-DPO),
-    arXiv:2412.14516. With ``scale: 0``: a penalty on large scores.
+    with labels 1 and 0, the hard form. Added to the logistic loss: Xiao et al. 2024 (Cal-DPO), arXiv:2412.14516.
+    With ``scale: 0``: a penalty on large scores.
     """
     return (score - scale * (label - center)).square()
 
 
 def linear(score: Float[Tensor, " N"], label: Float[Tensor, " N"], *, alpha: Fraction = 0.5) -> Float[Tensor, " N"]:
-    """Likelihood of the desirable completions against that of the others; bounded only beside a KL term.
+    """Linear loss: raises desirable completions and lowers all others; it is bounded only together with a KL term.
 
     loss = -α z if desirable, (1 - α) z else
 

@@ -1,7 +1,7 @@
-"""Scores ``(outputs, batch) -> [N]``: how far the policy likes a completion; beta belongs to the loss term.
+"""Scores ``(outputs, batch) -> [N]``: how much the policy prefers a completion; beta belongs to the loss term.
 
-Notation: l_t = log π(y_t) - log π_ref(y_t); s = Σ_t l_t, the log-ratio of a completion. Every score that has a
-reference is exactly 0 where the policy is the reference.
+Notation: l_t = log π(y_t) - log π_ref(y_t); s = Σ_t l_t is the log-ratio of a completion. Every score with a reference
+is exactly 0 if the policy equals the reference.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def log_ratio(
     discount: Fraction = 1.0,
     previous: Fraction = 0.0,
 ) -> Float[Tensor, " N"]:
-    """Log-ratio of policy and reference.
+    """Log-ratio of a completion's probabilities under the policy and the reference.
 
     score = Σ_t m_t l_t, or Σ_t m_t l_t / Σ_t m_t
 
     Rafailov et al. 2023 (DPO), eq. 5, arXiv:2305.18290.
 
     Args:
-        level: ``mean``: of the completion's tokens. Lambert et al. 2024 (Tülu 3, length-normalised DPO),
+        level: ``mean`` is over the completion's tokens. Lambert et al. 2024 (Tülu 3, length-normalised DPO),
             arXiv:2411.15124.
         tail: m_t of tokens beyond the length of the group's shortest completion. Liu et al. 2024 (LD-DPO),
             arXiv:2409.06411.
-        discount: m_t = discount^t, t counted from 0 over the chosen tokens. Shao et al. 2025 (D²PO),
+        discount: m_t = discount^t, with t counted from 0 over the chosen tokens. Shao et al. 2025 (D²PO),
             arXiv:2502.14340; Hejna et al. 2023 (CPL), arXiv:2310.13639.
-        previous: share of the policy before the update in log π_ref, which is else the reference's: a geometric
-            mixture of the two. Gao et al. 2024 (REBEL), arXiv:2404.16767: 1.
+        previous: share of the policy before the update in log π_ref, a geometric mixture of that policy and the
+            reference. Gao et al. 2024 (REBEL), arXiv:2404.16767, use 1.
     """
     ratio = (outputs.logp - _reference(batch, previous)).where(batch.mask, 0.0)
     return _reduce(ratio, batch, level, tail, discount)
@@ -56,7 +56,7 @@ def log_ratio(
 def log_prob(
     outputs: Outputs, batch: Batch, *, level: Level = "sum", tail: Fraction = 1.0, discount: Fraction = 1.0
 ) -> Float[Tensor, " N"]:
-    """Log-probability of the policy, without a reference; options as in ``log_ratio``.
+    """Log-probability of a completion under the policy, without a reference; options as in ``log_ratio``.
 
     score = Σ_t m_t log π(y_t), or Σ_t m_t log π(y_t) / Σ_t m_t
 
@@ -77,7 +77,7 @@ def f_divergence(
     arXiv:2407.13399. Constants make a score of 0 at the reference; they cancel in a pair. Exponents are cut at 80.
 
     Raises:
-        ValueError: for ``alpha: 1``, whose limit is ``log_ratio``.
+        ValueError: if ``alpha`` is 1, whose limit is ``log_ratio``.
     """
     s = log_ratio(outputs, batch)
     if divergence == "jensen_shannon":
@@ -109,7 +109,7 @@ def power(outputs: Outputs, batch: Batch, *, alpha: float = 0.25) -> Float[Tenso
     Gupta et al. 2025 (AlphaPO), arXiv:2501.03884. α towards 0 gives ``log_prob(level="mean")``.
 
     Raises:
-        ValueError: for ``alpha: 0``.
+        ValueError: if ``alpha`` is 0.
     """
     if alpha == 0:
         raise ValueError("power: the limit of alpha = 0 is the score log_prob with `level: mean`; use that one")
@@ -118,7 +118,7 @@ def power(outputs: Outputs, batch: Batch, *, alpha: float = 0.25) -> Float[Tenso
 
 
 def _reference(batch: Batch, previous: float) -> Float[Tensor, "N L"]:
-    """Each of the two policies is asked for only where it counts: the other may never have been run."""
+    """Log-probs of the reference mixture; a policy whose share is 0 is not read, because it may never have been run."""
     if previous in (0.0, 1.0):
         return needed(batch, "logp_old" if previous else "logp_ref")
     return previous * needed(batch, "logp_old") + (1 - previous) * needed(batch, "logp_ref")
@@ -127,13 +127,14 @@ def _reference(batch: Batch, previous: float) -> Float[Tensor, "N L"]:
 def _reduce(
     values: Float[Tensor, "N L"], batch: Batch, level: Level, tail: float, discount: float
 ) -> Float[Tensor, " N"]:
-    """Weighted sum or mean; ``values`` are zero off the mask."""
+    """Weighted sum or mean over each completion's tokens; ``values`` are zero off the mask."""
     weight = _token_weights(batch, tail, discount).to(values.dtype)
     total = (values * weight).sum(-1)
     return total if level == "sum" else total / weight.sum(-1).where(batch.mask.any(-1), 1.0)
 
 
 def _token_weights(batch: Batch, tail: float, discount: float) -> Float[Tensor, "N L"]:
+    """Weight m_t of each token."""
     position = batch.mask.cumsum(-1) - 1
     weight = batch.mask.to(torch.float32)
     if discount != 1.0:
@@ -145,15 +146,15 @@ def _token_weights(batch: Batch, tail: float, discount: float) -> Float[Tensor, 
 
 
 def _shortest(batch: Batch) -> Tensor:
-    """Tokens in the shortest labelled completion of each completion's group."""
+    """Number of tokens in the shortest labelled completion of each completion's group."""
     length = batch.tokens_chosen
     together = (batch.group[:, None] == batch.group) & labelled(batch)
     return torch.where(together, length, length.max()).amin(1)
 
 
 def _log1m_exp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, without cancellation on either side of -log 2."""
+    """Computes log(1 - e^x) for x < 0, without cancellation on either side of -log 2."""
     small = x > -math.log(2)
-    near = torch.where(small, x, -1.0)  # each branch sees numbers of its own side alone: no NaN in the gradient
+    near = torch.where(small, x, -1.0)  # each branch sees only numbers of its own side: no NaN in the gradient
     far = torch.where(small, -1.0, x)
     return torch.where(small, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))

@@ -1,8 +1,8 @@
 """Loss terms over preferences ``(outputs, batch) -> [N, L]``: pairs, single completions and lists.
 
-Every term needs whole groups in a micro-batch. The loss of a group lies at the first chosen token of one or more of
-its completions and is 0 elsewhere: with the normaliser ``group_mean_of_token_sum`` the loss is the mean over groups.
-Completions without a label (NaN reward), without a chosen token, or decoded greedily, have no part in it.
+Every term needs whole groups in a micro-batch. The loss of a group is at the first chosen token of one or more of its
+completions and is 0 elsewhere: with the normaliser ``group_mean_of_token_sum`` the loss is the mean over groups.
+Completions without a label (NaN reward) or a chosen token, and baselines (``batch.baseline_only``), are left out.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def pairwise(
     select: Selection = "all",
     ties: Ties = "drop",
 ) -> Float[Tensor, "N L"]:
-    """Compares the better and the worse completion of each pair.
+    """Pairwise preference loss: compares the better and the worse completion of each pair.
 
     loss_group = mean over its pairs of w · link(beta (s_w - s_l) - Σ m, target)
 
     Rafailov et al. 2023 (DPO), eq. 7, arXiv:2305.18290, with all defaults.
 
     Args:
-        beta: times the scores: how close to the reference the policy stays. A larger beta keeps it closer.
-        score: s, of each completion.
-        link: from margin and target to a loss.
-        target: what the data says of the pair.
-        margin: m, subtracted.
-        pair_weight: w, multiplied together, without gradient.
+        beta: factor of the scores. A larger beta keeps the policy closer to the reference.
+        score: score s of each completion.
+        link: function from margin and target to a loss.
+        target: target of each pair, mostly the probability that its chosen completion is the better one.
+        margin: margins m, which are subtracted.
+        pair_weight: weights w, which are multiplied together, without gradient.
         select: every pair of a group, or only its best completions against its worst.
-        ties: whether completions with equal labels are a pair; for targets that tell how likely each one is better.
+        ties: ``keep`` also pairs completions with equal labels, for targets that give the probability of each winning.
     """
     chosen, rejected = find_pairs(batch, select=select, ties=ties)
     pairs = Pairs(outputs, batch, beta * score(outputs, batch), chosen, rejected, beta)
@@ -75,8 +75,8 @@ def pairwise(
     loss = link(gap, target(pairs).to(gap.dtype))
     for part in pair_weight:
         loss = loss * part(pairs).detach()
-    each = loss / group_sum(loss.new_ones(loss.shape), batch.group[chosen])
-    return at_first_token(pairs.score.new_zeros(len(batch)).index_add(0, chosen, each), batch.mask)
+    shared = loss / group_sum(loss.new_ones(loss.shape), batch.group[chosen])
+    return at_first_token(pairs.score.new_zeros(len(batch)).index_add(0, chosen, shared), batch.mask)
 
 
 @facts(learns_without_advantage=True, ranks_completions=True)
@@ -89,18 +89,18 @@ def pointwise(
     link: PointLink = point_links.sigmoid,
     within: Literal["sum", "mean", "mean_of_each_label"] = "mean",
 ) -> Float[Tensor, "N L"]:
-    """Judges each completion by itself.
+    """Pointwise preference loss: compares each completion with its own label.
 
     loss_group = sum or mean over its completions of link(beta (s - b), label), with b = ``batch.baseline`` or 0
 
     Ethayarajh et al. 2024 (KTO), eq. 7, arXiv:2402.01306, with all defaults and the baseline ``mismatched``.
 
     Args:
-        beta: times the scores.
-        score: s, of each completion.
-        link: from score and label to a loss.
-        within: of the completions of a group: their sum, their mean, or the mean over the desirable ones (label above
-            0) plus the mean over the others. All the same for completions that are alone in their group.
+        beta: factor of the scores.
+        score: score s of each completion.
+        link: function from score and label to a loss.
+        within: sum or mean over the completions of a group, or the mean over the desirable ones (label above 0) plus
+            the mean over the undesirable ones. All three are equal for a completion that is alone in its group.
     """
     valid = labelled(batch)
     label = batch.reward.where(valid, 0.0)
@@ -125,17 +125,17 @@ def listwise(
     link: ListLink = list_links.cross_entropy,
     target: ListTarget = list_targets.softmax,
 ) -> Float[Tensor, "N L"]:
-    """Compares all completions of a group at once.
+    """Listwise preference loss: compares all completions of a group at once.
 
     loss_group = link(beta s, log q), with q the target distribution over the group
 
     Chen et al. 2024 (InfoNCA), arXiv:2402.05369, with all defaults.
 
     Args:
-        beta: times the scores.
-        score: s, of each completion.
-        link: from scores and target to a loss.
-        target: q, from the labels.
+        beta: factor of the scores.
+        score: score s of each completion.
+        link: function from scores and target to a loss.
+        target: target probabilities q, from the labels.
     """
     lists = find_lists(batch)
     z = beta * score(outputs, batch)

@@ -1,4 +1,4 @@
-"""Scores of prefixes: functions, texts, sums and products, log-probs of paths, rewards after a rollout, model ratios.
+"""Scores of prefixes: texts, sums and products, log-probs of paths, rewards after a rollout, model ratios.
 
 Scores made of language or value models are in :mod:`posttrain.decoding.model_scores`. M is the number of prefixes.
 """
@@ -47,32 +47,6 @@ def next_scores(score: PrefixScore, prefixes: Sequence[Prefix], candidates: Int[
         for token in tokens
     ]
     return score.score(extended).view(candidates.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FunctionScore:
-    """A function of prefixes as a score: a reward model, a judge, a rule.
-
-    Args:
-        function: prefixes to one number each, in reward units.
-    """
-
-    function: Callable[[Sequence[Prefix]], Sequence[float] | Tensor]
-    kind: Kind = "mean"
-    beta: float | None = None
-    scale: float = 1.0
-
-    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
-        """See :class:`posttrain.decoding.prefixes.PrefixScore`.
-
-        Raises:
-            ValueError: if the function returns another number of scores.
-        """
-        values = self.function(prefixes)
-        scores = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64)
-        if scores.shape != (len(prefixes),):
-            raise ValueError(f"the score of {len(prefixes)} prefixes has shape {list(scores.shape)}, not one each")
-        return self.scale * scores
 
 
 @dataclass(frozen=True, kw_only=True)

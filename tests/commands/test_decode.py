@@ -24,9 +24,9 @@ from posttrain.commands.cli import main
 from posttrain.commands.decode import run_decode
 from posttrain.data.rollout_files import read_rollouts
 from posttrain.decoding import decoders, scores
+from posttrain.decoding.answers import mathematics, vote
 from posttrain.decoding.checks import named_models
 from posttrain.decoding.context import DecoderContext
-from posttrain.decoding.answers import mathematics, vote
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import GuideWarning
@@ -48,7 +48,7 @@ SCORE = "score: {use: path_logp}"
 
 
 def write(folder: Path, decoder: str, **changes: str) -> Path:
-    """A small decode recipe."""
+    """Writes a small decode recipe with its data, and returns its path."""
     (folder / "data.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{a}+1", "answer": str(a + 1)}) + "\n" for a in range(4)), encoding="utf-8"
     )
@@ -108,17 +108,18 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("decoder", MISTAKES)
-def test_mistakes_are_told_with_their_place(tmp_path, capsys, decoder):
+def test_mistakes_are_reported_with_their_place(tmp_path, capsys, decoder):
     assert main(["decode", str(write(tmp_path, decoder))]) == 2
     place, message = MISTAKES[decoder]
-    told = capsys.readouterr().err
-    assert place in told and message in told, told
+    printed = capsys.readouterr().err
+    assert place in printed and message in printed, printed
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, capsys):
+def test_a_missing_model_is_reported_before_anything_is_loaded(tmp_path, capsys):
     path = write(tmp_path, "{use: population, final_score: {use: value, model: ./none}, " + SCORE + "}")
     assert main(["decode", str(path)]) == 2
-    assert "recipe.yaml:3:" in (told := capsys.readouterr().err) and "there is no folder './none'" in told
+    message = capsys.readouterr().err
+    assert "recipe.yaml:3:" in message and "there is no folder './none'" in message
 
 
 def test_cutting_the_distribution_twice_is_refused(tmp_path, capsys):
@@ -145,10 +146,10 @@ def test_the_majority_wins_a_vote():
     particles = [
         Particle(prefix=Prefix(tokens=[i], start=0), version=0, potential=float(i == 1)) for i in range(len(texts))
     ]
-    assert vote(particles, lambda law: 0, lambda tokens: texts[tokens[0]]) == 1
+    assert vote(particles, lambda probabilities: 0, lambda tokens: texts[tokens[0]]) == 1
 
 
-def test_a_row_holds_what_was_measured_and_null_for_what_is_no_number():
+def test_a_row_has_the_measurements_and_null_for_infinity():
     completion = Completion([1, 2], [-1.0, -0.5], Finish.LENGTH, 0, {"generated": 8.0, "log_z": -math.inf})
     assert to_row("ab", completion) == {
         "completion": "ab",
@@ -163,47 +164,47 @@ def test_a_row_holds_what_was_measured_and_null_for_what_is_no_number():
 # ------------------------------------------------------------------------------------------------- guided rollouts
 
 
-def context_of() -> DecoderContext:
+def decoder_context() -> DecoderContext:
     return DecoderContext(tokenizer=None, device=torch.device("cpu"))  # type: ignore[arg-type]  # scores read tables
 
 
-def of_the_recipe() -> tuple[dict[str, Any], Part]:
-    """Decoder options and importance weights of recipes/guided.yaml; of three tokens two are candidates, not twenty."""
+def guided_recipe() -> tuple[dict[str, Any], Part]:
+    """Decoder options and importance weights of recipes/guided.yaml, with two candidates instead of twenty."""
     recipe = load_recipe(RECIPES[0].parent.parent / "guided.yaml")
     assert recipe.decoder is not None and recipe.decoder.target is decoders.shaped
     (weight,) = recipe.loss[0].weights
     return {**recipe.decoder.options, "k": 2}, weight
 
 
-@pytest.mark.parametrize("options", [{"strength": 1.5}, of_the_recipe()[0]], ids=["all tokens", "the recipe's"])
+@pytest.mark.parametrize("options", [{"strength": 1.5}, guided_recipe()[0]], ids=["all tokens", "the recipe's"])
 def test_importance_weights_of_guided_rollouts_turn_means_into_those_of_the_policy(options):
-    """Σ_y π(y) Π_t w_t(y) f(y) = E_{p0}[f], over every string of the exact world, with weights as the loss has them."""
+    """Σ_y π(y) Π_t w_t(y) f(y) = E_{p0}[f] over every string of the exact world, with the weights of the loss."""
     world = make_world(seed=3, vocabulary=3, length=3, eos=True)
     score = table_score(world.mean_values())
     decoder = Part.of(decoders.shaped, **{**options, "score": lambda context: score})
-    importance = of_the_recipe()[1]
+    importance = guided_recipe()[1]
     assert importance.target is truncated_importance
     means: dict[str, float] = {"one": 0.0, "reward": 0.0}
     context = Context(sampling=world.sampling, decode=str)
     prompts = Prompts(tokens=[list(PROMPT)], rows=[{}], places=["x"], group=[0], seeds=[0])
 
     def run(make_chooser):
-        batch = single_turn(decoder(world.engine(make_chooser), context_of()), prompts, 1, context)
+        batch = single_turn(decoder(world.engine(make_chooser), decoder_context()), prompts, 1, context)
         string = tuple(batch.tokens[0][batch.mask[0]].tolist())
         prefixes = [[*PROMPT, *string[:t]] for t in range(len(string))]
         base = world.engine().next_logps(prefixes).gather(-1, torch.tensor(string)[:, None])[:, 0]
         logp_old = torch.zeros_like(batch.logp_sampler).masked_scatter(batch.mask, base.to(batch.logp_sampler))
-        # without the recipe's cap, which leaves a bias for less variance
+        # without the recipe's cap, which trades a bias for less variance
         weight = importance.target(Outputs(logp=logp_old), batch.set(logp_old=logp_old), cap=1e6)
         return string, round(float(weight[batch.mask].double().prod()), 9)
 
-    law = law_of(run)
-    assert len({string for string, _ in law}) == len(world.strings)
-    means["one"] = sum(share * weight for (_, weight), share in law.items())
-    means["reward"] = sum(share * weight * world.reward[string] for (string, weight), share in law.items())
+    distribution = law_of(run)
+    assert len({string for string, _ in distribution}) == len(world.strings)
+    means["one"] = sum(share * weight for (_, weight), share in distribution.items())
+    means["reward"] = sum(share * weight * world.reward[string] for (string, weight), share in distribution.items())
     assert means["one"] == pytest.approx(1.0, abs=1e-5)
     expected = sum(p * world.reward[s] for s, p in world.strings.items())
-    unweighted = sum(share * world.reward[string] for (string, _), share in law.items())
+    unweighted = sum(share * world.reward[string] for (string, _), share in distribution.items())
     assert means["reward"] == pytest.approx(expected, abs=1e-5)
     assert abs(unweighted - expected) > 0.05
 
@@ -216,7 +217,7 @@ POPULATION = {"use": "population", "branch": 2, "score": {"use": "path_logp"}}
 CORRECTED = [{"use": "clip", "weights": [{"use": "truncated_importance"}]}]
 
 
-def test_a_decoder_without_log_probs_is_refused_where_a_part_reads_them(tmp_path):
+def test_a_decoder_without_log_probs_is_refused_if_a_part_reads_them(tmp_path):
     with pytest.raises(RecipeError, match=r"decoder: population samples from a distribution .* truncated_importance"):
         find_required_passes(with_decoder(tmp_path, POPULATION, loss=CORRECTED))
     find_required_passes(with_decoder(tmp_path, POPULATION))
@@ -242,7 +243,7 @@ def test_a_training_recipe_with_a_decoder_is_written_and_read_again(tmp_path):
 # ------------------------------------------------------------------------------------------------- on real engines
 
 SPECS = {
-    "scalar": ValueSpec(head=sections.HeadSection(type="scalar"), shift=2.0, scale=0.1),  # above 0, as FUDGE needs it
+    "scalar": ValueSpec(head=sections.HeadSection(type="scalar"), shift=2.0, scale=0.1),  # values above 0, for FUDGE
     "per_token": ValueSpec(head=sections.HeadSection(type="per_token"), kind="soft", beta=0.5),
 }
 SOFT = ("smc", "svdd", "twisted_smc", "sis")
@@ -266,16 +267,16 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_model_folder: Path) -> dict[str, str]:
-    """The tiny model, and value models on it: one number for a prefix, or one for every next token."""
+    """Folders of the tiny model, and of value models on it with one number for a prefix or one for every next token."""
     folder = tmp_path_factory.mktemp("values")
-    found = {"model": str(tiny_model_folder)}
+    folders = {"model": str(tiny_model_folder)}
     for name, spec in SPECS.items():
-        found[name] = str(save_random_value(folder / name, tiny_model_folder, spec))
-    return found
+        folders[name] = str(save_random_value(folder / name, tiny_model_folder, spec))
+    return folders
 
 
 def model_overrides(part: Any, place: str, saved: dict[str, str], value: str) -> list[str]:
-    """The recipe's own models replaced by tiny ones."""
+    """Overrides that replace the recipe's models by tiny ones."""
     return [
         f"--{'.'.join(map(str, at))}={saved[value] if at[-1] == 'model' else saved['model']}"
         for at, _ in named_models(part, (place,))
@@ -304,27 +305,27 @@ def overrides(path: Path, folder: Path, saved: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory, tiny_model_folder: Path) -> Iterator[list[str]]:
-    """A judge that can be reached: the tiny model, served, in whose answer the last digit is the rating."""
+    """Overrides for a judge that is the tiny model, served; the last digit of its answer is the rating."""
     server = {"port": 0, "name": "tiny", "requests": 64}
-    with serving(recipe_file(tmp_path_factory.mktemp("judge"), tiny_model_folder, server=server)) as made:
-        of = {
+    with serving(recipe_file(tmp_path_factory.mktemp("judge"), tiny_model_folder, server=server)) as server_run:
+        part = {
             "use": "judge",
-            "url": made.url,
+            "url": server_run.url,
             "model": "tiny",
             "template": "{prompt}{completion}",
             "pattern": "([0-9])",
         }
-        of |= {"low": 0, "high": 9, "temperature": 1.0, "max_tokens": 64, "retries": 9, "backoff": 0.0}
-        yield [f"--decoder.score.of={json.dumps(of)}"]
+        part |= {"low": 0, "high": 9, "temperature": 1.0, "max_tokens": 64, "retries": 9, "backoff": 0.0}
+        yield [f"--decoder.score.of={json.dumps(part)}"]
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_decodes(tmp_path, saved, capsys, request, path):
-    its_own = request.getfixturevalue("judge") if path.stem == "judge" else []
+    judge = request.getfixturevalue("judge") if path.stem == "judge" else []
     with warnings.catch_warnings():
-        warnings.simplefilter("error", GuideWarning)  # soft values, with the strength that they need
-        assert main(["decode", str(path), *overrides(path, tmp_path, saved), *its_own]) == 0, capsys.readouterr().err
+        warnings.simplefilter("error", GuideWarning)  # soft values have the strength that they need
+        assert main(["decode", str(path), *overrides(path, tmp_path, saved), *judge]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["answer"] for row in rows] == ["1", "2", "3", "4"]
     for row in rows:
@@ -349,7 +350,7 @@ def test_completions_of_a_decoder_go_to_parquet(tmp_path, saved):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("decoder", ["shaped, k: 4", "population, branch: 2, pick: {use: tilted}"])
-def test_a_mean_value_where_the_tilted_law_is_promised_is_told(tmp_path, saved, decoder):
+def test_a_mean_value_gives_a_warning_if_the_tilted_distribution_is_promised(tmp_path, saved, decoder):
     path = write(tmp_path, f"{{use: {decoder}, tilted: true, score: {{use: value, model: {saved['scalar']}}}}}")
     with pytest.warns(GuideWarning, match="the score is a mean value; only a soft value"):
         run_decode(path, [f"--policy.model={saved['model']}", f"--output={tmp_path / 'out.jsonl'}"])
@@ -359,9 +360,9 @@ def test_a_mean_value_where_the_tilted_law_is_promised_is_told(tmp_path, saved, 
 def vllm_engine(tiny_model_folder: Path):
     pytest.importorskip("vllm")
     engine_options = sections.EngineSection(use="vllm", cache_mb=64, max_concurrent=64)
-    made = make_engine(tiny_model_folder, engine_options, dtype="float32", max_model_len=96)
-    yield made
-    made.close()
+    engine = make_engine(tiny_model_folder, engine_options, dtype="float32", max_model_len=96)
+    yield engine
+    engine.close()
 
 
 @pytest.mark.engine
@@ -379,7 +380,7 @@ def test_recipes_decode_on_vllm(tmp_path, saved, vllm_engine, name):
 
 @pytest.mark.engine
 def test_grpo_learns_from_shaped_rollouts(tmp_path, saved):
-    """The decoder's completions are what is learned from; the policy is evaluated as it is."""
+    """Training learns from the decoder's completions; evaluation samples from the policy alone."""
     digits = tmp_path / "digits.py"
     digits.write_text(DIGITS, encoding="utf-8")
     shaped = {"use": "shaped", "strength": 8.0, "score": {"use": "digits.py:next_digit"}}
@@ -402,7 +403,7 @@ def test_grpo_learns_from_shaped_rollouts(tmp_path, saved):
 
 @pytest.mark.engine
 def test_evaluation_with_the_decoder(tmp_path, saved):
-    """Another decoder than a shaped one, in the place of the policy."""
+    """Evaluation uses a decoder that draws blocks instead of the policy."""
     digits = tmp_path / "digits.py"
     digits.write_text(DIGITS, encoding="utf-8")
     blocks = {"use": "population", "branch": 48, "block": 1, "score": {"use": "digits.py:next_digit"}}
@@ -411,14 +412,14 @@ def test_evaluation_with_the_decoder(tmp_path, saved):
     path = write_run(tmp_path, Path(saved["model"]), decoder=blocks, steps=1, evaluate=evaluate)
     assert main(["train", str(path), f"--run.folder={tmp_path / 'run'}"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert lines[0]["eval/score"] > 0.6  # share of digits: one token in twenty-six is one
+    assert lines[0]["eval/score"] > 0.6  # share of digits; one token in twenty-six is a digit
 
 
 DIGITS = '''
-from posttrain.decoding.prefix_scores import FunctionScore
+from function_score import FunctionScore
 
 
 def next_digit(context):
-    """1 where the last token is a digit."""
+    """Scores 1 for a prefix whose last token is a digit, else 0."""
     return FunctionScore(function=lambda prefixes: [float(context.decode(p.tokens[-1:]).isdigit()) for p in prefixes])
 '''

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from function_score import FunctionScore
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -20,7 +21,7 @@ from posttrain.decoding.model_scores import LogRatio, NextTokenValueScore, Value
 from posttrain.decoding.nodes import a_star_key, beam, best_first, most_visited, path_key, puct, where_moves_led
 from posttrain.decoding.particles import keep, resample, tilted
 from posttrain.decoding.population import Population
-from posttrain.decoding.prefix_scores import FunctionScore, RolloutScore, next_scores
+from posttrain.decoding.prefix_scores import RolloutScore, next_scores
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.refine import jacobi, model_greedy
 from posttrain.decoding.rejection import Rejection

@@ -20,13 +20,15 @@ from exact_world import (
     tokens_of,
     total_variation,
 )
+from function_score import FunctionScore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_decoding import argmax, best_of_n, select_blockwise, softmax_at
+from reference_kl import expected_best
 
 from posttrain.batch import Finish
 from posttrain.decoding.answers import vote, weighted
-from posttrain.decoding.kl import best_of_n_kl_bound, blockwise_kl_bound, expected_best
+from posttrain.decoding.kl import best_of_n_kl_bound, blockwise_kl_bound
 from posttrain.decoding.particles import (
     Particle,
     effective_size,
@@ -37,7 +39,6 @@ from posttrain.decoding.particles import (
     top,
 )
 from posttrain.decoding.population import Outcome, Population
-from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.shaping import GuideWarning, Shaped
 from posttrain.engines.base import Sampling

@@ -9,16 +9,13 @@ import math
 import pytest
 import torch
 from exact_world import PROMPT, String, World, distance, kl, law_of, make_world, table_score, tokens_of
+from function_score import FunctionScore
 from torch import nn
 
 from posttrain.batch import Batch, Finish, Outputs
 from posttrain.decoding.editing import edit
 from posttrain.decoding.model_scores import LogRatio
-from posttrain.decoding.prefix_scores import (
-    FunctionScore,
-    Logarithm,
-    RolloutScore,
-)
+from posttrain.decoding.prefix_scores import Logarithm, RolloutScore
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.refine import jacobi
 from posttrain.decoding.shaping import Shaped

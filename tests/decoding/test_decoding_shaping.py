@@ -20,8 +20,9 @@ from exact_world import (
     tokens_of,
     total_variation,
 )
+from reference_kl import tilted_kl
 
-from posttrain.decoding.kl import tilted_kl, token_kl
+from posttrain.decoding.kl import token_kl
 from posttrain.decoding.prefix_scores import weighted_sum
 from posttrain.decoding.shaping import GuideWarning, Shaped, choose_candidates, shaped_distribution
 from posttrain.engines.base import Sampling

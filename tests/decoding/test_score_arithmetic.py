@@ -8,18 +8,12 @@ import math
 import pytest
 import torch
 from exact_world import PROMPT, make_world
+from function_score import FunctionScore
 from tabular_engine import TabularEngine
 from test_decoding_scores import WORLD, prefix_of, table_law
 
 from posttrain.decoding.model_scores import LogRatio
-from posttrain.decoding.prefix_scores import (
-    FunctionScore,
-    PathLogp,
-    Product,
-    TextScore,
-    next_scores,
-    weighted_sum,
-)
+from posttrain.decoding.prefix_scores import PathLogp, Product, TextScore, next_scores, weighted_sum
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Sampling
 

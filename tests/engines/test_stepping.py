@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from exact_world import PROMPT, make_world, table_score
+from function_score import FunctionScore
 
-from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
 from posttrain.engines.base import Aborted, Completion, Request, RequestUpdate, Sampling

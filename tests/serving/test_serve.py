@@ -18,6 +18,7 @@ import openai
 import pytest
 import torch
 from exact_world import make_world, table_score
+from function_score import FunctionScore
 from runs import environment
 from served import MESSAGES, Server, recipe_file, serving
 from tiny_values import save_random_value
@@ -27,7 +28,6 @@ from posttrain.commands.cli import main
 from posttrain.decoding.nodes import best_first
 from posttrain.decoding.particles import tilted
 from posttrain.decoding.population import Population
-from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.shaping import Shaped
 from posttrain.decoding.tree import TreeSearch
 from posttrain.engines.base import Sampling

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from function_score import FunctionScore
 from tabular_engine import TabularEngine
 
-from posttrain.decoding.prefix_scores import FunctionScore
 from posttrain.decoding.prefixes import Kind, Prefix
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.choice import MakeChooser, seeded_chooser

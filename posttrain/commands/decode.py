@@ -1,4 +1,4 @@
-"""Completions from a YAML file: ``posttrain decode recipes/decode/best_of_n.yaml`` decodes, verifies, writes, tells."""
+"""``posttrain decode recipes/decode/best_of_n.yaml``: completes prompts with a decoder and verifies the completions."""
 
 from __future__ import annotations
 
@@ -15,48 +15,44 @@ from rich.table import Table
 
 from posttrain.decoding.build import build_decoder, check_models
 from posttrain.decoding.recipe import DecodeRecipe
-from posttrain.errors import UserError
 from posttrain.output.progress import TABLE_WIDTH
-from posttrain.recipe.loading import load_as, placed
+from posttrain.recipe.loading import run_file
 from posttrain.recipe.yaml_reader import Overrides
 from posttrain.rollout.session import MEANS, completed, session
 from posttrain.system.files import write_rows
 
 
 def run_decode(path: str | Path, overrides: Overrides = ()) -> Path:
-    """Runs the decode recipe in a YAML file, prints what it took, and returns the file of completions.
+    """Runs the decode recipe in a YAML file, prints a table of means, and returns the file of completions.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if the file or its data are wrong; the message says where and what to change.
     """
-    recipe = load_as(DecodeRecipe, path, overrides)
-    try:
-        return decode(recipe)
-    except UserError as error:
-        raise placed(error, Path(path), overrides) from error
+    return run_file(DecodeRecipe, path, overrides, decode)
 
 
 def decode(recipe: DecodeRecipe) -> Path:
     """Completes prompts on all ranks; the main one writes a row for each completion.
 
-    A row has the columns of the data set, ``completion``, ``tokens`` (their number), ``finish``, ``logp`` (of the whole
-    completion, see :mod:`posttrain.decoding`), ``score`` where there are verifiers, and what the decoder measured.
+    A row has the columns of the dataset, ``completion``, ``tokens`` (their number), ``finish``, ``logp`` (log-prob of
+    the whole completion, see :mod:`posttrain.decoding`), ``score`` if there are verifiers, and the decoder's own
+    measurements.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if policy, decoder, data or verifiers do not fit together; the message says what to change.
     """
     check_models(recipe.decoder)
     with session(recipe) as on:
         processes = on.processes
         decoder = build_decoder(recipe.decoder, on.engine, on.tokenizer, processes, recipe.policy) or on.engine
         start = time.perf_counter()
-        found = processes.together(lambda: completed(recipe, decoder, on))
+        share = processes.together(lambda: completed(recipe, decoder, on))
         seconds = time.perf_counter() - start
-        everything = [row for part in processes.gather(found) for row in part]
+        rows = [row for part in processes.gather(share) for row in part]
         if processes.is_main:
-            _write(recipe.file, everything)
-            print(f"{recipe.name}: {len(everything)} completions in {recipe.file}")
-            Console(width=TABLE_WIDTH).print(summary(recipe, everything, seconds))
+            _write(recipe.file, rows)
+            print(f"{recipe.name}: {len(rows)} completions in {recipe.file}")
+            Console(width=TABLE_WIDTH).print(means_table(recipe, rows, seconds))
     return recipe.file
 
 
@@ -71,12 +67,12 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _storable(value: Any) -> Any:
-    """Messages and other nested values as JSON: their members may differ from row to row."""
+    """Turns messages and other nested values into JSON text: their members may differ from row to row."""
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
 
 
-def summary(recipe: DecodeRecipe, rows: Sequence[dict[str, Any]], seconds: float) -> Table:
-    """Means over completions: score with its standard error, tokens kept and generated, scorer calls, KL in nats."""
+def means_table(recipe: DecodeRecipe, rows: Sequence[dict[str, Any]], seconds: float) -> Table:
+    """Makes the table of means over completions: score with its standard error, tokens, scorer calls, KL in nats."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     cells: list[str] = []
     if recipe.verify:
@@ -93,11 +89,11 @@ def summary(recipe: DecodeRecipe, rows: Sequence[dict[str, Any]], seconds: float
 
 
 def _mean_and_error(scores: Iterable[float | None]) -> str:
-    known = [score for score in scores if score is not None]
-    if not known:
+    numbers = [score for score in scores if score is not None]
+    if not numbers:
         return "none"
-    mean = sum(known) / len(known)
-    if len(known) == 1:
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) == 1:
         return f"{mean:.3f}"
-    deviation = math.sqrt(sum((score - mean) ** 2 for score in known) / (len(known) - 1))
-    return f"{mean:.3f} ± {deviation / math.sqrt(len(known)):.3f}"
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in numbers) / (len(numbers) - 1))
+    return f"{mean:.3f} ± {deviation / math.sqrt(len(numbers)):.3f}"

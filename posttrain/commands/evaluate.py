@@ -3,46 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from posttrain.errors import RecipeError
-from posttrain.recipe.loading import read_document
+from posttrain.errors import RecipeError, UserError
+from posttrain.recipe.documents import read_document
+from posttrain.recipe.loading import placed
 from posttrain.recipe.resolve import resolve
 from posttrain.recipe.yaml_reader import Document, Overrides, suggestion
 
+
+class Suite(NamedTuple):
+    """A kind of suite, by the names of its functions: what measures is imported only after the file was read."""
+
+    kind: str  # dataclass that a file of this kind describes
+    read: str  # (path, overrides) -> the suite
+    measure: str  # the suite -> the folder of its report
+
+
 SUITES = {
-    "value": "posttrain.reports.value_suite.run_value_suite",
-    "reward": "posttrain.reports.reward_suite.run_reward_suite",
-    "decode": "posttrain.reports.decoding_suite.run_decode_suite",
+    "value": Suite(
+        kind="posttrain.reports.value_suite.ValueSuite",
+        read="posttrain.reports.value_suite.read_suite",
+        measure="posttrain.reports.value.evaluate_value",
+    ),
+    "reward": Suite(
+        kind="posttrain.reports.reward_suite.RewardSuite",
+        read="posttrain.reports.reward_suite.read_suite",
+        measure="posttrain.reports.reward.measure_rewards",
+    ),
+    "decode": Suite(
+        kind="posttrain.reports.decoding_suite.DecodeSuite",
+        read="posttrain.reports.decoding_suite.read_suite",
+        measure="posttrain.reports.decoding.measure_decoders",
+    ),
 }
-"""What runs the suite that a file's ``suite:`` names: ``(path, overrides) -> Path`` of the report's folder."""
-
-
-KINDS = {
-    "value": "posttrain.reports.value_suite.ValueSuite",
-    "reward": "posttrain.reports.reward_suite.RewardSuite",
-    "decode": "posttrain.reports.decoding_suite.DecodeSuite",
-}
-"""The dataclass that such a file describes."""
+"""Suites by the name that a file gives under ``suite:``."""
 
 
 def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
     """Runs the suite in a YAML file, with ``--key.path=value`` overrides; returns the folder of its report.
 
     Raises:
-        UserError: for what a person can mend, one line for each problem, with its place and a suggestion.
+        UserError: if the file or its data are wrong; one line for each problem, with its place and what to change.
     """
     path = Path(path)
-    return resolve(SUITES[suite_name(read_document(path, overrides))])(path, overrides)
+    functions = SUITES[suite_name(read_document(path, overrides))]
+    suite = resolve(functions.read)(path, overrides)
+    try:
+        return resolve(functions.measure)(suite)
+    except UserError as error:
+        raise placed(error, path, overrides) from error
 
 
 def suite_name(document: Document) -> str:
-    """Which suite a file is.
+    """Returns the name of the suite that a file describes.
 
     Raises:
-        RecipeError: if it does not say, or there is no such suite.
+        RecipeError: if the file does not say, or there is no such suite.
     """
     name = document.data.get("suite")
     if name not in SUITES:
-        what = "says what to measure and is missing" if name is None else f"{name!r} is no suite"
-        raise RecipeError(document.problem(("suite",), f"{what}; {suggestion(name, SUITES)}"))
+        problem = "says what to measure and is missing" if name is None else f"{name!r} is no suite"
+        raise RecipeError(document.problem(("suite",), f"{problem}; {suggestion(name, SUITES)}"))
     return name

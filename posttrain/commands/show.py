@@ -1,4 +1,4 @@
-"""``posttrain show``: what a YAML file runs, slot by slot, and which settings differ from their defaults."""
+"""``posttrain show FILE``: prints what a YAML file runs, slot by slot, and which settings differ from defaults."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.commands.evaluate import KINDS, suite_name
-from posttrain.commands.iterate import IterateRecipe
+from posttrain.commands.evaluate import SUITES, suite_name
+from posttrain.commands.iterate_plan import IterateRecipe
 from posttrain.commands.label import LabelRecipe
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.recipe.documents import read_document
@@ -36,8 +36,7 @@ _EQUATION = re.compile(r"^[^.:]{1,60}?\s(=|:=|<=)\s")
 
 
 def show_file(path: Path, overrides: Overrides = (), console: Console | None = None) -> None:
-    """Prints what a file describes: a recipe for training, decoding, labels or outer loops, or an
-    evaluation suite.
+    """Prints what a file describes: a recipe of any kind or an evaluation suite.
 
     Raises:
         RecipeError: one line for each problem, with its place and a suggestion.
@@ -51,21 +50,21 @@ def show_file(path: Path, overrides: Overrides = (), console: Console | None = N
 
 
 def kind_of(document: Document) -> type[Any]:
-    """What a file describes, by its keys; a recipe for training unless they say something else.
+    """Tells from its keys which dataclass a file describes; a recipe for training if no key decides.
 
     Raises:
-        RecipeError: for a suite that does not exist.
+        RecipeError: if the file names a suite that does not exist.
     """
-    given = set(document.data)
-    if "suite" in given:
-        return resolve(KINDS[suite_name(document)])
-    if "stages" in given:
+    keys = set(document.data)
+    if "suite" in keys:
+        return resolve(SUITES[suite_name(document)].kind)
+    if "stages" in keys:
         return IterateRecipe
-    if "label" in given:
+    if "label" in keys:
         return LabelRecipe
-    if "server" in given:
+    if "server" in keys:
         return ServeRecipe
-    return DecodeRecipe if "decoder" in given and not given & {"loss", "value_loss"} else Recipe
+    return DecodeRecipe if "decoder" in keys and not keys & {"loss", "value_loss"} else Recipe
 
 
 def show(recipe: Any, console: Console | None = None, variants: Sequence[Variant] = ()) -> None:
@@ -83,44 +82,47 @@ def show(recipe: Any, console: Console | None = None, variants: Sequence[Variant
         if name in SLOTS:
             value = getattr(recipe, name)
             for part in (value,) if isinstance(value, Part) else value or ():
-                console.print(describe(name, part))
+                console.print(part_view(name, part))
     for variant in variants:
         if variant.decoder is not None:
             console.print(Text(variant.label, style="bold"))
-            console.print(describe("decoder", variant.decoder))
-    console.print(settings(recipe, without=("decode",) if variants else ()))
+            console.print(part_view("decoder", variant.decoder))
+    console.print(settings_table(recipe, without=("decode",) if variants else ()))
 
 
 def _names(recipe: Any) -> list[str]:
-    """Of everything that a file may hold at the top."""
+    """Names of all keys that a file may have at the top."""
     return [f.name for f in dataclasses.fields(recipe) if f.name not in ("name", "path")]
 
 
-def describe(slot: str, part: Part) -> Group:
-    """A part: where it is, what it is called with, what it computes, and the paper."""
-    file, line = _source(part.target)
+def part_view(slot: str, part: Part) -> Group:
+    """Shows a part: its source line, signature, first sentence, equation and paper, and the parts inside it."""
+    file, line = _source(getattr(part.target, "makes", part.target))
     head = Text.assemble((f"{slot:<11}", "cyan"), (part.name, "bold"), f"  {_relative(file)}:{line}" if file else "")
     body: list[Any] = [Text(signature(part))]
     names = SLOTS[slot].settings if slot in SLOTS else ()
-    given = {name: getattr(part, name) for name in names if name not in SLOTS}
-    if given:
-        body.append(Text("  ".join(f"{name}: {value}" for name, value in given.items()), style="dim"))
-    body.extend(Text(line, style=style) for line, style in _summary(part))
-    body.extend(describe(name, inner) for name, inner in inner_parts(part))
-    body.extend(describe("weights", weight) for weight in part.weights)
-    body.extend([describe("normaliser", part.normaliser)] if part.normaliser is not None else [])
+    values = {name: getattr(part, name) for name in names if name not in SLOTS}
+    if values:
+        body.append(Text("  ".join(f"{name}: {value}" for name, value in values.items()), style="dim"))
+    body.extend(Text(line, style=style) for line, style in _description(part))
+    body.extend(part_view(name, inner) for name, inner in inner_parts(part))
+    body.extend(part_view("weights", weight) for weight in part.weights)
+    body.extend([part_view("normaliser", part.normaliser)] if part.normaliser is not None else [])
     return Group(head, *(Padding(line, (0, 0, 0, 11)) for line in body), Text())
 
 
 def inner_parts(part: Part) -> Iterator[tuple[str, Part]]:
-    """Options of a part that are parts themselves, as far as the recipe names them."""
+    """Yields the options of a part that are parts themselves and that the recipe names."""
     for name in inner_slots(part.target):
         value = part.options.get(name, ())
         yield from ((name, inner) for inner in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def signature(part: Part) -> str:
-    """``clip(outputs, batch, *, low=0.2, high=0.28*)``: the values in use, with a star where they are not defaults."""
+    """Formats a call with the values in use, and a star after those that are not defaults.
+
+    An example: ``clip(outputs, batch, *, low=0.2, high=0.28*)``.
+    """
     shown: list[str] = []
     starred = False
     for name, p in parameters(part.target).items():
@@ -129,23 +131,23 @@ def signature(part: Part) -> str:
             starred = True
         if name in part.options:
             mark = "" if part.options[name] == p.default else "*"
-            shown.append(f"{name}={written(part.options[name])}{mark}")
+            shown.append(f"{name}={as_text(part.options[name])}{mark}")
         elif p.default is not p.empty:
-            shown.append(f"{name}={written(p.default)}")
+            shown.append(f"{name}={as_text(p.default)}")
         else:
             shown.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + name)
     return f"{part.target.__name__}({', '.join(shown)})"
 
 
-def written(value: Any) -> str:
-    """An option's value; of one that is a part, its name and options."""
+def as_text(value: Any) -> str:
+    """Formats an option's value; a part is shown by its name and options."""
     if isinstance(value, tuple):
-        return f"({', '.join(map(written, value))})"
+        return f"({', '.join(map(as_text, value))})"
     return str(value) if isinstance(value, Part) else getattr(value, "__name__", repr(value))
 
 
-def settings(recipe: Any, without: Sequence[str] = ()) -> Table:
-    """Every setting; those that differ from their defaults are marked with a star."""
+def settings_table(recipe: Any, without: Sequence[str] = ()) -> Table:
+    """Makes a table of all settings; a star marks those that differ from their defaults."""
     table = Table("setting", "value", "default", box=None, padding=(0, 2, 0, 0), header_style="cyan")
     for name in _names(recipe):
         if name not in SLOTS and name not in without:
@@ -170,7 +172,7 @@ def _rows(name: str, value: Any, default: Any) -> Iterator[tuple[Text, str, str]
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
-    """The default of a field of a section, whose pydantic description stands in its place; ``_NONE`` without one."""
+    """Returns the default of a section's field, also one wrapped in pydantic's ``Field``; ``_NONE`` without one."""
     default, factory = f.default, f.default_factory
     if hasattr(default, "get_default"):  # Field(default=..., ge=...)
         default = default.get_default(call_default_factory=True, validated_data={})  # type: ignore[union-attr]
@@ -181,15 +183,17 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def _shown(value: Any) -> str:
+    """Formats a setting as JSON; printable text needs no quotes."""
     plain = TypeAdapter(Any).dump_python(value, mode="json")
     return plain if isinstance(plain, str) and plain.isprintable() else json.dumps(plain, ensure_ascii=False)
 
 
-def _summary(part: Part) -> Iterator[tuple[str, str]]:
-    first, *others = (inspect.getdoc(part.target) or "").split("\n\n")
+def _description(part: Part) -> Iterator[tuple[str, str]]:
+    """Yields lines of a part's docstring with their style: its first sentence, equations and papers."""
+    first, *paragraphs = (inspect.getdoc(part.target) or "").split("\n\n")
     if first:
         yield " ".join(first.split()), "italic"
-    for paragraph in others:
+    for paragraph in paragraphs:
         lines = [line.strip().replace("\\|", "|") for line in paragraph.splitlines()]
         if _EQUATION.match(lines[0]) and not lines[-1].endswith("."):
             yield from ((line, "green") for line in lines)
@@ -198,7 +202,7 @@ def _summary(part: Part) -> Iterator[tuple[str, str]]:
 
 
 def _statements(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a paragraph, joined up to each full stop or colon at a line's end."""
+    """Joins the lines of a paragraph up to each full stop or colon at a line's end."""
     statement: list[str] = []
     for line in lines:
         statement.append(line)
@@ -210,6 +214,7 @@ def _statements(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _source(target: Any) -> tuple[str, int]:
+    """File and line of a part's source; empty if it has none."""
     try:
         return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
     except (OSError, TypeError):  # built in, or made by a factory

@@ -1,4 +1,4 @@
-"""Completions as Parquet files, a row a completion: to look at with pandas, and to train on again later.
+"""Rollouts as Parquet files with a row for each completion: to look at with pandas, and to train on again later.
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
 verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row`` (the dataset's
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
+from posttrain.data.read import find
 from posttrain.errors import DataError
-from posttrain.system.files import sync
+from posttrain.system.files import atomic_write
 
 _NUMBERS = ("group", "version", "baseline_only", "score", "reward")
 _LISTS = {
@@ -40,17 +41,45 @@ _LISTS = {
     "target": torch.float32,
     "loss_share": torch.float32,
 }
-_OFF_MASK = {"step_id": -1}  # value of padding columns; 0 for the others
+_PADDING = {"step_id": -1}  # value of padding columns, where it is not 0
+
+
+def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") -> list[Path]:
+    """Finds the files of rollouts that a path stands for, sorted by path, and so by step within a run.
+
+    The path may be a file; a run's folder, of which the files in ``rollouts`` are taken; that folder itself; or any
+    folder with such folders below it. In folders the files are called ``step-*.parquet``, as a run names them.
+
+    Args:
+        base: the recipe's folder, in which the path is looked up first, and then in the current folder.
+        setting: the key of the recipe that names the path, for the message.
+
+    Raises:
+        DataError: if there is no such path, or no file of rollouts in the folder.
+    """
+    place = find(path, base)
+    if place is None:
+        raise DataError(f"{setting}: there is no file or folder {path!r}")
+    if place.is_file():
+        return [place]
+    folder = place / "rollouts" if (place / "rollouts").is_dir() else place
+    files = sorted(folder.glob("**/step-*.parquet"))
+    if not files:
+        raise DataError(
+            f"{setting}: no rollouts (step-*.parquet) in {folder}. Name a file, a run's folder or a folder of them; "
+            "`run.rollouts_every: 0` stores none"
+        )
+    return files
 
 
 def write_rollouts(
     path: Path | str, batch: Batch, prompts: Sequence[str], values: Mapping[str, Sequence[float | None]] | None = None
 ) -> None:
-    """Writes a batch to a Parquet file (zstd), atomically.
+    """Writes a batch to a Parquet file (zstd), atomically, and flushes it to disk.
 
     Args:
         path: the file; its folder is made.
-        batch: the completions; may lie on any device.
+        batch: the completions, on any device.
         prompts: the prompt of each completion as text.
         values: the values of each verifier, one a completion; None or NaN where it did not apply.
     """
@@ -69,21 +98,17 @@ def write_rollouts(
         tensor = getattr(batch, name)
         if tensor is not None:
             columns[name] = _as_lists(tensor.to(dtype), batch.length)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    pq.write_table(pa.table(columns), temporary, compression="zstd")
-    sync(temporary)
-    temporary.replace(path)
+    with atomic_write(Path(path), durable=True) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
 
 
 def read_rollouts(path: Path | str) -> Batch:
-    """The batch that ``write_rollouts`` was given, without columns that are padding in every row.
+    """Reads the batch that ``write_rollouts`` wrote, without columns that are padding in every row.
 
     Dataset columns that JSON does not know (dates, bytes) come back as text.
 
     Raises:
-        DataError: for a file that is not there, or that lacks columns.
+        DataError: if there is no such file, or it lacks columns.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,7 +121,7 @@ def read_rollouts(path: Path | str) -> Batch:
     fields["length"] = torch.tensor(np.diff(table["tokens"].combine_chunks().offsets.to_numpy()), dtype=torch.long)
     for name in _LISTS:
         if name in table.column_names:
-            fields[name] = _from_lists(table[name], fields["length"], _OFF_MASK.get(name, 0))
+            fields[name] = _from_lists(table[name], fields["length"], _PADDING.get(name, 0))
     fields["finish"] = torch.tensor([int(Finish[name.upper()]) for name in table["finish"].to_pylist()])
     fields["rows"] = tuple(json.loads(row) for row in table["row"].to_pylist())
     fields["texts"] = tuple(table["completion"].to_pylist())
@@ -106,13 +131,14 @@ def read_rollouts(path: Path | str) -> Batch:
 
 
 def _as_lists(tensor: Tensor, length: Tensor) -> pa.ListArray:
-    """The first ``length`` elements of each row [N, L] as one list a row."""
+    """A list for each row of a tensor [N, L]: its first ``length`` elements."""
     offsets = torch.nn.functional.pad(length.cumsum(0), (1, 0)).to(torch.int32)
     flat = tensor[torch.arange(tensor.shape[1]) < length[:, None]]
     return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(flat.numpy()))
 
 
 def _from_lists(column: pa.ChunkedArray, length: Tensor, fill: int) -> Tensor:
+    """A tensor [N, L] with a row for each list, padded with ``fill``: the inverse of :func:`_as_lists`."""
     flat = torch.from_numpy(column.combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
     flat = flat.long() if flat.dtype == torch.int32 else flat
     columns = int(length.max()) if len(length) else 0

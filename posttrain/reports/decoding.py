@@ -1,11 +1,10 @@
-"""What decoders make of a policy: reward against KL, against generated tokens and against scorer calls."""
+"""Measures decoders: reward against KL, against generated tokens and against scorer calls."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import datetime
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,11 @@ from posttrain.engines.base import Engine
 from posttrain.errors import DataError
 from posttrain.output.progress import TABLE_WIDTH
 from posttrain.reports.decoding_plots import draw_frontiers
-from posttrain.reports.decoding_suite import PLAIN, DecodeSuite, Variant, written
+from posttrain.reports.decoding_suite import PLAIN, Comparison, DecodeSuite, Variant, as_yaml
+from posttrain.reports.metrics_file import write_metrics
 from posttrain.reports.page import document, embedded_picture, html_table
 from posttrain.rollout.session import Session, completed, session
+from posttrain.system.files import json_number
 from posttrain.system.versions import versions
 
 KlKind = Literal["exact", "bound", "unknown"]
@@ -33,23 +34,23 @@ KlKind = Literal["exact", "bound", "unknown"]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A decoder at one strength, measured. Means are over completions, standard errors over prompts."""
+    """Measurements of a decoder at one strength. Means are over completions, standard errors over prompts."""
 
     method: str
     knob: str | None
     value: Any
     reward: float
     reward_error: float
-    kl: float | None  # to plain samples, nats a sequence
+    kl: float | None  # KL divergence from plain samples, nats a sequence
     kl_error: float | None
-    kl_per_token: float | None  # nats a token that was kept
+    kl_per_token: float | None  # KL divergence in nats for each token of the completions
     kl_kind: KlKind
-    tokens: float  # of a completion
-    generated: float  # tokens, discarded ones too, for a completion
-    scored: float  # prefixes that were scored, for a completion
-    seconds: float  # of all completions
+    tokens: float  # tokens of a completion
+    generated: float  # tokens generated for a completion, discarded ones included
+    scored: float  # prefixes scored for a completion
+    seconds: float  # seconds for all completions
     completions: int
-    unscored: int  # completions that no verifier applied to
+    unscored: int  # number of completions that no verifier applied to
 
 
 HEADINGS = {
@@ -65,21 +66,22 @@ HEADINGS = {
 }
 NOTES = (
     "Means over completions, with standard errors over prompts. KL is the divergence from plain samples at the same "
-    "sampling settings, in nats a sequence: exact (sums of the divergences of each step's laws) where nothing stands "
-    "before it, an upper bound where ≤ does, and unknown for decoders whose law has neither.",
-    "Generated tokens and scorer calls are all that one completion took, discarded ones included.",
+    "sampling settings, in nats a sequence. It is exact (the sum of the divergences of each token's distribution), an "
+    "upper bound if marked by ≤, or unknown (-).",
+    "Generated tokens and scorer calls are counted for each completion, discarded tokens included.",
 )
 
 
-def measure_all(suite: DecodeSuite, variants: Sequence[Variant]) -> Path:
-    """Decodes by every variant on all ranks; the main one writes the report.
+def measure_decoders(comparison: Comparison) -> Path:
+    """Completes the prompts with every variant on all ranks; the main one writes the report.
 
     Returns:
         The report's folder: ``metrics.json``, ``table.csv``, pictures and ``index.html``.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if models, data or verifiers do not fit together; the message says what to change.
     """
+    suite, variants = comparison
     for variant in variants:
         check_models(variant.decoder)
     with session(suite) as on:
@@ -96,22 +98,22 @@ def measure_all(suite: DecodeSuite, variants: Sequence[Variant]) -> Path:
 
 
 def _decoded(suite: DecodeSuite, decoder: Engine, on: Session) -> tuple[list[list[dict[str, Any]]], float]:
-    """Rows of each prompt's completions, and the seconds that they took."""
+    """Returns the rows of each prompt's completions, and the seconds that they took."""
     start = time.perf_counter()
     rows = completed(suite, decoder, on)
     seconds = time.perf_counter() - start
-    each = suite.completions
-    return [rows[i * each : (i + 1) * each] for i in range(len(on.prompts))], seconds
+    size = suite.completions
+    return [rows[i * size : (i + 1) * size] for i in range(len(on.prompts))], seconds
 
 
 def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[str, Any]]], float]]) -> Point:
-    """The means of a variant.
+    """Averages what was measured of a variant's completions.
 
     Args:
-        shares: of each rank: rows of each prompt's completions, and seconds.
+        shares: for each rank the rows of each prompt's completions, and the seconds that they took.
 
     Raises:
-        DataError: where no completion has a score.
+        DataError: if no completion has a score.
     """
     groups = [group for share, _ in shares for group in share]
     rows = [row for group in groups for row in group]
@@ -128,9 +130,9 @@ def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[
         value=variant.value,
         reward=reward,
         reward_error=reward_error,
-        kl=_known(kl),
-        kl_error=_known(kl_error),
-        kl_per_token=_known(kl / tokens),
+        kl=json_number(kl),
+        kl_error=json_number(kl_error),
+        kl_per_token=json_number(kl / tokens),
         kl_kind=kind,
         tokens=tokens,
         generated=_mean(rows, "generated"),
@@ -142,7 +144,10 @@ def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[
 
 
 def kl_of(variant: Variant, groups: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[KlKind, list[list[float]]]:
-    """How well the KL divergence is known, and that of each completion; their mean is that of the law."""
+    """Returns how exactly the KL divergence is known, and a number for each completion whose mean is the divergence.
+
+    The numbers are grouped by prompt; the list is empty if the divergence is unknown.
+    """
     if variant.decoder is None:
         return "exact", [[0.0] * len(group) for group in groups]
     kinds: tuple[tuple[KlKind, str], ...] = (("exact", "kl"), ("bound", "kl_bound"))
@@ -153,19 +158,19 @@ def kl_of(variant: Variant, groups: Sequence[Sequence[Mapping[str, Any]]]) -> tu
 
 
 def grouped_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The mean of all numbers, and its standard error where those of a group depend on each other; NaN if unknown.
+    """Returns the mean of all numbers and its standard error, NaN if unknown; numbers of a group depend on each other.
 
-    The error is that of a ratio of two means over groups, of their sums and of their sizes, linearised.
+    The mean is a ratio of two means over groups, of their sums and of their sizes; its error is linearised.
     """
-    known = [group for group in groups if group]
-    size = sum(map(len, known))
+    filled = [group for group in groups if group]
+    size = sum(map(len, filled))
     if not size:
         return math.nan, math.nan
-    mean = sum(map(sum, known)) / size
-    if len(known) == 1:
+    mean = sum(map(sum, filled)) / size
+    if len(filled) == 1:
         return mean, math.nan
-    residuals = [sum(group) - mean * len(group) for group in known]
-    variance = len(known) / (len(known) - 1) * sum(residual**2 for residual in residuals)
+    residuals = [sum(group) - mean * len(group) for group in filled]
+    variance = len(filled) / (len(filled) - 1) * sum(residual**2 for residual in residuals)
     return mean, math.sqrt(variance) / size
 
 
@@ -173,35 +178,30 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(row.get(name) or 0.0 for row in rows) / len(rows)
 
 
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def write_report(suite: DecodeSuite, points: Sequence[Point]) -> Path:
-    """The report's folder with all in it; prints the table."""
+    """Writes all files of the report, prints the table, and returns the folder."""
     folder = suite.folder
-    folder.mkdir(parents=True, exist_ok=True)
     plain = [dataclasses.asdict(point) for point in points]
     settings = yaml.safe_dump(suite.resolved, sort_keys=False, allow_unicode=True, width=120)
     report = {"date": datetime.date.today().isoformat(), "versions": versions(), "points": plain, "suite": settings}
-    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_metrics(folder, report)
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(plain[0]))
         writer.writeheader()
         writer.writerows(plain)
     pictures = draw_frontiers(plain, folder)
     page = write_page(folder, suite, settings, points, pictures)
-    Console(width=TABLE_WIDTH).print(table(points))
+    Console(width=TABLE_WIDTH).print(points_table(points))
     print(f"report: {page}")
     return folder
 
 
 def cells(point: Point) -> dict[str, str]:
-    """A row of the table as text."""
+    """Formats a point as the cells of its row in the table."""
     bound = "≤ " if point.kl_kind == "bound" else ""
     return {
         "method": point.method,
-        "setting": "" if point.knob is None else f"{point.knob} {written(point.value)}",
+        "setting": "" if point.knob is None else f"{point.knob} {as_yaml(point.value)}",
         "reward": with_error(point.reward, point.reward_error),
         "kl": "-" if point.kl is None else bound + with_error(point.kl, point.kl_error),
         "kl_per_token": "-" if point.kl_per_token is None else f"{bound}{point.kl_per_token:.4f}",
@@ -213,30 +213,30 @@ def cells(point: Point) -> dict[str, str]:
 
 
 def with_error(mean: float, error: float | None) -> str:
-    """``0.912 ± 0.013``."""
+    """Formats a mean with its standard error, as in ``0.912 ± 0.013``."""
     return f"{mean:.3f}" if error is None or math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
 
-def table(points: Sequence[Point]) -> Table:
-    """All points for a terminal."""
-    made = Table(box=None, padding=(0, 2, 0, 0))
+def points_table(points: Sequence[Point]) -> Table:
+    """Makes the table of all points for a terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for name, heading in HEADINGS.items():
-        made.add_column(heading, justify="left" if name in ("method", "setting") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if name in ("method", "setting") else "right", no_wrap=True)
     for point in points:
-        made.add_row(*cells(point).values())
-    return made
+        table.add_row(*cells(point).values())
+    return table
 
 
 def write_page(
     folder: Path, suite: DecodeSuite, settings: str, points: Sequence[Point], pictures: Mapping[str, str]
 ) -> Path:
-    """Writes ``index.html``, with its pictures in it."""
+    """Writes ``index.html``, with its pictures embedded."""
     size = f"{points[0].completions} completions of each decoder, beside {PLAIN} of {suite.policy.model}"
     body = [
         "<h2>Figures</h2>",
         html_table(list(HEADINGS.values()), [list(cells(point).values()) for point in points], words=2),
         "<h2>Pictures</h2>",
-        *(embedded_picture(folder / name, what) for name, what in pictures.items()),
+        *(embedded_picture(folder / name, title) for name, title in pictures.items()),
     ]
     path = folder / "index.html"
     title = f"Decoding report: {suite.name}"

@@ -1,4 +1,4 @@
-"""Pictures of a decoding report: reward against what it cost, a line for each decoder."""
+"""Pictures of a decoding report: reward against its cost, a line for each decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class Picture(NamedTuple):
-    """What stands on the horizontal axis of a picture."""
+    """The horizontal axis of a picture, and its title."""
 
     field: str
     title: str
@@ -27,22 +27,24 @@ class Picture(NamedTuple):
 
 PICTURES = {
     "reward_kl.png": Picture("kl", "Reward against divergence from the policy", "KL, nats a sequence", False),
-    "reward_tokens.png": Picture("generated", "Reward against generated tokens", "tokens a completion took", True),
+    "reward_tokens.png": Picture(
+        "generated", "Reward against generated tokens", "tokens generated for a completion", True
+    ),
     "reward_calls.png": Picture("scored", "Reward against scorer calls", "prefixes scored for a completion", True),
 }
 
 
 def draw_frontiers(points: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
-    """Reward against KL, generated tokens and scorer calls.
+    """Draws reward against KL, generated tokens and scorer calls; a picture needs two points or more.
 
     Args:
-        points: as ``metrics.json`` holds them, plain samples first.
-        folder: where PNG files go; those of a report that was there are replaced or taken away.
+        points: points of the report as plain data, plain samples first.
+        folder: folder of the PNG files; those of an earlier report are replaced or removed.
 
     Returns:
-        File name -> what the picture shows.
+        File name -> title of the picture.
     """
-    made: dict[str, str] = {}
+    drawn: dict[str, str] = {}
     for name, picture in PICTURES.items():
         (folder / name).unlink(missing_ok=True)
         shown = [p for p in points if p[picture.field] is not None and (p[picture.field] > 0 or picture.field == "kl")]
@@ -53,25 +55,25 @@ def draw_frontiers(points: Sequence[Mapping[str, Any]], folder: Path) -> dict[st
             draw_frontier(axes, points, shown, picture)
             figure.savefig(folder / name, metadata={"Software": None})
             plt.close(figure)
-        made[name] = picture.title
-    return made
+        drawn[name] = picture.title
+    return drawn
 
 
 def draw_frontier(
     axes: Axes, points: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]], picture: Picture
 ) -> None:
-    """A line for each decoder, with 95 % intervals; hollow marks stand at upper bounds of a KL divergence."""
+    """Draws a line for each decoder, with 95 % intervals; hollow marks are upper bounds of a KL divergence."""
     looks = itertools.cycle(zip(itertools.cycle(MARKS), itertools.cycle(COLOURS)))
     for method in dict.fromkeys(point["method"] for point in points):
         mark, colour = next(looks)
-        own = sorted((p for p in shown if p["method"] == method), key=lambda p: p[picture.field])
-        if not own:
+        line = sorted((p for p in shown if p["method"] == method), key=lambda p: p[picture.field])
+        if not line:
             continue
-        bound = picture.field == "kl" and own[0]["kl_kind"] == "bound"
+        bound = picture.field == "kl" and line[0]["kl_kind"] == "bound"
         axes.errorbar(
-            [p[picture.field] for p in own],
-            [p["reward"] for p in own],
-            yerr=[1.96 * (p["reward_error"] or 0.0) for p in own],
+            [p[picture.field] for p in line],
+            [p["reward"] for p in line],
+            yerr=[1.96 * (p["reward_error"] or 0.0) for p in line],
             color=colour,
             marker=mark,
             markersize=5,

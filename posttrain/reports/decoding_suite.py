@@ -1,4 +1,4 @@
-"""The suite ``decode``: policies completed by decoders, each at several strengths, beside plain samples."""
+"""The suite ``decode``: which decoders are compared, each at which strengths, beside plain samples of the policy."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from pydantic.dataclasses import dataclass
 from posttrain.data.read import find
 from posttrain.decoding.checks import decoder_conflicts
 from posttrain.decoding.recipe import DecodeRecipe, DecodeSettings
-from posttrain.errors import RecipeError, UserError
+from posttrain.errors import RecipeError
 from posttrain.recipe import sections
 from posttrain.recipe.documents import read_document
-from posttrain.recipe.loading import load_as, placed, read_part
+from posttrain.recipe.loading import load_as, read_part
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import Document, Location, Overrides
 
 PLAIN = "plain samples"
-"""What the policy's own completions are called in tables and pictures."""
+"""Name of the policy's own completions in tables and pictures."""
 
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
-class Decoding:
+class ComparedSection:
     name: str | None = None
-    """In tables and pictures. Default: the name of the recipe's file, or of the decoder."""
+    """Name in tables and pictures. Default: the name of the recipe's file, or of the decoder."""
     recipe: str | None = None
-    """A decode recipe, such as ``../recipes/decode/vas.yaml``, of which only the decoder is taken."""
+    """Decode recipe, such as ``../recipes/decode/vas.yaml``, of which only the decoder is taken."""
     decoder: dict[str, Any] | None = None
-    """A decoder, written as in a decode recipe."""
+    """Decoder, written as in a decode recipe."""
     sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """One option of the decoder with the values that it takes in turn: ``{strength: [0, 1, 2]}``, ``{score.alpha: [0,
-    1]}``."""
+    """One option of the decoder with its values, each a variant: ``{strength: [0, 1]}``, ``{score.alpha: [0, 1]}``."""
 
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
-class DecodeReport:
+class DecodeReportSection:
     folder: str | None = None
-    """Default: ``reports/<suite's name>``. A report that is there is replaced."""
+    """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class DecodeSuite(DecodeSettings):
-    """What decoders make of a policy on held-out prompts: reward, KL to the policy, tokens, scorer calls, seconds."""
+    """Compares decoders on held-out prompts: reward, KL to the policy, tokens, scorer calls, seconds."""
 
     suite: Literal["decode"]
-    decode: tuple[Decoding, ...] = ()  # beside plain samples
-    report: DecodeReport = field(default_factory=DecodeReport)
+    decode: tuple[ComparedSection, ...] = ()  # decoders to compare with plain samples
+    report: DecodeReportSection = field(default_factory=DecodeReportSection)
 
     name: str = "decode"
 
     def conflicts(self) -> Iterator[tuple[Location, str]]:
+        """Yields settings that contradict each other, with their places."""
         if not self.verify:
             yield ("verify",), "is empty: nothing says which completions are good"
         if self.sampling.temperature == 0 and self.completions > 1:
             yield ("completions",), f"at temperature 0 all {self.completions} completions of a prompt are equal"
         for index, entry in enumerate(self.decode):
             if (entry.recipe is None) == (entry.decoder is None):
-                yield ("decode", index), "names a `recipe` or has a `decoder` of its own: give one of both"
+                yield ("decode", index), "needs either a `recipe` or a `decoder` of its own: give one of them"
             if len(entry.sweep) > 1:
                 yield (
                     ("decode", index, "sweep"),
-                    f"one option takes several values, here are {len(entry.sweep)} options",
+                    f"only one option can be swept, and here are {len(entry.sweep)} options",
                 )
             for knob, values in entry.sweep.items():
                 if not values:
@@ -74,12 +74,12 @@ class DecodeSuite(DecodeSettings):
 
     @property
     def folder(self) -> Path:
-        """Where the report goes."""
+        """Folder that the report is written to."""
         return Path(self.report.folder or Path("reports") / self.name)
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Plain data of the settings, defaults included."""
+        """Settings as plain data, defaults included."""
         names = ("suite", "policy", "data", "decode", "sampling", "engine", "completions", "report", "seed", "verify")
         return self.plain(*names)
 
@@ -88,51 +88,60 @@ class Variant(NamedTuple):
     """A decoder at one strength."""
 
     method: str
-    knob: str | None  # the option that is swept
-    value: Any  # that it has here
+    knob: str | None  # name of the option that is swept
+    value: Any  # value of that option
     decoder: Part | None  # None: plain samples
 
     @property
     def label(self) -> str:
-        """``blockwise_cd, branch 8``."""
-        return self.method if self.knob is None else f"{self.method}, {self.knob} {written(self.value)}"
+        """Name and strength, as in ``blockwise_cd, branch 8``."""
+        return self.method if self.knob is None else f"{self.method}, {self.knob} {as_yaml(self.value)}"
 
 
-def written(value: Any) -> str:
-    """A value as in the suite."""
+class Comparison(NamedTuple):
+    """A decode suite and the variants that it measures, plain samples first."""
+
+    suite: DecodeSuite
+    variants: list[Variant]
+
+
+def as_yaml(value: Any) -> str:
+    """Formats an option's value as a suite has it in YAML."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def read_suite(path: Path, overrides: Overrides = ()) -> tuple[DecodeSuite, list[Variant]]:
-    """The suite in a YAML file and what it measures, plain samples first.
+def read_suite(path: str | Path, overrides: Overrides = ()) -> Comparison:
+    """Reads the decode suite in a YAML file, with the decoders that it names in other files.
 
     Raises:
         RecipeError: one line for each problem, with its place and a suggestion.
     """
+    path = Path(path)
     suite = load_as(DecodeSuite, path, overrides)
     document = read_document(path, overrides)
     variants, problems = [Variant(PLAIN, None, None, None)], []
     for index, entry in enumerate(suite.decode):
         earlier = {variant.method for variant in variants}
-        for knob, value in _settings(entry):
+        for knob, value in _strengths(entry):
             try:
                 variants.append(_variant(suite, document, path, index, knob, value))
             except RecipeError as error:
                 problems += error.problems
         if variants[-1].method in earlier and not problems:
-            message = f"an earlier entry is called {variants[-1].method!r} too: give this one a `name`"
+            message = f"an earlier entry is also called {variants[-1].method!r}: give this one a `name`"
             problems.append(document.problem(("decode", index), message))
     if problems:
         raise RecipeError(dict.fromkeys(problems))
-    return suite, variants
+    return Comparison(suite, variants)
 
 
-def _settings(entry: Decoding) -> list[tuple[str | None, Any]]:
-    """The option that is swept with each of its values; one of none where nothing is."""
+def _strengths(entry: ComparedSection) -> list[tuple[str | None, Any]]:
+    """Lists the swept option with each of its values, or one (None, None) if no option is swept."""
     return [(knob, value) for knob, values in entry.sweep.items() for value in values] or [(None, None)]
 
 
 def _variant(suite: DecodeSuite, document: Document, path: Path, index: int, knob: str | None, value: Any) -> Variant:
+    """Builds the decoder of an entry of ``decode`` with one value of its swept option."""
     entry, place = suite.decode[index], ("decode", index)
     if entry.recipe is not None:
         file = find(entry.recipe, path.parent)
@@ -141,7 +150,11 @@ def _variant(suite: DecodeSuite, document: Document, path: Path, index: int, kno
         override = [] if knob is None else [f"--decoder.{knob}={json.dumps(value)}"]
         decoder, default = load_as(DecodeRecipe, file, override).decoder, file.stem
         if decoder is None:
-            raise RecipeError(document.problem((*place, "recipe"), f"{file.name} has no decoder: it is plain samples"))
+            raise RecipeError(
+                document.problem(
+                    (*place, "recipe"), f"{file.name} has no decoder, and plain samples are measured anyway"
+                )
+            )
     else:
         changed = entry.decoder if knob is None else _with(entry.decoder, knob.split("."), value)
         decoder = read_part(document, path, DecodeSuite, (*place, "decoder"), changed)
@@ -155,24 +168,9 @@ def _variant(suite: DecodeSuite, document: Document, path: Path, index: int, kno
 
 
 def _with(data: Any, steps: Sequence[str], value: Any) -> Any:
-    """The mapping with a value somewhere inside."""
+    """Returns a copy of nested mappings with a value set at the path ``steps``."""
     if not steps:
         return value
     changed = copy.copy(data) if isinstance(data, dict) else {}
     changed[steps[0]] = _with(changed.get(steps[0]), steps[1:], value)
     return changed
-
-
-def run_decode_suite(path: str | Path, overrides: Overrides = ()) -> Path:
-    """Runs the decode suite in a YAML file, prints its table, and returns the folder of its report.
-
-    Raises:
-        UserError: for what a person can mend.
-    """
-    suite, variants = read_suite(Path(path), overrides)
-    from posttrain.reports.decoding import measure_all  # after loading: mistakes show at once
-
-    try:
-        return measure_all(suite, variants)
-    except UserError as error:
-        raise placed(error, Path(path), overrides) from error

@@ -1,4 +1,4 @@
-"""Reports as web pages that need nothing else: figures, pictures, completions coloured by their value."""
+"""Reports as one HTML file each: figures, pictures, and completions coloured by their value."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ pre .prompt { color: #777 } .scale span { padding: .1rem .6rem }
 .note { color: #555 }
 """
 
-MEANING = {
+MEANINGS = {
     "value/states": "states (prefixes of completions) with a known outcome",
     "value/mean": "mean predicted value, each state counting once",
     "value/outcome": "mean outcome",
     "value/bias": "mean of value - outcome",
     "value/rmse": "root mean square of value - outcome",
     "value/explained_variance": "1 - Var(outcome - value) / Var(outcome), over all states",
-    "value/explained_variance_finished": "the same without completions that were cut off",
+    "value/explained_variance_finished": "explained variance without completions that were cut off",
     "value/calibration_error": "mean gap of value and outcome, in bins of equally many states",
     "value/brier": "mean square of value - outcome, where outcomes are 0 or 1",
     "value/truncated": "share of completions that were cut off",
-    "value/bias_truncated": "mean of value - outcome at their last token",
-    "value/bias_finished": "the same of completions that ended by themselves",
+    "value/bias_truncated": "mean of value - outcome at the last token of completions that were cut off",
+    "value/bias_finished": "mean of value - outcome at the last token of completions that were not cut off",
     "branches/prefixes": "prefixes with Monte-Carlo continuations",
     "branches/bias": "mean of value - mean outcome of the continuations",
-    "branches/rmse": "root mean square of the same, without the noise of the means",
-    "branches/correlation": "of value and mean outcome of the continuations",
-    "branches/correlation_ceiling": "what the true values could be expected to reach with as many continuations",
+    "branches/rmse": "root mean square of value - mean outcome of the continuations, without the noise of the means",
+    "branches/correlation": "correlation of value and mean outcome of the continuations",
+    "branches/correlation_ceiling": "correlation that the true values would have in expectation, with as many continuations",
 }
+"""Explanations of the metrics in the table of figures."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A completion to show: the value before the first token (NaN: unknown), and after each."""
+    """A completion to show token by token."""
 
     prompt: str
-    pieces: Sequence[str]
-    start: float
-    values: Sequence[float]
+    pieces: Sequence[str]  # text of each token
+    start: float  # value before the first token; NaN: unknown
+    values: Sequence[float]  # value after each token
     outcome: float
     finish: str
 
@@ -58,12 +59,12 @@ class Example:
 def write_page(
     folder: Path, title: str, report: Mapping[str, Any], pictures: Mapping[str, str], examples: Sequence[Example]
 ) -> Path:
-    """Writes ``index.html``; pictures that lie in the folder are put into it."""
+    """Writes ``index.html`` with the folder's pictures embedded."""
     body = [
         "<h2>Figures</h2>",
         _table(report["metrics"]),
         "<h2>Pictures</h2>",
-        *(embedded_picture(folder / name, what) for name, what in pictures.items()),
+        *(embedded_picture(folder / name, title) for name, title in pictures.items()),
         *_completions(examples, report["unit"]),
     ]
     path = folder / "index.html"
@@ -72,7 +73,7 @@ def write_page(
 
 
 def document(title: str, notes: Sequence[str], body: Sequence[str], suite: str) -> str:
-    """A whole page: the title, notes below it, the body, and the suite that was run as YAML."""
+    """Builds a whole page: the title, the notes below it, the body, and the suite that was run as YAML."""
     return "\n".join(
         [
             f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
@@ -86,7 +87,7 @@ def document(title: str, notes: Sequence[str], body: Sequence[str], suite: str) 
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
-    """A table whose first ``words`` columns are text and whose others are numbers."""
+    """Builds a table whose first ``words`` columns are text and whose other columns are numbers."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         kinds = ["" if i < words else " class=number" for i in range(len(cells))]
@@ -96,7 +97,7 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, words:
 
 
 def figure(value: float | None) -> str:
-    """A number for people."""
+    """Formats a number for the page and the terminal."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.4f}"
@@ -104,16 +105,16 @@ def figure(value: float | None) -> str:
 
 def _table(metrics: Mapping[str, float | None]) -> str:
     rows = (
-        f"<tr><td>{html.escape(name)}<td class=number>{figure(value)}<td class=what>{MEANING.get(name, '')}"
+        f"<tr><td>{html.escape(name)}<td class=number>{figure(value)}<td class=what>{MEANINGS.get(name, '')}"
         for name, value in metrics.items()
     )
     return "<table>" + "\n".join(rows) + "</table>"
 
 
-def embedded_picture(path: Path, what: str) -> str:
-    """A PNG file, put into the page."""
+def embedded_picture(path: Path, title: str) -> str:
+    """Builds the element that holds a PNG file itself, so that the page needs no other file."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{html.escape(what)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{html.escape(title)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _completions(examples: Sequence[Example], unit: str) -> list[str]:
@@ -126,7 +127,7 @@ def _completions(examples: Sequence[Example], unit: str) -> list[str]:
     return [
         "<h2>Completions, token by token</h2>",
         f"<p class=scale>Value of the text up to and with each token ({html.escape(unit)}), darker is higher: {scale}"
-        "<br>The exact value shows when the pointer rests on a token.</p>",
+        "<br>Rest the pointer on a token to see its exact value.</p>",
         *(_completion(example, low, high) for example in examples),
     ]
 
@@ -144,12 +145,12 @@ def _completion(example: Example, low: float, high: float) -> str:
 
 
 def _visible(piece: str) -> str:
-    """Text of a token, with line breaks that can be seen."""
+    """Escapes the text of a token and makes its line breaks visible."""
     return html.escape(piece).replace("\n", "&crarr;\n")
 
 
 def _colour(value: float, low: float, high: float) -> str:
-    """Background from white to a mid blue, on which black text can be read; none where there is no value."""
+    """Background from white to a mid blue, on which black text can be read; empty if the value is NaN."""
     if not math.isfinite(value):
         return ""
     share = (value - low) / (high - low) if high > low else 0.5

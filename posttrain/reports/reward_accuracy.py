@@ -50,43 +50,44 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
         "hep-rust": 164,
     },
 }
-"""RewardBench's sections, and the weight of each subset in them: its pairs, but 984 for the 447 of math-prm, which then
-weighs as much as all of code. Lambert et al. 2024, arXiv:2403.13787."""
+"""RewardBench's sections with the weight of each subset. The weight is the subset's number of pairs, except math-prm:
+its 447 pairs have weight 984, as much as all subsets of code together. Lambert et al. 2024, arXiv:2403.13787."""
 
 Scorer = Callable[[Sequence[Any], Sequence[str]], Float[Tensor, " M"]]
-"""Prompts and completions to rewards, such as ``reward_models.outcome(model=...).of_texts``."""
+"""Function from prompts and completions to rewards, such as ``reward_models.outcome(model=...).of_texts``."""
 Comparer = Callable[[Sequence[tuple[Any, str, str]]], Float[Tensor, " P"]]
-"""Pairs to the probability that the first is better, such as ``pairwise_judge(...).probabilities``."""
+"""Function from (prompt, first, second) to the probability that the first completion is better, such as
+``pairwise_judge(...).probabilities``."""
 
 
 def read_pairs(data: sections.DataSection, base: Path | None = None) -> list[dict[str, Any]]:
-    """Rows of a preference set in RewardBench's format; without ``subset`` all are of one.
+    """Reads pairs in RewardBench's format. Rows without a ``subset`` get the subset ``all``.
 
     Raises:
-        DataError: naming file, row and column of what does not fit.
+        DataError: if a column is missing or is not text; the message names file, row and column.
     """
     source = with_columns(read(data, base), data.columns)
-    _need(source)
+    _check_columns(source)
     problems, rows = Problems(), []
     for i, row in enumerate(source.rows):
         row = dict(row)
         for name in ("chosen", "rejected"):
             if not isinstance(row[name], str):
-                problems.add(source.place(i), f"column {name!r} is {shown(row[name])}; it is to be text")
+                problems.add(source.place(i), f"column {name!r} is {shown(row[name])}; it must be text")
         rows.append({**row, "subset": row.get("subset") or "all"})
     problems.raise_if_any()
     return rows
 
 
-def _need(source: RawRows) -> None:
-    there = source.rows.column_names
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in there]
+def _check_columns(source: RawRows) -> None:
+    columns = source.rows.column_names
+    missing = [name for name in ("prompt", "chosen", "rejected") if name not in columns]
     if missing:
-        raise DataError(f"{source.name}: no column {missing[0]!r}; {suggestion(missing[0], there)}")
+        raise DataError(f"{source.name}: no column {missing[0]!r}; {suggestion(missing[0], columns)}")
 
 
 def score_pairs(rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> list[dict[str, float]]:
-    """The rewards of each pair, ``chosen`` and ``rejected``, and whether the chosen one's is higher; a tie is half."""
+    """Scores both completions of each pair: ``chosen``, ``rejected``, and ``correct`` (1, for a tie 1/2, or 0)."""
     prompts = [_messages(row["prompt"]) for row in rows]
     chosen = scorer(prompts, [row["chosen"] for row in rows]).double().tolist()
     rejected = scorer(prompts, [row["rejected"] for row in rows]).double().tolist()
@@ -97,9 +98,10 @@ def score_pairs(rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> list[dict[
 
 
 def compare_pairs(rows: Sequence[Mapping[str, Any]], comparer: Comparer) -> list[dict[str, float]]:
-    """The probability of each pair that the chosen one is better, and whether it is above one half; half is half."""
-    likely = comparer([(_messages(row["prompt"]), row["chosen"], row["rejected"]) for row in rows]).double().tolist()
-    return [{"probability": p, "correct": 0.5 if p == 0.5 else float(p > 0.5)} for p in likely]
+    """Compares each pair: ``probability`` that the chosen one is better, and ``correct`` (1, at one half 1/2, or 0)."""
+    pairs = [(_messages(row["prompt"]), row["chosen"], row["rejected"]) for row in rows]
+    probabilities = comparer(pairs).double().tolist()
+    return [{"probability": p, "correct": 0.5 if p == 0.5 else float(p > 0.5)} for p in probabilities]
 
 
 def accuracy(
@@ -107,37 +109,38 @@ def accuracy(
     results: Sequence[Mapping[str, float]],
     sections: Mapping[str, Mapping[str, int]] = SECTIONS,
 ) -> dict[str, Any]:
-    """Accuracies by subset and section.
+    """Computes accuracies by subset and section.
 
     section = Σ weight · accuracy of its subsets / Σ weight;  score = mean of the sections;  all = mean over pairs
 
     Lambert et al. 2024 (RewardBench), arXiv:2403.13787. Subsets and sections without pairs are left out.
 
     Args:
-        rows: with ``subset``.
-        results: with ``correct``, of :func:`score_pairs` or :func:`compare_pairs`.
-        sections: the weights of their subsets.
+        rows: pairs with their ``subset``.
+        results: results of :func:`score_pairs` or :func:`compare_pairs`, with ``correct``.
+        sections: weights of the subsets of each section.
 
     Returns:
-        ``subsets`` and ``sections`` (name -> accuracy), ``counts`` (subset -> pairs), ``all``, and ``score`` where
+        ``subsets`` and ``sections`` (name -> accuracy), ``counts`` (subset -> pairs), ``all``, and ``score`` if
         there are sections.
     """
     by_subset: dict[str, list[float]] = defaultdict(list)
     for row, result in zip(rows, results, strict=True):
         by_subset[row["subset"]].append(result["correct"])
-    subsets = {name: sum(each) / len(each) for name, each in by_subset.items()}
-    found = {}
+    subsets = {name: sum(correct) / len(correct) for name, correct in by_subset.items()}
+    by_section = {}
     for section, weights in sections.items():
-        there = {name: weight for name, weight in weights.items() if name in subsets}
-        if there:
-            found[section] = sum(subsets[name] * weight for name, weight in there.items()) / sum(there.values())
-    whole = {
+        present = {name: weight for name, weight in weights.items() if name in subsets}
+        if present:
+            total = sum(subsets[name] * weight for name, weight in present.items())
+            by_section[section] = total / sum(present.values())
+    accuracies = {
         "all": sum(result["correct"] for result in results) / len(results),
         "subsets": subsets,
-        "counts": {name: len(each) for name, each in by_subset.items()},
-        "sections": found,
+        "counts": {name: len(correct) for name, correct in by_subset.items()},
+        "sections": by_section,
     }
-    return whole | ({"score": sum(found.values()) / len(found)} if found else {})
+    return accuracies | ({"score": sum(by_section.values()) / len(by_section)} if by_section else {})
 
 
 def _messages(prompt: Any) -> Any:

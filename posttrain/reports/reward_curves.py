@@ -1,4 +1,4 @@
-"""What a reward model is worth: best-of-n, and how far optimising it can go before the true reward falls."""
+"""Curves of a reward model: best-of-n, and how far optimising it can go before the gold reward falls."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 def best_of_n(
     proxy: Float[Tensor, "*P N"], gold: Float[Tensor, "*P N"], sizes: Sequence[int]
 ) -> dict[int, Float[Tensor, "*P"]]:
-    """Expected gold reward of the sample that the proxy likes best among n, from N ≥ n samples, without bias.
+    """Estimates the gold reward of the sample that the proxy ranks highest among n, without bias, from N ≥ n samples.
 
     E_n = Σ_i C(i - 1, n - 1) / C(N, n) · gold_(i), with gold_(i) of the sample whose proxy reward is the i-th lowest
 
     Nakano et al. 2021 (WebGPT), appendix I, arXiv:2112.09332; Gao et al. 2023, section 2, arXiv:2210.10760.
-    With ``gold = proxy`` it is the expected maximum of n. Among equal proxy rewards each counts alike.
+    With ``gold = proxy`` it is the expected maximum of n. Samples of equal proxy reward share their gold rewards.
 
     Args:
-        proxy: rewards by which samples are chosen, of N samples of each prompt.
-        gold: rewards that count.
+        proxy: rewards by which a sample is chosen, for N samples of each prompt.
+        gold: rewards that the choice is measured by.
         sizes: n's.
 
     Raises:
-        ValueError: for an n that is not between 1 and N.
+        ValueError: if an n is not between 1 and N.
     """
     total = proxy.shape[-1]
     if bad := [n for n in sizes if not 1 <= n <= total]:
@@ -42,7 +42,7 @@ def best_of_n(
 
 
 def _mean_of_ties(proxy: Float[Tensor, "*P N"], gold: Float[Tensor, "*P N"]) -> Float[Tensor, "*P N"]:
-    """Gold rewards, averaged over samples of the same prompt and proxy reward."""
+    """Averages gold rewards over samples of the same prompt and proxy reward."""
     same = (proxy[..., :, None] == proxy[..., None, :]).double()
     return (same @ gold[..., None]).squeeze(-1) / same.sum(-1)
 
@@ -50,55 +50,56 @@ def _mean_of_ties(proxy: Float[Tensor, "*P N"], gold: Float[Tensor, "*P N"]) -> 
 def best_of_n_kl(n: int) -> float:
     """KL divergence of best-of-n from the policy that it samples from, in nats: log n - (n - 1) / n.
 
-    Stiennon et al. 2020, appendix G.3, arXiv:2009.01325. An upper bound where samples can be equal: Beirami et al.
+    Stiennon et al. 2020, appendix G.3, arXiv:2009.01325. It is an upper bound if samples can be equal: Beirami et al.
     2024, arXiv:2401.01879.
     """
     return math.log(n) - (n - 1) / n
 
 
 def best_of_n_curve(proxy: Float[Tensor, "P N"], gold: Float[Tensor, "P N"], sizes: Sequence[int]) -> dict[str, Any]:
-    """Proxy and gold reward of best-of-n by the proxy, and gold reward by the gold itself, over prompts.
+    """Computes proxy and gold reward of best-of-n by the proxy, and gold reward of best-of-n by the gold reward itself.
 
     Returns:
         Lists over ``n``: ``kl`` in nats, ``proxy``, ``gold``, ``oracle`` (means over prompts), ``gold_error`` (standard
         error of the mean over prompts).
     """
-    chosen, of_proxy, oracle = (best_of_n(*pair, sizes) for pair in ((proxy, gold), (proxy, proxy), (gold, gold)))
+    gold_of_best, proxy_of_best = best_of_n(proxy, gold, sizes), best_of_n(proxy, proxy, sizes)
+    oracle = best_of_n(gold, gold, sizes)
     prompts = len(proxy)
     return {
         "n": list(sizes),
         "kl": [best_of_n_kl(n) for n in sizes],
-        "proxy": [float(of_proxy[n].mean()) for n in sizes],
-        "gold": [float(chosen[n].mean()) for n in sizes],
+        "proxy": [float(proxy_of_best[n].mean()) for n in sizes],
+        "gold": [float(gold_of_best[n].mean()) for n in sizes],
         "oracle": [float(oracle[n].mean()) for n in sizes],
-        "gold_error": [float(chosen[n].std() / prompts**0.5) if prompts > 1 else math.nan for n in sizes],
+        "gold_error": [float(gold_of_best[n].std() / prompts**0.5) if prompts > 1 else math.nan for n in sizes],
     }
 
 
 def overoptimisation(kl: Sequence[float], gold: Sequence[float], *, method: str = "best_of_n") -> dict[str, float]:
-    """Gao et al.'s law of over-optimisation, fitted to gold rewards by least squares.
+    """Fits Gao et al.'s law of over-optimisation to gold rewards by least squares.
 
     d = sqrt(KL);  best_of_n: gold - gold_0 = d (α - β d);  rl: gold - gold_0 = d (α - β log d)
 
     Gao et al. 2023, section 3.1, arXiv:2210.10760. gold_0 is the reward at KL = 0, which must be among the points.
 
     Args:
-        kl: divergence from the initial policy, in nats; one of them 0.
-        gold: gold rewards there.
-        method: how the policy was optimised.
+        kl: divergences from the initial policy, in nats; one of them 0.
+        gold: gold rewards at these divergences.
+        method: ``best_of_n`` or ``rl``: how the policy was optimised.
 
     Returns:
-        ``alpha``, ``beta``, ``peak_kl`` (where the fitted gold reward is largest; infinite where it never falls) and
+        ``alpha``, ``beta``, ``peak_kl`` (KL at which the fitted gold reward is largest; infinite if it never falls) and
         ``residual`` (root mean square).
 
     Raises:
-        ValueError: for an unknown method, fewer than two points beside KL = 0, or none at it.
+        ValueError: if the method is unknown, no point is at KL = 0, or fewer than two points are at a positive KL.
     """
     if method not in ("best_of_n", "rl"):
-        raise ValueError(f"method is best_of_n or rl, not {method!r}")
+        raise ValueError(f"method must be best_of_n or rl, not {method!r}")
     points = sorted(zip(kl, gold, strict=True))
     if len(points) < 3 or points[0][0] != 0 or points[1][0] <= 0:
-        raise ValueError("the law is fitted to the gold reward at KL = 0 and at two or more positive KLs")
+        raise ValueError("the fit needs the gold reward at KL = 0 and at two or more positive KLs")
     d = torch.tensor([point[0] for point in points[1:]], dtype=torch.float64).sqrt()
     gain = torch.tensor([point[1] for point in points[1:]], dtype=torch.float64) - points[0][1]
     columns = torch.stack([d, -d * (d if method == "best_of_n" else d.log())], -1)
@@ -108,7 +109,7 @@ def overoptimisation(kl: Sequence[float], gold: Sequence[float], *, method: str 
 
 
 def _peak(alpha: float, beta: float, method: str) -> float:
-    """Where the derivative is 0: α = 2 β d, or α = β (log d + 1)."""
+    """The KL at which the derivative is 0: α = 2 β d, or α = β (log d + 1)."""
     if beta <= 0:
         return math.inf
     if method == "best_of_n":
@@ -118,12 +119,12 @@ def _peak(alpha: float, beta: float, method: str) -> float:
 
 
 def moments(rewards: Tensor) -> dict[str, float]:
-    """Mean and standard deviation of the rewards that are numbers: ``shift`` and ``scale`` of an outcome model.
+    """Mean and standard deviation of rewards, NaN left out: ``shift`` and ``scale`` of an outcome model.
 
     Ziegler et al. 2019, section 2, arXiv:1909.08593, over samples of the initial policy.
 
     Raises:
-        ValueError: for rewards that are all the same.
+        ValueError: if all rewards are the same.
     """
     known = rewards[~rewards.isnan()].double()
     if len(known) < 2 or not float(known.std()) > 0:
@@ -132,11 +133,11 @@ def moments(rewards: Tensor) -> dict[str, float]:
 
 
 def draw_curve(curve: dict[str, Any], law: dict[str, float] | None = None) -> Figure:
-    """Gold and proxy reward against sqrt(KL) as a figure.
+    """Draws gold and proxy reward against sqrt(KL).
 
     Args:
-        curve: of :func:`best_of_n_curve`; or with ``kl``, ``proxy`` and ``gold`` of a training run.
-        law: of :func:`overoptimisation`, for best-of-n, is drawn in addition.
+        curve: result of :func:`best_of_n_curve`, or ``kl``, ``proxy`` and ``gold`` of a training run.
+        law: result of :func:`overoptimisation` for best-of-n, drawn in addition.
     """
     figure = Figure(figsize=(5.2, 4.0), dpi=130, layout="constrained")
     axes = figure.add_subplot()

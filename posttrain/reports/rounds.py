@@ -1,4 +1,4 @@
-"""What the rounds of an outer loop came to: metrics of each stage, a table by round, and a picture of it."""
+"""The rounds of an outer loop in numbers: metrics of each stage, a table by round, and a picture of the table."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ from rich.table import Table
 from posttrain.output.tracking import read_metrics
 from posttrain.reports.value_plots import DARK, STYLE
 from posttrain.rollout.session import MEANS
+from posttrain.system.files import read_rows
 
 TAIL = 10
-"""Steps at the end of a training run whose mean is its metric."""
+"""Number of steps at the end of a training run; its metrics are means over them."""
 
 Rounds = Mapping[int, Mapping[str, Mapping[str, float]]]
 """Round -> stage -> metrics."""
 
 
 def stage_metrics(kind: str, folder: Path) -> dict[str, float]:
-    """The numbers that a stage left in its folder.
+    """Reads the metrics of a finished stage from its folder.
 
-    train: means over the last ``TAIL`` steps; of ``eval/*``, the last. decode: means over completions. label: the
-    number of ``rows``. eval: every number of the report, by its path: ``calibration.error``.
+    train: means over the last ``TAIL`` steps, and the last value of ``eval/*``. decode: means over completions, and the
+    number of ``rows``. label: the number of ``rows``. eval: every number of the report, named by its path, such as
+    ``calibration.error``.
     """
     if kind == "train":
-        return _of_run(folder)
+        return _training_metrics(folder)
     if kind == "eval":
         return dict(_numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))))
-    file = folder / ("completions.jsonl" if kind == "decode" else "labels.jsonl")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(folder / ("completions.jsonl" if kind == "decode" else "labels.jsonl"))
     means = {name: _mean(row.get(name) for row in rows) for name in ("score", *MEANS)} if kind == "decode" else {}
     return {name: value for name, value in means.items() if value is not None} | {"rows": float(len(rows))}
 
 
-def _of_run(folder: Path) -> dict[str, float]:
+def _training_metrics(folder: Path) -> dict[str, float]:
     lines = [line for line in read_metrics(folder, timing=False) if line["step"]]
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
-    found = {}
+    metrics = {}
     for name in names:
         values = [value for line in lines if (value := line.get(name)) is not None]
         if values:
-            found[name] = float(values[-1]) if name.startswith("eval/") else fmean(values[-TAIL:])
-    return found
+            metrics[name] = float(values[-1]) if name.startswith("eval/") else fmean(values[-TAIL:])
+    return metrics
 
 
 def _mean(values: Iterator[Any]) -> float | None:
@@ -61,6 +62,7 @@ def _mean(values: Iterator[Any]) -> float | None:
 
 
 def _numbers(report: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yields every finite number of nested mappings with the names that lead to it, joined by dots."""
     if isinstance(report, dict):
         for name, value in report.items():
             yield from _numbers(value, f"{path}.{name}" if path else str(name))
@@ -69,13 +71,13 @@ def _numbers(report: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def column(source: str, rounds: Rounds) -> dict[int, float]:
-    """A stage's metric by round, in the rounds that have it."""
+    """Returns a stage's metric by round, for the rounds that have it."""
     stage, _, metric = source.partition(".")
-    return {number: of[stage][metric] for number, of in rounds.items() if metric in of.get(stage, {})}
+    return {number: stages[stage][metric] for number, stages in rounds.items() if metric in stages.get(stage, {})}
 
 
 def rounds_table(columns: Mapping[str, str], rounds: Rounds, console: Console | None = None) -> None:
-    """Prints a row a round; what a column asks for and no round has is told with the names that there are."""
+    """Prints a row for each round; names the metrics that there are if a column asks for one that no round has."""
     console = console or Console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("round", *columns):
@@ -88,12 +90,12 @@ def rounds_table(columns: Mapping[str, str], rounds: Rounds, console: Console | 
     for name, source in columns.items():
         stage = source.partition(".")[0]
         if rounds and not values[name]:
-            known = sorted({metric for of in rounds.values() for metric in of.get(stage, {})})
+            known = sorted({metric for stages in rounds.values() for metric in stages.get(stage, {})})
             print(f"table.{name}: no round has {source!r}; {stage} has {', '.join(known)}")
 
 
 def draw_rounds(columns: Mapping[str, str], rounds: Rounds, file: Path) -> None:
-    """A panel for each column, rounds from left to right."""
+    """Draws a panel for each column, with rounds from left to right."""
     with plt.rc_context(STYLE | {"figure.figsize": (3.2 * len(columns), 2.8)}):
         figure, panels = plt.subplots(1, len(columns), squeeze=False)
         for axes, (name, source) in zip(panels[0], columns.items(), strict=True):

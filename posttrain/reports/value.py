@@ -1,16 +1,15 @@
-"""The evaluation of a value model: completions, values, figures, pictures, page."""
+"""Measures a value model: gets completions, predicts their values, and writes numbers, pictures and a page."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -22,17 +21,18 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Batch, Finish
 from posttrain.data import Rows, check_columns, load_rows
-from posttrain.data.rollout_files import read_rollouts
-from posttrain.data.steps import Decode, pieces, steps_by_text
+from posttrain.data.rollout_files import find_rollouts, read_rollouts
+from posttrain.data.steps import pieces, steps_by_text
 from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import load_tokenizer
+from posttrain.models.load import load_tokenizer, text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
+from posttrain.reports.metrics_file import without_nan, write_metrics
 from posttrain.reports.page import Example, figure, write_page
 from posttrain.reports.value_plots import PICTURES, draw_all
 from posttrain.reports.value_suite import ValueSuite
@@ -41,15 +41,23 @@ from posttrain.rollout.collect import CompletionSource, complete_all
 from posttrain.rollout.rollouts import single_turn
 from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
-from posttrain.training import value_metrics as values
+from posttrain.training import value_metrics as metrics
 from posttrain.verify import VerifierPool
 
-OF_SAMPLED = {
-    "max": "This model's values are of the best continuation, outcomes are of sampled ones: expect them to lie below.",
-    "greedy": "This model's values are of the greedy continuation, outcomes are of sampled ones: they need not agree.",
+NOTES = {
+    "max": "This model predicts the best continuation, and the outcomes are of sampled ones: expect lower outcomes.",
+    "greedy": "This model predicts the greedy continuation, and the outcomes are of sampled ones: they need not agree.",
     "soft": "This model's values are soft, beta log E exp(r / beta): values and outcomes are compared as "
     "exp((r - top) / beta), on which scale a soft value is a mean; top is the highest outcome.",
 }
+"""Notes for the page, by kind of value: why values and outcomes may differ."""
+
+
+class Branches(NamedTuple):
+    """Prefixes of completions, with the scores of continuations sampled from each."""
+
+    points: Sequence[BranchPoint]
+    scores: Float[Tensor, "P K"]
 
 
 def evaluate_value(suite: ValueSuite) -> Path:
@@ -59,28 +67,21 @@ def evaluate_value(suite: ValueSuite) -> Path:
         The report's folder.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if models, data or verifiers do not fit together; the message says what to change.
     """
     policy = suite.policy or sections.PolicySection(model=suite.value.model)
     tokenizer = load_tokenizer(policy)
     rows = _rows(suite, tokenizer)
     with Processes(dtype=policy.dtype) as processes:
         model = load_value(suite.value.model, place="value.model").eval().requires_grad_(False).to(processes.device)
-        batch = None if rows is not None else stored_batch(suite, processes)
-        prefixes, scores = [], torch.zeros(0, suite.branches.completions)
-        if batch is None or suite.branches.prompts:
-            batch, prefixes, scores = sample(suite, rows, batch, tokenizer, processes)
+        batch, branches = completions_and_branches(suite, policy, rows, tokenizer, processes)
         batch = batch.set(all_sum=processes.all_sum)
         if suite.report.separator is not None:
-            batch = batch.set(step_id=steps_by_text(batch, decoder(tokenizer), suite.report.separator))
+            text = text_of(tokenizer, special=True)
+            batch = batch.set(step_id=steps_by_text(batch, text, suite.report.separator))
         value = predict(model, batch, processes, suite.micro_batch_tokens)
-        report = make_report(suite, model, batch, value, prefixes, scores)
+        report = make_report(suite, model, batch, value, branches)
         return processes.from_main(lambda: write_report(suite, report, batch, value, tokenizer))
-
-
-def decoder(tokenizer: Any, *, special: bool = True) -> Decode:
-    """Token ids to text, with or without special tokens."""
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def _rows(suite: ValueSuite, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
@@ -91,154 +92,146 @@ def _rows(suite: ValueSuite, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
     return rows
 
 
-def stored_batch(suite: ValueSuite, processes: Processes) -> Batch:
-    """This rank's share of the stored completions, a group of each file being a prompt of its own.
+def completions_and_branches(
+    suite: ValueSuite, policy: sections.PolicySection, rows: Rows | None, tokenizer: Any, processes: Processes
+) -> tuple[Batch, Branches]:
+    """Samples or reads this rank's completions, and samples branches from prefixes of them if the suite asks for any.
+
+    Args:
+        rows: prompts to complete; None: the suite's stored rollouts are read.
+    """
+    complete: Callable[[CompletionSource], Batch]
+    if rows is None:
+        batch = stored_batch(str(suite.rollouts), suite.base, processes)
+        if not suite.branches.prompts:
+            return batch, Branches([], torch.zeros(0, suite.branches.completions))
+        complete, longest_prompt = (lambda source: batch), int(batch.prompt_length.max())
+    else:
+        complete = partial(complete_all, suite, rows, processes=processes)
+        longest_prompt = rows.longest_prompt
+    with VerifierPool(suite.verify) as pool, closing(_engine(suite, policy, longest_prompt)) as engine:
+        source = CompletionSource(
+            engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=text_of(tokenizer)
+        )
+        batch = complete(source)
+        size = suite.branches
+        points = choose_branch_points(batch, prompts=size.prompts, per_prompt=size.prefixes, seed=suite.seed)
+        sampling = Sampling.of(suite.sampling)
+        scores = processes.together(partial(branch_scores, source, points, size.completions, sampling))
+    return batch, Branches(points, scores)
+
+
+def stored_batch(path: str, base: Path | None, processes: Processes) -> Batch:
+    """Reads this rank's share of stored completions. Groups of different files are different prompts.
 
     Raises:
-        DataError: where there are none, or none has a score.
+        DataError: if there are no rollouts, or none has a score.
     """
-    assert suite.rollouts is not None
-    place = Path(suite.rollouts).expanduser()
-    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
-    if not files:
-        raise DataError(f"rollouts: there is no Parquet file in {place}")
     batches, groups = [], 0
-    for file in files:
+    for file in find_rollouts(path, base):
         batch = read_rollouts(file)
         _, group = batch.group.unique(return_inverse=True)
         batches.append(_sampled_fields(batch).set(group=group + groups))
         groups += int(group.max()) + 1 if len(group) else 0
     whole = Batch.concatenate(batches)
     if not torch.isfinite(whole.score).any():
-        raise DataError(f"rollouts: no completion in {place} has a score")
-    mine = torch.tensor(processes.every_nth(groups, "rollouts"))
-    return whole[torch.isin(whole.group, mine)].trim()
+        raise DataError(f"rollouts: no completion in {path} has a score")
+    share = torch.tensor(processes.every_nth(groups, "rollouts"))
+    return whole[torch.isin(whole.group, share)].trim()
 
 
 def _sampled_fields(batch: Batch) -> Batch:
-    """Without what the run filled in beside the rollout: files of one run may differ in it."""
+    """Drops what the run computed after sampling: files of one run may differ in it."""
     optional = [f.name for f in dataclasses.fields(batch) if f.default is None]
     return batch.set(**dict.fromkeys(optional), step=0)
 
 
-def sample(
-    suite: ValueSuite, rows: Rows | None, batch: Batch | None, tokenizer: Any, processes: Processes
-) -> tuple[Batch, list[BranchPoint], Float[Tensor, "P K"]]:
-    """Completions of this rank's prompts, unless ``batch`` holds some, and scores of continuations."""
-    longest = 0 if rows is None else rows.longest_prompt
-    longest = longest if batch is None else int(batch.mask.int().argmax(-1).max())
-    sampling, few = Sampling.of(suite.sampling), suite.branches
-    with VerifierPool(suite.verify) as pool, closing(_engine(suite, longest)) as engine:
-        source = CompletionSource(
-            engine=engine,
-            verifiers=pool,
-            rollout=Part.of(single_turn),
-            decode=decoder(tokenizer, special=False),
-        )
-        if batch is None:
-            assert rows is not None
-            batch = complete_all(suite, rows, source, processes)
-        prefixes = choose_branch_points(batch, prompts=few.prompts, per_prompt=few.prefixes, seed=suite.seed)
-        scores = processes.together(partial(branch_scores, source, prefixes, few.completions, sampling))
-    return batch, prefixes, scores
-
-
-def _engine(suite: ValueSuite, longest_prompt: int) -> Engine:
-    assert suite.policy is not None
+def _engine(suite: ValueSuite, policy: sections.PolicySection, longest_prompt: int) -> Engine:
+    """Builds the policy's engine, with room for the excess of a branch over its own limit (see ``branch_scores``)."""
     most = suite.sampling.max_tokens
-    budget = LengthBudget(longest_prompt, most, branches=math.ceil(most / BUCKETS) if suite.branches.prompts else 0)
-    return policy_engine(suite.policy, suite.engine, [budget], seed=suite.seed)
+    excess = math.ceil(most / BUCKETS) if suite.branches.prompts else 0
+    return policy_engine(policy, suite.engine, [LengthBudget(longest_prompt, most, branches=excess)], seed=suite.seed)
 
 
 @torch.no_grad()
 def predict(model: ValueModel, batch: Batch, processes: Processes, micro_batch_tokens: int) -> Float[Tensor, "N L"]:
-    """The model's value at every state, NaN elsewhere, in micro-batches of completions of like length.
+    """Returns the model's value at every state, NaN elsewhere; runs micro-batches of completions of similar length.
 
-    A per-token head knows the states that end with a chosen token, not the prompt.
+    A per-token head has values of the states that end with a chosen token, not of the prompt.
 
     Raises:
-        UserError: where a token is not in the model's vocabulary.
+        UserError: if a token is not in the model's vocabulary.
     """
     embeddings: Any = model.decoder.get_input_embeddings()
-    known = embeddings.weight.shape[0]
-    if len(batch) and int(batch.tokens.max()) >= known:
+    vocabulary = embeddings.weight.shape[0]
+    if len(batch) and int(batch.tokens.max()) >= vocabulary:
         raise UserError(
-            f"value.model: knows {known} tokens, and the completions hold token {int(batch.tokens.max())}: it was made "
-            "for another tokenizer than the policy's"
+            f"value.model: has a vocabulary of {vocabulary} tokens, and the completions contain token "
+            f"{int(batch.tokens.max())}: it was trained with another tokenizer than the policy's"
         )
     value = torch.zeros_like(batch.logp_sampler)
     for rows in length_groups(batch.length, micro_batch_tokens):
         part = batch[rows].trim().to(processes.device)
         with processes.autocast():
-            its, _ = model(part.tokens, part.states)
-        value[rows, : its.shape[1]] = its.float().cpu()
-    known_at = batch.mask if model.spec.head.type == "per_token" else batch.states
-    return value.masked_fill(~known_at, math.nan)
+            predicted, _ = model(part.tokens, part.states)
+        value[rows, : predicted.shape[1]] = predicted.float().cpu()
+    has_value = batch.mask if model.spec.head.type == "per_token" else batch.states
+    return value.masked_fill(~has_value, math.nan)
 
 
 def make_report(
-    suite: ValueSuite,
-    model: ValueModel,
-    batch: Batch,
-    value: Float[Tensor, "N L"],
-    prefixes: Sequence[BranchPoint],
-    scores: Float[Tensor, "P K"],
+    suite: ValueSuite, model: ValueModel, batch: Batch, value: Float[Tensor, "N L"], branches: Branches
 ) -> dict[str, Any]:
-    """Everything that the page shows, as plain data without NaN."""
-    spec, share = model.spec, batch.all_sum
-    known = batch.score[torch.isfinite(batch.score)]
-    top = float(values.global_quantiles(known, [1.0], share))
+    """Computes everything that the page shows, as plain data without NaN.
+
+    Raises:
+        UserError: if no completion has a score.
+    """
+    spec, all_sum = model.spec, batch.all_sum
+    scores = batch.score[torch.isfinite(batch.score)]
+    top = float(metrics.global_quantiles(scores, [1.0], all_sum))
     if math.isnan(top):
         raise UserError("no completion has a score: none of the verifiers applied to any of them")
-    scaled = partial(values.on_mean_scale, kind=spec.kind, beta=spec.beta or 1.0, top=top)
+    scaled = partial(metrics.on_mean_scale, kind=spec.kind, beta=spec.beta or 1.0, top=top)
     predicted, bins = scaled(value.double()), suite.report.bins
-    states = values.states_of(batch, predicted, scaled(batch.score.double()), torch.isfinite(value))
-    calibration = values.calibration(states, bins)
+    states = metrics.states_of(batch, predicted, scaled(batch.score.double()), torch.isfinite(value))
+    calibration = metrics.calibration(states, bins)
     report: dict[str, Any] = {
-        "metrics": values.summary(states, calibration),
+        "metrics": metrics.summary(states, calibration),
         "unit": "exp((reward - top) / beta)" if spec.kind == "soft" else "reward",
-        "notes": [OF_SAMPLED[spec.kind]] if spec.kind in OF_SAMPLED else [],
+        "notes": [NOTES[spec.kind]] if spec.kind in NOTES else [],
         "calibration": dataclasses.asdict(calibration),
-        "by_position": dataclasses.asdict(values.by_position(states, bins)),
-        "bands": values.value_bands(states, bins),
-        "by_step": dataclasses.asdict(values.by_step(states)),
-        "errors": values.error_histogram(states),
+        "by_position": dataclasses.asdict(metrics.by_position(states, bins)),
+        "bands": metrics.value_bands(states, bins),
+        "by_step": dataclasses.asdict(metrics.by_step(states)),
+        "errors": metrics.error_histogram(states),
     }
     if suite.branches.prompts:
-        of_prefix, outcomes = value_at(predicted, prefixes), scaled(scores.double())
-        report["metrics"] |= values.agreement(of_prefix, outcomes, share)
-        report["branches"] = _points(of_prefix, outcomes)  # the main rank's, to draw
+        at_points, outcomes = value_at(predicted, branches.points), scaled(branches.scores.double())
+        report["metrics"] |= metrics.agreement(at_points, outcomes, all_sum)
+        report["branches"] = _points_to_draw(at_points, outcomes)  # the main rank's share of them
     report |= {"date": datetime.date.today().isoformat(), "versions": versions(), "kind": spec.kind}
     report["suite"] = yaml.safe_dump(suite.resolved, sort_keys=False, allow_unicode=True, width=120)
-    return _without_nan(report)
+    return without_nan(report)
 
 
-def _points(value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"]) -> dict[str, Any]:
+def _points_to_draw(value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"]) -> dict[str, Any]:
+    """Lists value, mean outcome and its standard error of each prefix that has a value and two outcomes or more."""
     count = torch.isfinite(outcomes).sum(-1)
-    kept = (count >= 2) & torch.isfinite(value)
-    mean = outcomes[kept].nanmean(-1)
-    noise = ((outcomes[kept] - mean[:, None]).square().nansum(-1) / (count[kept] - 1) / count[kept]).sqrt()
-    plain = {"value": value[kept].tolist(), "mean": mean.tolist(), "standard_error": noise.tolist()}
+    usable = (count >= 2) & torch.isfinite(value)
+    mean = outcomes[usable].nanmean(-1)
+    noise = ((outcomes[usable] - mean[:, None]).square().nansum(-1) / (count[usable] - 1) / count[usable]).sqrt()
+    plain = {"value": value[usable].tolist(), "mean": mean.tolist(), "standard_error": noise.tolist()}
     return plain | {"completions": outcomes.shape[1]}
-
-
-def _without_nan(data: Any) -> Any:
-    """None for numbers that JSON has no word for."""
-    if isinstance(data, dict):
-        return {name: _without_nan(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_without_nan(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_report(
     suite: ValueSuite, report: dict[str, Any], batch: Batch, value: Float[Tensor, "N L"], tokenizer: Any
 ) -> Path:
-    """The report's folder with all in it; prints the figures."""
+    """Writes all files of the report, prints the figures, and returns the folder."""
     folder = suite.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for name in PICTURES:  # of the report that was there
+    write_metrics(folder, report)
+    for name in PICTURES:  # pictures of an earlier report
         (folder / name).unlink(missing_ok=True)
     pictures = draw_all(report, folder)
     examples = [_example(batch, value, row, tokenizer) for row in choose_examples(batch, suite.report.shown)]
@@ -248,7 +241,7 @@ def write_report(
 
 
 def choose_examples(batch: Batch, most: int) -> list[int]:
-    """Rows to show: of different prompts as far as there are, the highest and the lowest outcomes in turn."""
+    """Chooses rows to show, highest and lowest outcomes in turn; a prompt comes twice only after every prompt came."""
     scored = [
         row for row, score in enumerate(batch.score.tolist()) if math.isfinite(score) and not batch.baseline_only[row]
     ]
@@ -262,11 +255,10 @@ def choose_examples(batch: Batch, most: int) -> list[int]:
 
 
 def _example(batch: Batch, value: Float[Tensor, "N L"], row: int, tokenizer: Any) -> Example:
-    mask, tokens = batch.mask[row], batch.tokens[row]
-    start, end = int(mask.int().argmax()), int(batch.length[row])
+    tokens, start, end = batch.tokens[row], int(batch.prompt_length[row]), int(batch.length[row])
     return Example(
         prompt=tokenizer.decode(tokens[:start].tolist()),
-        pieces=pieces(tokens[start:end].tolist(), decoder(tokenizer)),
+        pieces=pieces(tokens[start:end].tolist(), text_of(tokenizer, special=True)),
         start=float(value[row, start - 1]),
         values=value[row, start:end].tolist(),
         outcome=float(batch.score[row]),
@@ -275,7 +267,7 @@ def _example(batch: Batch, value: Float[Tensor, "N L"], row: int, tokenizer: Any
 
 
 def print_figures(report: dict[str, Any], page: Path) -> None:
-    """A short table."""
+    """Prints the metrics as a short table, the notes, and where the page is."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")

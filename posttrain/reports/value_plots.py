@@ -1,4 +1,4 @@
-"""Pictures of a value report, drawn from its numbers alone: sober, and readable in black and white."""
+"""Pictures of a value report, drawn from its numbers; they can be read in black and white."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "legend.frameon": False,
 }
-DARK, LIGHT = "#1b4f72", "#b9770e"  # of different lightness; marks and dashes differ too
+DARK, LIGHT = "#1b4f72", "#b9770e"  # two colours of different lightness; marks and dashes differ too
 
 
 def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Every picture that the report has numbers for.
+    """Draws every picture that the report has numbers for.
 
     Args:
-        report: what ``metrics.json`` holds.
-        folder: where PNG files go.
+        report: numbers of the report, as in ``metrics.json``.
+        folder: folder of the PNG files.
 
     Returns:
-        File name -> what the picture shows.
+        File name -> title of the picture.
     """
-    made: dict[str, str] = {}
+    drawn: dict[str, str] = {}
     unit = report["unit"]
     for name, (title, draw) in PICTURES.items():
         with plt.rc_context(STYLE):
@@ -50,13 +50,13 @@ def draw_all(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
             if draw(axes, report, unit):
                 axes.set_title(title)
                 _save(figure, folder / name)
-                made[name] = title
+                drawn[name] = title
             plt.close(figure)
-    return made
+    return drawn
 
 
 def draw_calibration(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
-    """Reliability curve with 95 % intervals, and the line on which a perfect model lies."""
+    """Draws the reliability curve with 95 % intervals, and the line of a perfect model."""
     curve = report["calibration"]
     value, outcome = curve["value"], curve["outcome"]
     _diagonal(axes, [*value, *outcome])
@@ -76,7 +76,7 @@ def draw_calibration(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
 
 
 def draw_position(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
-    """Median and quartiles of the value along completions that ended above, and not above, the mean outcome."""
+    """Draws median and quartiles of the value along the completion, by whether its outcome is above the mean."""
     curve, bands = report["by_position"], report["bands"]
     centre = [50 * (low + high) for low, high in zip(curve["low"], curve["high"], strict=True)]
     looks = {
@@ -96,7 +96,7 @@ def draw_position(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
 
 
 def draw_steps(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
-    """Means by reasoning step, where completions have several."""
+    """Draws mean value, outcome and error by reasoning step, if completions have several steps."""
     curve = report["by_step"]
     if len(curve["low"]) <= 2:
         return False
@@ -112,7 +112,7 @@ def draw_steps(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
 
 
 def draw_errors(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
-    """Histogram of value - outcome."""
+    """Draws the histogram of value - outcome."""
     edges, count = report["errors"]["edges"], report["errors"]["count"]
     total = max(1.0, sum(count))
     axes.stairs([100 * c / total for c in count], edges, fill=True, facecolor="0.75", edgecolor=DARK)
@@ -126,7 +126,7 @@ def draw_errors(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
 
 
 def draw_branches(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
-    """Predicted value of each prefix against the mean outcome of its continuations, with standard errors."""
+    """Draws the predicted value of each prefix against the mean outcome of its continuations, with standard errors."""
     branches = report.get("branches")
     if not branches or not branches["value"]:
         return False
@@ -152,18 +152,18 @@ def draw_branches(axes: Axes, report: Mapping[str, Any], unit: str) -> bool:
 
 
 def _legend(axes: Axes, title: str | None = None) -> None:
-    """Below the axes, where it hides nothing."""
+    """Puts the legend below the axes, where it hides nothing."""
     axes.figure.legend(loc="outside lower center", ncols=2, title=title, title_fontsize=9, fontsize=8)
 
 
 def _diagonal(axes: Axes, points: Sequence[float | None]) -> None:
-    known = [p for p in map(_number, points) if math.isfinite(p)]
-    ends = [min(known, default=0.0), max(known, default=1.0)]
+    finite = [p for p in map(_number, points) if math.isfinite(p)]
+    ends = [min(finite, default=0.0), max(finite, default=1.0)]
     axes.plot(ends, ends, ":", color="black", linewidth=1, label="perfect")
 
 
 def _number(value: float | None) -> float:
-    return math.nan if value is None else value  # JSON has no NaN
+    return math.nan if value is None else value  # the report has None in place of NaN, as JSON needs
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -177,4 +177,4 @@ PICTURES: dict[str, tuple[str, Callable[[Axes, Mapping[str, Any], str], bool]]] 
     "errors.png": ("Errors of all states", draw_errors),
     "branches.png": ("Value against Monte-Carlo continuations of the same prefixes", draw_branches),
 }
-"""File name: title, and what draws it; False: the report has no numbers for it."""
+"""File name -> title and function that draws; the function returns False if the report has no numbers for it."""

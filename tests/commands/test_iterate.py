@@ -1,4 +1,4 @@
-"""Recipes that feed each other: what stages are given, mistakes, resuming; IVO's three anchors on the exact world."""
+"""``posttrain iterate``: the settings of stages, mistakes, resuming, and IVO's three anchors on the exact world."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from runs import write_run
 from posttrain import load_recipe
 from posttrain.batch import Batch
 from posttrain.commands.cli import main
-from posttrain.commands.iterate import IterateRecipe, Plan, as_arguments, check_stages, run_iterate
+from posttrain.commands.iterate import as_arguments, run_iterate
+from posttrain.commands.iterate_plan import Plan, check_stages
 from posttrain.decoding.context import DecoderContext
 from posttrain.decoding.prefix_scores import weighted_sum
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
 from posttrain.output.tracking import read_metrics
-from posttrain.recipe.documents import read_document
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
 from posttrain.rollout.rollouts import Prompts, to_batch
@@ -57,7 +57,7 @@ DECODER = "{use: shaped, k: 4, strength: 2.0, score: {use: value, model: none}}"
 
 
 def write(folder: Path, text: str = ITERATE, model: Path = Path("tiny")) -> Path:
-    """Two stages and the file that joins them."""
+    """Writes the recipes of two stages and the file that joins them, and returns its path."""
     values = write_run(folder, model, **VALUES)
     settings = yaml.safe_load(values.read_text(encoding="utf-8"))
     del settings["advantage"], settings["run"]
@@ -71,14 +71,14 @@ def write(folder: Path, text: str = ITERATE, model: Path = Path("tiny")) -> Path
 
 
 def plan_of(path: Path, *overrides: str) -> Plan:
-    return Plan(load_as(IterateRecipe, path, overrides), read_document(path, overrides))
+    return Plan.read(path, overrides)
 
 
 def recipe_of(plan: Plan, number: int, name: str) -> Recipe:
     return load_recipe(plan.file(name), plan.settings(number, name))
 
 
-# ---------------------------------------------------------------------------------------------------- what stages get
+# ------------------------------------------------------------------------------------------------ settings of stages
 
 
 def test_a_stage_takes_the_newest_output_there_is(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_stage_takes_the_newest_output_there_is(tmp_path: Path) -> None:
     assert second.decoder.options["score"].options["model"] == second.value.model == before
     held_out = load_as(DecodeRecipe, plan.file("held_out"), plan.settings(1, "held_out"))
     assert held_out.decoder is not None
-    assert held_out.decoder.options["score"].options["model"] == before  # of this round: its stage stands before
+    assert held_out.decoder.options["score"].options["model"] == before  # of this round: its stage comes earlier
     assert held_out.file == tmp_path / "all" / "round-1" / "held_out" / "completions.jsonl"
 
 
@@ -130,7 +130,7 @@ def test_shipped_recipes_read_in_every_round(path: Path) -> None:
 
 
 HELD_OUT = "{decoder.score.model: values.value}\n"
-MISTAKES = [  # what is written, what instead, where that is told, and what is said
+MISTAKES = [  # text to replace, text that replaces it, place of the message, words of the message
     ("train: values.yaml", "trian: values.yaml", "it.yaml:4:5: stages.values.trian", "'train'?"),
     ("    train: values.yaml\n", "", "it.yaml:3:3: stages.values", "one of train, decode, label, eval"),
     ("train: values.yaml", "train: v.yaml\n    eval: e.yaml", "it.yaml:3:3: stages.values", "has train and eval"),
@@ -150,12 +150,12 @@ MISTAKES = [  # what is written, what instead, where that is told, and what is s
 
 
 @pytest.mark.parametrize(("old", "new", "place", "message"), MISTAKES)
-def test_mistakes_are_told_before_anything_runs(old, new, place, message, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_reported_before_anything_runs(old, new, place, message, tmp_path: Path, capsys) -> None:
     assert old in ITERATE
     path = write(tmp_path, ITERATE.replace(old, new))
     assert main(["iterate", str(path), f"--folder={tmp_path / 'all'}"]) == 2
-    told = capsys.readouterr().err
-    assert place in told and message in told, told
+    printed = capsys.readouterr().err
+    assert place in printed and message in printed, printed
     assert not (tmp_path / "all").exists()
 
 
@@ -180,10 +180,10 @@ def test_rounds_run_and_a_resumed_run_ends_like_one_that_was_never_stopped(
     assert run_iterate(path, [f"--folder={folder}"]) == folder
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
-    assert [(each["round"], each["stage"]) for each in done] == [
+    assert [(line["round"], line["stage"]) for line in done] == [
         (number, stage) for number in (1, 2) for stage in ("values", "held_out")
     ]
-    assert all(Path(path).exists() for each in done for path in each["outputs"].values())
+    assert all(Path(path).exists() for line in done for path in line["outputs"].values())
     assert {"value", "rollouts", "folder"} == done[0]["outputs"].keys() and done[1]["metrics"]["kl"] > 0
     assert "value/explained_variance" in done[2]["metrics"]
     assert (folder / "rounds.png").stat().st_size > 1000
@@ -204,17 +204,17 @@ def test_rounds_run_and_a_resumed_run_ends_like_one_that_was_never_stopped(
     assert "set.sampling.max_tokens: (absent) -> 5" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------- row 10 of the test bed: IVO's three anchors
+# ------------------------------------------------------------------------------------------------ IVO's three anchors
 
 
 WORLD = make_world(3, vocabulary=2, length=3)
 
 
 class Rounds:
-    """A shipped recipe of IVO on the exact world: its target and its decoder, every string once, exact expectations.
+    """Rounds of a shipped recipe of IVO on the exact world, with every string once and exact expectations.
 
-    Only what the sizes of real models make necessary differs: every token is guided, at the strength 1 / β of the world
-    or another, and a value is a table, whose least squares are the means of its targets.
+    Target and decoder are the recipe's. Three things differ from a real run: every token is guided, the strength is
+    chosen by the test (such as 1 / β of the world), and a value is a table, fitted by the means of its targets.
     """
 
     def __init__(self, name: str, world: World, strength: float) -> None:
@@ -228,7 +228,7 @@ class Rounds:
         self.adds_up = later.decoder.options["score"].name == "values"
         self.world, self.values = world, list[Mapping[String, float]]()
         self.strings: Sequence[String] = list(world.strings)
-        self.law: dict[String, float] = dict(world.strings)
+        self.distribution: dict[String, float] = dict(world.strings)
 
     def score(self, context: DecoderContext):
         used = self.values if self.adds_up else self.values[-1:]
@@ -239,13 +239,13 @@ class Rounds:
         return self.decoder(engine, context)
 
     def completions(self) -> list[Completion]:
-        """Every string with the log-probs of the law that it is drawn from."""
+        """Every string as a completion, with its log-probs under the distribution that it is drawn from."""
         world = self.world
         if self.values:
             prompts = [PROMPT] * len(self.strings)
             return self.guided(world.engine()).forced(prompts, self.strings, world.sampling)
         logps = [[math.log(world.next_law(y[:t])[y[t]]) for t in range(len(y))] for y in self.strings]
-        return [Completion(list(y), its, 1, 0) for y, its in zip(self.strings, logps, strict=True)]  # type: ignore[arg-type]
+        return [Completion(list(y), row, 1, 0) for y, row in zip(self.strings, logps, strict=True)]  # type: ignore[arg-type]
 
     def batch(self) -> Batch:
         completions = self.completions()
@@ -253,41 +253,45 @@ class Rounds:
         batch = to_batch(prompts, [completions], {(0, j): "" for j in range(len(completions))})
         reference = [[math.log(self.world.next_law(y[:t])[y[t]]) for t in range(len(y))] for y in self.strings]
         exact = {
-            "logp_sampler": [[0.0, *each.logps] for each in completions],
-            "logp_ref": [[0.0, *each] for each in reference],
+            "logp_sampler": [[0.0, *completion.logps] for completion in completions],
+            "logp_ref": [[0.0, *logps] for logps in reference],
             "reward": [self.world.reward[y] for y in self.strings],
         }
         zeros = torch.zeros(batch.mask.shape, dtype=torch.float64)
         return batch.set(step_reward=zeros, **{k: torch.tensor(v, dtype=torch.float64) for k, v in exact.items()})
 
     def run(self) -> None:
-        """One round: completions of the law as it is, values of all prefixes, and the law that they lead to."""
+        """Runs one round: completions of the present distribution, values of all prefixes, the new distribution."""
         batch = self.batch()
         target = self.target(batch).double().tolist()
         values = {}
         for prefix in self.world.prefixes:
             through = [
-                (self.law[y], target[i][len(prefix)]) for i, y in enumerate(self.strings) if y[: len(prefix)] == prefix
+                (self.distribution[y], target[i][len(prefix)])
+                for i, y in enumerate(self.strings)
+                if y[: len(prefix)] == prefix
             ]
             values[prefix] = sum(p * t for p, t in through) / sum(p for p, _ in through)
         self.values.append(values)
-        self.law = {y: math.exp(sum(each.logps)) for y, each in zip(self.strings, self.completions(), strict=True)}
+        completions = zip(self.strings, self.completions(), strict=True)
+        self.distribution = {y: math.exp(sum(completion.logps)) for y, completion in completions}
 
 
 def objectives(rounds: Rounds, count: int) -> list[float]:
-    found = [rounds.world.objective(rounds.law)]
+    """Objective of the policy, and of the distribution after each of ``count`` rounds."""
+    values = [rounds.world.objective(rounds.distribution)]
     for _ in range(count):
         rounds.run()
-        found.append(rounds.world.objective(rounds.law))
-    return found
+        values.append(rounds.world.objective(rounds.distribution))
+    return values
 
 
-def test_a_fixed_anchor_with_soft_values_is_at_the_tilted_law_after_as_many_rounds_as_tokens() -> None:
+def test_a_fixed_anchor_with_soft_values_reaches_the_tilted_distribution_after_as_many_rounds_as_tokens() -> None:
     rounds = Rounds("ivo_soft", WORLD, 1 / WORLD.beta)
     objectives(rounds, WORLD.length - 1)
-    assert distance(rounds.law, WORLD.tilted()) > 1e-4
+    assert distance(rounds.distribution, WORLD.tilted()) > 1e-4
     rounds.run()
-    assert distance(rounds.law, WORLD.tilted()) < 1e-9
+    assert distance(rounds.distribution, WORLD.tilted()) < 1e-9
     assert rounds.values[-1][()] < WORLD.beta * WORLD.log_z()  # the root is a round behind
     rounds.run()
     assert rounds.values[-1] == pytest.approx(WORLD.soft_values(), abs=1e-9)
@@ -299,12 +303,12 @@ def test_a_fixed_anchor_with_soft_values_is_at_the_tilted_law_after_as_many_roun
 
 def test_a_fixed_anchor_with_plain_values_ends_at_its_own_fixed_point() -> None:
     rounds = Rounds("ivo", WORLD, 1 / WORLD.beta)
-    found = objectives(rounds, WORLD.length)
-    before = rounds.law
+    values = objectives(rounds, WORLD.length)
+    before = rounds.distribution
     rounds.run()
-    assert distance(rounds.law, before) < 1e-9
-    assert total_variation(rounds.law, WORLD.tilted()) > 0.02
-    assert found[0] < found[-1] < WORLD.beta * WORLD.log_z() - 1e-4
+    assert distance(rounds.distribution, before) < 1e-9
+    assert total_variation(rounds.distribution, WORLD.tilted()) > 0.02
+    assert values[0] < values[-1] < WORLD.beta * WORLD.log_z() - 1e-4
 
 
 def test_a_moving_anchor_goes_to_the_best_string_and_away_from_the_policy() -> None:
@@ -312,10 +316,10 @@ def test_a_moving_anchor_goes_to_the_best_string_and_away_from_the_policy() -> N
     rewards: list[float] = []
     for _ in range(15):
         rounds.run()
-        rewards.append(sum(p * WORLD.reward[y] for y, p in rounds.law.items()))
+        rewards.append(sum(p * WORLD.reward[y] for y, p in rounds.distribution.items()))
     best = max(WORLD.reward, key=lambda y: WORLD.reward[y])
-    assert rewards == sorted(rewards) and rounds.law[best] > 1 - 1e-6
-    assert kl(rounds.law, WORLD.strings) == pytest.approx(-math.log(WORLD.strings[best]), abs=1e-4)
+    assert rewards == sorted(rewards) and rounds.distribution[best] > 1 - 1e-6
+    assert kl(rounds.distribution, WORLD.strings) == pytest.approx(-math.log(WORLD.strings[best]), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
@@ -332,8 +336,8 @@ def test_settings_reach_a_program_of_its_own(tmp_path: Path) -> None:
 def test_a_stage_that_fails_stops_the_rounds(tmp_path: Path, capsys) -> None:
     launch = f"--launch={sys.executable} -c 'raise SystemExit(3)'"
     assert main(["iterate", str(write(tmp_path)), f"--folder={tmp_path / 'all'}", launch]) == 2
-    told = capsys.readouterr().err
-    assert "ended with exit code 3" in told and "-m posttrain train" in told
+    message = capsys.readouterr().err
+    assert "ended with exit code 3" in message and "-m posttrain train" in message
     assert not (tmp_path / "all" / "rounds.jsonl").exists()
 
 

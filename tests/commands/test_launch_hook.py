@@ -29,7 +29,7 @@ def run(*arguments: str | Path, cwd: Path | str | None = None) -> subprocess.Com
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a space in its name that holds a recipe with one mistake, which ends it before any heavy import."""
+    """Folder with a space in its name and a recipe with a mistake, which ends the run before any heavy import."""
     folder = tmp_path / "my recipes"
     folder.mkdir()
     (folder / "r.yaml").write_text("policy:\n  modle: x\n")
@@ -74,7 +74,7 @@ def test_child_processes_do_not_run_the_recipe_again(folder):
 def test_other_scripts_are_left_alone(folder):
     (folder / "script.py").write_text("import sys; print('_posttrain_startup' in sys.modules)")
     assert run("script.py", "r.yaml", cwd=folder).stdout == "False\n"
-    # The hook is in place where the main script is a recipe, and it claims nothing else.
+    # If the main script is a recipe, the hook is installed once and claims nothing but the main script.
     claims = (
         "import sys; sys.argv[0] = 'r.yaml'; import _posttrain_startup as s; s.install(); s.install();"
         "print(sys.path_hooks.count(s.claim), s.claim('r.yaml').find_spec('os'));"
@@ -87,7 +87,7 @@ def test_other_scripts_are_left_alone(folder):
 
 @pytest.mark.parametrize("path", LAUNCHED_BY_HAND, ids=lambda path: path.name)
 def test_python_without_posttrain_shows_how_to_install_it(path):
-    """Python prints the first line that it cannot read; in these recipes that line says what to install."""
+    """Python prints the first line that it cannot parse; in these recipes that line says what to install."""
     with pytest.raises(SyntaxError) as caught:
         compile(path.read_text(encoding="utf-8"), str(path), "exec")
     assert "This Python lacks posttrain: pip install posttrain" in (caught.value.text or "")

@@ -1,4 +1,4 @@
-"""``posttrain show`` of files other than training recipes, which tests/recipe/test_recipe.py has."""
+"""``posttrain show`` of files other than training recipes; tests/recipe/test_recipe.py shows those."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_evaluation_suites(name, capsys, monkeypatch):
         assert "branch=16*" in shown and "arXiv:2203.11171" in shown
 
 
-def test_a_file_is_taken_for_what_its_keys_say(tmp_path, capsys):
+def test_the_keys_of_a_file_decide_its_kind(tmp_path, capsys):
     (path := tmp_path / "x.yaml").write_text("suite: decod\n", encoding="utf-8")
     assert main(["show", str(path)]) == 2
     assert "did you mean 'decode'?" in capsys.readouterr().err
     path.write_text("policy: {model: a}\ndata: {path: b}\ndecoder: {use: shaped}\nlos: []\n", encoding="utf-8")
     assert main(["show", str(path)]) == 2
-    told = capsys.readouterr().err
-    assert "option 'score' is missing" in told and "los: unknown key" in told
+    message = capsys.readouterr().err
+    assert "option 'score' is missing" in message and "los: unknown key" in message

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.commands.iterate import IterateRecipe, Stage
+from posttrain.commands.iterate_plan import IterateRecipe, Stage
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.recipe.loading import load_as
 from posttrain.training.recipe import Recipe, load_recipe

@@ -1,4 +1,4 @@
-"""``posttrain eval eval/frontier.yaml``: mistakes in a suite, the figures, and a whole report."""
+"""``posttrain eval eval/frontier.yaml``: mistakes in a suite, the numbers of a report, and a whole report."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ RECIPE = "policy: {model: tiny}\ndata: {path: data.jsonl}\ndecoder: {use: shaped
 
 
 def write_suite(folder: Path, **changes) -> Path:
+    """Writes a small decode suite with its data and a decode recipe, and returns its path."""
     rows = [{"prompt": f"{a}+1", "answer": str(a + 1)} for a in range(4)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "shaped.yaml").write_text(RECIPE, encoding="utf-8")
@@ -53,7 +54,7 @@ def test_a_sweep_makes_a_decoder_of_each_value(tmp_path):
     shaped = {"recipe": "shaped.yaml", "sweep": {"strength": [0, 2.5]}}
     inner = {**BEST, "name": "by length", "sweep": {"score.alpha": [0.0, 1.0]}}
     _, variants = read_suite(write_suite(tmp_path, decode=[BEST, shaped, inner]))
-    assert [(one.method, one.knob, one.value) for one in variants] == [
+    assert [(variant.method, variant.knob, variant.value) for variant in variants] == [
         (PLAIN, None, None),
         ("population", "branch", 2),
         ("population", "branch", 3),
@@ -62,10 +63,10 @@ def test_a_sweep_makes_a_decoder_of_each_value(tmp_path):
         ("by length", "score.alpha", 0.0),
         ("by length", "score.alpha", 1.0),
     ]
-    made = [one.decoder for one in variants if one.decoder is not None]
-    assert [part.options.get("branch") for part in made[:2]] == [2, 3]
-    assert [(part.options["strength"], part.options["k"]) for part in made[2:4]] == [(0.0, 3), (2.5, 3)]
-    assert [part.options["score"].options["alpha"] for part in made[4:]] == [0.0, 1.0]
+    parts = [variant.decoder for variant in variants if variant.decoder is not None]
+    assert [part.options.get("branch") for part in parts[:2]] == [2, 3]
+    assert [(part.options["strength"], part.options["k"]) for part in parts[2:4]] == [(0.0, 3), (2.5, 3)]
+    assert [part.options["score"].options["alpha"] for part in parts[4:]] == [0.0, 1.0]
     assert variants[1].label == "population, branch 2"
 
 
@@ -75,7 +76,7 @@ MISTAKES = [
     ({"decode": [{**BEST, "sweep": {"branch": [0]}}]}, "decode.0.decoder.branch:", "greater than or equal to 1"),
     ({"decode": [{**BEST, "sweep": {"branch": []}}]}, "decode.0.sweep.branch:", "is empty"),
     ({"decode": [{**BEST, "sweep": {"branch": [2], "block": [3]}}]}, "decode.0.sweep:", "2 options"),
-    ({"decode": [{"sweep": {"branch": [2]}}]}, "decode.0:", "give one of both"),
+    ({"decode": [{"sweep": {"branch": [2]}}]}, "decode.0:", "give one of them"),
     ({"decode": [{"recipe": "shapd.yaml"}]}, "decode.0.recipe:", "no file 'shapd.yaml'"),
     ({"decode": [{"recipe": "shaped.yaml", "sweep": {"strenght": [1]}}]}, "decoder.strenght", "'strength'"),
     ({"decode": [BEST, BEST]}, r"suite.yaml:\d+:\d+: decode.1:", "give this one a `name`"),
@@ -92,24 +93,24 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("changes", "place", "words"), MISTAKES)
-def test_mistakes_are_told_with_their_place(tmp_path, capsys, changes, place, words):
+def test_mistakes_are_reported_with_their_place(tmp_path, capsys, changes, place, words):
     assert main(["eval", str(write_suite(tmp_path, **changes))]) == 2
-    told = capsys.readouterr().err
-    assert re.search(place, told) and words in told, told
+    message = capsys.readouterr().err
+    assert re.search(place, message) and words in message, message
 
 
 @pytest.mark.parametrize("name", ["frontier", "accuracy"])
 def test_shipped_suites_are_read(name):
     suite, variants = read_suite(ROOT / "eval" / f"{name}.yaml")
     assert suite.suite == "decode" and len(variants) > 1
-    assert all(one.decoder is not None for one in variants[1:])
+    assert all(variant.decoder is not None for variant in variants[1:])
 
 
 # --------------------------------------------------------------------------------------------------------- figures
 
 
 def test_the_kl_in_the_table_is_the_enumerated_one():
-    """Weighted by the probability of each completion, the figures of a shaped decoder are exact."""
+    """Averaged over all completions by their probability, KL and reward of a shaped decoder are the exact ones."""
     world = make_world(1, vocabulary=3, length=3, eos=True)
     score = table_score(world.mean_values())
     part = Part.of(decoders.shaped, score=lambda context: score, strength=1.5)
@@ -121,18 +122,18 @@ def test_the_kl_in_the_table_is_the_enumerated_one():
         return tuple(completion.tokens), json.dumps(row)
 
     outcomes = law_of(run)
-    law = {tokens: p for (tokens, _), p in outcomes.items()}
+    distribution = {tokens: p for (tokens, _), p in outcomes.items()}
     rows = [(json.loads(row), p) for (_, row), p in outcomes.items()]
     points = [to_point(Variant("shaped", "strength", 1.5, part), [([[row]], 1.0)]) for row, _ in rows]
     assert {point.kl_kind for point in points} == {"exact"}
-    found = sum(p * (point.kl or 0.0) for point, (_, p) in zip(points, rows, strict=True))
-    assert found == pytest.approx(kl(law, world.strings), abs=1e-12) and found > 0.05
+    divergence = sum(p * (point.kl or 0.0) for point, (_, p) in zip(points, rows, strict=True))
+    assert divergence == pytest.approx(kl(distribution, world.strings), abs=1e-12) and divergence > 0.05
     reward = sum(p * point.reward for point, (_, p) in zip(points, rows, strict=True))
-    assert reward == pytest.approx(sum(p * world.reward[y] for y, p in law.items()), abs=1e-12)
+    assert reward == pytest.approx(sum(p * world.reward[y] for y, p in distribution.items()), abs=1e-12)
 
 
-def test_errors_are_those_of_prompts():
-    """Four equal completions of each of two prompts tell as much as two."""
+def test_standard_errors_are_over_prompts():
+    """Four equal completions of a prompt give the same standard error as one."""
     mean, error = grouped_mean([[1.0] * 4, [0.0] * 4])
     assert (mean, error) == pytest.approx((0.5, 0.5))
     singles = [0.2, 0.9, 0.4, 0.7, 0.1]
@@ -154,7 +155,7 @@ def test_bounds_and_unknown_divergences_are_marked():
     assert (bound.kl_kind, bound.unscored) == ("bound", 1)
     assert (bound.kl, bound.kl_per_token) == pytest.approx((0.3, 0.075))
     assert cells(bound)["kl"].startswith("≤ 0.300")
-    unknown = point([{**row, "kl_bound": 0.2}, {**row, "kl_bound": None}])  # one of the completions has none
+    unknown = point([{**row, "kl_bound": 0.2}, {**row, "kl_bound": None}])  # one of the completions has no bound
     assert (unknown.kl_kind, unknown.kl) == ("unknown", None) and cells(unknown)["kl"] == "-"
 
 
@@ -166,7 +167,7 @@ def test_a_whole_report(tmp_path, tiny_model_folder, capsys):
     tree = {"use": "tree", "score": LOGP, "select": {"use": "beam", "width": 2}, "propose": {"use": "sampled_steps"}}
     decode = [BEST, {"recipe": "shaped.yaml", "sweep": {"strength": [0, 1]}}, {"decoder": tree}]
     path = write_suite(tmp_path, policy={"model": str(tiny_model_folder)}, decode=decode)
-    squared = f"{{use: log_ratio, plus: {tiny_model_folder}}}"  # at strength 1 the policy's law is squared
+    squared = f"{{use: log_ratio, plus: {tiny_model_folder}}}"  # at strength 1 the policy's distribution is squared
     (tmp_path / "shaped.yaml").write_text(RECIPE.replace("{use: path_logp}", squared), encoding="utf-8")
     assert main(["eval", str(path), "--completions=2"]) == 0
     report = tmp_path / "report"
@@ -175,7 +176,7 @@ def test_a_whole_report(tmp_path, tiny_model_folder, capsys):
     plain, two, three, zero, one, beam = points
     assert plain["kl"] == 0 and plain["scored"] == 0 and plain["generated"] == plain["tokens"]
     assert two["kl"] == pytest.approx(math.log(2) - 1 / 2) and three["scored"] == 3
-    assert 0 < zero["kl"] < one["kl"]  # at strength 0 the candidates are cut still
+    assert 0 < zero["kl"] < one["kl"]  # also at strength 0 the candidates are cut to the k best
     assert beam["generated"] > beam["tokens"] and all(point["completions"] == 8 for point in points)
     with (report / "table.csv").open(encoding="utf-8") as file:
         assert [row["method"] for row in csv.DictReader(file)] == [point["method"] for point in points]

@@ -1,4 +1,4 @@
-"""Best-of-n, over-optimisation and RewardBench accuracy, against enumeration and values worked out by hand."""
+"""Best-of-n, over-optimisation and RewardBench accuracy, against enumeration and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ PROXY, GOLD = torch.tensor([0.1, 0.4, 0.2, 0.9, 0.5]), torch.tensor([1.0, 3.0, 2
 
 
 def enumerated(proxy: list[float], gold: list[float], n: int) -> float:
-    """The mean over all sets of n samples of the gold reward of the proxy's best; ties are shared."""
-    found = []
+    """Gold reward of the proxy's best sample, averaged over all sets of n samples; ties share their gold rewards."""
+    rewards = []
     for chosen in combinations(range(len(proxy)), n):
         top = max(proxy[i] for i in chosen)
-        found.append(mean(gold[i] for i in chosen if proxy[i] == top))
-    return mean(found)
+        rewards.append(mean(gold[i] for i in chosen if proxy[i] == top))
+    return mean(rewards)
 
 
 def test_best_of_n_worked_out_by_hand():
-    found = best_of_n(PROXY, GOLD, [1, 2, 3, 5])
-    assert [round(float(found[n]), 6) for n in (1, 2, 3, 5)] == [2.2, 2.3, 1.8, 0.0]
+    rewards = best_of_n(PROXY, GOLD, [1, 2, 3, 5])
+    assert [round(float(rewards[n]), 6) for n in (1, 2, 3, 5)] == [2.2, 2.3, 1.8, 0.0]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.floats(-5, 5)), min_size=1, max_size=7, unique_by=lambda each: each[0]))
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(-5, 5)), min_size=1, max_size=7, unique_by=lambda pair: pair[0]))
 def test_best_of_n_is_the_mean_over_all_sets(samples):
     proxy, gold = [float(p) for p, _ in samples], [g for _, g in samples]
     sizes = range(1, len(samples) + 1)
-    found = best_of_n(torch.tensor(proxy), torch.tensor(gold, dtype=torch.float64), sizes)
+    rewards = best_of_n(torch.tensor(proxy), torch.tensor(gold, dtype=torch.float64), sizes)
     for n in sizes:
-        assert float(found[n]) == pytest.approx(enumerated(proxy, gold, n), abs=1e-9)
+        assert float(rewards[n]) == pytest.approx(enumerated(proxy, gold, n), abs=1e-9)
 
 
 def test_equal_proxy_rewards_do_not_depend_on_the_order():
@@ -66,7 +66,7 @@ def test_best_of_n_needs_n_samples():
 def test_kl_of_best_of_n():
     assert best_of_n_kl(1) == 0
     assert best_of_n_kl(4) == pytest.approx(math.log(4) - 0.75)
-    # Of n uniform ranks the best has density n u^(n - 1): the integral of its logarithm under itself.
+    # The best of n uniform ranks has density n u^(n - 1); its KL is the integral of the log density under itself.
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     density = 8 * u**7
     assert best_of_n_kl(8) == pytest.approx(float((density * density.log()).mean()), abs=1e-6)
@@ -88,16 +88,16 @@ def test_law_of_overoptimisation_is_recovered(method: str):
     alpha, beta = 1.3, 0.4
     kl = [0.0, 0.3, 1.0, 2.0, 4.0, 9.0]
     gold = [2.0 + (d := math.sqrt(k)) * (alpha - beta * (d if method == "best_of_n" else math.log(d or 1))) for k in kl]
-    found = overoptimisation(kl, gold, method=method)
-    assert found["alpha"] == pytest.approx(alpha) and found["beta"] == pytest.approx(beta)
-    assert found["residual"] == pytest.approx(0, abs=1e-9)
+    fit = overoptimisation(kl, gold, method=method)
+    assert fit["alpha"] == pytest.approx(alpha) and fit["beta"] == pytest.approx(beta)
+    assert fit["residual"] == pytest.approx(0, abs=1e-9)
     grid = [k / 1000 for k in range(1, 200_000)]
 
     def law(k: float) -> float:
         d = math.sqrt(k)
         return d * (alpha - beta * (d if method == "best_of_n" else math.log(d)))
 
-    assert found["peak_kl"] == pytest.approx(max(grid, key=law), abs=2e-3)
+    assert fit["peak_kl"] == pytest.approx(max(grid, key=law), abs=2e-3)
 
 
 def test_law_without_a_peak_or_points():
@@ -109,8 +109,7 @@ def test_law_without_a_peak_or_points():
 
 
 def test_moments_of_known_rewards():
-    found = moments(torch.tensor([1.0, float("nan"), 3.0]))
-    assert found == {"shift": 2.0, "scale": pytest.approx(2**0.5)}
+    assert moments(torch.tensor([1.0, float("nan"), 3.0])) == {"shift": 2.0, "scale": pytest.approx(2**0.5)}
     with pytest.raises(ValueError, match="all the same"):
         moments(torch.ones(3))
 
@@ -118,19 +117,19 @@ def test_moments_of_known_rewards():
 def test_accuracy_by_subset_and_section():
     rows = [{"subset": s} for s in ("math-prm", "math-prm", "hep-cpp", "donotanswer", "mine")]
     results = [{"correct": c} for c in (1.0, 0.0, 1.0, 0.5, 0.0)]
-    found = accuracy(rows, results)
-    assert found["subsets"] == {"math-prm": 0.5, "hep-cpp": 1.0, "donotanswer": 0.5, "mine": 0.0}
-    assert found["sections"]["Reasoning"] == pytest.approx((984 * 0.5 + 164 * 1.0) / (984 + 164))
-    assert set(found["sections"]) == {"Reasoning", "Safety"} and found["all"] == 0.5
-    assert found["score"] == pytest.approx((found["sections"]["Reasoning"] + 0.5) / 2)
-    assert found["counts"]["math-prm"] == 2
+    accuracies = accuracy(rows, results)
+    assert accuracies["subsets"] == {"math-prm": 0.5, "hep-cpp": 1.0, "donotanswer": 0.5, "mine": 0.0}
+    assert accuracies["sections"]["Reasoning"] == pytest.approx((984 * 0.5 + 164 * 1.0) / (984 + 164))
+    assert set(accuracies["sections"]) == {"Reasoning", "Safety"} and accuracies["all"] == 0.5
+    assert accuracies["score"] == pytest.approx((accuracies["sections"]["Reasoning"] + 0.5) / 2)
+    assert accuracies["counts"]["math-prm"] == 2
     assert "score" not in accuracy(rows[-1:], results[-1:])
 
 
 def test_sections_hold_all_of_rewardbench():
     sizes = {section: sum(weights.values()) for section, weights in SECTIONS.items()}
     assert sizes == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 984 + 6 * 164}
-    assert sum(sizes.values()) - 984 + 447 == 2985  # the pairs that the paper counts
+    assert sum(sizes.values()) - 984 + 447 == 2985  # number of pairs in the paper
 
 
 def test_pairs_are_scored_and_compared(tmp_path):
@@ -148,10 +147,10 @@ def test_pairs_are_scored_and_compared(tmp_path):
         assert prompts == [[{"role": "user", "content": "p"}]] * 3
         return torch.tensor([float(len(text)) for text in completions])
 
-    found = score_pairs(rows, by_length)
-    assert [each["correct"] for each in found] == [1.0, 0.0, 0.5]
+    scored = score_pairs(rows, by_length)
+    assert [result["correct"] for result in scored] == [1.0, 0.0, 0.5]
     compared = compare_pairs(rows, lambda pairs: torch.tensor([0.9, 0.2, 0.5]))
-    assert [each["correct"] for each in compared] == [1.0, 0.0, 0.5]
+    assert [result["correct"] for result in compared] == [1.0, 0.0, 0.5]
     path.write_text(json.dumps({"prompt": "p", "chosen": 3, "rejected": "x"}) + "\n")
     with pytest.raises(DataError, match=r"pairs.jsonl:1: column 'chosen' is 3 \(a number\)"):
         read_pairs(sections.DataSection(path=str(path)))

@@ -1,4 +1,4 @@
-"""The value report: figures against scalar loops and hand-made examples, pictures, page, and whole runs."""
+"""The value report: metrics against scalar loops and against numbers worked out by hand, branches, pictures, page."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from posttrain.reports.value_plots import draw_all, draw_branches, draw_steps
 from posttrain.rollout.branches import choose_branch_points, value_at
 from posttrain.training import value_metrics as values
 
-# --------------------------------------------------------------------------------------------------- figures, by hand
+# --------------------------------------------------------------------------------------------------- metrics, by hand
 
 
 def test_explained_variance_by_hand():
     """Targets 0, 0, 1, 1 vary by 1/4. Values .1, .3, .6, 1 leave errors -.1, -.3, .4, 0 with mean 0 and variance
-    (.01 + .09 + .16) / 4 = .065: explained is 1 - .065 / .25 = .74. A constant added to all values changes nothing."""
+    (.01 + .09 + .16) / 4 = .065: the explained variance is 1 - .065 / .25 = .74. A constant added to all values changes
+    nothing."""
     value, target = torch.tensor([0.1, 0.3, 0.6, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
     assert values.explained_variance(value, target) == pytest.approx(0.74, abs=1e-7)
     assert values.explained_variance(value + 5, target) == pytest.approx(0.74, abs=1e-6)
@@ -34,7 +35,7 @@ def test_explained_variance_by_hand():
 
 
 def stored_batch() -> Batch:
-    """Two completions of each of two prompts: 2, 2, 4 and 2 tokens after one token of prompt; the last was cut off."""
+    """Two completions of each of two prompts: 2, 2, 4 and 2 tokens after one prompt token; the last was cut off."""
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]).bool()
     length = mask.sum(-1) + 1
     zeros = torch.zeros(mask.shape)
@@ -68,16 +69,16 @@ def states_of(batch: Batch) -> values.States:
 def test_summary_of_a_stored_batch_by_hand():
     """14 states. Outcomes: eight 1 (0.5 .6 .9 .5 .7 .8 .9 .9, sum 5.8), six 0 (.5 .4 .1 .5 .4 .3, sum 2.2).
 
-    Squares of the errors: of the ones .25 .16 .01 .25 .09 .04 .01 .01 = .82, of the zeros .25 .16 .01 .25 .16 .09 =
-    .92; 1.74 in all, which is 14 times the Brier score. Mean error (8 - 8) / 14 = 0, so explained is
-    1 - (1.74 / 14) / (8 * 6 / 14^2) = .4925. In two bins of equal mass, with .5 (the 7th of 14) as the edge: the lower
-    holds .1 .3 .4 .4 .5 .5 .5 .5, mean .4, two of whose outcomes are 1; the upper .6 .7 .8 .9 .9 .9, mean .8, all 1:
-    the calibration error is (8 |.4 - .25| + 6 |.8 - 1|) / 14 = 2.4 / 14. At their ends the values are .9 .1 .9 for
-    1 0 1, so the bias of the finished is (-.1 + .1 - .1) / 3, and .3 for 0 where one was cut off.
+    Squared errors: .25 .16 .01 .25 .09 .04 .01 .01 = .82 for outcome 1, .25 .16 .01 .25 .16 .09 = .92 for outcome 0,
+    1.74 in all, which is 14 times the Brier score. The mean error is (8 - 8) / 14 = 0, so the explained variance is
+    1 - (1.74 / 14) / (8 * 6 / 14^2) = .4925. Two bins of equal mass have the edge .5 (the 7th of 14). The lower bin has
+    .1 .3 .4 .4 .5 .5 .5 .5, mean .4, with two outcomes of 1; the upper bin .6 .7 .8 .9 .9 .9, mean .8, all outcomes 1.
+    The calibration error is (8 |.4 - .25| + 6 |.8 - 1|) / 14 = 2.4 / 14. At the end of the finished completions the
+    values are .9 .1 .9 for outcomes 1 0 1: bias (-.1 + .1 - .1) / 3. At the end of the one that was cut off: .3 for 0.
     """
     states = states_of(stored_batch())
     curve = values.calibration(states, bins=2)
-    found = values.summary(states, curve)
+    metrics = values.summary(states, curve)
     expected = {
         "value/states": 14,
         "value/mean": 8 / 14,
@@ -91,14 +92,14 @@ def test_summary_of_a_stored_batch_by_hand():
         "value/bias_truncated": 0.3,
         "value/bias_finished": -0.1 / 3,
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (curve.count, curve.value, curve.outcome) == ([8, 6], pytest.approx([0.4, 0.8]), [0.25, 1.0])
     assert curve.low == pytest.approx([0.1, 0.5]) and curve.high == pytest.approx([0.5, 0.9])
 
 
 def test_positions_and_steps_by_hand():
-    """Prompts alone stand at position 0; in halves, 0 to 1/2 without its end holds the prompts and the first token of
-    four; steps of two tokens: the fourth token of the third completion ends step 1."""
+    """The first half of positions, 0 to 1/2 without its end, has the four prompts and the first of four tokens. Steps
+    have two tokens, so that only the third completion reaches step 1."""
     states = states_of(stored_batch())
     halves = values.by_position(states, bins=2)
     assert halves.count == [5, 9]
@@ -117,7 +118,7 @@ def test_brier_score_is_for_outcomes_of_zero_and_one():
 
 
 def test_soft_values_are_means_on_their_scale():
-    """V = beta log E exp(r / beta) of r = 0, 1 with equal odds lies on the new scale at the mean of both outcomes."""
+    """V = beta log E exp(r / beta) for r = 0, 1 with equal odds becomes the mean of both outcomes on the new scale."""
     beta, outcomes = 0.5, torch.tensor([0.0, 1.0], dtype=torch.float64)
     value = beta * (outcomes / beta).exp().mean().log()
     scaled = values.on_mean_scale(outcomes, "soft", beta, top=1.0)
@@ -125,7 +126,7 @@ def test_soft_values_are_means_on_their_scale():
     assert torch.equal(values.on_mean_scale(outcomes, "mean", beta, top=1.0), outcomes)
 
 
-# -------------------------------------------------------------------------------------- figures, against scalar loops
+# -------------------------------------------------------------------------------------- metrics, against scalar loops
 
 
 def random_states(batch: Batch) -> tuple[Batch, values.States, list[dict]]:
@@ -137,29 +138,29 @@ def random_states(batch: Batch) -> tuple[Batch, values.States, list[dict]]:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), groups=st.integers(1, 4), bins=st.integers(2, 12))
-def test_figures_equal_scalar_loops(seed: int, groups: int, bins: int):
+def test_metrics_equal_scalar_loops(seed: int, groups: int, bins: int):
     from conftest import make_random_batch
 
-    _, states, found = random_states(make_random_batch(seed, groups=groups))
+    _, states, loop_states = random_states(make_random_batch(seed, groups=groups))
     names = ("value", "outcome", "position", "step", "last", "truncated", "group")
     for name in names:
-        assert getattr(states, name).tolist() == pytest.approx([state[name] for state in found])
-    curve, expected = values.calibration(states, bins), reference.calibration(found, bins)
+        assert getattr(states, name).tolist() == pytest.approx([state[name] for state in loop_states])
+    curve, expected = values.calibration(states, bins), reference.calibration(loop_states, bins)
     for name in ("count", "value", "outcome", "standard_error"):
-        assert getattr(curve, name) == pytest.approx([one[name] for one in expected], abs=1e-9)
+        assert getattr(curve, name) == pytest.approx([bin[name] for bin in expected], abs=1e-9)
     error = values.expected_calibration_error(curve)
     assert error == pytest.approx(reference.calibration_error(expected))
-    targets = [state["outcome"] for state in found]
+    targets = [state["outcome"] for state in loop_states]
     if len(set(targets)) > 1:
-        explained = reference.explained_variance([state["value"] for state in found], targets)
+        explained = reference.explained_variance([state["value"] for state in loop_states], targets)
         assert values.explained_variance(states.value, states.outcome) == pytest.approx(explained)
 
 
 @settings(max_examples=30, deadline=None)
 @given(numbers=st.lists(st.floats(-(2.0**80), 2.0**80, width=32), min_size=1, max_size=30), level=st.floats(0, 1))
 def test_quantiles_are_elements_found_by_counting(numbers: list[float], level: float):
-    found = values.global_quantiles(torch.tensor(numbers), [level])
-    assert float(found[0]) == reference.quantile(numbers, level)
+    quantiles = values.global_quantiles(torch.tensor(numbers), [level])
+    assert float(quantiles[0]) == reference.quantile(numbers, level)
 
 
 @settings(max_examples=15, deadline=None)
@@ -168,29 +169,30 @@ def test_agreement_equals_scalar_loops(seed: int):
     generator = torch.Generator().manual_seed(seed)
     value, outcomes = torch.rand(9, generator=generator), (torch.rand(9, 6, generator=generator) > 0.4).float()
     outcomes[torch.rand(9, 6, generator=generator) > 0.8] = math.nan
-    outcomes[0, 1:] = math.nan  # one is not enough
+    outcomes[0, 1:] = math.nan  # one continuation is not enough
     value[1] = math.nan
-    found = values.agreement(value, outcomes)
-    assert found == pytest.approx(reference.agreement(value.tolist(), outcomes.tolist()), abs=1e-6)
+    metrics = values.agreement(value, outcomes)
+    assert metrics == pytest.approx(reference.agreement(value.tolist(), outcomes.tolist()), abs=1e-6)
 
 
 def test_the_noise_of_few_continuations_is_taken_out():
-    """Values that are the true probabilities of the outcomes: the error against means of 8 is all noise, and the
-    correlation is what the ceiling says."""
+    """If values are the true probabilities of the outcomes, the error against means of 8 is all noise, and the
+    correlation reaches its ceiling."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.rand(4000, generator=generator, dtype=torch.float64)
     outcomes = (torch.rand(4000, 8, generator=generator, dtype=torch.float64) < truth[:, None]).double()
-    found = values.agreement(truth, outcomes)
+    metrics = values.agreement(truth, outcomes)
     plain = float((truth - outcomes.mean(-1)).square().mean().sqrt())
-    assert plain > 0.13 and found["branches/rmse"] < 0.03
-    assert found["branches/correlation"] == pytest.approx(found["branches/correlation_ceiling"], abs=0.01)
+    assert plain > 0.13 and metrics["branches/rmse"] < 0.03
+    assert metrics["branches/correlation"] == pytest.approx(metrics["branches/correlation_ceiling"], abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks
 
 
 def across(shares: list[values.States]):
-    """Runs ``measure`` on each share in a thread of its own, with sums over all of them: ranks, in lock-step."""
+    """Returns a function that runs ``measure`` on each share in a thread of its own, with sums over all shares, like
+    ranks in lock-step."""
     import threading
 
     barrier, board = threading.Barrier(len(shares)), [torch.zeros(0)] * len(shares)
@@ -208,10 +210,10 @@ def across(shares: list[values.States]):
     def run(measure) -> list:
         results: list = [None] * len(shares)
 
-        def one(rank: int) -> None:
+        def run_rank(rank: int) -> None:
             results[rank] = measure(dataclasses.replace(shares[rank], all_sum=all_sum_of(rank)))
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(shares))]
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(len(shares))]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -222,6 +224,7 @@ def across(shares: list[values.States]):
 
 
 def everything(states: values.States) -> dict:
+    """Every metric and curve of the report."""
     calibration = values.calibration(states, 4)
     return {
         **values.summary(states, calibration),
@@ -244,19 +247,19 @@ def flat(data: object) -> list[float]:
 
 
 def test_two_ranks_equal_one(random_batch):
-    """A share of the prompts on each of two ranks, and a third rank with none: every figure is that of one process."""
+    """Two ranks with a share of the prompts each, and a third one without any, give the metrics of one process."""
     _, states, _ = random_states(random_batch(3, groups=5))
     expected = flat(everything(states))
     shares = [states.where(states.group % 3 == 0), states.where(states.group % 3 != 0), states.where(states.group < 0)]
-    for found in across(shares)(everything):
-        assert flat(found) == pytest.approx(expected, nan_ok=True, abs=1e-9)
+    for metrics in across(shares)(everything):
+        assert flat(metrics) == pytest.approx(expected, nan_ok=True, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------- metrics of a training step
 
 
 def test_metrics_of_a_step_by_hand():
-    """Targets are the rewards; at the last token of the completion that was cut off there is none."""
+    """The targets are the rewards, except that the last token of the completion that was cut off has no target."""
     from posttrain.system.processes import Processes
 
     batch = stored_batch()
@@ -286,19 +289,18 @@ def test_metrics_of_a_step_by_hand():
 
 
 def decode(ids) -> str:
-    """Bytes as tokens: a character may be several."""
+    """Decodes tokens that are bytes; a character may have several."""
     return bytes(ids).decode(errors="replace")
 
 
 def test_pieces_keep_characters_of_several_tokens_whole():
     text = "a\u00e9\u20acb"
-    found = pieces(list(text.encode()), decode)
-    assert found == ["a", "", "\u00e9", "", "", "\u20ac", "b"]
+    assert pieces(list(text.encode()), decode) == ["a", "", "\u00e9", "", "", "\u20ac", "b"]
     assert pieces([65, 0xFF, 66], decode)[0] == "A" and len(pieces([65, 0xFF, 66], decode)) == 3
 
 
 def test_steps_end_with_their_separators():
-    """A run of separators ends one step, and one at the very end begins none."""
+    """Several separators in a row end one step; a separator at the very end does not begin a step."""
     text = b"ab\n\nc\nde\n"
     row = torch.tensor([list(b"??" + text)])
     mask, zeros = torch.tensor([[False] * 2 + [True] * len(text)]), torch.zeros(row.shape)
@@ -324,10 +326,10 @@ def test_prefixes_spread_over_completions_and_do_not_depend_on_other_prompts(ran
         assert batch.tokens[row, : column + 1].tolist() == prefix.prompt + prefix.chosen
         assert len(prefix.prompt) == 3 and j % 3 <= 3 * len(prefix.chosen) / length + 3 / length
         assert 3 * len(prefix.chosen) / length < j % 3 + 1
-    own = choose_branch_points(batch[batch.group == 1], prompts=3, per_prompt=3, seed=5)
-    assert [one.chosen for one in own] == [one.chosen for one in prefixes[3:6]]
+    alone = choose_branch_points(batch[batch.group == 1], prompts=3, per_prompt=3, seed=5)
+    assert [prefix.chosen for prefix in alone] == [prefix.chosen for prefix in prefixes[3:6]]
     assert batch.value is not None
-    assert value_at(batch.value, prefixes).tolist() == [float(batch.value[one.at]) for one in prefixes]
+    assert value_at(batch.value, prefixes).tolist() == [float(batch.value[prefix.at]) for prefix in prefixes]
     assert value_at(batch.value, []).shape == (0,)
 
 

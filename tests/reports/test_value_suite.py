@@ -30,6 +30,7 @@ SUITE = {
 
 
 def write_suite(folder: Path, **changes) -> Path:
+    """Writes a small value suite with its data and verifier, and returns its path; None drops a section."""
     folder.mkdir(exist_ok=True)
     rows = [{"prompt": f"{a}+{b}", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,14 +50,14 @@ def write_suite(folder: Path, **changes) -> Path:
         ({"policy": None}, [], "suite.yaml:1:1:", "'policy' is missing"),
         ({"verify": None}, [], "suite.yaml:1:1:", "'verify' is missing"),
         ({"data": None}, [], "suite.yaml:1:1:", "give `data`"),
-        ({"rollouts": "rollouts"}, [], "suite.yaml:4:1: data:", "leave one of both out"),
+        ({"rollouts": "rollouts"}, [], "suite.yaml:4:1: data:", "leave one of them out"),
         ({"report": {"bins": 1}}, [], "suite.yaml:[0-9]+:3: report.bins:", "greater than or equal to 2"),
         ({}, ["--sampling.temperature=0"], "command line: --sampling.temperature=0:", "greedily"),
         ({}, ["--value.model=nowhere/at/all"], "command line: --value.model=nowhere/at/all:", "no folder"),
         ({}, ["--lr=1"], "command line: --lr=1:", "unknown key"),
     ],
 )
-def test_mistakes_in_a_suite_are_told_with_their_place(
+def test_mistakes_in_a_suite_are_reported_with_their_place(
     changes, overrides, place, words, tmp_path, capsys, monkeypatch, tiny_model_folder
 ):
     monkeypatch.chdir(tmp_path)
@@ -66,7 +67,7 @@ def test_mistakes_in_a_suite_are_told_with_their_place(
     assert re.search(place, message) and words in message and "Traceback" not in message, message
 
 
-def test_the_shipped_suite_asks_for_what_it_lacks(capsys):
+def test_the_shipped_suite_names_the_section_to_add(capsys):
     assert main(["eval", str(Path(__file__).parents[2] / "eval" / "value.yaml")]) == 2
     message = capsys.readouterr().err
     assert "value.yaml:1:1" in message and "'value' is missing" in message
@@ -74,7 +75,7 @@ def test_the_shipped_suite_asks_for_what_it_lacks(capsys):
 
 @pytest.fixture(scope="module")
 def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved value model of the tiny policy, with a head of random weights."""
+    """Folder of a saved value model of the tiny policy, with a head of random weights."""
     from transformers import AutoTokenizer
 
     from posttrain.models.value_files import build_value, save_value
@@ -99,10 +100,10 @@ def test_a_whole_report(engine: str, tmp_path: Path, tiny_model_folder: Path, va
     path = write_suite(tmp_path, policy={"model": str(tiny_model_folder)}, value={"model": str(value_folder)})
     done = command("-m", "posttrain", "eval", str(path), f"--engine.use={engine}", "--engine.cache_mb=16")
     assert done.returncode == 0, done.stderr
-    found = metrics_of(tmp_path)
-    assert found["value/states"] > 10 * 3 and found["branches/prefixes"] == 8
-    assert found["value/rmse"] > 0 and found["value/calibration_error"] > 0
-    assert f"{found['value/explained_variance']:.4f}" in done.stdout and "index.html" in done.stdout
+    metrics = metrics_of(tmp_path)
+    assert metrics["value/states"] > 10 * 3 and metrics["branches/prefixes"] == 8
+    assert metrics["value/rmse"] > 0 and metrics["value/calibration_error"] > 0
+    assert f"{metrics['value/explained_variance']:.4f}" in done.stdout and "index.html" in done.stdout
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("data:image/png") == len(list((tmp_path / "report").glob("*.png"))) >= 4
     assert page.count("<pre>") == 6 + 1
@@ -120,7 +121,7 @@ def test_two_processes_report_what_one_does(tmp_path: Path, tiny_model_folder: P
 
 @pytest.mark.engine
 def test_stored_rollouts_are_read_instead_of_sampled(tmp_path: Path, tiny_model_folder: Path, value_folder: Path):
-    """Figures of what a run stored equal those computed by hand from its files and the model's values."""
+    """Metrics of a run's stored rollouts equal scalar loops over its files and the model's values."""
     run = write_run(tmp_path / "run", tiny_model_folder, steps=2)
     assert main([str(run)]) == 0
     rollouts = tmp_path / "run" / "run" / "rollouts"
@@ -133,15 +134,15 @@ def test_stored_rollouts_are_read_instead_of_sampled(tmp_path: Path, tiny_model_
         branches={"prompts": 0},
     )
     assert main(["eval", str(path)]) == 0
-    found = metrics_of(tmp_path)
+    metrics = metrics_of(tmp_path)
     model, states = load_value(value_folder), []
     for number, file in enumerate(sorted(rollouts.glob("*.parquet"))):
         batch = read_rollouts(file)
         with torch.no_grad():
             value, _ = model(batch.tokens, batch.states)
-        states += [one | {"group": (number, one["group"])} for one in reference.states(batch, value, batch.score)]
-    explained = reference.explained_variance([one["value"] for one in states], [one["outcome"] for one in states])
-    assert found["value/states"] == len(states)
-    assert found["value/explained_variance"] == pytest.approx(explained, abs=1e-5)
+        states += [state | {"group": (number, state["group"])} for state in reference.states(batch, value, batch.score)]
+    explained = reference.explained_variance([s["value"] for s in states], [s["outcome"] for s in states])
+    assert metrics["value/states"] == len(states)
+    assert metrics["value/explained_variance"] == pytest.approx(explained, abs=1e-5)
     error = reference.calibration_error(reference.calibration(states, 4))
-    assert found["value/calibration_error"] == pytest.approx(error, abs=1e-5)
+    assert metrics["value/calibration_error"] == pytest.approx(error, abs=1e-5)

@@ -1,0 +1,142 @@
+"""Measures reward models: accuracy on pairs, and best-of-n curves on stored rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from posttrain.batch import Batch, seq_sum
+from posttrain.data.rollout_files import find_rollouts, read_rollouts
+from posttrain.errors import DataError, RecipeError
+from posttrain.recipe.part import Part
+from posttrain.reports.metrics_file import write_metrics
+from posttrain.reports.reward_accuracy import accuracy, compare_pairs, read_pairs, score_pairs
+from posttrain.reports.reward_curves import best_of_n_curve, draw_curve, moments, overoptimisation
+from posttrain.reports.reward_suite import RewardSuite
+
+
+def measure_rewards(suite: RewardSuite) -> Path:
+    """Measures the reward models of a suite, prints the figures, and writes ``metrics.json`` and ``best_of_n.png``.
+
+    Returns:
+        The report's folder.
+
+    Raises:
+        UserError: if a model is missing, or the pairs or rollouts do not fit; the message says what to change.
+    """
+    for part in suite.reward:
+        if (needs := getattr(part.call, "needs", None)) is not None:
+            needs()  # fails if a model is missing
+    report: dict[str, Any] = {}
+    folder = suite.report_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if suite.data is not None:
+        rows = read_pairs(suite.data, suite.base)
+        report["pairs"] = measure_pairs(suite.reward, rows)
+    if suite.rollouts is not None:
+        files = find_rollouts(suite.rollouts, suite.base)
+        report["best_of_n"] = measure_best_of_n(suite.reward, files, suite.sizes)
+        figure = draw_curve(report["best_of_n"]["curve"], report["best_of_n"]["law"])
+        figure.savefig(folder / "best_of_n.png")
+    write_metrics(folder, report)
+    print(*report_lines(report), f"  {folder}", sep="\n")
+    return folder
+
+
+def measure_pairs(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Computes accuracies on pairs, of one judge that compares, or of the weighted sum of models that score."""
+    compare = getattr(parts[0].call, "probabilities", None)
+    if compare is not None and len(parts) == 1:
+        return accuracy(rows, compare_pairs(rows, compare))
+    scorers = [(part.weight, _text_scorer(part)) for part in parts]
+
+    def total(prompts: Sequence[Any], completions: Sequence[str]) -> Float[Tensor, " M"]:
+        return torch.stack([weight * scorer(prompts, completions) for weight, scorer in scorers]).sum(0)
+
+    return accuracy(rows, score_pairs(rows, total))
+
+
+def _text_scorer(part: Part) -> Callable[[Sequence[Any], Sequence[str]], Float[Tensor, " M"]]:
+    scorer = getattr(part.call, "of_texts", None)
+    if scorer is None:
+        raise RecipeError(f"reward: {part.name} cannot score texts, so it has no accuracy on pairs; leave `data` out")
+    return scorer
+
+
+def measure_best_of_n(parts: Iterable[Part], files: Sequence[Path], sizes: Iterable[int]) -> dict[str, Any]:
+    """Computes the gold reward of the completion that the reward models rank highest, against n and KL.
+
+    Args:
+        parts: reward models, the proxy.
+        files: rollouts whose verifiers' scores are the gold rewards.
+        sizes: n's; those above the number of completions of a prompt are left out.
+
+    Returns:
+        ``prompts`` and ``completions`` (their numbers), ``curve``, ``law`` (the fit of :func:`overoptimisation`; None
+        for fewer than two sizes beside 1), and ``moments`` of the proxy, for ``shift`` and ``scale`` of a reward model.
+    """
+    proxies, golds = [], []
+    for file in files:
+        batch = read_rollouts(file)
+        batch = batch[batch.score.isfinite() & ~batch.baseline_only & batch.mask.any(-1)]
+        if len(batch):
+            proxy, gold = _by_group(batch, _sum_of_rewards(parts, batch))
+            proxies += proxy
+            golds += gold
+    proxy, gold = _even(proxies), _even(golds)
+    if not len(proxy):
+        raise DataError(f"rollouts: no prompt in {files[0].parent} has a completion with a score")
+    usable = sorted(n for n in set(sizes) if n <= proxy.shape[1])
+    curve = best_of_n_curve(proxy, gold, usable)
+    law = overoptimisation(curve["kl"], curve["gold"]) if len(usable) > 2 else None
+    spread = moments(proxy) if float(proxy.std()) > 0 else None
+    numbers = {"prompts": proxy.shape[0], "completions": proxy.shape[1]}
+    return {**numbers, "curve": _with_known_errors(curve), "law": law, "moments": spread}
+
+
+def _sum_of_rewards(parts: Iterable[Part], batch: Batch) -> Float[Tensor, " N"]:
+    """Adds the parts' rewards up with their weights; step rewards are summed over the completion."""
+    total = torch.zeros(len(batch))
+    for part in parts:
+        value = part.weight * part(batch)
+        total += value if value.dim() == 1 else seq_sum(value, batch.mask)
+    return total
+
+
+def _by_group(batch: Batch, proxy: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Splits proxy and gold rewards into one tensor for each prompt."""
+    groups = [batch.group == name for name in batch.group.unique().tolist()]
+    return [proxy[group] for group in groups], [batch.score[group] for group in groups]
+
+
+def _even(groups: Sequence[Tensor]) -> Float[Tensor, "P N"]:
+    """Stacks the first rewards of each prompt, as many as the prompt with the fewest completions has."""
+    fewest = min(map(len, groups), default=0)
+    return torch.stack([group[:fewest] for group in groups]) if groups else torch.zeros(0, 0)
+
+
+def _with_known_errors(curve: dict[str, Any]) -> dict[str, Any]:
+    """Returns the curve without standard errors if there are none, as for one prompt: ``gold_error`` is then None."""
+    known = not any(math.isnan(error) for error in curve["gold_error"])
+    return curve if known else {**curve, "gold_error": None}
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Lines for the terminal: accuracies, and the best-of-n curve."""
+    lines = []
+    if pairs := report.get("pairs"):
+        parts = pairs["sections"] or pairs["subsets"]
+        lines.append(f"accuracy {pairs['all']:.3f} of {sum(pairs['counts'].values())} pairs")
+        lines += [f"  {name}: {value:.3f}" for name, value in parts.items()]
+    if best := report.get("best_of_n"):
+        curve = best["curve"]
+        lines.append(f"best of n by the reward, {best['prompts']} prompts of {best['completions']} completions")
+        columns = zip(curve["n"], curve["kl"], curve["proxy"], curve["gold"], curve["oracle"], strict=True)
+        lines += [f"  n {n}: KL {kl:.2f}, reward {p:.3f}, gold {g:.3f} of {o:.3f}" for n, kl, p, g, o in columns]
+    return lines

@@ -1,4 +1,4 @@
-"""``python -m posttrain recipe.yaml`` is ``posttrain train recipe.yaml``."""
+"""Runs the command line: ``python -m posttrain recipe.yaml`` is ``posttrain train recipe.yaml``."""
 
 import sys
 

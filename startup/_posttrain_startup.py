@@ -3,8 +3,8 @@
 Before CPython reads a script as source it asks ``sys.path_hooks`` for an importer of the script's path: that is how
 ``python archive.zip`` runs. ``install`` adds a hook that claims the main script, and only if it is a YAML file.
 
-``posttrain-startup.pth`` calls it when the interpreter starts, so this module stands alone and imports nothing that
-``site`` has not imported before.
+``posttrain-startup.pth`` calls it when the interpreter starts, so this module imports nothing that ``site`` has not
+imported before.
 """
 
 import os
@@ -14,7 +14,7 @@ SUFFIXES = (".yaml", ".yml")
 
 MAIN = """\
 import os, sys
-if sys.path and sys.path[0] == __file__:  # as of any script: its folder heads sys.path, not the script
+if sys.path and sys.path[0] == __file__:  # as for any script, its folder heads sys.path, not the script
     sys.path[0] = os.path.dirname(os.path.abspath(__file__))
 from posttrain.commands.cli import main
 sys.exit(main(sys.argv))
@@ -22,13 +22,17 @@ sys.exit(main(sys.argv))
 
 
 def install():
-    """Adds the hook; again is harmless (in a virtual environment ``site`` runs a .pth file twice)."""
+    """Adds the hook. A second call is harmless: in a virtual environment ``site`` runs a .pth file twice."""
     if claim not in sys.path_hooks:
         sys.path_hooks.append(claim)
 
 
 def claim(path):
-    """The path hook: an importer for the main script if it is a recipe."""
+    """The path hook: returns an importer for the main script if it is a recipe.
+
+    Raises:
+        ImportError: for any other path, which Python then handles as usual.
+    """
     if not isinstance(path, str) or not path.lower().endswith(SUFFIXES):
         raise ImportError("not a recipe", path=path)
     if _absolute(path) != _absolute(sys.argv[0]) or not os.path.isfile(path):
@@ -56,7 +60,7 @@ class RecipeImporter:
             return None
         from importlib.machinery import ModuleSpec
 
-        # A loader by its methods: deriving from importlib.abc.Loader would cost every start of Python an import.
+        # The loader does not derive from importlib.abc.Loader: importing that would slow down every start of Python.
         spec = ModuleSpec("__main__", self, origin=self.path)  # pyright: ignore[reportArgumentType]
         spec.has_location = True
         return spec

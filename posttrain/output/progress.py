@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live table on a terminal, a plain line now and then in a log file."""
+"""The display of a run: a live table on a terminal, or a plain line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from posttrain.system.interrupts import uninterrupted
 
 
 class Column(NamedTuple):
-    """A number worth showing: the metric it is read from, its heading, how it is written."""
+    """A column of the display."""
 
-    metric: str
+    metric: str  # name of the metric that it shows
     heading: str
-    form: str
+    form: str  # format of the number
 
 
 COLUMNS = (
@@ -37,8 +37,8 @@ COLUMNS = (
     Column("time/step", "s/step", "{:.2f}"),
     Column("time/peak_memory_mb", "memory MB", "{:,.0f}"),
 )
-TABLE_WIDTH = 160  # of tables with many columns, on whatever terminal: a cell that is cut says nothing
-ROWS = 8  # steps shown in the live table
+TABLE_WIDTH = 160  # width of tables with many columns, on any terminal: a cell that is cut off says nothing
+ROWS = 8  # number of steps in the live table
 
 
 class Progress:
@@ -48,13 +48,13 @@ class Progress:
     one plain line a step, at most one every ``every`` seconds, and always for the first and the last step.
 
     Args:
-        total: steps of the whole run.
-        start: steps done before, by the run that is resumed.
-        stream: where to write. What it cannot encode is replaced.
+        total: number of steps of the whole run.
+        start: number of steps done before, by the run that is resumed.
+        stream: stream to write to. Characters that it cannot encode are replaced.
         every: seconds between plain lines.
-        active: whether to show anything; False on all processes but the main one.
-        columns: the metrics to show, in order; those a run does not have are left out.
-        unit: what is counted.
+        active: False shows nothing, as on all processes but the main one.
+        columns: columns of the display, in order; a column is left out if the run does not have its metric.
+        unit: name of a step.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Progress:
                 self._live = None
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows that ``step`` has ended. Metrics that belong to no column are ignored."""
+        """Shows that ``step`` has ended. Metrics without a column are ignored."""
         shown = {column.metric: _number(metrics[column.metric]) for column in self.columns if column.metric in metrics}
         self.step = step
         self.history.append((step, shown))
@@ -107,14 +107,14 @@ class Progress:
                 self._print_line(step, shown)
 
     def note(self, message: str) -> None:
-        """One line for the person who watches, above the live table."""
+        """Prints one line for the person who watches, above the live table."""
         with uninterrupted():
             if self.active:
                 self._write(message)
 
     @property
     def eta(self) -> float:
-        """Seconds that the remaining steps will take at the mean pace so far; NaN before the first step."""
+        """Seconds that the remaining steps take at the mean pace so far; NaN before the first step."""
         done = self.step - self.start
         return (time.monotonic() - self._began) / done * (self.total - self.step) if done else float("nan")
 
@@ -133,7 +133,7 @@ class Progress:
                 yield column, column.form.format(shown[column.metric])
 
     def _view(self) -> Group:
-        """The live table: the bar, then the newest steps."""
+        """Builds the live display: the bar, and the table of the newest steps."""
         elapsed = duration(time.monotonic() - self._began)
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
@@ -152,7 +152,7 @@ class Progress:
         return Group(bar, table)
 
     def _write(self, text: str) -> None:
-        """Prints text as it is (no markup, no wrapping), with a question mark for what the stream cannot encode."""
+        """Prints text without markup or wrapping; characters that the stream cannot encode become question marks."""
         encoding = self.console.encoding or "utf-8"
         self.console.print(text.encode(encoding, errors="replace").decode(encoding), markup=False, soft_wrap=True)
         self.console.file.flush()
@@ -164,7 +164,7 @@ def _number(value: Any) -> float:
 
 
 def duration(seconds: float) -> str:
-    """``42s``, ``3m07s``, ``2h05m``; ``?`` for NaN."""
+    """Formats a time as ``42s``, ``3m07s`` or ``2h05m``; ``?`` for NaN."""
     if seconds != seconds:
         return "?"
     whole = round(seconds)
@@ -176,10 +176,10 @@ def duration(seconds: float) -> str:
 
 
 def _redirect_handlers() -> list[tuple[logging.StreamHandler, Any]]:
-    """Points log handlers that hold the terminal's own streams at the streams that ``Live`` has put in their place.
+    """Redirects log handlers from the terminal's own streams to the streams that ``Live`` has put in their place.
 
-    ``Live`` replaces ``sys.stdout`` and ``sys.stderr``, but a handler made earlier keeps the stream it was made with
-    and would write across the table.
+    ``Live`` replaces ``sys.stdout`` and ``sys.stderr``, but a handler made earlier keeps the stream that it was made
+    with and would write across the table. Returns the handlers with their earlier streams.
     """
     replaced = {id(sys.__stdout__): sys.stdout, id(sys.__stderr__): sys.stderr}
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]

@@ -1,16 +1,16 @@
-"""The folder of a run: what lies where, checkpoints that are whole or absent, rollouts as Parquet files.
+"""The folder of a run: its files, checkpoints that are whole or absent, and the rewind of a resumed run.
 
 ::
 
     runs/<name>/
       recipe.yaml                    the resolved recipe
       left_out.json                  rows of the data that are not used, and why
-      metrics.jsonl                  a line a step (posttrain.output.tracking)
-      rollouts/step-000010.parquet   a row a completion
+      metrics.jsonl                  a line for each step (posttrain.output.tracking)
+      rollouts/step-000010.parquet   a row for each completion
       tensorboard/
-      checkpoints/step-000050/       all that an exact resume needs
+      checkpoints/step-000050/       everything that an exact resume needs
       model/                         the final model, in the Hugging Face format
-      dump/                          what a run that stopped on an error left behind
+      dump/                          last batch of a run that stopped on an error
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import yaml
 from posttrain.data.left_out import LeftOut, as_plain
 from posttrain.errors import UserError
 from posttrain.output.tracking import truncate_metrics
-from posttrain.system.files import sync, sync_tree
+from posttrain.system.files import atomic_write, sync, sync_tree
 
 MARKER = "complete.json"  # the last file written into a checkpoint
 _STEP = re.compile(r"step-(\d+)")
@@ -37,7 +37,7 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the files of one run lie. Making the object touches no file."""
+    """Paths of the files of one run. Making the object touches no file."""
 
     path: Path
 
@@ -55,7 +55,7 @@ class RunFolder:
 
     @property
     def value(self) -> Path:
-        """The trained value model."""
+        """Folder of the trained value model."""
         return self.path / "value"
 
     @property
@@ -67,25 +67,25 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def rollouts(self, step: int, rank: int = 0) -> Path:
-        """The file for one process's completions of a step; a run of one process has ``step-000010.parquet``."""
+        """File of one process's completions of a step; a run of one process has ``step-000010.parquet``."""
         return self.path / "rollouts" / f"{step_name(step)}{f'-rank-{rank}' if rank else ''}.parquet"
 
     def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint of the highest step, if there is one."""
+        """Returns the complete checkpoint of the highest step, if there is one."""
         return max(self._complete_checkpoints(), key=step_of, default=None)
 
     def _complete_checkpoints(self) -> list[Path]:
-        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return [path for path in found if _STEP.fullmatch(path.name) and (path / MARKER).is_file()]
+        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return [path for path in paths if _STEP.fullmatch(path.name) and (path / MARKER).is_file()]
 
 
 def step_name(step: int) -> str:
-    """``step-000050``: names that sort by step."""
+    """Name of a step's file or folder, such as ``step-000050``; names sort by step."""
     return f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint or a rollout file."""
+    """Reads the step from the name of a checkpoint or a rollout file."""
     match = _STEP.match(path.name)
     if match is None:
         raise ValueError(f"{path.name!r} does not start with 'step-' and a number")
@@ -93,18 +93,18 @@ def step_of(path: Path) -> int:
 
 
 def open_run(path: Path | str, resolved: Mapping[str, Any], *, resume: bool = False) -> tuple[RunFolder, Path | None]:
-    """Makes the folder of a new run, or rewinds that of an old one to its last checkpoint. For the main process only.
+    """Makes the folder of a new run, or rewinds that of an old one to its last checkpoint. Main process only.
 
     Rewinding drops the metrics and rollouts of the steps after the checkpoint, which the resumed run makes again. A run
     that was stopped before its first checkpoint starts again from its first step.
 
     Args:
         path: the run folder.
-        resolved: plain data of the whole recipe, written to ``recipe.yaml``.
-        resume: whether to go on with the run in the folder.
+        resolved: the whole recipe as plain data, written to ``recipe.yaml``.
+        resume: go on with the run in the folder.
 
     Returns:
-        The folder, and the checkpoint to go on from (None: from the start).
+        The folder, and the checkpoint to go on from (None: start with the first step).
 
     Raises:
         UserError: if the folder is in use and ``resume`` is not set, or if there is nothing to resume.
@@ -114,9 +114,9 @@ def open_run(path: Path | str, resolved: Mapping[str, Any], *, resume: bool = Fa
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; `--run.folder=...` names another place for the run")
     if used and not resume:
-        what = "already holds a run" if folder.recipe.exists() else "is not empty"
+        problem = "already holds a run" if folder.recipe.exists() else "is not empty"
         go_on = "`--resume` goes on with it, " if folder.recipe.exists() else ""
-        raise UserError(f"{folder.path} {what}: {go_on}`--run.folder=...` puts this run elsewhere")
+        raise UserError(f"{folder.path} {problem}: {go_on}`--run.folder=...` puts this run elsewhere")
     if resume and not folder.recipe.exists():
         raise UserError(f"nothing to resume: {folder.path} holds no run; leave out `--resume` to start one")
     checkpoint = folder.latest_checkpoint()
@@ -128,24 +128,24 @@ def open_run(path: Path | str, resolved: Mapping[str, Any], *, resume: bool = Fa
 
 
 def write_recipe(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
-    """Writes ``recipe.yaml``."""
+    """Writes ``recipe.yaml``, atomically."""
     text = yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True, width=120)
-    temporary = folder.path / ".recipe.yaml.writing"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder.recipe)
+    with atomic_write(folder.recipe) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_left_out(folder: RunFolder, dropped: Mapping[str, Sequence[LeftOut]]) -> None:
-    """Writes ``left_out.json``: what a run does not use of its data, and why; nothing where it uses all."""
+    """Writes ``left_out.json``: rows of the data that a run does not use, and why. No file if it uses all rows."""
     if dropped:
         plain = {name: as_plain(entries) for name, entries in dropped.items()}
         (folder.path / "left_out.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
 def changed_settings(folder: RunFolder, resolved: Mapping[str, Any]) -> list[str]:
-    """Where a recipe differs from the one the folder's run was started with: ``optimizer.eps: 1e-08 -> 1e-06``.
+    """Lists the settings that differ from those that the folder's run was started with.
 
-    A resumed run repeats the one that was stopped only if this is empty, or names nothing but ``steps`` and ``run.*``.
+    An example is ``optimizer.eps: 1e-08 -> 1e-06``. A resumed run repeats the one that was stopped only if the list is
+    empty, or names nothing but ``steps`` and ``run.*``.
     """
     old = _flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {})
     new = _flat(yaml.safe_load(yaml.safe_dump(dict(resolved))))
@@ -160,6 +160,7 @@ def changed_settings(folder: RunFolder, resolved: Mapping[str, Any]) -> list[str
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested data to dotted names with their values."""
     if isinstance(value, dict) and value:
         children = value.items()
     elif isinstance(value, list) and value:
@@ -173,7 +174,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def rewind(folder: RunFolder, step: int) -> None:
-    """Drops the metrics and rollouts of all steps after ``step``, and what a kill left half written."""
+    """Drops the metrics and rollouts of all steps after ``step``, and files that a kill left half written."""
     if folder.metrics.exists():
         truncate_metrics(folder.metrics, step)
     for path in (folder.path / "rollouts").iterdir():
@@ -191,17 +192,17 @@ def rewind(folder: RunFolder, step: int) -> None:
 def write_checkpoint(
     folder: RunFolder, step: int, *, main: bool = True, barrier: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """Gives a directory to write a checkpoint into, which gets its name only when all of it is on disk.
+    """Yields a directory to write a checkpoint into. It gets its name only when all of it is on disk.
 
     A process killed at any moment leaves either the whole checkpoint or none: the files are flushed to disk, then a
-    marker is written, then the directory is renamed. After an exception or Ctrl-C nothing is left. Log the metrics and
-    rollouts of ``step`` before.
+    marker is written, then the directory is renamed. After an exception or Ctrl-C nothing is left. The metrics and
+    rollouts of ``step`` must be written before.
 
     Args:
         folder: the run folder.
-        step: optimiser steps done.
+        step: number of optimiser steps done.
         main: True on exactly one process, which makes, marks and renames the directory.
-        barrier: waits for all processes; all of them enter and leave together and may each write files.
+        barrier: waits for all processes; all of them enter and leave together, and each may write files.
     """
     final = folder.checkpoints / step_name(step)
     temporary = folder.checkpoints / f".{final.name}.writing"
@@ -229,13 +230,13 @@ def write_checkpoint(
 
 
 def prune_checkpoints(folder: RunFolder, keep: int) -> None:
-    """Removes all complete checkpoints but the ``keep`` newest."""
+    """Removes all complete checkpoints except the ``keep`` newest."""
     for path in sorted(folder._complete_checkpoints(), key=step_of)[:-keep]:
         remove_checkpoint(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint, if it is there, so that one half removed is never taken for a whole one."""
+    """Removes a checkpoint, if there is one, in such a way that half of it is never taken for a whole one."""
     if path.exists():
         hidden = path.with_name(f".{path.name}.removing")
         path.rename(hidden)

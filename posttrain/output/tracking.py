@@ -1,10 +1,10 @@
-"""Where the numbers of a run go: ``metrics.jsonl`` always, and TensorBoard, Weights & Biases or trackio beside it.
+"""The metrics of a run: written to ``metrics.jsonl`` always, and to TensorBoard, Weights & Biases or trackio if asked.
 
-A line of ``metrics.jsonl`` is one JSON object, ``{"step": 12, "reward/mean": 0.5, ...}``. Two rules hold for it:
+A line of ``metrics.jsonl`` is one JSON object, ``{"step": 12, "reward/mean": 0.5, ...}``, and follows two rules:
 
-* What depends on the machine (seconds, tokens a second, memory) has a key that starts with ``time/``. All other numbers
-  are a function of recipe and data, so a run that was killed and resumed has the same lines as one that was not.
-* JSON has no NaN and no infinity: numbers that are not finite are written as ``null``.
+* Numbers that depend on the machine (seconds, tokens a second, memory) have a key that starts with ``time/``. All other
+  numbers are a function of recipe and data: a run that was killed and resumed has the same lines as one that was not.
+* JSON has no NaN and no infinity: they are written as ``null``.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from typing import Any, NamedTuple
 import yaml
 
 from posttrain.errors import RecipeError, UserError
+from posttrain.system.files import atomic_write
 from posttrain.system.interrupts import uninterrupted
 
-TIMING = "time/"  # prefix of the metrics that differ from one run to the next
+TIMING = "time/"  # prefix of the metrics that differ between two equal runs
 
 Metrics = Mapping[str, float | int | None]
 
 
 class Sink(NamedTuple):
-    """Something that takes metrics."""
+    """A place to which metrics are written."""
 
     log: Callable[[int, Metrics], None]
     close: Callable[[], None]
 
 
 class Trackers:
-    """Writes the metrics of each step to ``metrics.jsonl`` and to the trackers named.
+    """Writes the metrics of each step to ``metrics.jsonl`` and to trackers.
 
     Args:
         names: any of ``tensorboard``, ``wandb``, ``trackio``.
-        folder: the run folder, where all of them keep their files.
-        project: under which wandb and trackio file the run; the run's name is the folder's.
+        folder: the run folder, in which all of them keep their files.
+        project: project of the run in wandb and trackio; the run is named after the folder.
         config: plain data to show beside the curves, such as the resolved recipe.
-        start: the step that a resumed run goes on from; TensorBoard hides what it had beyond.
-        active: whether to log at all; False on all processes but the main one.
+        start: the step that a resumed run goes on from; TensorBoard hides later points of the earlier run.
+        active: False writes nothing, as on all processes but the main one.
 
     Raises:
-        RecipeError: for a tracker that is unknown or not installed.
+        RecipeError: if a tracker is unknown or not installed.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class Trackers:
 
 
 def as_number(value: Any) -> float | int | None:
-    """A plain number, or None for one that is not finite (and for None).
+    """Converts a metric to a plain number; None stays None, and NaN and infinity become None.
 
     Raises:
-        TypeError: for what is not a single number.
+        TypeError: if it is not a single number.
     """
     if value is None:
         return None
@@ -103,27 +104,27 @@ def as_number(value: Any) -> float | int | None:
     if isinstance(value, bool):
         return int(value)
     if not isinstance(value, int | float):
-        raise TypeError(f"a metric is a number, not {value!r}")
+        raise TypeError(f"a metric must be a number, not {value!r}")
     return value if math.isfinite(value) else None
 
 
 def finite(metrics: Metrics) -> dict[str, float | int]:
-    """The metrics that have a finite value."""
+    """Returns the metrics that have a finite value."""
     return {name: value for name, value in metrics.items() if value is not None}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that this environment lacks, before anything expensive has started.
+    """Checks that trackers are installed, before anything expensive has started.
 
     Raises:
-        RecipeError: with the command that installs what is missing.
+        RecipeError: if one is unknown or missing; the message has the command that installs it.
     """
     problems = []
     for name in names:
         if name not in _OPENERS:
             problems.append(f"run.trackers: there is no tracker {name!r}; there are {', '.join(_OPENERS)}")
         elif importlib.util.find_spec(name) is None:
-            problems.append(f"run.trackers: {name} is not installed; {_INSTALL[name]}, or take it off the list")
+            problems.append(f"run.trackers: {name} is not installed; {_INSTALL[name]}, or remove it from the list")
     if problems:
         raise RecipeError(problems)
 
@@ -132,7 +133,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_jsonl(path: Path) -> Sink:
-    """Appends a line a step, flushed at once."""
+    """Opens ``metrics.jsonl`` to append a line for each step, flushed at once."""
     file = path.open("a", encoding="utf-8")
 
     def log(step: int, metrics: Metrics) -> None:
@@ -143,17 +144,17 @@ def open_jsonl(path: Path) -> Sink:
 
 
 def read_metrics(path: Path | str, *, timing: bool = True) -> list[dict[str, float | int | None]]:
-    """The lines of a ``metrics.jsonl`` (or of the run folder that holds one), oldest first.
+    """Reads the lines of a ``metrics.jsonl``, oldest first.
 
     A last line that was cut short by a kill is left out.
 
     Args:
-        path: the file or its folder.
-        timing: whether to keep the keys that start with ``time/``. Without them the metrics of a resumed run and of
-            one that was never killed are equal.
+        path: the file, or the run folder that it is in.
+        timing: keep the keys that start with ``time/``. Without them the metrics of a resumed run and of one that was
+            never killed are equal.
 
     Raises:
-        UserError: for a line inside the file that is not JSON, with its number.
+        UserError: if a line inside the file is not JSON; the message has its number.
     """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -172,17 +173,16 @@ def read_metrics(path: Path | str, *, timing: bool = True) -> list[dict[str, flo
 
 def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that was cut short, in one atomic replacement."""
-    kept = [json.dumps(entry, allow_nan=False) + "\n" for entry in read_metrics(path) if (entry["step"] or 0) <= step]
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in read_metrics(path) if (entry["step"] or 0) <= step]
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- trackers
 
 
 def open_tensorboard(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
-    """Event files under ``tensorboard/``; numbers that are not finite are left out of the curves."""
+    """Opens event files under ``tensorboard/``; NaN and infinity are left out of the curves."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
@@ -198,7 +198,7 @@ def open_tensorboard(folder: Path, project: str, config: dict[str, Any], start: 
 
 
 def open_wandb(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
-    """Weights & Biases; without an API key, and without ``WANDB_MODE``, the run is kept offline for ``wandb sync``."""
+    """Opens Weights & Biases; without an API key and ``WANDB_MODE`` the run is kept offline for ``wandb sync``."""
     import wandb
 
     offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
@@ -215,7 +215,7 @@ def open_wandb(folder: Path, project: str, config: dict[str, Any], start: int) -
 
 
 def open_trackio(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
-    """trackio, with its database in the run folder (or in ``TRACKIO_DIR``): ``TRACKIO_DIR=... trackio show``."""
+    """Opens trackio, with its database in the run folder (or in ``TRACKIO_DIR``): ``TRACKIO_DIR=... trackio show``."""
     os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").resolve()))
     import trackio
 
@@ -234,7 +234,7 @@ _INSTALL["tensorboard"] = "`pip install tensorboard`"  # which posttrain itself 
 
 
 def tracker_id(folder: Path) -> str:
-    """A random name that stays the same when the run is resumed."""
+    """Returns a random name that stays the same when the run is resumed."""
     path = folder / "tracker_id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")

@@ -57,7 +57,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path):
 
 
 def test_a_metric_that_is_no_number_is_refused(tmp_path: Path):
-    with Trackers([], tmp_path) as trackers, pytest.raises(TypeError, match="a metric is a number, not 'high'"):
+    with Trackers([], tmp_path) as trackers, pytest.raises(TypeError, match="a metric must be a number, not 'high'"):
         trackers.log(1, {"reward": "high"})
 
 

@@ -1,7 +1,7 @@
 """posttrain: post-training of language models on one engine.
 
-``Batch``, ``Outputs``: what flows through a run. ``Recipe``, ``Part``, ``load_recipe``: what a run is made of.
-``train``: runs it. ``ValueModel``, ``load_value``: what a run with a critic leaves beside the policy.
+``load_recipe`` reads a ``Recipe``, whose slots hold ``Part`` objects, and ``train`` runs it. Parts exchange a ``Batch``
+and ``Outputs``: read ``posttrain/batch.py`` first. ``load_value`` loads the ``ValueModel`` of a run with a critic.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names, imported when asked for: the command line and worker processes start without torch."""
+    """Imports a public name when it is first used: the command line and worker processes start without torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

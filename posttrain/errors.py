@@ -1,4 +1,4 @@
-"""Errors that a person made and can mend: shown as a message without a traceback, exit code 2."""
+"""Errors that end a run with a message. A UserError is shown without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something in the input is wrong. The message says what, where, and what to do; one line a problem."""
+    """Something in the input is wrong. The message says what, where, and what to do, with one line per problem."""
 
     def __init__(self, *problems: str | Iterable[str]) -> None:
         self.problems = tuple(
@@ -18,25 +18,25 @@ class UserError(Exception):
 class RecipeError(UserError):
     """A recipe, or an override on the command line, that cannot run.
 
-    A problem that shows only when a run starts begins with its key, as in ``policy.model: there is no folder 'x'``: the
-    command line puts the place of the key before it.
+    The message of a problem that is found only when a run starts begins with its key, as in ``policy.model: there is no
+    folder 'x'``: the command line puts the place of the key before it.
     """
 
 
 class DataError(UserError):
-    """A data set or a row of it that does not fit."""
+    """A dataset, or a row of it, does not have the expected form."""
 
 
 class NothingSelected(UserError):
-    """Not one prompt of a step passed ``select``: data, policy and verifiers do not go together."""
+    """No prompt of a step passed ``select``: data, policy and verifiers do not fit together."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C while a run was under way; the message says how far it is and where ``--resume`` goes on."""
+    """Ctrl-C during a run; the message says how far the run is and where ``--resume`` continues."""
 
 
 class VerifierError(RuntimeError):
-    """A verifier that raised, took too long, ended its process, or returned what is not a number.
+    """A verifier raised an error, took too long, ended its process, or returned something that is not a number.
 
     Not the input's fault, so not a :class:`UserError`: a run saves a checkpoint and stops with this message.
     """
@@ -55,9 +55,10 @@ class VerifierError(RuntimeError):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[VerifierError], tuple[object, ...]]:
-        """Other ranks are told of the error: pickle would rebuild it from its message alone."""
+        """Pickles all arguments, to send the error to other ranks: pickle would rebuild it from its message alone."""
         return type(self), (self.verifier, self.problem, self.place, self.row, self.completion, self.trace)
 
 
 def _shorten(text: str, longest: int = 600) -> str:
+    """Cuts the middle out of a long text."""
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"

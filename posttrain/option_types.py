@@ -1,7 +1,7 @@
 """Types of the options that parts take: ranges of numbers, parts inside parts, local paths.
 
-Each is an annotation that the loader of recipes reads: a number out of range, or an unknown name, is refused with
-its place in the file.
+Each is an annotation that the loader of recipes reads. It refuses a number out of range, or an unknown name, with the
+place in the file.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pydantic import Field
 
 
 class Inner(NamedTuple):
-    """Marks, in an option's annotation, that its value is a part: ``{use: name, <options>}`` in a recipe."""
+    """Marks an option whose value is a part, written ``{use: name, <options>}`` in a recipe."""
 
-    module: str  # where bare names are looked up
-    takes: tuple[str, ...]  # what the outer part passes by position
-    several: bool = False  # filled in where the option is a tuple of such parts
+    module: str  # module in which bare names are looked up
+    takes: tuple[str, ...]  # parameters that the outer part passes by position
+    several: bool = False  # True if the option is a tuple of such parts; the loader sets it
 
 
 class LocalPath(NamedTuple):
-    """Marks, in an option's annotation, a path that is looked for beside the recipe and then in the working folder."""
+    """Marks an option that is a path, which is looked for beside the recipe and then in the working folder."""
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -42,37 +42,37 @@ Option = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Facts about a part that code outside the part must know, so that it need not know any part by name.
+    """Facts about a part that other code reads, so that it does not have to know any part by name.
 
-    A fact that depends on the part's options is a function of them: ``compares_group=lambda options: options["n"] > 1``.
+    A fact may be a function of the part's options: ``compares_group=lambda options: options["n"] > 1``.
     """
 
     compares_group: bool | Callable[[Option], bool] = False
-    """Compares the completions of a prompt with each other; one completion a prompt leaves it nothing to do."""
+    """The part compares the completions of a prompt with each other: with one per prompt it has nothing to do."""
     others_write: bool = False
-    """A rollout in which some of a prompt's completions are not the policy's own."""
+    """The rollout contains completions that are not the policy's own."""
     plays_opponent: bool = False
-    """A rollout that samples from the recipe's ``opponent``."""
+    """The rollout samples from the recipe's ``opponent``."""
     learns_without_advantage: bool = False
-    """A loss of preferences, which needs no ``advantage``."""
+    """The loss learns from preferences and needs no ``advantage``."""
     ranks_completions: bool = False
-    """A loss of preferences with options ``score`` and ``beta``, by which metrics rank the completions."""
+    """The loss has the options ``score`` and ``beta``, by which metrics rank the completions."""
     needs_mismatched: bool = False
-    """Reads completions that were written for other prompts, which ``examples: {mismatched: true}`` adds."""
+    """The part reads completions that were written for other prompts; ``examples: {mismatched: true}`` adds them."""
     gives_mismatched: bool | Callable[[Option], bool] = False
-    """Examples with completions that were written for other prompts."""
+    """The examples contain completions that were written for other prompts."""
     soft_value: str | None = None
-    """What the value learns is soft: the name of the option that holds its temperature."""
+    """Name of the option that holds the temperature, for a part from which the value learns a soft value."""
     exact_logp: bool = False
-    """A decoder whose log-probs are those of the distribution that its tokens are drawn from."""
+    """The decoder's log-probs are those of the distribution that its tokens are drawn from."""
     needs_hidden_states: bool = False
-    """A decoder that reads the policy's hidden states, which vLLM does not give."""
+    """The decoder reads the policy's hidden states, which vLLM does not give."""
     shapes_tokens: bool = False
-    """A decoder that changes each token's distribution, and must be alone in cutting it."""
+    """The decoder changes each token's distribution, so no other option may cut that distribution."""
 
 
 def facts(**known: Any) -> Callable[[Made], Made]:
-    """Decorator that gives a part its :class:`Facts`: ``@facts(compares_group=True)``. A user's own part may have it."""
+    """Decorator that gives a part its :class:`Facts`: ``@facts(compares_group=True)``. Users' parts may have it too."""
 
     def mark(part: Made) -> Made:
         part.facts = Facts(**known)  # type: ignore[attr-defined]
@@ -82,11 +82,12 @@ def facts(**known: Any) -> Callable[[Made], Made]:
 
 
 def fact(part: Any, name: str, options: Option) -> Any:
-    """What a part says of itself under a name of :class:`Facts`; the default for a part that says nothing.
+    """Value of one of a part's :class:`Facts`; the default if the part has none.
 
     Args:
-        part: the function or class.
-        options: its options, defaults included.
+        part: function or class of the part.
+        name: field of :class:`Facts`.
+        options: options of the part, defaults included.
     """
     value = getattr(getattr(part, "facts", Facts()), name)
     return value(options) if callable(value) else value

@@ -1,4 +1,4 @@
-"""A verifier of one's own: a function of the completion and of the data set's columns, by name."""
+"""A user's own verifier: a function of the completion and of columns of the dataset, by name."""
 
 
 def has_unit(completion: str, *, unit: str | None) -> float | None:

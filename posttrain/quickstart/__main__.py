@@ -1,4 +1,4 @@
-"""``python -m posttrain.quickstart``: from nothing to a model that GRPO has taught to write out its arithmetic."""
+"""The command ``python -m posttrain.quickstart``: makes a model and teaches it by GRPO to write out its arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before torch is imported. Threads that wait for each other shall sleep, not spin, where cores are shared with others.
+# Set before torch is imported. Waiting threads should sleep instead of spinning: other processes may need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM binds memory to a NUMA node, of which torch would warn
 
@@ -26,7 +26,7 @@ RECIPES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the quickstart; returns the exit code: 1 if an accuracy is missed, 2 for a mistake to mend."""
+    """Runs the quickstart; returns the exit code: 1 if an accuracy is missed, 2 for wrong input."""
     options = _parser().parse_args(arguments)
     try:
         return 0 if quickstart(options.folder, options.engine, options.seed) else 1
@@ -37,14 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m posttrain.quickstart", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="run folder, made afresh")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="run folder; an earlier quickstart in it is removed",
+    )
     parser.add_argument("--engine", choices=("vllm", "transformers"), help="default: vllm where it is installed")
-    parser.add_argument("--seed", type=int, default=0, help="of problems, model and training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, model and training")
     return parser
 
 
 def quickstart(folder: Path, engine: str | None, seed: int) -> bool:
-    """All of it, told as it happens. True if the accuracies are what they should be."""
+    """Runs all chapters, which print what they do. True if the accuracies before and after are as expected."""
     began = time.monotonic()
     clear(folder)
     engine = engine or choose_engine()
@@ -57,35 +62,35 @@ def quickstart(folder: Path, engine: str | None, seed: int) -> bool:
     story.where_things_are(recipe, start, folder)
     reached = before <= START_AT_MOST and after >= END_AT_LEAST
     if not reached:
-        print(f"This should be at most {START_AT_MOST} before training and at least {END_AT_LEAST} after it.")
+        print(f"Expected: at most {START_AT_MOST} before training and at least {END_AT_LEAST} after it.")
     seconds = round(time.monotonic() - began)
     print(f"quickstart: accuracy {before:.2f} -> {after:.2f}, {seconds} s, engine {engine}, model {folder / 'model'}")
     return reached
 
 
 def start_folder(folder: Path) -> Path:
-    """Beside the run folder, which a run wants empty: the model and the problems that training starts from."""
+    """Folder of the model and the problems that training starts from, beside the run folder, which must be empty."""
     return folder.with_name(f"{folder.name}-start")
 
 
 def clear(folder: Path) -> None:
-    """Removes what an earlier quickstart left.
+    """Removes the folders of an earlier quickstart.
 
     Raises:
-        UserError: where the folder holds something else.
+        UserError: if a folder holds something else.
     """
     from posttrain.quickstart.start import Start
 
     start = Start(start_folder(folder))
     for path in (folder, start.path):
         if path.exists() and any(path.iterdir()) and not start.demonstrations.exists():
-            raise UserError(f"{path} is there already and not from a quickstart; --folder=... takes another place")
+            raise UserError(f"{path} exists and is not from a quickstart; choose another folder with --folder=...")
     for path in (folder, start.path):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def choose_engine() -> str:
-    """vLLM where it is installed."""
+    """Chooses vLLM if it is installed, else the transformers engine."""
     if importlib.util.find_spec("vllm") is not None:
         return "vllm"
     print("vLLM is not installed; the transformers engine samples instead. README.md says how to install vLLM.")
@@ -93,10 +98,10 @@ def choose_engine() -> str:
 
 
 def find_recipe() -> Path:
-    """The recipe's file.
+    """Finds the recipe's file.
 
     Raises:
-        UserError: where it is missing.
+        UserError: if it is missing.
     """
     for folder in RECIPES:
         if (folder / "quickstart.yaml").exists():

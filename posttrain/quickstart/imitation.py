@@ -1,4 +1,4 @@
-"""Supervised steps on demonstrations: what makes the models that the quickstart and the benchmarks start from."""
+"""Supervised steps on demonstrations, which make the models that the quickstart and the benchmarks start from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from posttrain.batch import pad
 from posttrain.models.policy import Policy
 from posttrain.recipe.sections import OptimizerSection
 from posttrain.training.optimiser import learning_rate
@@ -34,12 +35,12 @@ def fit(
     """Minimises the negative log-likelihood of the completions with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
     Args:
-        policy: trained in place, on the device it is on.
-        examples: passed over in a new random order each time.
-        steps: optimiser steps.
-        batch_size: examples a step.
+        policy: the policy, trained in place, on its device.
+        examples: the demonstrations; each pass over them has a new random order.
+        steps: number of optimiser steps.
+        batch_size: number of examples a step.
         optimizer: the recipe section of that name.
-        seed: of the order of the examples.
+        seed: seed of the order of the examples.
         on_step: called after each step with its number (from 1) and metrics: ``loss`` in nats a token, ``grad_norm``.
     """
     weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -47,7 +48,7 @@ def fit(
     policy.train()
     for step, rows in enumerate(shuffled_batches(len(examples), batch_size, steps, seed)):
         adamw.param_groups[0]["lr"] = learning_rate(optimizer, step, steps)
-        tokens, mask = pad([examples[row] for row in rows])
+        tokens, mask = to_tensors([examples[row] for row in rows])
         loss = negative_log_likelihood(policy, tokens, mask)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, optimizer.max_grad_norm, error_if_nonfinite=True)
@@ -58,28 +59,24 @@ def fit(
 
 
 def negative_log_likelihood(policy: Policy, tokens: Int[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, ""]:
-    """Mean over all tokens of ``mask``, in nats."""
+    """Mean negative log-likelihood of all tokens of ``mask``, in nats."""
     device = policy.base.device
     logp, _ = policy(tokens.to(device), mask.to(device))
     return -logp.sum() / mask.sum()
 
 
-def pad(examples: Sequence[Example]) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
+def to_tensors(examples: Sequence[Example]) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
     """Tokens, zero-padded on the right, and a mask that is True on the completions' tokens."""
-    tokens = torch.zeros(len(examples), max(len(e.prompt) + len(e.completion) for e in examples), dtype=torch.long)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(examples):
-        end = len(prompt) + len(completion)
-        tokens[row, :end] = torch.tensor([*prompt, *completion])
-        mask[row, len(prompt) : end] = True
+    tokens = pad([[*prompt, *completion] for prompt, completion in examples], dtype=torch.long)
+    mask = pad([[False] * len(prompt) + [True] * len(completion) for prompt, completion in examples], dtype=torch.bool)
     return tokens, mask
 
 
 def shuffled_batches(size: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` batches of row numbers: every row once, then every row once again in another order, and so on.
+    """Yields ``steps`` batches of row numbers: passes over all rows, each in a new random order.
 
     Raises:
-        ValueError: without rows.
+        ValueError: if there are no rows.
     """
     if size == 0:
         raise ValueError("no examples to learn from")

@@ -16,7 +16,7 @@ ROTARY_BASE = 100.0  # a short context needs no slow rotations; learning to copy
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    r"""One token a byte, so that every string round-trips, and one for ``\boxed{``; with a chat template."""
+    r"""Makes a tokenizer with chat template: a token for each byte, so that every text round-trips, and ``\boxed{``."""
     specials = [PAD, END, USER, ASSISTANT]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(specials + alphabet)}, merges=[]))
@@ -35,10 +35,10 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
-    """About 0.6M parameters, random, float32.
+    """Makes a model of about 0.6M parameters with random weights, float32.
 
-    Heads of 32 dimensions are the smallest that vLLM has for CPUs. Qwen3 rather than Qwen2 for its norms of queries and
-    keys: with them the warm-up takes half the steps.
+    Heads of 32 dimensions are the smallest that vLLM supports on CPUs. It is Qwen3 and not Qwen2 for the norms of
+    queries and keys: with them the warm-up takes half the steps.
     """
     eos, pad = tokenizer.encode(END + PAD)
     config = Qwen3Config(

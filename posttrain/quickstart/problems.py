@@ -25,7 +25,7 @@ class Problem(NamedTuple):
 
 
 def draw(count: int, rng: random.Random) -> list[Problem]:
-    """Different problems in random order; ``b + a`` counts as ``a + b`` and does not occur beside it."""
+    """Draws different problems in random order; ``b + a`` counts as ``a + b``, so that only one of them occurs."""
     pairs: dict[tuple[int, int], Problem] = {}
     while len(pairs) < count:
         a, b = rng.randint(LOWEST, HIGHEST), rng.randint(LOWEST, HIGHEST)
@@ -34,14 +34,14 @@ def draw(count: int, rng: random.Random) -> list[Problem]:
 
 
 def worked_out(problem: Problem) -> str:
-    """The sum column by column from the right, a line each, then the boxed answer."""
+    """Writes out the sum column by column from the right, one on each line, then the boxed answer."""
     return "".join(f"{line}\n" for line in columns(problem)) + boxed(problem.a + problem.b)
 
 
 def columns(problem: Problem) -> Iterator[str]:
-    """Digit + digit + carry = next carry and digit: ``8+7+0=15``, ``2+3+1=06``.
+    """Yields the lines of a sum, digit + digit + carry = next carry and digit: ``8+7+0=15``, ``2+3+1=06``.
 
-    With both digits written always, each digit has its fixed place: a tiny model soon learns where to look.
+    Both digits are always written, so that each digit has a fixed place, which a tiny model soon learns to look at.
     """
     carry = 0
     for place in range(DIGITS):
@@ -51,16 +51,16 @@ def columns(problem: Problem) -> Iterator[str]:
 
 
 def estimated(problem: Problem) -> str:
-    """The sum of both numbers rounded to hundreds, boxed: quickly said and hardly ever right."""
+    """The boxed sum of both numbers rounded to hundreds: short, and hardly ever right."""
     return boxed(sum((number + 50) // 100 * 100 for number in problem))
 
 
 def boxed(number: int) -> str:
-    """A final answer as verifiers know it."""
+    r"""A final answer in the form that verifiers look for: ``\boxed{...}``."""
     return f"\\boxed{{{number}}}"
 
 
 def demonstrations(problems: list[Problem], share_worked_out: float, rng: random.Random) -> list[tuple[Problem, str]]:
-    """Each problem with a completion; ``share_worked_out`` of them show the steps, the others are estimates."""
+    """Pairs each problem with a completion: a share of ``share_worked_out`` is worked out, the rest are estimates."""
     habits = [worked_out if rng.random() < share_worked_out else estimated for _ in problems]
     return [(problem, habit(problem)) for problem, habit in zip(problems, habits, strict=True)]

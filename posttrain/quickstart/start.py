@@ -1,8 +1,7 @@
-"""What the quickstart trains from: problems as JSONL files, and a model warmed up on mixed demonstrations."""
+"""The start of the quickstart: problems as JSONL files, and a model warmed up on mixed demonstrations."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from posttrain.quickstart.imitation import Example, fit
 from posttrain.quickstart.model import END
 from posttrain.quickstart.problems import Problem, demonstrations, draw
 from posttrain.recipe.sections import OptimizerSection
+from posttrain.system.files import write_rows
 
 SHARE_WORKED_OUT = 0.5
 HELD_OUT, TRAIN = 256, 2000
@@ -26,7 +26,7 @@ COLUMNS = (Column("loss", "loss", "{:.3f}"), Column("grad_norm", "gradient norm"
 
 @dataclass(frozen=True)
 class Start:
-    """Where the files lie. Making the object touches none."""
+    """Paths of the files that training starts from. Making the object touches no file."""
 
     path: Path
 
@@ -48,11 +48,11 @@ class Start:
 
 
 def write_problems(start: Start, seed: int, *, shown: int = WARM_UP_STEPS * BATCH_SIZE) -> None:
-    """Demonstrations, problems to train on and held-out problems, none of them twice.
+    """Writes demonstrations, problems to train on and held-out problems; no problem occurs twice.
 
     Args:
-        start: its folder must exist.
-        seed: of the problems.
+        start: paths of the files; the folder must exist.
+        seed: seed of the problems.
         shown: number of demonstrations.
     """
     rng = random.Random(seed)
@@ -68,22 +68,12 @@ def write_problems(start: Start, seed: int, *, shown: int = WARM_UP_STEPS * BATC
 
 
 def row(problem: Problem) -> dict[str, str]:
-    """The columns that recipes and verifiers read."""
+    """Columns of a problem that recipes and verifiers read."""
     return {"prompt": problem.prompt, "answer": problem.answer}
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """A JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """What :func:`write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The prompt as a user's message, up to where the assistant's turn begins."""
+    """Token ids of the prompt as a user's message, up to the beginning of the assistant's turn."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
@@ -98,7 +88,7 @@ def warm_up(
     seed: int,
     steps: int = WARM_UP_STEPS,
 ) -> None:
-    """Supervised steps on the demonstrations, in place, with a progress display."""
+    """Trains the model in place on the demonstrations, with a progress display."""
     examples = [
         Example(prompt_ids(tokenizer, row["prompt"]), tokenizer.encode(row["completion"] + END)) for row in rows
     ]

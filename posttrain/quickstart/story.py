@@ -1,4 +1,4 @@
-"""The quickstart's chapters, each of which says in plain sentences what it does and how long it took."""
+"""Chapters of the quickstart. Each prints what it does and how long it took."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from posttrain.quickstart.start import (
     WARM_UP_STEPS,
     Start,
     prompt_ids,
-    read_rows,
     warm_up,
     write_problems,
 )
+from posttrain.system.files import read_rows
 from posttrain.training import loop as training
 from posttrain.training.recipe import load_recipe
 from posttrain.verify.mathematics import math
 
-MOST_THREADS = 4  # more of them slow a model of this size down
-SAMPLES = 4  # shown before and after
+MOST_THREADS = 4  # threads; more of them slow down a model of this size
+SAMPLES = 4  # completions shown before and after
 MAX_TOKENS = 48
 
 
@@ -39,8 +39,8 @@ def prepare(path: Path, seed: int) -> Start:
     """Makes problems and a warmed-up model."""
     start = Start(path)
     path.mkdir(parents=True)
-    disable_progress_bar()  # of loading and saving, which take no time here
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # of torch names that vLLM looks at
+    disable_progress_bar()  # loading and saving take no time here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # vLLM looks at old names of torch
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     with chapter("1. Problems: additions of three-digit numbers, generated here"):
         write_problems(start, seed)
@@ -59,7 +59,7 @@ def prepare(path: Path, seed: int) -> Start:
 
 
 def train(recipe: Path, start: Start, folder: Path, engine: str, seed: int) -> None:
-    """The recipe, as ``posttrain train`` runs it."""
+    """Trains by the recipe, as ``posttrain train`` does."""
     overrides = [
         f"--policy.model={start.model}",
         f"--data.path={start.train}",
@@ -75,7 +75,11 @@ def train(recipe: Path, start: Start, folder: Path, engine: str, seed: int) -> N
 
 
 def compare(start: Start, folder: Path, seed: int) -> tuple[float, float]:
-    """Held-out accuracy before and after, as the run measured it; some completions of both; the saved model in use."""
+    """Prints completions before and after training, and uses the saved model.
+
+    Returns:
+        Held-out accuracy before and after, as the run measured it.
+    """
     lines = [line for line in read_metrics(folder) if "eval/accuracy" in line]
     before, after = (float(line["eval/accuracy"] or 0) for line in (lines[0], lines[-1]))
     rows = read_rows(start.held_out)[:SAMPLES]
@@ -89,7 +93,7 @@ def compare(start: Start, folder: Path, seed: int) -> tuple[float, float]:
 
 
 def where_things_are(recipe: Path, start: Start, folder: Path) -> None:
-    """What to look at next."""
+    """Prints the paths and commands for a closer look."""
     run = RunFolder(folder)
     print(f"""
 Recipe       {recipe}, with all its defaults in {run.recipe}
@@ -104,19 +108,21 @@ Model        {run.model}:
 
 @torch.no_grad()
 def answers(folder: Path, prompts: Sequence[str], *, seed: int | None = None) -> list[str]:
-    """A completion of each prompt by a saved model: sampled at temperature 1 with ``seed``, greedy without."""
+    """Completes each prompt with a saved model: sampled at temperature 1 with ``seed``, greedily without."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([prompt_ids(tokenizer, prompt) for prompt in prompts])  # all problems are equally long
-    how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options = (
+        {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, **how)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, **options)
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def show(title: str, rows: Sequence[dict[str, str]], completions: Sequence[str] | None) -> None:
-    """Problems with completions, a line each; with ``completions``, whether the verifier takes them for right."""
+    """Prints problems with their completions, one on each line, with the verifier's verdict on ``completions``."""
     for row, text in zip(rows, completions or [row["completion"] for row in rows], strict=True):
         verdict = ""
         if completions is not None:
@@ -126,7 +132,7 @@ def show(title: str, rows: Sequence[dict[str, str]], completions: Sequence[str] 
 
 @contextmanager
 def chapter(title: str) -> Iterator[None]:
-    """Prints a heading, and afterwards the seconds."""
+    """Prints a heading before the block, and the seconds it took after it."""
     print(f"\n{title}", flush=True)
     began = time.monotonic()
     yield

@@ -29,11 +29,11 @@ def comparisons(path: str, split: str = "train", name: str | None = None) -> Ite
         pair = explicit_prompt(dict(row))
         if isinstance(pair, str):
             raise DataError(f"{source.place(index)}: {pair}")
-        chosen, rejected = text_of(pair["chosen"]), text_of(pair["rejected"])
+        chosen, rejected = answer_text(pair["chosen"]), answer_text(pair["rejected"])
         yield {"prompt": question(pair["prompt"], chosen, rejected), "completion": ANSWERS[0]}
         yield {"prompt": question(pair["prompt"], rejected, chosen), "completion": ANSWERS[1]}
 
 
-def text_of(answer: Any) -> str:
-    """An answer as plain text. Of a conversation, the assistant's messages are joined."""
+def answer_text(answer: Any) -> str:
+    """An answer as plain text; the messages of a conversation are joined."""
     return answer if isinstance(answer, str) else "\n\n".join(message["content"] for message in answer)

@@ -1,4 +1,4 @@
-"""The quickstart: problems, tokenizer, model, files; the steps of its warm-up; its recipe, run short."""
+"""Tests of the quickstart: problems, tokenizer, model and files; the warm-up; a short run of its recipe."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from posttrain import load_recipe
 from posttrain.errors import UserError
 from posttrain.models.policy import Policy
 from posttrain.quickstart.__main__ import clear, find_recipe, start_folder
-from posttrain.quickstart.imitation import Example, fit, negative_log_likelihood, pad, shuffled_batches
+from posttrain.quickstart.imitation import Example, fit, negative_log_likelihood, shuffled_batches, to_tensors
 from posttrain.quickstart.model import make_model, make_tokenizer
 from posttrain.quickstart.problems import Problem, draw, estimated, worked_out
-from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, read_rows, write_problems
+from posttrain.quickstart.start import SHARE_WORKED_OUT, Start, prompt_ids, write_problems
 from posttrain.recipe.sections import OptimizerSection
+from posttrain.system.files import read_rows
 from posttrain.verify.mathematics import math
 
 TOKENIZER = make_tokenizer()
@@ -30,12 +31,12 @@ problems = st.builds(Problem, st.integers(100, 999), st.integers(100, 999))
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Problem files and an untrained model."""
-    made = Start(tmp_path_factory.mktemp("quickstart-start"))
-    write_problems(made, seed=0, shown=1000)
+    files = Start(tmp_path_factory.mktemp("quickstart-start"))
+    write_problems(files, seed=0, shown=1000)
     tokenizer = make_tokenizer()
-    make_model(tokenizer, seed=0).save_pretrained(made.model)
-    tokenizer.save_pretrained(made.model)
-    return made
+    make_model(tokenizer, seed=0).save_pretrained(files.model)
+    tokenizer.save_pretrained(files.model)
+    return files
 
 
 @given(problems)
@@ -98,19 +99,19 @@ def test_saved_tokenizer_keeps_boxed_as_one_token_and_the_chat_template(start: S
 
 def test_saved_model_loads_as_it_was(start: Start):
     loaded = AutoModelForCausalLM.from_pretrained(start.model)
-    made = make_model(TOKENIZER, seed=0)
+    original = make_model(TOKENIZER, seed=0)
     assert 0.5e6 < loaded.num_parameters() < 1.5e6
     tokens = torch.arange(20)[None]
-    torch.testing.assert_close(loaded(tokens).logits, made(tokens).logits, rtol=0, atol=0)
+    torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, rtol=0, atol=0)
 
 
 def test_fresh_start_removes_only_what_a_quickstart_made(tmp_path: Path):
-    mine = tmp_path / "mine"
-    for path in (mine, start_folder(mine)):
+    earlier = tmp_path / "earlier"
+    for path in (earlier, start_folder(earlier)):
         path.mkdir()
-    Start(start_folder(mine)).demonstrations.touch()
-    clear(mine)
-    assert not mine.exists() and not start_folder(mine).exists()
+    Start(start_folder(earlier)).demonstrations.touch()
+    clear(earlier)
+    assert not earlier.exists() and not start_folder(earlier).exists()
 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -126,15 +127,15 @@ def test_fresh_start_removes_only_what_a_quickstart_made(tmp_path: Path):
 EXAMPLES = [Example([4, 5, 6], [7, 8, 1]), Example([4], [9, 1]), Example([5, 5], [6, 7, 8, 9, 1])]
 
 
-def test_pad_masks_the_completions_only():
-    tokens, mask = pad(EXAMPLES[:2])
+def test_the_mask_is_on_the_completions_only():
+    tokens, mask = to_tensors(EXAMPLES[:2])
     assert tokens.tolist() == [[4, 5, 6, 7, 8, 1], [4, 9, 1, 0, 0, 0]]
     assert mask.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]]
 
 
 def test_negative_log_likelihood_is_that_of_transformers():
     model = make_model(TOKENIZER, seed=1)
-    tokens, mask = pad(EXAMPLES)
+    tokens, mask = to_tensors(EXAMPLES)
     expected = model(tokens, labels=tokens.where(mask, -100)).loss
     torch.testing.assert_close(negative_log_likelihood(Policy(model), tokens, mask), expected, rtol=1e-6, atol=1e-6)
 
@@ -181,5 +182,5 @@ def test_recipe_runs_two_steps_from_the_start_it_was_given(start: Start, tmp_pat
     overrides += ["--steps=2", "--prompts_per_step=4", "--completions=4"]
     assert train(load_recipe(find_recipe(), overrides)) == folder / "model"
     before, after = compare(start, folder, seed=0)
-    assert (before, after) == (0, 0)  # of a random model
+    assert (before, after) == (0, 0)  # the model is random
     assert len(answers(folder / "model", ["123+456=?"])) == 1

@@ -1,4 +1,4 @@
-"""DataSection sets: every format, every way a row can be wrong, prompts as tokens, samplers that resume."""
+"""Tests of datasets: every format, every way a row can be wrong, prompts as tokens, samplers that resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
 
 @pytest.fixture
 def load(tokenizer, tmp_path: Path) -> Callable[..., Rows]:
-    """``load("file.jsonl", chat=False, ...)``: paths are relative to the test's folder, as if the recipe lay there."""
+    """A function ``load("file.jsonl", chat=False, ...)``; paths are relative to the test's folder, like a recipe's."""
 
     def loader(path: str, *, tokenizer=tokenizer, **options: Any) -> Rows:
         return load_rows(DataSection(path=path, **options), base=tmp_path, tokenizer=tokenizer)
@@ -112,7 +112,7 @@ def test_limit_and_columns(load, tmp_path: Path) -> None:
 
 
 def test_json_keeps_what_arrow_would_change(load, tmp_path: Path) -> None:
-    """Dates stay text, and blank lines count as lines."""
+    """Dates stay text; blank lines count in line numbers."""
     lines = [{"prompt": "when?", "answer": "2026-01-01", "extra": {"a": [1, 2]}}, "", {"prompt": "and?"}]
     write_lines(tmp_path / "a.jsonl", lines)
     rows = load("a.jsonl", chat=False)
@@ -174,7 +174,7 @@ def test_template_arguments(load, tmp_path: Path, tokenizer, tiny_model_folder: 
 
 
 def test_one_beginning_of_sequence_token(load, tmp_path: Path, tiny_model_folder: Path) -> None:
-    """A tokenizer that puts one before every text, and whose chat template writes one too."""
+    """The tokenizer here puts a BOS token before every text, and its chat template writes one too."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -198,7 +198,7 @@ def test_long_prompts_are_left_out_and_counted(load, tmp_path: Path) -> None:
 
 
 def test_many_rows_come_back_in_order(load, tmp_path: Path) -> None:
-    """More rows than are converted, rendered or tokenised at a time; a column appears late."""
+    """There are more rows than are converted, rendered or tokenised at a time; a column appears late."""
     write_lines(tmp_path / "a.jsonl", [{"prompt": str(i)} | ({"late": i} if i > 11_000 else {}) for i in range(12_345)])
     rows = load("a.jsonl", chat=False)
     assert len(rows) == 12_345 and rows[0]["late"] is None and rows[12_000] == {"prompt": "12000", "late": 12_000}
@@ -338,8 +338,8 @@ def test_the_command_line_ends_with_code_2_and_the_message(
     write(tmp_path / file)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_model_folder, data=file))
     assert cli.main(["train", str(tmp_path / "recipe.yaml"), f"--run.folder={tmp_path / 'run'}"]) == 2
-    told = capsys.readouterr().err
-    assert re.search(message, told) and "Traceback" not in told
+    err = capsys.readouterr().err
+    assert re.search(message, err) and "Traceback" not in err
     assert not (tmp_path / "run").exists(), "found before anything else is made"
 
 

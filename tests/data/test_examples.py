@@ -1,4 +1,4 @@
-"""The examples slot: given completions as ids, masks, steps and rewards, and what is said of rows that do not fit."""
+"""Tests of the slot ``examples``: completions as ids, masks, steps and rewards; messages for rows that do not fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GENERATION = (
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer):
-    """``make(part, rows, **options)``: the part's examples of these rows, written as JSON lines."""
+    """A function ``make(part, rows, **options)`` that writes rows as JSON lines and reads them with a part."""
 
     def make(part, rows, *, data=None, tokenizer=tokenizer, **chosen):
         path = tmp_path / "rows.jsonl"
@@ -37,8 +37,8 @@ def make(tmp_path: Path, tokenizer):
     return make
 
 
-def written(batch, row: int, tokenizer) -> str:
-    """The chosen tokens as text, special tokens shown."""
+def chosen_text(batch, row: int, tokenizer) -> str:
+    """Text of the chosen tokens, special tokens included."""
     return tokenizer.decode(batch.tokens[row][batch.mask[row]].tolist())
 
 
@@ -48,10 +48,10 @@ def before(batch, row: int, tokenizer) -> str:
 
 
 def test_demonstration_of_plain_text_is_prompt_text_and_end(make, tokenizer):
-    found = make(examples.demonstrations, [{"prompt": "1+1=?", "completion": "It is 2.", "note": "a"}])
-    batch = found.batch([0])
+    loaded = make(examples.demonstrations, [{"prompt": "1+1=?", "completion": "It is 2.", "note": "a"}])
+    batch = loaded.batch([0])
     assert before(batch, 0, tokenizer) == "<|user|>1+1=?<|end|><|assistant|>"
-    assert written(batch, 0, tokenizer) == "It is 2.<|end|>"
+    assert chosen_text(batch, 0, tokenizer) == "It is 2.<|end|>"
     assert batch.texts == ("It is 2.",)
     assert batch.reward.tolist() == batch.score.tolist() == [1.0]
     assert batch.finish.tolist() == [Finish.STOPPED]
@@ -65,38 +65,38 @@ def test_messages_go_through_the_template(make, tokenizer):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     batch = make(examples.demonstrations, [{"messages": turns}]).batch([0])
     assert before(batch, 0, tokenizer) == "<|user|>Hi<|end|><|assistant|>"
-    assert written(batch, 0, tokenizer) == "Yes?<|end|>"
+    assert chosen_text(batch, 0, tokenizer) == "Yes?<|end|>"
 
 
 def test_line_break_that_a_template_puts_behind_the_end_is_not_the_policys(make, tiny_model_folder):
-    its = AutoTokenizer.from_pretrained(tiny_model_folder)
-    its.chat_template = its.chat_template.replace("<|end|>", "<|end|>\n")
+    other_tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    other_tokenizer.chat_template = other_tokenizer.chat_template.replace("<|end|>", "<|end|>\n")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
-    batch = make(examples.demonstrations, [{"messages": turns}], tokenizer=its).batch([0])
-    assert written(batch, 0, its) == "Yes?<|end|>"
-    assert before(batch, 0, its) == "<|user|>Hi<|end|>\n<|assistant|>"
+    batch = make(examples.demonstrations, [{"messages": turns}], tokenizer=other_tokenizer).batch([0])
+    assert chosen_text(batch, 0, other_tokenizer) == "Yes?<|end|>"
+    assert before(batch, 0, other_tokenizer) == "<|user|>Hi<|end|>\n<|assistant|>"
 
 
 def test_several_turns_are_masked_by_generation_markers(make, tiny_model_folder):
-    its = AutoTokenizer.from_pretrained(tiny_model_folder)
-    its.chat_template = GENERATION
+    other_tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    other_tokenizer.chat_template = GENERATION
     turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    batch = make(examples.demonstrations, [row], tokenizer=its).batch([0])
-    assert written(batch, 0, its) == "one<|end|>two<|end|>"
-    assert before(batch, 0, its) == "<|user|>a<|end|><|assistant|>"
+    batch = make(examples.demonstrations, [row], tokenizer=other_tokenizer).batch([0])
+    assert chosen_text(batch, 0, other_tokenizer) == "one<|end|>two<|end|>"
+    assert before(batch, 0, other_tokenizer) == "<|user|>a<|end|><|assistant|>"
     assert batch.step_id[0][batch.mask[0]].tolist() == [0] * 4 + [1] * 4  # a turn is a step
-    whole = its.decode(batch.tokens[0].tolist())
+    whole = other_tokenizer.decode(batch.tokens[0].tolist())
     assert whole == "<|user|>a<|end|><|assistant|>one<|end|><|user|>b<|end|><|assistant|>two<|end|>"
 
 
 def test_earlier_answers_in_the_prompt_are_not_learned(make, tiny_model_folder):
-    its = AutoTokenizer.from_pretrained(tiny_model_folder)
-    its.chat_template = GENERATION
+    other_tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    other_tokenizer.chat_template = GENERATION
     said = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "one"), ("user", "b"))]
     more = [{"role": r, "content": c} for r, c in (("assistant", "two"), ("user", "c"), ("assistant", "three"))]
-    batch = make(examples.demonstrations, [{"prompt": said, "completion": more}], tokenizer=its).batch([0])
-    assert written(batch, 0, its) == "two<|end|>three<|end|>"
+    batch = make(examples.demonstrations, [{"prompt": said, "completion": more}], tokenizer=other_tokenizer).batch([0])
+    assert chosen_text(batch, 0, other_tokenizer) == "two<|end|>three<|end|>"
 
 
 def test_several_turns_need_generation_markers(make):
@@ -106,27 +106,29 @@ def test_several_turns_need_generation_markers(make):
 
 
 def test_template_that_rewrites_the_prompt_is_refused(make, tiny_model_folder):
-    its = AutoTokenizer.from_pretrained(tiny_model_folder)
-    its.chat_template = its.chat_template.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    other_tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    other_tokenizer.chat_template = other_tokenizer.chat_template.replace(
+        "<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"
+    )
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     with pytest.raises(DataError, match=r"rows.jsonl:1: column 'completion': with the answer after it.*plain text"):
-        make(examples.demonstrations, [{"messages": turns}], tokenizer=its)
+        make(examples.demonstrations, [{"messages": turns}], tokenizer=other_tokenizer)
 
 
 def test_rated_takes_numbers_and_verdicts(make):
     for name, values in (("reward", [0.25, -1.0]), ("score", [3, 4]), ("label", [True, False])):
         rows = [{"prompt": "p", "completion": f"c{i}", name: value} for i, value in enumerate(values)]
-        found = make(examples.rated, rows)
-        assert len(found) == 2
-        assert found.batch([1, 0]).reward.tolist() == [float(v) for v in reversed(values)]
-        assert found.batch([1, 0]).group.tolist() == [0, 1]
+        loaded = make(examples.rated, rows)
+        assert len(loaded) == 2
+        assert loaded.batch([1, 0]).reward.tolist() == [float(v) for v in reversed(values)]
+        assert loaded.batch([1, 0]).group.tolist() == [0, 1]
 
 
 def test_rated_rows_of_one_prompt_can_be_a_group(make):
     rows = [{"prompt": p, "completion": "c", "reward": r} for p, r in (("a", 1), ("b", 2), ("a", 3))]
-    found = make(examples.rated, rows, group="prompt")
-    assert len(found) == 2
-    batch = found.batch([0, 1])
+    loaded = make(examples.rated, rows, group="prompt")
+    assert len(loaded) == 2
+    batch = loaded.batch([0, 1])
     assert batch.group.tolist() == [0, 0, 1]
     assert batch.reward.tolist() == [1, 3, 2]
 
@@ -135,19 +137,19 @@ def test_cut_off_completion_gets_no_end(make, tokenizer):
     row = {"prompt": "p", "completion": "half a sen", "reward": 0}
     rows = [row | {"finish": finish} for finish in ("length", "stopped")]
     batch = make(examples.rated, rows).batch([0, 1])
-    assert [written(batch, i, tokenizer) for i in (0, 1)] == ["half a sen", "half a sen<|end|>"]
+    assert [chosen_text(batch, i, tokenizer) for i in (0, 1)] == ["half a sen", "half a sen<|end|>"]
     assert batch.finish.tolist() == [Finish.LENGTH, Finish.STOPPED]
 
 
 def test_end_that_is_there_already_is_not_doubled(make, tokenizer):
     batch = make(examples.rated, [{"prompt": "p", "completion": "done<|end|>", "reward": 0}]).batch([0])
-    assert written(batch, 0, tokenizer) == "done<|end|>"
+    assert chosen_text(batch, 0, tokenizer) == "done<|end|>"
 
 
 def test_stepwise_puts_labels_at_the_last_token_of_each_step(make, tokenizer):
     row = {"prompt": "p", "completions": ["ab", "c", "def"], "labels": [True, None, False]}
     batch = make(examples.stepwise, [row]).batch([0])
-    assert written(batch, 0, tokenizer) == "ab\nc\ndef<|end|>"
+    assert chosen_text(batch, 0, tokenizer) == "ab\nc\ndef<|end|>"
     mask = batch.mask[0]
     assert batch.step_id[0][mask].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     labels = batch.step_reward[0][mask]
@@ -165,7 +167,7 @@ def test_stepwise_reward_column_wins_over_the_last_label(make):
     last_unknown = make(examples.stepwise, [row | {"reward": 0.25}]).batch([0])
     assert last_unknown.reward.tolist() == [0.25]
     del row["reward"]
-    assert make(examples.stepwise, [row]).batch([0]).reward.tolist() == [0.5]  # the last one that is known
+    assert make(examples.stepwise, [row]).batch([0]).reward.tolist() == [0.5]  # the last label that is known
 
 
 def test_pairs_with_and_without_prompt_plain_and_as_messages(make, tokenizer):
@@ -178,7 +180,7 @@ def test_pairs_with_and_without_prompt_plain_and_as_messages(make, tokenizer):
         {"prompt": "q", "chosen": [user, good], "rejected": [user, bad], "margin": 2.0},
     ):
         batch = make(examples.pairs, [row, row]).batch([1, 0])
-        assert [written(batch, i, tokenizer) for i in range(2)] == ["yes<|end|>", "no<|end|>"]
+        assert [chosen_text(batch, i, tokenizer) for i in range(2)] == ["yes<|end|>", "no<|end|>"]
         assert {before(batch, i, tokenizer) for i in range(4)} == {"<|user|>q<|end|><|assistant|>"}
         assert batch.reward.tolist() == [1, 0, 1, 0]
         assert batch.group.tolist() == [0, 0, 1, 1]
@@ -189,15 +191,15 @@ def test_implicit_prompt_of_plain_text_is_the_common_beginning(make, tokenizer):
     row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     batch = make(examples.pairs, [row], data={"chat": False}).batch([0])
     assert before(batch, 0, tokenizer) == "The sky is"
-    assert written(batch, 0, tokenizer) == " blue.<|end|>"
-    assert written(batch, 1, tokenizer) == " green.<|end|>"
+    assert chosen_text(batch, 0, tokenizer) == " blue.<|end|>"
+    assert chosen_text(batch, 1, tokenizer) == " green.<|end|>"
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(make):
     rows = [{"prompt": "p", "chosen": "a" * n, "rejected": "b"} for n in (3, 50, 4)]
-    found = make(examples.pairs, rows, max_tokens=20)
-    assert (len(found), found.dropped[0].count, int(found.batch([0, 1]).length.max())) == (2, 1, 9)
-    assert found.dropped[0].first[0].endswith("rows.jsonl:2")
+    loaded = make(examples.pairs, rows, max_tokens=20)
+    assert (len(loaded), loaded.dropped[0].count, int(loaded.batch([0, 1]).length.max())) == (2, 1, 9)
+    assert loaded.dropped[0].first[0].endswith("rows.jsonl:2")
     with pytest.raises(DataError, match=r"every row has more than 3 tokens.*the shortest has 6"):
         make(examples.pairs, rows, max_tokens=3)
 
@@ -246,7 +248,7 @@ def test_missing_columns_are_named_with_what_is_there(make):
 
 @pytest.fixture
 def stored(tmp_path: Path, tokenizer, random_batch):
-    """A run's folder with the rollouts of three steps, and the batches that were stored."""
+    """Folder of a run with the rollouts of three steps, and the batches that were stored."""
     batches = []
     for step in (1, 2, 3):
         batch = random_batch(step).set(step=step)
@@ -262,9 +264,9 @@ def stored(tmp_path: Path, tokenizer, random_batch):
 
 def test_rollouts_of_an_earlier_run(stored, tokenizer):
     folder, batches = stored
-    found = examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None)
-    assert len(found) == 9
-    batch = found.batch([4, 0])
+    loaded = examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None)
+    assert len(loaded) == 9
+    batch = loaded.batch([4, 0])
     second, first = batches[1][[4, 5, 6, 7]], batches[0][[0, 1, 2, 3]]
     assert batch.group.tolist() == [0] * 4 + [1] * 4
     assert torch.equal(batch.reward, torch.cat([second.score, first.score]))
@@ -279,8 +281,8 @@ def test_rollouts_of_an_earlier_run(stored, tokenizer):
 
 def test_rollouts_with_the_rewards_of_that_run(stored, tokenizer):
     folder, batches = stored
-    found = examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None, reward="reward", first_step=3)
-    batch = found.batch([0, 1, 2])
+    loaded = examples.rollouts(sections.DataSection(path=str(folder)), tokenizer, None, reward="reward", first_step=3)
+    batch = loaded.batch([0, 1, 2])
     assert torch.equal(batch.reward, batches[2].reward)
     columns = batch.tokens.shape[1]
     assert torch.equal(batch.step_reward, batches[2].step_reward[:, :columns])

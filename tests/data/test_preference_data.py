@@ -1,4 +1,4 @@
-"""Preferences in all forms: lists, annotators, conversions, cuts that keep the difference, and what is left out."""
+"""Tests of preferences: lists, annotators, conversions, cuts that keep the difference, rows that are left out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from posttrain.recipe import sections
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer):
-    """``make(part, rows, **options)``: the part's examples of these rows, written as JSON lines."""
+    """A function ``make(part, rows, **options)`` that writes rows as JSON lines and reads them with a part."""
 
     def make(part, rows, *, data=None, **chosen):
         path = tmp_path / "rows.jsonl"
@@ -33,21 +33,21 @@ def make(tmp_path: Path, tokenizer):
     return make
 
 
-def texts(found) -> list[list[tuple[str, float]]]:
+def texts(loaded) -> list[list[tuple[str, float]]]:
     """Text and reward of each completion of each group."""
-    batch = found.batch(range(len(found)))
+    batch = loaded.batch(range(len(loaded)))
     triples = list(zip(batch.group.tolist(), batch.texts, batch.reward.tolist(), strict=True))
-    return [[(text, reward) for g, text, reward in triples if g == group] for group in range(len(found))]
+    return [[(text, reward) for g, text, reward in triples if g == group] for group in range(len(loaded))]
 
 
 LIST = {"prompt": "q", "completions": ["a", "bb", "c"], "scores": [1, 3, 2]}
 
 
 def test_a_list_is_a_group_with_its_scores(make):
-    found = make(examples.lists, [LIST, {"prompt": "r", "completions": ["x", "y", "z"], "scores": [0.5, None, 2]}])
-    assert texts(found)[0] == [("a", 1.0), ("bb", 3.0), ("c", 2.0)]
-    assert found.batch([1]).reward.isnan().tolist() == [False, True, False]
-    assert found.batch([0]).rows[0]["scores"] == [1, 3, 2]
+    loaded = make(examples.lists, [LIST, {"prompt": "r", "completions": ["x", "y", "z"], "scores": [0.5, None, 2]}])
+    assert texts(loaded)[0] == [("a", 1.0), ("bb", 3.0), ("c", 2.0)]
+    assert loaded.batch([1]).reward.isnan().tolist() == [False, True, False]
+    assert loaded.batch([0]).rows[0]["scores"] == [1, 3, 2]
 
 
 def test_lists_of_messages(make):
@@ -58,18 +58,18 @@ def test_lists_of_messages(make):
 
 def test_lists_become_pairs_the_best_and_worst_or_single(make):
     tied = {"prompt": "t", "completions": ["u", "v"], "scores": [1, 1]}
-    found = make(examples.lists, [LIST, tied], into="pairs")
-    assert texts(found) == [[("bb", 3), ("a", 1)], [("c", 2), ("a", 1)], [("bb", 3), ("c", 2)]]
-    assert found.dropped[0].count == 1 and "different ratings" in found.dropped[0].reason
+    loaded = make(examples.lists, [LIST, tied], into="pairs")
+    assert texts(loaded) == [[("bb", 3), ("a", 1)], [("c", 2), ("a", 1)], [("bb", 3), ("c", 2)]]
+    assert loaded.dropped[0].count == 1 and "different ratings" in loaded.dropped[0].reason
     assert texts(make(examples.lists, [LIST], into="best_and_worst")) == [[("bb", 3), ("a", 1)]]
     assert texts(make(examples.lists, [LIST], into="single")) == [[("a", 1)], [("bb", 3)], [("c", 2)]]
 
 
 def test_pairs_become_unpaired_with_completions_of_other_prompts(make):
     rows = [{"prompt": p, "chosen": "yes" + p, "rejected": "no" + p} for p in "ab"]
-    found = make(examples.pairs, rows, into="single", mismatched=True)
-    batch = found.batch(range(4))
-    assert batch.reward[~batch.baseline_only].tolist() == [1, 0, 1, 0] and len(found) == 4
+    loaded = make(examples.pairs, rows, into="single", mismatched=True)
+    batch = loaded.batch(range(4))
+    assert batch.reward[~batch.baseline_only].tolist() == [1, 0, 1, 0] and len(loaded) == 4
     assert [t for t, g in zip(batch.texts, batch.baseline_only.tolist(), strict=True) if g] == [
         "yesb",
         "yesb",
@@ -85,18 +85,18 @@ def test_unpaired_become_pairs_where_a_prompt_has_both(make):
         {"prompt": p, "completion": c, "label": v}
         for p, c, v in (("a", "x", True), ("b", "y", True), ("a", "z", False))
     ]
-    found = make(examples.rated, rows, group="prompt", into="pairs")
-    assert texts(found) == [[("x", 1.0), ("z", 0.0)]]
-    assert [(each.count, each.first[0].rsplit(":")[-1]) for each in found.dropped] == [(1, "2")]
+    loaded = make(examples.rated, rows, group="prompt", into="pairs")
+    assert texts(loaded) == [[("x", 1.0), ("z", 0.0)]]
+    assert [(each.count, each.first[0].rsplit(":")[-1]) for each in loaded.dropped] == [(1, "2")]
 
 
 def test_annotators_become_a_probability(make):
     """Two of three annotators prefer 'x', one of them in the other order of columns."""
     said = [("x", "y", "ann"), ("y", "x", "bob"), ("x", "y", "cleo"), ("x", "z", "ann")]
     rows = [{"prompt": "p", "chosen": c, "rejected": r, "who": who} for c, r, who in said]
-    found = make(examples.pairs, rows, annotator="who")
-    assert texts(found) == [[("x", 1), ("y", 0)], [("x", 1), ("z", 0)]]
-    batch = found.batch([0, 1])
+    loaded = make(examples.pairs, rows, annotator="who")
+    assert texts(loaded) == [[("x", 1), ("y", 0)], [("x", 1), ("z", 0)]]
+    batch = loaded.batch([0, 1])
     assert [row["probability"] for row in batch.rows] == pytest.approx([2 / 3, 2 / 3, 1, 1])
     assert [row["annotators"] for row in batch.rows] == [3, 3, 1, 1]
     assert len(make(examples.pairs, rows, annotator="who", per_annotator="each")) == 4
@@ -107,8 +107,8 @@ def test_a_majority_for_the_rejected_one_turns_the_pair_around(make):
         {"prompt": "p", "chosen": c, "rejected": r, "who": i}
         for i, (c, r) in enumerate([("x", "y"), *[("y", "x")] * 3])
     ]
-    found = make(examples.pairs, rows, annotator="who")
-    assert texts(found) == [[("y", 1), ("x", 0)]] and found.batch([0]).rows[0]["probability"] == 0.75
+    loaded = make(examples.pairs, rows, annotator="who")
+    assert texts(loaded) == [[("y", 1), ("x", 0)]] and loaded.batch([0]).rows[0]["probability"] == 0.75
 
 
 def test_votes_of_a_row_become_a_probability_or_a_pair_each(make):
@@ -123,34 +123,34 @@ def test_pairs_that_are_the_same_and_pairs_too_long_are_accounted_for(make):
     rows = [
         {"prompt": "p", "chosen": c, "rejected": r} for c, r in (("a", "a"), ("a" * 50, "b"), ("a", "b"), ("c", "c"))
     ]
-    found = make(examples.pairs, rows, max_tokens=20)
-    assert (len(found), sum(entry.count for entry in found.dropped)) == (1, 3)
-    account = {each.reason: (each.count, [place.rsplit(":")[-1] for place in each.first]) for each in found.dropped}
+    loaded = make(examples.pairs, rows, max_tokens=20)
+    assert (len(loaded), sum(entry.count for entry in loaded.dropped)) == (1, 3)
+    account = {each.reason: (each.count, [place.rsplit(":")[-1] for place in each.first]) for each in loaded.dropped}
     assert account == {
         "the completions are all the same": (2, ["1", "4"]),
         "more than 20 tokens (`max_tokens`)": (1, ["2"]),
     }
-    assert str(found.dropped[1]).startswith("1 row left out: more than 20 tokens")
+    assert str(loaded.dropped[1]).startswith("1 row left out: more than 20 tokens")
 
 
 def test_prompts_too_long_are_accounted_for(make):
     rows = [{"prompt": "p" * n, "chosen": "a", "rejected": "b"} for n in (1, 30, 2)]
-    found = make(examples.pairs, rows, data={"max_prompt_tokens": 10})
-    assert [(each.count, each.reason) for each in found.dropped] == [
+    loaded = make(examples.pairs, rows, data={"max_prompt_tokens": 10})
+    assert [(each.count, each.reason) for each in loaded.dropped] == [
         (1, "a prompt of more than 10 tokens (`max_prompt_tokens`)")
     ]
 
 
 def test_cut_prompts_lose_their_beginning_on_both_sides_alike(make, tokenizer):
     rows = [{"prompt": "0123456789", "chosen": "abcdef", "rejected": "g"}]
-    found = make(examples.pairs, rows, data={"chat": False}, max_tokens=12, too_long="cut_prompt")
-    batch = found.batch([0])
+    loaded = make(examples.pairs, rows, data={"chat": False}, max_tokens=12, too_long="cut_prompt")
+    batch = loaded.batch([0])
     assert [tokenizer.decode(t[:n].tolist()) for t, n in zip(batch.tokens, batch.length, strict=True)] == [
         "56789abcdef<|end|>",
         "56789g<|end|>",
     ]
     assert batch.finish.tolist() == [Finish.STOPPED] * 2
-    assert [(each.what, each.count) for each in found.dropped] == [("cut", 1)]
+    assert [(each.what, each.count) for each in loaded.dropped] == [("cut", 1)]
 
 
 def test_cut_completions_keep_the_difference_or_are_left_out(make, tokenizer):
@@ -161,11 +161,11 @@ def test_cut_completions_keep_the_difference_or_are_left_out(make, tokenizer):
         {"prompt": "0123", "chosen": "a" * 9, "rejected": "b"},
         {"prompt": "0" * 12, "chosen": "a", "rejected": "b"},
     ]
-    found = make(examples.pairs, rows, data={"chat": False}, max_tokens=12, too_long="cut_completion")
-    assert [[text for text, _ in group] for group in texts(found)] == [["aaaaaaax", "aaaaaaau"], ["aaaaaaaa", "b"]]
-    batch = found.batch([1])
+    loaded = make(examples.pairs, rows, data={"chat": False}, max_tokens=12, too_long="cut_completion")
+    assert [[text for text, _ in group] for group in texts(loaded)] == [["aaaaaaax", "aaaaaaau"], ["aaaaaaaa", "b"]]
+    batch = loaded.batch([1])
     assert batch.finish.tolist() == [Finish.LENGTH, Finish.STOPPED]
-    account = [(each.what, each.reason.split(" ")[0], each.count) for each in found.dropped]
+    account = [(each.what, each.reason.split(" ")[0], each.count) for each in loaded.dropped]
     assert account == [("left out", "more", 1), ("left out", "differ", 1), ("cut", "more", 2)]
 
 
@@ -184,9 +184,9 @@ def test_a_cut_never_makes_completions_alike(answers, prompt, longest):
     for how in ("cut_prompt", "cut_completion"):
         fitted = fit([group], longest, how)
         assert len(fitted.groups) + bool(fitted.too_long) + bool(fitted.indistinct) == 1
-        for kept in fitted.groups:
-            assert len({each.tokens[each.mask].tobytes() for each in kept}) == len(group)
-            assert all(len(each) <= longest and each.mask.any() and not each.mask[0] for each in kept)
+        for cut in fitted.groups:
+            assert len({each.tokens[each.mask].tobytes() for each in cut}) == len(group)
+            assert all(len(each) <= longest and each.mask.any() and not each.mask[0] for each in cut)
     cut = cut_completions(group, longest)
     assert cut is None or all(
         (each.tokens == old.tokens[: len(each)]).all() for each, old in zip(cut, group, strict=True)
@@ -198,14 +198,14 @@ def test_pairs_of_a_group_are_every_two_with_different_ratings(rewards):
     group = [
         EncodedCompletion(np.array([i]), np.array([True]), i, Finish.STOPPED, float(r)) for i, r in enumerate(rewards)
     ]
-    found = pairs_of(group)
-    wanted = {(a, b) for a, x in enumerate(rewards) for b, y in enumerate(rewards) if x > y}
-    assert {(two[0].row, two[1].row) for two in found} == wanted and len(found) == len(wanted)
-    made, unpaired = convert([group], "best_and_worst")
-    if wanted:
-        assert made[0][0].reward == max(rewards) and made[0][1].reward == min(rewards) and not unpaired
+    pairs = pairs_of(group)
+    expected = {(a, b) for a, x in enumerate(rewards) for b, y in enumerate(rewards) if x > y}
+    assert {(two[0].row, two[1].row) for two in pairs} == expected and len(pairs) == len(expected)
+    converted, unpaired = convert([group], "best_and_worst")
+    if expected:
+        assert converted[0][0].reward == max(rewards) and converted[0][1].reward == min(rewards) and not unpaired
     else:
-        assert not made and unpaired == list(range(len(rewards)))
+        assert not converted and unpaired == list(range(len(rewards)))
 
 
 def test_merging_does_not_depend_on_which_side_was_first():

@@ -1,4 +1,4 @@
-"""Prompt samplers: every row its turn, the same rows on every process, exact resume."""
+"""Tests of prompt samplers: every row is drawn, all processes draw the same rows, and resuming is exact."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_by_failure_draws_what_fails() -> None:
-    """Kimi's rule: with success rates 1, 0.5 and 0 the weights are 0, 0.5 and 1."""
+    """By Kimi's rule, success rates 1, 0.5 and 0 have the weights 0, 0.5 and 1."""
     sampler = by_failure(size=3, seed=0)
     sampler.update([0, 1, 2], [[1.0, 1.0], [1.0, 0.0, float("nan")], [0.0, -5.0]])
     drawn = np.bincount([sampler.draw(1)[0] for _ in range(3000)], minlength=3) / 3000

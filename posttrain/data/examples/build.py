@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.examples.columns import clean, need, read_finishes
 from posttrain.data.examples.dataset_examples import DatasetExamples, EncodedCompletion, with_mismatched
-from posttrain.data.examples.encode import Encoded, Written, encode, turn_ids
+from posttrain.data.examples.encode import Encoded, RawCompletion, encode, turn_ids
 from posttrain.data.examples.groups import Group, Into, TooLong, convert, distinct, fit
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.rows import Rows
@@ -39,15 +39,15 @@ def completions(
     """Encodes the completions of a column, in the order of the rows."""
     need(rows, (column,))
     finishes = read_finishes(rows)
-    written = [Written(i, clean(rows[i][column]), finishes[i], column) for i in range(len(rows))]
-    for completion, encoded in zip(written, encode(rows, written, tokenizer, data.template), strict=True):
+    raw = [RawCompletion(i, clean(rows[i][column]), finishes[i], column) for i in range(len(rows))]
+    for completion, encoded in zip(raw, encode(rows, raw, tokenizer, data.template), strict=True):
         yield without_reward(completion, encoded)
 
 
-def without_reward(written: Written, encoded: Encoded) -> EncodedCompletion:
+def without_reward(raw: RawCompletion, encoded: Encoded) -> EncodedCompletion:
     """The encoded completion without a reward; the turns of several messages are its steps."""
     steps: np.ndarray | None = turn_ids(encoded.mask) if encoded.starts is None else None
-    return EncodedCompletion(encoded.tokens, encoded.mask, written.index, written.finish, step_id=steps)
+    return EncodedCompletion(encoded.tokens, encoded.mask, raw.index, raw.finish, step_id=steps)
 
 
 def make_examples(

@@ -22,7 +22,7 @@ CHUNK = 1000  # number of rows that are tokenised at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class RawCompletion:
     """A completion to encode, from a column of ``rows[index]``."""
 
     index: int  # number of the row in Rows
@@ -60,7 +60,7 @@ def completion_problem(completion: Any, prompt: Any) -> str | None:
 
 
 def encode(
-    rows: Rows, written: Sequence[Written], tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
+    rows: Rows, raw: Sequence[RawCompletion], tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
 ) -> list[Encoded]:
     """Encodes prompts with their completions as token ids.
 
@@ -71,48 +71,48 @@ def encode(
 
     Args:
         rows: rows with tokenised prompts.
-        written: the completions.
+        raw: the completions.
         template: further arguments of the chat template.
 
     Raises:
         DataError: if a row cannot be encoded; the message names each such row.
     """
     problems, encoded = Problems(), []
-    for start in range(0, len(written), CHUNK):
-        encoded += _encode_chunk(rows, written[start : start + CHUNK], tokenizer, template, problems)
+    for start in range(0, len(raw), CHUNK):
+        encoded += _encode_chunk(rows, raw[start : start + CHUNK], tokenizer, template, problems)
     problems.raise_if_any()
     return encoded
 
 
 def _encode_chunk(
     rows: Rows,
-    chunk: Sequence[Written],
+    chunk: Sequence[RawCompletion],
     tokenizer: PreTrainedTokenizerBase,
     template: Mapping[str, Any],
     problems: Problems,
 ) -> Iterator[Encoded]:
     texts: list[str | None] = []
-    for written in chunk:
-        place = f"column {written.column!r}"
-        prompt = rows[written.index]["prompt"]
+    for raw in chunk:
+        place = f"column {raw.column!r}"
+        prompt = rows[raw.index]["prompt"]
         try:
-            if problem := completion_problem(written.completion, prompt):
+            if problem := completion_problem(raw.completion, prompt):
                 raise ValueError(f"{place} {problem}")
-            texts.append(_text_after(prompt, written.completion, tokenizer, template, place))
+            texts.append(_text_after(prompt, raw.completion, tokenizer, template, place))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            problems.add(rows.place(written.index), str(error))
+            problems.add(rows.place(raw.index), str(error))
             texts.append("")
     plain = [text for text in texts if text is not None]
     tokenised = iter(_tokenise(plain, tokenizer))
-    for written, text in zip(chunk, texts, strict=True):
-        prompt_ids = rows.prompt_tokens(written.index)
+    for raw, text in zip(chunk, texts, strict=True):
+        prompt_ids = rows.prompt_tokens(raw.index)
         if text is not None:
-            yield _encode_text(prompt_ids, *next(tokenised), written, tokenizer)
+            yield _encode_text(prompt_ids, *next(tokenised), raw, tokenizer)
             continue
         try:
-            yield _encode_turns(prompt_ids, rows[written.index]["prompt"] + written.completion, tokenizer, template)
+            yield _encode_turns(prompt_ids, rows[raw.index]["prompt"] + raw.completion, tokenizer, template)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            problems.add(rows.place(written.index), f"column {written.column!r}: {error}")
+            problems.add(rows.place(raw.index), f"column {raw.column!r}: {error}")
 
 
 def _tokenise(texts: list[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -152,17 +152,17 @@ def _encode_text(
     prompt_ids: list[int],
     ids: list[int],
     offsets: list[tuple[int, int]],
-    written: Written,
+    raw: RawCompletion,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
     end: Any = tokenizer.eos_token_id
-    stopped = written.finish == Finish.STOPPED
-    if isinstance(written.completion, list) and end in ids:  # templates put a line break after the end
+    stopped = raw.finish == Finish.STOPPED
+    if isinstance(raw.completion, list) and end in ids:  # templates put a line break after the end
         ids = ids[: len(ids) - ids[::-1].index(end) - (not stopped)]
-    elif isinstance(written.completion, str) and stopped and ids[-1:] != [end]:
+    elif isinstance(raw.completion, str) and stopped and ids[-1:] != [end]:
         ids = [*ids, end]
     starts = [first for first, _ in offsets[: len(ids)]]
-    starts += [len(written.completion)] * (len(ids) - len(starts))
+    starts += [len(raw.completion)] * (len(ids) - len(starts))
     mask = np.arange(len(prompt_ids) + len(ids)) >= len(prompt_ids)
     return Encoded(np.array([*prompt_ids, *ids], np.int32), mask, np.array(starts))
 

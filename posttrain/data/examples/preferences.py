@@ -20,7 +20,7 @@ from posttrain.data.examples.columns import (
     read_numbers,
 )
 from posttrain.data.examples.dataset_examples import Examples
-from posttrain.data.examples.encode import Written, encode
+from posttrain.data.examples.encode import RawCompletion, encode
 from posttrain.data.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
 from posttrain.data.read import read
 from posttrain.data.rows import tokenise_rows, with_columns
@@ -125,12 +125,12 @@ def lists(
     need(rows, ("completions", scores))
     answers, finishes = read_answers(rows), read_finishes(rows)
     rewards = read_number_lists(rows, scores, lengths=[len(row_answers) for row_answers in answers], null=True)
-    written = [
-        Written(i, answer, finishes[i], "completions")
+    raw = [
+        RawCompletion(i, answer, finishes[i], "completions")
         for i, row_answers in enumerate(answers)
         for answer in row_answers
     ]
-    encoded = iter(zip(written, encode(rows, written, tokenizer, data.template), strict=True))
+    encoded = iter(zip(raw, encode(rows, raw, tokenizer, data.template), strict=True))
     groups: list[Group] = [
         [replace(without_reward(*next(encoded)), reward=reward) for reward in row_rewards] for row_rewards in rewards
     ]

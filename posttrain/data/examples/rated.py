@@ -30,7 +30,7 @@ from posttrain.data.examples.columns import (
     split_messages,
 )
 from posttrain.data.examples.dataset_examples import EncodedCompletion, Examples
-from posttrain.data.examples.encode import Written, encode, ends_of, last_columns, step_ids
+from posttrain.data.examples.encode import RawCompletion, encode, ends_of, last_columns, step_ids
 from posttrain.data.examples.groups import Into, TooLong, grouped
 from posttrain.data.problems import Problems
 from posttrain.data.read import read
@@ -140,8 +140,8 @@ def stepwise(
     labels, pieces = read_labels(rows), read_steps(rows, separator)
     finishes = read_finishes(rows)
     texts = ["".join(texts) for texts in pieces]
-    written = [Written(i, text, f, "completions") for i, (text, f) in enumerate(zip(texts, finishes, strict=True))]
-    encoded = encode(rows, written, tokenizer, data.template)
+    raw = [RawCompletion(i, text, f, "completions") for i, (text, f) in enumerate(zip(texts, finishes, strict=True))]
+    encoded = encode(rows, raw, tokenizer, data.template)
     rewards = read_numbers(rows, "reward") if "reward" in rows.columns else [_last_known(values) for values in labels]
     problems, groups = Problems(), []
     for i, solution in enumerate(encoded):

@@ -42,11 +42,12 @@ def decode(recipe: DecodeRecipe) -> Path:
         UserError: if policy, decoder, data or verifiers do not fit together; the message says what to change.
     """
     check_models(recipe.decoder)
-    with session(recipe) as on:
-        processes = on.processes
-        decoder = build_decoder(recipe.decoder, on.engine, on.tokenizer, processes, recipe.policy) or on.engine
+    with session(recipe) as current:
+        processes = current.processes
+        decoder = build_decoder(recipe.decoder, current.engine, current.tokenizer, processes, recipe.policy)
+        decoder = decoder or current.engine
         start = time.perf_counter()
-        share = processes.together(lambda: completed(recipe, decoder, on))
+        share = processes.together(lambda: completed(recipe, decoder, current))
         seconds = time.perf_counter() - start
         rows = [row for part in processes.gather(share) for row in part]
         if processes.is_main:

@@ -83,7 +83,7 @@ def run_labels(path: str | Path, overrides: Overrides = ()) -> Path:
 def label(recipe: LabelRecipe) -> Path:
     """Labels completions on all ranks; the main one writes them as JSON lines in TRL's stepwise format.
 
-    ``examples: {use: stepwise}`` reads them. Beside TRL's columns a row has those of the dataset, ``estimates`` and
+    ``examples: {use: stepwise}`` reads them. A row has TRL's columns and those of the dataset, ``estimates`` and
     ``branches`` (for each step the share of right branches after it, and their number), and ``reward``.
 
     Raises:

@@ -50,7 +50,7 @@ def show_file(path: Path, overrides: Overrides = (), console: Console | None = N
 
 
 def kind_of(document: Document) -> type[Any]:
-    """Tells from its keys which dataclass a file describes; a recipe for training if no key decides.
+    """Decides by its keys which dataclass a file describes; a recipe for training if no key decides otherwise.
 
     Raises:
         RecipeError: if the file names a suite that does not exist.

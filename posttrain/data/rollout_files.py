@@ -1,10 +1,10 @@
 """Rollouts as Parquet files with a row for each completion: to look at with pandas, and to train on again later.
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
-verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row`` (the dataset's
-columns, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever of
-``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list has one
-element a token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
+verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row`` (columns
+of the dataset, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever
+of ``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list
+has one element for each token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ _LISTS = {
     "target": torch.float32,
     "loss_share": torch.float32,
 }
-_PADDING = {"step_id": -1}  # value of padding columns, where it is not 0
+_PADDING = {"step_id": -1}  # value in the columns after a completion's end; 0 for lists that are not named here
 
 
 def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") -> list[Path]:
     """Finds the files of rollouts that a path stands for, sorted by path, and so by step within a run.
 
     The path may be a file; a run's folder, of which the files in ``rollouts`` are taken; that folder itself; or any
-    folder with such folders below it. In folders the files are called ``step-*.parquet``, as a run names them.
+    folder with such folders below it. In folders the files are called ``step-*.parquet``, as a run names them. The
+    batch that a broken run left in ``dump`` is taken only if the path names it.
 
     Args:
         base: the recipe's folder, in which the path is looked up first, and then in the current folder.
@@ -63,7 +64,7 @@ def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") ->
     if place.is_file():
         return [place]
     folder = place / "rollouts" if (place / "rollouts").is_dir() else place
-    files = sorted(folder.glob("**/step-*.parquet"))
+    files = sorted(f for f in folder.glob("**/step-*.parquet") if "dump" not in f.relative_to(folder).parts)
     if not files:
         raise DataError(
             f"{setting}: no rollouts (step-*.parquet) in {folder}. Name a file, a run's folder or a folder of them; "

@@ -84,26 +84,26 @@ def measure_decoders(comparison: Comparison) -> Path:
     suite, variants = comparison
     for variant in variants:
         check_models(variant.decoder)
-    with session(suite) as on:
-        processes = on.processes
-        context = decoder_context(on.tokenizer, processes, suite.policy)
+    with session(suite) as current:
+        processes = current.processes
+        context = decoder_context(current.tokenizer, processes, suite.policy)
         points = []
         for variant in variants:
-            decoder = on.engine if variant.decoder is None else variant.decoder(on.engine, context)
-            shares = processes.gather(processes.together(partial(_decoded, suite, decoder, on)))
+            decoder = current.engine if variant.decoder is None else variant.decoder(current.engine, context)
+            shares = processes.gather(processes.together(partial(_decoded, suite, decoder, current)))
             points.append(to_point(variant, shares))
             if processes.is_main:
                 print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
         return processes.from_main(lambda: write_report(suite, points))
 
 
-def _decoded(suite: DecodeSuite, decoder: Engine, on: Session) -> tuple[list[list[dict[str, Any]]], float]:
+def _decoded(suite: DecodeSuite, decoder: Engine, current: Session) -> tuple[list[list[dict[str, Any]]], float]:
     """Returns the rows of each prompt's completions, and the seconds that they took."""
     start = time.perf_counter()
-    rows = completed(suite, decoder, on)
+    rows = completed(suite, decoder, current)
     seconds = time.perf_counter() - start
     size = suite.completions
-    return [rows[i * size : (i + 1) * size] for i in range(len(on.prompts))], seconds
+    return [rows[i * size : (i + 1) * size] for i in range(len(current.prompts))], seconds
 
 
 def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[str, Any]]], float]]) -> Point:

@@ -39,7 +39,7 @@ MEANINGS = {
     "branches/bias": "mean of value - mean outcome of the continuations",
     "branches/rmse": "root mean square of value - mean outcome of the continuations, without the noise of the means",
     "branches/correlation": "correlation of value and mean outcome of the continuations",
-    "branches/correlation_ceiling": "correlation that the true values would have in expectation, with as many continuations",
+    "branches/correlation_ceiling": "correlation expected of the true values, with as many continuations",
 }
 """Explanations of the metrics in the table of figures."""
 

@@ -79,7 +79,7 @@ def measure_best_of_n(parts: Iterable[Part], files: Sequence[Path], sizes: Itera
 
     Returns:
         ``prompts`` and ``completions`` (their numbers), ``curve``, ``law`` (the fit of :func:`overoptimisation`; None
-        for fewer than two sizes beside 1), and ``moments`` of the proxy, for ``shift`` and ``scale`` of a reward model.
+        for fewer than two sizes above 1), and ``moments`` of the proxy, for ``shift`` and ``scale`` of a reward model.
     """
     proxies, golds = [], []
     for file in files:
@@ -94,10 +94,10 @@ def measure_best_of_n(parts: Iterable[Part], files: Sequence[Path], sizes: Itera
         raise DataError(f"rollouts: no prompt in {files[0].parent} has a completion with a score")
     usable = sorted(n for n in set(sizes) if n <= proxy.shape[1])
     curve = best_of_n_curve(proxy, gold, usable)
-    law = overoptimisation(curve["kl"], curve["gold"]) if len(usable) > 2 else None
+    fit = overoptimisation(curve["kl"], curve["gold"]) if len(usable) > 2 else None
     spread = moments(proxy) if float(proxy.std()) > 0 else None
     numbers = {"prompts": proxy.shape[0], "completions": proxy.shape[1]}
-    return {**numbers, "curve": _with_known_errors(curve), "law": law, "moments": spread}
+    return {**numbers, "curve": _with_known_errors(curve), "law": fit, "moments": spread}
 
 
 def _sum_of_rewards(parts: Iterable[Part], batch: Batch) -> Float[Tensor, " N"]:

@@ -132,12 +132,12 @@ def moments(rewards: Tensor) -> dict[str, float]:
     return {"shift": float(known.mean()), "scale": float(known.std())}
 
 
-def draw_curve(curve: dict[str, Any], law: dict[str, float] | None = None) -> Figure:
+def draw_curve(curve: dict[str, Any], fit: dict[str, float] | None = None) -> Figure:
     """Draws gold and proxy reward against sqrt(KL).
 
     Args:
         curve: result of :func:`best_of_n_curve`, or ``kl``, ``proxy`` and ``gold`` of a training run.
-        law: result of :func:`overoptimisation` for best-of-n, drawn in addition.
+        fit: result of :func:`overoptimisation` for best-of-n, drawn in addition.
     """
     figure = Figure(figsize=(5.2, 4.0), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -146,10 +146,10 @@ def draw_curve(curve: dict[str, Any], law: dict[str, float] | None = None) -> Fi
     axes.errorbar(
         distance, curve["gold"], yerr=curve.get("gold_error"), marker="s", color="#1b4f72", label="gold reward"
     )
-    if law is not None:
+    if fit is not None:
         grid = torch.linspace(0, max(distance), 100).tolist()
         start = curve["gold"][curve["kl"].index(0.0)]
-        fitted = [start + d * (law["alpha"] - law["beta"] * d) for d in grid]
+        fitted = [start + d * (fit["alpha"] - fit["beta"] * d) for d in grid]
         axes.plot(grid, fitted, ":", color="0.4", label="d (α - β d)")
     axes.set_xlabel("square root of the KL divergence from the initial policy (nats)")
     axes.set_ylabel("reward")

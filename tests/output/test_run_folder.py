@@ -1,4 +1,4 @@
-"""The run folder: whole checkpoints or none, an exact rewind, rollouts that come back as they were."""
+"""The run folder: checkpoints that are whole or absent, and an exact rewind."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ import threading
 import time
 from pathlib import Path
 
-import pandas
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from posttrain.batch import Batch
-from posttrain.data.rollout_files import read_rollouts, write_rollouts
-from posttrain.errors import DataError, UserError
+from posttrain.data.rollout_files import write_rollouts
+from posttrain.errors import UserError
 from posttrain.output.run_folder import (
     MARKER,
     RunFolder,
@@ -40,7 +37,7 @@ def save(folder: RunFolder, step: int) -> None:
         (directory / "state").write_text(str(step))
 
 
-def test_a_used_folder_is_refused_with_both_ways_out(tmp_path: Path):
+def test_a_used_folder_is_refused_and_the_message_names_both_ways_out(tmp_path: Path):
     open_run(tmp_path / "run", RESOLVED)
     with pytest.raises(UserError, match=r"already holds a run: `--resume` .* `--run.folder=\.\.\.`"):
         open_run(tmp_path / "run", RESOLVED)
@@ -136,7 +133,7 @@ for step in range(2, 100_000):
 
 @pytest.mark.engine
 def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path: Path):
-    """A process that does nothing but write and prune is killed at arbitrary moments; what remains is always whole."""
+    """A process that only writes and prunes is killed at arbitrary moments; the checkpoint that is left is whole."""
     folder, _ = open_run(tmp_path, RESOLVED)
     with write_checkpoint(folder, 1) as directory:
         for name in range(5):
@@ -154,11 +151,11 @@ def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path: Path):
         assert json.loads((checkpoint / MARKER).read_text()) == {"step": step}
         assert all((checkpoint / str(name)).read_text() == str(step) * 5000 for name in range(5))
         assert not any(path.name.startswith(".") for path in folder.checkpoints.iterdir())
-    assert caught_writing, "no kill fell into a write: the test shows nothing"
+    assert caught_writing, "no kill hit a write, so the test shows nothing"
 
 
 def train(folder: RunFolder, steps: range) -> None:
-    """Numbers that depend on the step alone, seconds that do not."""
+    """Writes the files of some steps: numbers that depend only on the step, and seconds that do not."""
     with Trackers([], folder.path) as trackers:
         for step in steps:
             trackers.log(step, {"loss": 1 / (step + 3), "grad_norm": float("nan"), "time/step": time.perf_counter()})
@@ -194,7 +191,7 @@ def test_a_resumed_run_has_the_metrics_of_one_never_stopped(tmp_path: Path):
     stopped, _ = open_run(tmp_path / "stopped", RESOLVED)
     train(stopped, range(1, 6))
     with stopped.metrics.open("a") as file:
-        file.write('{"step": 6, "lo')  # the kill fell into a write
+        file.write('{"step": 6, "lo')  # a line that a kill cut short
     (stopped.rollouts(6).parent / ".step-000006.parquet.writing").write_bytes(b"PAR1")
     stopped, checkpoint = open_run(tmp_path / "stopped", RESOLVED, resume=True)
     assert checkpoint is not None and step_of(checkpoint) == 4
@@ -218,63 +215,3 @@ def test_changed_settings_are_named(tmp_path: Path):
     assert changed_settings(folder, RESOLVED) == []
     other = RESOLVED | {"loss": [{"use": "clip", "low": 0.1}], "seed": 3}
     assert changed_settings(folder, other) == ["loss.0.low: 0.2 -> 0.1", "seed: (absent) -> 3"]
-
-
-# --------------------------------------------------------------------------------------------------------- rollouts
-
-
-def assert_equal(left: Batch, right: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        one, other = getattr(left, field.name), getattr(right, field.name)
-        if isinstance(one, torch.Tensor):
-            assert one.dtype == other.dtype and torch.equal(one.nan_to_num(nan=7e7), other.nan_to_num(nan=7e7)), field
-        elif field.name != "all_sum":
-            assert one == other, field
-
-
-@given(
-    seed=st.integers(0, 10_000),
-    unfilled=st.sets(
-        st.sampled_from(["logp_old", "logp_ref", "entropy", "value", "advantage", "target", "loss_share"]), max_size=7
-    ),
-)
-@settings(max_examples=20, deadline=None)
-def test_rollouts_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, seed: int, unfilled: set[str]):
-    from conftest import make_random_batch
-
-    batch = make_random_batch(seed, columns=15).set(step=7, **dict.fromkeys(unfilled))
-    batch = batch.set(score=batch.score.index_fill(0, torch.tensor([2]), float("nan")))
-    batch = batch[batch.length < 15]  # so that the last columns are padding everywhere
-    path = tmp_path_factory.mktemp("rollouts") / "step-000007.parquet"
-    write_rollouts(path, batch, [f"prompt {i}" for i in batch.group.tolist()])
-    assert_equal(batch.trim(), read_rollouts(path))
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-def test_rollouts_are_readable_by_pandas_and_datasets(tmp_path: Path, random_batch):
-    from datasets import load_dataset
-
-    batch = random_batch(1, groups=2, size=3).set(step=10)
-    row = {"question": "3 + 4 = ?", "answer": "7", "tags": ["sum", {"digits": 1}]}
-    batch = batch.set(rows=(row,) * 6, texts=("ответ: 7",) * 6)
-    path = tmp_path / "rollouts" / "step-000010.parquet"
-    write_rollouts(path, batch, ["3 + 4 = ?"] * 6, {"math": [1.0, 0.0, None, float("nan"), 1.0, 0.5]})
-
-    frame = pandas.read_parquet(path)
-    assert frame["verify/math"].isna().tolist() == [False, False, True, True, False, False]
-    assert frame["finish"].isin(["stopped", "length"]).all() and (frame["step"] == 10).all()
-    assert frame["length"].tolist() == batch.mask.sum(-1).tolist()
-    assert [len(tokens) for tokens in frame["tokens"]] == batch.length.tolist()
-    assert frame["completion"][0] == "ответ: 7" and json.loads(frame["row"][0]) == row
-
-    dataset = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-    assert dataset["tokens"][2] == batch.tokens[2, : batch.length[2]].tolist()
-    assert read_rollouts(path).rows[5] == row
-
-
-def test_what_is_no_file_of_rollouts_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="no such file"):
-        read_rollouts(tmp_path / "step-000001.parquet")
-    pandas.DataFrame({"step": [1], "tokens": [[1]]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="column baseline_only, completion, finish"):
-        read_rollouts(tmp_path / "other.parquet")

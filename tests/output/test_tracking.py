@@ -61,7 +61,7 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path: Path):
         trackers.log(1, {"reward": "high"})
 
 
-def test_processes_beside_the_main_one_write_nothing(tmp_path: Path):
+def test_only_the_main_process_writes(tmp_path: Path):
     with Trackers(["tensorboard"], tmp_path, active=False) as trackers:
         trackers.log(1, {"loss": 1.0})
     assert not list(tmp_path.iterdir())
@@ -74,7 +74,7 @@ def test_a_damaged_line_is_named(tmp_path: Path):
         read_metrics(path)
 
 
-def test_truncation_keeps_the_step_and_what_was_before(tmp_path: Path):
+def test_truncation_keeps_the_step_and_those_before(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     with Trackers([], tmp_path) as trackers:
         for step in (0, 1, 2, 2, 3, 4):
@@ -130,7 +130,7 @@ for start, steps in ((0, (1, 2)), (2, (3, 4))):
 
 
 def log_twice(tracker: str, folder: Path) -> str:
-    """Logs a run and its resumption in a process of its own, with no credentials of the person at the keyboard."""
+    """Logs a run and its resumption in a process of its own, without the user's credentials."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "TRACKIO"))}
     environment |= {"HOME": str(folder), "NETRC": str(folder / "no-netrc")}
     done = subprocess.run(
@@ -190,7 +190,7 @@ def test_fast_steps_do_not_flood_a_log_file():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_any_encoding_will_do(encoding: str):
+def test_any_encoding_can_be_written(encoding: str):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
     run_progress(stream)
@@ -236,7 +236,7 @@ def screen(output: str) -> list[str]:
     return lines
 
 
-def test_on_a_terminal_messages_stand_above_the_table():
+def test_on_a_terminal_messages_appear_above_the_table():
     leader, follower = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(
@@ -263,7 +263,7 @@ def test_on_a_terminal_messages_stand_above_the_table():
     assert lines[table + 1].split() == ["step", "reward"] and lines[table + 4].split() == ["3", "0.750"]
 
 
-def test_columns_are_the_callers():
+def test_columns_can_be_chosen():
     stream = io.StringIO()
     with Progress(1, stream=stream, columns=[Column("value/loss", "critic", "{:.1f}")]) as progress:
         progress.update(1, {"value/loss": float("nan")})
@@ -281,7 +281,7 @@ def test_durations(seconds: float, text: str):
 
 
 def group_mean(batch, *, scale: str = "std"):
-    """Reward less the group's mean.
+    """Returns the reward minus the group's mean.
 
     Shao et al. 2024, section 4.1.1, arXiv:2402.03300.
     """

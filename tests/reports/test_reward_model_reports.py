@@ -78,13 +78,12 @@ def test_curve_over_prompts():
     assert curve["gold"] == pytest.approx([2.2, (2.3 + enumerated(GOLD.tolist(), GOLD.tolist(), 2)) / 2])
     assert curve["oracle"] == pytest.approx([2.2, enumerated(GOLD.tolist(), GOLD.tolist(), 2)])
     assert curve["gold_error"][0] == pytest.approx(0.0) and curve["kl"][0] == 0
-    law = {"alpha": 1.0, "beta": 0.5}
-    figure = draw_curve(curve, law)
+    figure = draw_curve(curve, {"alpha": 1.0, "beta": 0.5})
     assert len(figure.axes[0].get_lines()) >= 3 and "KL" in figure.axes[0].get_xlabel()
 
 
 @pytest.mark.parametrize("method", ["best_of_n", "rl"])
-def test_law_of_overoptimisation_is_recovered(method: str):
+def test_the_parameters_of_overoptimisation_are_recovered(method: str):
     alpha, beta = 1.3, 0.4
     kl = [0.0, 0.3, 1.0, 2.0, 4.0, 9.0]
     gold = [2.0 + (d := math.sqrt(k)) * (alpha - beta * (d if method == "best_of_n" else math.log(d or 1))) for k in kl]
@@ -93,14 +92,14 @@ def test_law_of_overoptimisation_is_recovered(method: str):
     assert fit["residual"] == pytest.approx(0, abs=1e-9)
     grid = [k / 1000 for k in range(1, 200_000)]
 
-    def law(k: float) -> float:
+    def gain(k: float) -> float:
         d = math.sqrt(k)
         return d * (alpha - beta * (d if method == "best_of_n" else math.log(d)))
 
-    assert fit["peak_kl"] == pytest.approx(max(grid, key=law), abs=2e-3)
+    assert fit["peak_kl"] == pytest.approx(max(grid, key=gain), abs=2e-3)
 
 
-def test_law_without_a_peak_or_points():
+def test_overoptimisation_without_a_peak_or_points():
     assert overoptimisation([0, 1, 4], [0, 1, 3])["peak_kl"] == math.inf
     with pytest.raises(ValueError, match="at KL = 0"):
         overoptimisation([1, 2, 4], [0, 1, 2])

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny model on disk and random batches."""
+"""Fixtures of all tests: a tiny model on disk and random batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they bring, here and in children
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not pay for tiny models, here and in child processes
 
 import tempfile
 from pathlib import Path
@@ -15,44 +15,22 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# The shapes in the signatures of what handles tensors are checked at every call that a test makes.
-CHECKED = [
-    f"posttrain.{name}" for name in ("batch", "compose", "heads", "models", "parts", "processes", "trained", "values")
-]
+# Functions of these modules check the shapes in their signatures at every call that a test makes.
+CHECKED = [f"posttrain.{name}" for name in ("batch", "models", "parts", "system.processes", "training.apply_parts")]
 with install_import_hook(CHECKED, "beartype.beartype"):
+    from random_batch import make_random_batch
+    from tiny_model import make_tokenizer
+
     import posttrain.models.joint
     import posttrain.models.policy
-    import posttrain.models.value  # noqa: F401
-    from posttrain.batch import Batch, Finish
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tokenizer(folder: Path):
-    """A byte-level tokenizer without merges: every string round-trips, 256 bytes plus a few special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", additional_special_tokens=specials[2:]
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    import posttrain.models.value
+    import posttrain.system.processes
+    import posttrain.training.apply_parts  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests() -> Iterator[None]:
-    """Reference log-probs of tests do not go to the user's cache folder."""
+    """Gives the tests a cache folder of their own for reference log-probs, instead of the user's."""
     with tempfile.TemporaryDirectory(prefix="posttrain-cache-") as folder:
         os.environ["POSTTRAIN_CACHE"] = folder
         yield
@@ -88,48 +66,9 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns: int = 12, prompt: int = 3) -> Batch:
-    """A batch with every field filled by random numbers: lengths differ, some tokens inside are not the policy's."""
-    g = torch.Generator().manual_seed(seed)
-    n = groups * size
-    length = torch.randint(prompt + 1, columns + 1, (n,), generator=g)
-    length[0] = columns
-    column = torch.arange(columns)
-    mask = (column >= prompt) & (column < length[:, None])
-    mask &= (torch.rand(n, columns, generator=g) > 0.15) | (column == prompt)
-
-    def noise(scale: float) -> torch.Tensor:
-        return torch.randn(n, columns, generator=g) * scale * mask
-
-    logp_old = -noise(1.0).abs()
-    return Batch(
-        tokens=torch.randint(5, 200, (n, columns), generator=g).where(column < length[:, None], 0),
-        mask=mask,
-        length=length,
-        group=torch.arange(groups).repeat_interleave(size),
-        finish=torch.where(torch.rand(n, generator=g) < 0.3, int(Finish.LENGTH), int(Finish.STOPPED)),
-        logp_sampler=logp_old + noise(0.05),
-        version=torch.zeros(n, dtype=torch.long),
-        step_id=torch.where(mask, column[None] // 4, -1),
-        baseline_only=torch.zeros(n, dtype=torch.bool),
-        rows=tuple({"answer": str(i)} for i in range(n)),
-        texts=tuple(f"text {i}" for i in range(n)),
-        score=(reward := torch.randint(0, 2, (n,), generator=g).float()),
-        reward=reward + 0.1 * torch.randn(n, generator=g),
-        step_reward=noise(0.1),
-        logp_old=logp_old,
-        logp_ref=logp_old + noise(0.2),
-        entropy=noise(1.0).abs(),
-        value=noise(0.3),
-        advantage=noise(1.0),
-        target=noise(1.0),
-        loss_share=mask / mask.sum(),
-    )
-
-
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path):
-    """``family_folder("Llama")`` -> a saved tiny model of the family."""
+    """Function ``family_folder("Llama")`` that gives the folder of a saved tiny model of the family."""
     from tiny_values import save_family
 
     return functools.cache(lambda family: save_family(family, tmp_path_factory.mktemp(family), tiny_model_folder))
@@ -137,7 +76,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: P
 
 @pytest.fixture(scope="session")
 def policy_options(tiny_model_folder: Path):
-    """The tiny model as a recipe's ``policy:``."""
+    """Section ``policy:`` of a recipe with the tiny model."""
     from posttrain.recipe.sections import PolicySection
 
     return PolicySection(model=str(tiny_model_folder))
@@ -153,10 +92,10 @@ def tokenizer(tiny_model_folder: Path):
 
 @pytest.fixture
 def random_batch():
-    """``random_batch(seed, groups=..., size=..., columns=..., prompt=...)`` -> Batch."""
+    """Function ``random_batch(seed, groups=..., size=..., columns=..., prompt=...)`` that makes a batch."""
     return make_random_batch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: a mistake shows before the slow ones start."""
+    """Puts fast tests first, so that they fail before the slow ones start."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)

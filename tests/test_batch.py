@@ -51,7 +51,7 @@ def test_concatenate_pads_and_puts_back(random_batch):
 def test_concatenate_refuses_half_filled_fields(random_batch):
     with pytest.raises(ValueError, match="'logp_ref' is filled in 1 of 2"):
         Batch.concatenate([random_batch(0), random_batch(1).set(logp_ref=None)])
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="the list of batches is empty"):
         Batch.concatenate([])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from exact_world import PROMPT, String, World, distance, law_of, make_world, table_score, tokens_of
 from test_decoding_scores import Strata, as_world, expected, quarters
+from tiny_model import make_tokenizer
 from tiny_values import save_random_value
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 

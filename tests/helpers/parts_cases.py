@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from conftest import make_random_batch
 from hypothesis import settings
 from hypothesis import strategies as st
+from random_batch import make_random_batch
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs

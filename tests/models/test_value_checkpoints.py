@@ -233,7 +233,7 @@ def test_a_soft_value_needs_a_temperature(policy_options):
 
 
 def test_a_value_model_of_another_tokenizer_is_refused(policy_options, tmp_path):
-    from conftest import make_tokenizer
+    from tiny_model import make_tokenizer
 
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert len(tokenizer) <= 261

@@ -8,10 +8,10 @@ import math
 import pytest
 import reference
 import torch
-from conftest import make_random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, halves, on_ranks, pad, rough_batch, seeds, with_greedy
+from random_batch import make_random_batch
 
 from posttrain.batch import Batch
 from posttrain.micro_batches import blank_row

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
-from conftest import make_random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, moved_outputs, pad, rough_batch, seeds
+from random_batch import make_random_batch
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs

@@ -9,10 +9,10 @@ from statistics import pvariance
 import pytest
 import reference
 import torch
-from conftest import make_random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, pad, rough_batch, seeds
+from random_batch import make_random_batch
 from torch import Tensor
 
 from posttrain.batch import OPTIONAL_FIELDS, Batch, Finish

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import reference_values as reference
 import torch
-from conftest import make_random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from parts_cases import close, examples, halves, on_ranks, seeds
+from random_batch import make_random_batch
 from torch import Tensor
 from value_cases import pad_values, value_batch
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_random_batch
 from parts_cases import close
 from preference_cases import answers, every_pair, train
+from random_batch import make_random_batch
 from tabular_engine import TabularEngine
 from test_preference_optima import REFERENCE, REWARD, sigmoid, soft_dpo, tilted
 from torch import Tensor, nn

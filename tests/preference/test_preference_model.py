@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_random_batch
+from random_batch import make_random_batch
 
 from posttrain.batch import Batch, Outputs
 from posttrain.models.policy import Policy, build_policy

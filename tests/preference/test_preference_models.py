@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_random_batch
+from random_batch import make_random_batch
 from test_preference_recipes_run import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_random_batch
 from preference_cases import preferences
+from random_batch import make_random_batch
 
 from posttrain.batch import Batch, Outputs, seq_sum
 from posttrain.commands import cli

@@ -139,7 +139,7 @@ def random_states(batch: Batch) -> tuple[Batch, values.States, list[dict]]:
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), groups=st.integers(1, 4), bins=st.integers(2, 12))
 def test_metrics_equal_scalar_loops(seed: int, groups: int, bins: int):
-    from conftest import make_random_batch
+    from random_batch import make_random_batch
 
     _, states, loop_states = random_states(make_random_batch(seed, groups=groups))
     names = ("value", "outcome", "position", "step", "last", "truncated", "group")

@@ -18,10 +18,9 @@ from posttrain.data import examples
 from posttrain.data.rollout_files import write_rollouts
 from posttrain.data.steps import cut
 from posttrain.engines.base import Completion, Sampling
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RecipeError
 from posttrain.models.load import load_tokenizer
 from posttrain.recipe import sections
-from posttrain.recipe.loading import RecipeError
 from posttrain.recipe.part import Part
 from posttrain.rollout.collect import CompletionSource
 from posttrain.rollout.rollouts import Prompts, single_turn, to_batch

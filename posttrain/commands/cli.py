@@ -27,12 +27,12 @@ Settings of the recipe are overridden by --key.path=value, with the value in YAM
 class Command(NamedTuple):
     """A command. What it runs is named in a string, and imported only when the command runs."""
 
-    run: str  # (path, overrides) -> anything; with ``resume`` as a keyword if the command can resume
+    run: str  # function: (path, overrides) -> anything; it also takes ``resume`` if the command can resume
     help: str
     file: str = "recipe"  # name of the file argument in the help
     resume: str | None = None  # help of ``--resume``; None: the command has no such option
-    quiet: bool = True  # keep libraries quiet
-    patient: bool = True  # waiting threads sleep
+    quiet: bool = True  # keeps libraries quiet
+    patient: bool = True  # makes waiting threads sleep
     extra: str | None = None  # optional dependencies that the command needs
 
 

@@ -13,11 +13,11 @@ from posttrain.recipe.yaml_reader import Document, Overrides, suggestion
 
 
 class Suite(NamedTuple):
-    """A kind of suite, by the names of its functions: what measures is imported only after the file was read."""
+    """Names of the functions for one kind of suite. The code that measures is imported only after the file was read."""
 
     kind: str  # dataclass that a file of this kind describes
-    read: str  # (path, overrides) -> the suite
-    measure: str  # the suite -> the folder of its report
+    read: str  # function that reads a suite: (path, overrides) -> suite
+    measure: str  # function that runs it: suite -> folder of the report
 
 
 SUITES = {

@@ -42,7 +42,7 @@ class LabelRecipe(SamplingRecipe):
 
     modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verify.functions"}
 
-    policy: sections.PolicySection  # samples the branches, and the completions unless they are stored
+    policy: sections.PolicySection  # policy that samples the branches, and the completions unless they are stored
     data: sections.DataSection | None = None  # prompts to sample completions of
     rollouts: str | None = None  # stored rollouts, instead of sampling: a file, a run's folder, or a folder of them
     verify: tuple[InstanceOf[Part], ...]
@@ -68,7 +68,7 @@ class ToLabel(NamedTuple):
     """A rank's share of the completions to label: stored already, or still to be sampled."""
 
     longest_prompt: int
-    complete: Callable[[CompletionSource], Batch]  # returns them; samples them first if they are not stored
+    complete: Callable[[CompletionSource], Batch]  # returns the completions; samples them if they are not stored
 
 
 def run_labels(path: str | Path, overrides: Overrides = ()) -> Path:
@@ -124,7 +124,7 @@ def _sampled(recipe: LabelRecipe, data: sections.DataSection, tokenizer: Any) ->
 
 def _stored(recipe: LabelRecipe, path: str, tokenizer: Any) -> Callable[[Processes], ToLabel]:
     """Reads stored rollouts, and returns the function that gives a rank its share of them."""
-    find_rollouts(path, recipe.base)  # here its error names this recipe's key
+    find_rollouts(path, recipe.base)  # checked here, so that the error names this recipe's key
     examples = rollouts(sections.DataSection(path=path), tokenizer, recipe.base)
 
     def share(processes: Processes) -> ToLabel:

@@ -2,9 +2,9 @@
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
 verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row`` (columns
-of the dataset, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever
-of ``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list
-has one element for each token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
+of the dataset, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and
+whichever of ``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch
+has. A list has one element for each token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
 """
 
 from __future__ import annotations

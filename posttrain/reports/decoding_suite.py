@@ -28,6 +28,8 @@ PLAIN = "plain samples"
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class ComparedSection:
+    """A decoder to compare with plain samples, at one strength or at several."""
+
     name: str | None = None
     """Name in tables and pictures. Default: the name of the recipe's file, or of the decoder."""
     recipe: str | None = None
@@ -40,6 +42,8 @@ class ComparedSection:
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class DecodeReportSection:
+    """The report of a decode suite."""
+
     folder: str | None = None
     """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
 

@@ -25,7 +25,9 @@ class RewardSuite(Checked):
     suite: Literal["reward"]
     reward: tuple[InstanceOf[Part], ...]
     data: sections.DataSection | None = None  # pairs in RewardBench's format: prompt, chosen, rejected, subset
-    rollouts: str | None = None  # rollouts scored by verifiers, the gold rewards: a file, a run's folder or one of them
+    rollouts: str | None = (
+        None  # rollouts; their scores are the gold rewards: a file, a run's folder, or a folder of them
+    )
     sizes: tuple[int, ...] = field(default=(1, 2, 4, 8, 16, 32, 64))  # n's of best-of-n, up to the stored completions
     folder: str | None = None  # folder of the report; default: ``reports/<suite's name>``
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display
+matplotlib.use("Agg")  # draws without a display
 
 import matplotlib.pyplot as plt
 from rich.console import Console

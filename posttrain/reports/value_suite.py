@@ -20,6 +20,8 @@ from posttrain.recipe.yaml_reader import Location, Overrides
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class ValueModelSection:
+    """The value model to measure."""
+
     model: str
     """A value model saved by a run, or a reward or process model: local folder or hub name."""
 
@@ -38,6 +40,8 @@ class BranchPointsSection:
 
 @dataclass(config=sections.CONFIG, kw_only=True, frozen=True)
 class ValueReportSection:
+    """The report and its curves."""
+
     folder: str | None = None
     """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
     bins: int = Field(default=10, ge=2)
@@ -56,7 +60,7 @@ class ValueSuite(SamplingRecipe):
 
     suite: Literal["value"]
     value: ValueModelSection
-    policy: sections.PolicySection | None = None  # samples the completions and the branches
+    policy: sections.PolicySection | None = None  # policy that samples the completions and the branches
     data: sections.DataSection | None = None
     rollouts: str | None = None  # stored rollouts, instead of sampling: a file, a run's folder, or a folder of them
     verify: tuple[InstanceOf[Part], ...] = ()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Finish(IntEnum):
-    """How a completion ended. Truncation (``LENGTH``) is not an ending: the rest of the completion is unknown."""
+    """The way a completion ended. Truncation (``LENGTH``) is not an ending: the rest of the completion is unknown."""
 
     STOPPED = 0
     LENGTH = 1

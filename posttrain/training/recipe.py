@@ -222,8 +222,8 @@ def _group_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
         if part is not None and part.fact("compares_group"):
             yield (
                 place,
-                f"{part.name} compares the completions of a prompt with each other, and `completions: 1` leaves nothing "
-                "to compare: no prompt would teach anything",
+                f"{part.name} compares the completions of a prompt with each other, and `completions: 1` leaves "
+                "nothing to compare: no prompt would teach anything",
             )
 
 

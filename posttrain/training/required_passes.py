@@ -81,8 +81,8 @@ def _refuse_unfilled(recipe: Recipe, required: RequiredPasses, read: set[str]) -
     if recipe.decoder is not None and "logp_sampler" in read and not recipe.decoder.fact("exact_logp"):
         raise RecipeError(
             f"decoder: {recipe.decoder.name} samples from a distribution whose log-probs are not known, and a part of "
-            "the recipe makes importance weights of the sampler's log-probs: leave that part out (such as `weights: [{use: "
-            "truncated_importance}]`), or take a decoder with exact log-probs, such as shaped"
+            "the recipe makes importance weights of the sampler's log-probs: leave that part out (such as `weights: "
+            "[{use: truncated_importance}]`), or take a decoder with exact log-probs, such as shaped"
         )
     if recipe.advantage is None and "advantage" in read:
         raise RecipeError("a part reads the advantage, but the recipe has no `advantage:`")

@@ -416,10 +416,12 @@ def test_evaluation_with_the_decoder(tmp_path, saved):
 
 
 DIGITS = '''
-from function_score import FunctionScore
+from posttrain.decoding.prefix_scores import TextScore
 
 
 def next_digit(context):
-    """Scores 1 for a prefix whose last token is a digit, else 0."""
-    return FunctionScore(function=lambda prefixes: [float(context.decode(p.tokens[-1:]).isdigit()) for p in prefixes])
+    """Scores 1 for a prefix whose last character is a digit, else 0."""
+    return TextScore(
+        function=lambda prompts, texts: [float(text[-1:].isdigit()) for text in texts], decode=context.decode
+    )
 '''

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from posttrain import load_recipe, load_value, train
 from posttrain.batch import Batch, Outputs
 from posttrain.data.rollout_files import read_rollouts
-from posttrain.decoding.cached_values import value_score
+from posttrain.decoding.candidate_cache import value_score
 from posttrain.errors import RecipeError, UserError
 from posttrain.models import policy as models
 from posttrain.models.implicit_value import ImplicitValue

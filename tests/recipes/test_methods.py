@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from posttrain.commands.iterate_plan import IterateRecipe, Stage
 from posttrain.decoding.recipe import DecodeRecipe
@@ -69,6 +74,52 @@ def described(recipe: Recipe) -> str:
     return " → ".join(f"`{part}`" for part in parts if part is not None)
 
 
+def load_slots() -> Any:
+    """The script that lists all slots and parts, as a module."""
+    spec = importlib.util.spec_from_file_location("slots", ROOT / "scripts" / "slots.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Pairs of a slot (or an option) and a name that YAML writes there."""
+    if isinstance(node, dict):
+        if "use" in node:
+            yield key, node["use"]
+        for name, value in node.items():
+            yield from named(value, str(name).rpartition(".")[2])
+    elif isinstance(node, list):
+        for value in node:
+            yield from named(value, key)
+    elif isinstance(node, str):
+        yield key, node
+
+
+def parts_without_recipe() -> dict[str, tuple[str, Any]]:
+    """Parts of training and decoding that no recipe names and that are no default, each with its first slot."""
+    slots = load_slots()
+    page = slots.Page()
+    places = [slots.Place(name, slots.MODULES[name], slot.takes) for name, slot in slots.SLOTS.items()]
+    for name in slots.SLOTS:
+        list(page.slot(name))
+    while page.waiting:
+        places.append(page.waiting.pop(0))
+        list(page.option(places[-1]))
+    names = {pair for path in (ROOT / "recipes").rglob("*.yaml") for pair in named(yaml.safe_load(path.read_text()))}
+    parts = {(place, name): part for place in places for name, part in slots.shipped(place).items()}
+    used = {part for (place, name), part in parts.items() if (place.name, name) in names}
+    for part in parts.values():
+        defaults = [parameter.default for parameter in inspect.signature(part).parameters.values()]
+        used |= {other for other in parts.values() if any(other is default for default in defaults)}
+    unnamed: dict[str, tuple[str, Any]] = {}
+    for (place, name), part in parts.items():
+        if part not in used and place.module.startswith(("posttrain.parts", "posttrain.decoding")):
+            unnamed.setdefault(f"{place.module.rpartition('.')[2]}.{name}", (place.name, part))
+    return unnamed
+
+
 def test_every_recipe_has_a_row_and_every_row_a_recipe():
     assert sorted(rows()) == RECIPES
 
@@ -82,3 +133,16 @@ def test_the_row_says_what_the_recipe_runs(path):
     header = (ROOT / path).read_text(encoding="utf-8").split("\nbase:")[0]
     assert (identifier[1] or identifier[2]) in header
     assert path.endswith(row["link"])
+
+
+def test_every_part_without_a_recipe_has_a_row():
+    """The rows have the part, its slot, the first sentence of its docstring, and a source that the docstring names."""
+    section = (ROOT / "METHODS.md").read_text(encoding="utf-8").partition("## Parts without a recipe of their own")[2]
+    rows = re.findall(r"^\| `([\w.]+)` \| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
+    parts, sentence = parts_without_recipe(), load_slots().sentence
+    expected = {name: (slot, sentence(part).replace("|", "\\|")) for name, (slot, part) in parts.items()}
+    assert {name: (slot, text) for name, slot, text, _ in rows} == expected
+    for name, _, _, source in rows:
+        link = re.search(r"https://(?:arxiv\.org/abs/|doi\.org/)?([^)]+)", source)
+        docstring = inspect.getdoc(parts[name][1]) or ""
+        assert link[1] in docstring if link else "arXiv" not in docstring, name

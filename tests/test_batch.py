@@ -1,4 +1,4 @@
-"""The Batch: alignment, selection, concatenation, reductions."""
+"""Tests of Batch: alignment, selection, concatenation, reductions."""
 
 from __future__ import annotations
 

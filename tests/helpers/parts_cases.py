@@ -1,4 +1,4 @@
-"""Batches with everything in them that a part may meet, and ways to split them."""
+"""Batches with every special case that a part may meet, and ways to split them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ PER_TOKEN = ("logp_sampler", "step_reward", "logp_old", "logp_ref", "entropy", "
 
 
 def examples(n: int = 25) -> settings:
-    """Random cases a test; the same ones in every run, so that a failure can be repeated."""
+    """Sets the number of random cases of a test; they are the same in every run, so that a failure can be repeated."""
     return settings(max_examples=n, deadline=None, derandomize=True)
 
 
 def rough_batch(seed: int, *, groups: int = 3, size: int = 4, columns: int = 10, plain: bool = False) -> Batch:
-    """Unscored completions, greedy baselines, completions without a chosen token, groups in no order, NaN off the mask.
+    """Random batch with every special case.
+
+    It has unscored completions, greedy baselines, completions without a chosen token, groups in no order and NaN off
+    the mask.
 
     Args:
         plain: without any of that.
@@ -50,7 +53,7 @@ def rough_batch(seed: int, *, groups: int = 3, size: int = 4, columns: int = 10,
 
 
 def with_greedy(batch: Batch) -> Batch:
-    """The batch, with one greedy completion more if it had none."""
+    """Adds a greedy completion to a batch that has none."""
     greedy = batch.baseline_only.clone()
     greedy[0] |= ~greedy.any()
     return batch.set(baseline_only=greedy)
@@ -86,7 +89,7 @@ def pad(batch: Batch, columns: int, fill: float = 0.0) -> Batch:
 
 
 def on_ranks(batches: Sequence[Batch], function: Callable[[Batch], Result]) -> list[Result]:
-    """``function`` of each batch in a thread of its own, with sums over all of them: ranks in lockstep."""
+    """Applies ``function`` to each batch in its own thread, with sums over all batches, like ranks in lockstep."""
     world = len(batches)
     barrier = threading.Barrier(world, timeout=30)
     sent: list[Tensor | None] = [None] * world
@@ -121,13 +124,13 @@ def on_ranks(batches: Sequence[Batch], function: Callable[[Batch], Result]) -> l
 
 
 def halves(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows of two ranks: whole groups, unequal in number."""
+    """Splits the rows for two ranks: whole groups, unequal in number."""
     first = batch.group.unique()[:1]
     mine = torch.isin(batch.group, first)
     return mine.nonzero().squeeze(-1), (~mine).nonzero().squeeze(-1)
 
 
 def close(found: Tensor, expected: Any, tolerance: float = 1e-6) -> None:
-    """Equal to ``tolerance``, relative and absolute."""
+    """Asserts that numbers are equal to ``tolerance``, relative and absolute."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(found.detach().double(), expected, rtol=tolerance, atol=tolerance)

@@ -54,7 +54,7 @@ def preferences(seed: int, *, groups: int = 4, size: int = 2, plain: bool = Fals
 
 
 def moved(batch: Batch, seed: int, scale: float = 0.3) -> Outputs:
-    """A policy that has moved away from the old one, with all that a forward pass may compute; leaves of a graph."""
+    """Outputs of a policy that has moved away from the old one, with all optional fields; leaves of a graph."""
     g = torch.Generator().manual_seed(seed + 7)
 
     def noise() -> Tensor:
@@ -117,7 +117,7 @@ def every_pair(size: int) -> list[tuple[int, int]]:
 
 
 def forward(logits: Tensor, batch: Batch, reference: Sequence[float]) -> Outputs:
-    """One pass of the table."""
+    """Forward pass of the table."""
     logp = torch.zeros_like(batch.logp_sampler)
     policy, ref = logits.log_softmax(-1), torch.tensor(reference, dtype=torch.float64)
     kl = (ref * (ref.log() - policy)).sum()

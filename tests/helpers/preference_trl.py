@@ -17,7 +17,7 @@ PROMPT, COLUMNS, VOCABULARY, PAIRS = 3, 9, 7, 5
 
 
 class Table(nn.Module):
-    """Logits of the next token, given the last one; with what TRL's fused language-model heads return."""
+    """Language model that is a table of next-token logits, with the outputs that TRL's fused heads return."""
 
     is_gradient_checkpointing = False
 
@@ -44,7 +44,7 @@ class Table(nn.Module):
 
 
 def ours(model: Table, batch: Batch) -> Outputs:
-    """Log-probs of the same table, in the alignment of this package."""
+    """Log-probs of the table, in the alignment of this package."""
     every = model(batch.tokens).logits[:, :-1].log_softmax(-1)
     logp = every.gather(-1, batch.tokens[:, 1:, None])[..., 0]
     pad = logp.new_zeros(len(batch), 1)
@@ -55,7 +55,7 @@ def ours(model: Table, batch: Batch) -> Outputs:
 
 
 def case(seed: int, *, same_length: bool = False, dtype: torch.dtype = torch.float64) -> tuple[Batch, Table, Table]:
-    """Pairs as TRL has them, all chosen completions before all rejected ones; policy and reference."""
+    """Pairs in TRL's order, all chosen completions before all rejected ones; policy and reference."""
     g = torch.Generator().manual_seed(seed)
     policy, reference = Table(seed).to(dtype), Table(seed + 1).to(dtype)
     batch = answers([[(0, 1.0), (0, 0.0)] for _ in range(PAIRS)], [1.0])

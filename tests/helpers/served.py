@@ -34,7 +34,7 @@ def recipe_file(folder: Path, model: Path, **sections: Any) -> Path:
 
 
 class Server:
-    """A server that runs, and clients of it."""
+    """Running server with its clients."""
 
     def __init__(self, url: str, served: Served) -> None:
         self.url, self.served = url, served
@@ -47,7 +47,7 @@ class Server:
         return self.client.chat.completions.create(model="tiny", messages=MESSAGES, **request)
 
     def idle(self, seconds: float = 5.0) -> bool:
-        """True if after a while nothing is sampled any more."""
+        """True if nothing is sampled any more after a while."""
         until = time.monotonic() + seconds
         while self.served.engine.in_flight and time.monotonic() < until:
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Run by test_engines.py on two ranks: a trainer's process group and, in each rank, a vLLM engine of its own.
+"""Script that test_engines.py runs on two ranks: a trainer's process group and, in each rank, a vLLM engine of its own.
 
 Ranks start and use their engines out of step, which works only if no engine waits for another rank's.
 """

@@ -1,4 +1,4 @@
-"""Batches whose values are filled, for the tests of what learns values and learns from them."""
+"""Batches with values, for tests of value losses, targets and value-based advantages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def value_outputs(batch: Batch, seed: int, outputs: int = 7) -> Outputs:
 
 
 def pad_values(batch: Batch, columns: int, fill: float) -> Batch:
-    """``pad`` of the fields that values have too."""
+    """Pads a batch like ``pad``, including the fields of values."""
     wide = {
         name: torch.nn.functional.pad(getattr(batch, name), (0, columns), value=fill)
         for name in EXTRA
@@ -65,7 +65,7 @@ def pad_values(batch: Batch, columns: int, fill: float) -> Batch:
 
 
 def on_outputs(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
-    """The outputs with each per-column tensor changed in the same way."""
+    """Applies a change to each per-column tensor of the outputs."""
     names = ("logp", "entropy", "value", "value_logits")
     changes = {name: change(getattr(outputs, name)) for name in names if getattr(outputs, name) is not None}
     return replace(outputs, **changes)

@@ -23,7 +23,7 @@ gammas = st.sampled_from([1.0, 0.9, 0.0])
 
 
 def one_token_batch(rewards: list[float], group: list[int] | None = None) -> Batch:
-    """Completions of one token each, whose reward is all that matters."""
+    """Completions of one token each, which differ only in their rewards."""
     n = len(rewards)
     batch = make_random_batch(0, groups=1, size=n, columns=4, prompt=3)
     return batch.set(
@@ -152,7 +152,7 @@ def test_an_unknown_option_is_refused(option) -> None:
 
 
 def test_returns_step_over_tokens_that_the_policy_did_not_choose() -> None:
-    """r = [1, (5), 2], reward 4, γ = 1/2: the last chosen token has 2 + 4, the first 1 + 6/2; the 5 is nobody's."""
+    """r = [1, (5), 2], reward 4, γ = 1/2: the last chosen token has 2 + 4, the first 1 + 6/2; the 5 is not counted."""
     batch = make_random_batch(0, groups=1, size=1, columns=3, prompt=0)
     batch = batch.set(
         mask=torch.tensor([[True, False, True]]),

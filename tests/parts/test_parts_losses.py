@@ -21,7 +21,7 @@ Term = Callable[[Outputs, Batch], Tensor]
 
 
 def terms_of(rows: reference.Rows, a: reference.Matrix, logp: reference.Matrix, fixed: reference.Matrix) -> dict:
-    """The scalar loops of each term below, by the same name."""
+    """Scalar loops of each term below, by the term's name."""
     r = reference
     return {
         "reinforce": r.reinforce(a, logp),
@@ -103,7 +103,7 @@ def test_values_and_gradients_equal_the_scalar_loops(name: str, seed: int) -> No
 @given(seed=seeds)
 @examples(10)
 def test_sequence_terms_equal_the_paper_under_a_mean_of_means(name: str, seed: int) -> None:
-    """One advantage a completion: value and gradient of mean_i of the paper's loss of completion i."""
+    """With one advantage per completion: value and gradient of mean_i of the paper's loss of completion i."""
     batch = rough_batch(seed)
     rows = reference.read(batch)
     a = reference.outcome(rows, "group")
@@ -131,7 +131,7 @@ ALL_TERMS = TERMS | SEQUENCE_TERMS | {"entropy": losses.entropy}
 @given(seed=seeds)
 @examples(8)
 def test_nothing_off_the_mask_and_nothing_from_there(name: str, seed: int) -> None:
-    """Rubbish off the mask, NaN included, gives value 0 and gradient exactly 0 there, and does not reach elsewhere."""
+    """Off the mask value and gradient are exactly 0, and numbers there, NaN included, have no effect elsewhere."""
     batch = rough_batch(seed)
     outputs = moved_outputs(batch, seed)
     found = ALL_TERMS[name](outputs, batch)
@@ -177,7 +177,7 @@ def test_at_ratio_1_every_policy_gradient_is_reinforce(name: str, seed: int) -> 
 
 
 def single(log_ratios: list[float], advantage: float) -> tuple[Outputs, Batch]:
-    """One completion that consists of the given log-ratios."""
+    """One completion with these log-ratios."""
     n = len(log_ratios)
     batch = make_random_batch(0, groups=1, size=1, columns=n, prompt=0)
     batch = batch.set(mask=torch.ones(1, n).bool(), advantage=torch.full((1, n), advantage))
@@ -193,7 +193,7 @@ def test_golden_geometric_mean(advantage: float, expected: float) -> None:
 
 
 def weight_of(options: dict, ratio: float, advantage: float) -> float:
-    """w in grad = -w A ∇log π of the clipped surrogate."""
+    """Weight w in grad = -w A ∇log π of the clipped surrogate."""
     outputs, batch = single([math.log(ratio)], advantage)
     return slope(lambda o, b: losses.clip(o, b, **options), outputs, batch).item() / -advantage
 
@@ -278,7 +278,7 @@ OLD = torch.tensor([0.25, 0.2, 0.3, 0.25], dtype=torch.float64).log()
 
 
 def expected_term(estimator, sampled_from: Tensor, importance: bool = False) -> tuple[float, Tensor]:
-    """E over the four tokens of a KL term, and the gradient of its loss with respect to the policy's logits."""
+    """Expectation of a KL term over the four tokens, and its loss's gradient with respect to the policy's logits."""
     logits = POLICY.clone().requires_grad_()
     n = len(logits)
     batch = make_random_batch(0, groups=1, size=n, columns=1, prompt=0)
@@ -314,7 +314,7 @@ def test_k2_is_a_biased_value() -> None:
 
 
 def test_gradients_of_the_estimators_as_losses() -> None:
-    """k1 has none, k2 and k3_k2 have that of KL(π ‖ ref), k3 has that of KL(ref ‖ π)."""
+    """The gradient of k1 is 0, k2 and k3_k2 have that of KL(π ‖ ref), k3 has that of KL(ref ‖ π)."""
     _, reverse, forward = exact_gradients()
     close(expected_term("k1", POLICY)[1], torch.zeros(4), 1e-12)
     close(expected_term("k2", POLICY)[1], reverse, 1e-12)

@@ -33,7 +33,7 @@ def scored_batch(scores: list[float], group: list[int], baseline_only: list[bool
 
 
 def with_lengths(batch: Batch, lengths: list[int]) -> Batch:
-    """Completions of so many chosen tokens after no prompt."""
+    """Completions with these numbers of chosen tokens and no prompt."""
     column = torch.arange(max(lengths))
     mask = column < torch.tensor(lengths)[:, None]
     nothing = torch.zeros(mask.shape)
@@ -51,7 +51,7 @@ def test_mixed_groups_equal_the_scalar_loops(seed: int) -> None:
 
 
 def test_mixed_groups_truth_table() -> None:
-    """All right, all wrong, mixed, mixed only by an unscored one, mixed only by the greedy one, mixed beside both."""
+    """All right, all wrong, mixed, mixed only by an unscored one, mixed only by the greedy one, mixed in spite of both."""
     scores = [1, 1, 1, 0, 0, 0, 1, 0, 1, 1, NAN, 1, 1, 1, 0, 1, 0, NAN]
     group = [i // 3 for i in range(18)]
     greedy = [i in (14, 17) for i in range(18)]
@@ -123,7 +123,7 @@ def test_overlong_equals_the_scalar_loops(seed: int, limit: int, buffer: int) ->
 
 
 def test_golden_overlong() -> None:
-    """Limit 100, buffer 20: nothing up to 80 tokens, half at 90, all from 100 on."""
+    """With limit 100 and buffer 20: nothing up to 80 tokens, half at 90, all from 100 on."""
     batch = with_lengths(scored_batch([1] * 5, [0] * 5), [10, 80, 90, 100, 120])
     assert rewards.overlong(batch, limit=100, buffer=20).tolist() == [0, 0, -0.5, -1, -1]
 

@@ -187,7 +187,7 @@ def test_losses_of_the_policy_equal_the_scalar_loops(seed: int) -> None:
 
 @pytest.mark.parametrize("level", ["token", "step", "response"])
 def test_gradients_of_soft_path_are_those_of_its_moving_part(level) -> None:
-    """By differences of the scalar loop, in which what is detached stays where it is."""
+    """Compared with differences of the scalar loop, in which detached numbers stay constant."""
     batch, outputs = case(3)
     rows, fixed = reference_values.read(batch), outputs.logp.tolist()
 
@@ -204,7 +204,7 @@ def test_gradients_of_soft_path_are_those_of_its_moving_part(level) -> None:
 
 
 def ranked(scores: list[float], labels: list[float], margin: float) -> float:
-    """The loss of one completion with a step a token."""
+    """Loss of one completion in which every token is a step."""
     batch, outputs = case(0, plain=True)
     columns, steps = batch.mask.shape[1], len(scores)
     where = torch.arange(columns).expand_as(batch.mask)
@@ -363,7 +363,7 @@ def test_padding_row_order_and_micro_batches_change_nothing(name: str, seed: int
 
 
 def widen(tensor: Tensor, columns: int = 3) -> Tensor:
-    """Further columns of NaN in dimension 1."""
+    """Adds columns of NaN in dimension 1."""
     rest = torch.full((tensor.shape[0], columns, *tensor.shape[2:]), torch.nan)
     return torch.cat([tensor, rest], 1)
 

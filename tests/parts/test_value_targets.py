@@ -48,7 +48,7 @@ ALL = ADVANTAGES | TARGETS
 
 
 def line(values: list[float], mask: list[int], reward: float, *, finish: Finish = Finish.STOPPED) -> Batch:
-    """One completion with these values a column."""
+    """One completion with one of these values per column."""
     columns = len(mask)
     chosen = torch.tensor([mask]).bool()
     return make_random_batch(0, groups=1, size=2, columns=columns, prompt=1)[[0]].set(
@@ -139,7 +139,7 @@ def test_the_other_advantages_equal_the_scalar_loops(seed: int, temperature: flo
 
 
 def same(found: Tensor, expected: list[list[float]]) -> None:
-    """NaN in the same places, and close elsewhere."""
+    """Asserts that NaN is in the same places, and that all other numbers are close."""
     wanted = torch.tensor(expected, dtype=torch.float64)
     assert torch.equal(found.isnan(), wanted.isnan())
     close(found.nan_to_num(), wanted.nan_to_num(), 1e-5)

@@ -58,7 +58,9 @@ def make_tree(seed: int, *, grid: bool = False) -> Tree:
 
 
 def batch_of(tree: Tree) -> Batch:
-    """A row a leaf: a prompt of one token, then the leaf. Sampled uniformly; the tree's policy is old and reference."""
+    """Batch with a row per leaf: a prompt of one token, then the leaf, sampled uniformly.
+
+    The tree's policy is both the old policy and the reference."""
     n, columns = len(tree.leaves), DEPTH + 1
     length = torch.tensor([len(leaf) + 1 for leaf in tree.leaves])
     column = torch.arange(columns)
@@ -92,7 +94,7 @@ def batch_of(tree: Tree) -> Batch:
 
 
 def places(tree: Tree) -> Tensor:
-    """The prefix's number at each state of each row, 0 elsewhere."""
+    """Number of the prefix at each state of each row, 0 elsewhere."""
     result = torch.zeros(len(tree.leaves), DEPTH + 1, dtype=torch.long)
     for i, leaf in enumerate(tree.leaves):
         for t in range(len(leaf) + 1):
@@ -115,7 +117,7 @@ def filled(tree: Tree, batch: Batch, table: Tensor, kind: targets.Backup | None,
 
 
 def fixed_point(tree: Tree, part: Callable[[Batch], Tensor], kind: targets.Backup | None = None) -> Tensor:
-    """The table that repeated backups lead to: each prefix's expected target under the tree's policy."""
+    """Table that repeated backups converge to: each prefix's expected target under the tree's policy."""
     batch, where, weight = batch_of(tree), places(tree), chances(tree)[:, None]
     table = torch.randn(len(tree.prefixes), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for _ in range(DEPTH + 2):

@@ -1,4 +1,4 @@
-"""The policies beside the policy: how they move, whom the opponent is, and what a checkpoint keeps of them."""
+"""Tests of the other policies: how they move, which one is the opponent, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Table(nn.Module):
         self.logits = nn.Parameter(torch.tensor(probabilities).double().log())
 
     @property
-    def law(self) -> Tensor:
+    def distribution(self) -> Tensor:
         return self.logits.detach().softmax(-1)
 
 
@@ -89,34 +89,34 @@ def test_every_move_of_the_reference_tilts_dpo_s_optimum_once_more() -> None:
     pairs = every_pair(4)
     soft = [sigmoid(REWARD[i] - REWARD[j]) for i, j in pairs]
     for k in (1, 2, 3):
-        batch = answers([[(i, 1.0), (j, 0.0)] for i, j in pairs], reference.law.tolist(), probability=soft)
-        found = train([(1.0, soft_dpo)], batch, reference.law.tolist())
+        batch = answers([[(i, 1.0), (j, 0.0)] for i, j in pairs], reference.distribution.tolist(), probability=soft)
+        found = train([(1.0, soft_dpo)], batch, reference.distribution.tolist())
         with torch.no_grad():
             policy.logits.copy_(torch.tensor(found).double().log())
         players.after(50 * k)
-        close(reference.law, tilted(REFERENCE, [k * r for r in REWARD], 0.5), 1e-5)
+        close(reference.distribution, tilted(REFERENCE, [k * r for r in REWARD], 0.5), 1e-5)
 
 
 def test_looking_ahead_is_undone_and_remembered() -> None:
     policy = Table([0.5, 0.3, 0.2])
     players = players_of(policy, shipped("egpo"))
-    start = policy.law
+    start = policy.distribution
     with players.one_step_ahead():  # nothing is ahead yet
-        assert torch.equal(policy.law, start)
+        assert torch.equal(policy.distribution, start)
     players.remember()
     with torch.no_grad():
         policy.logits += torch.tensor([1.0, -1.0, 0.5]).double()
-    ahead = policy.law
+    ahead = policy.distribution
     players.go_back()
-    assert torch.equal(policy.law, start)
+    assert torch.equal(policy.distribution, start)
     with pytest.raises(RuntimeError), players.one_step_ahead():
-        assert torch.equal(policy.law, ahead)
+        assert torch.equal(policy.distribution, ahead)
         raise RuntimeError
-    assert torch.equal(policy.law, start)
+    assert torch.equal(policy.distribution, start)
     other = players_of(policy, shipped("egpo"))
     other.restore(copy.deepcopy(players.state()))
     with other.one_step_ahead():
-        assert torch.equal(policy.law, ahead)
+        assert torch.equal(policy.distribution, ahead)
 
 
 def test_a_checkpoint_without_a_player_is_refused() -> None:
@@ -144,7 +144,7 @@ def wide_lora(folder: Path) -> Policy:
 
 
 def test_a_copy_of_adapters_is_the_policy_of_then(tiny_model_folder: Path) -> None:
-    """It stays when the policy moves on, follows to the bit when it is moved, and takes no gradient."""
+    """The copy stays when the policy moves on, follows to the bit when it is moved, and takes no gradient."""
     policy, batch = wide_lora(tiny_model_folder), make_random_batch(1)
     then = policy(batch.tokens, batch.mask)[0].detach()
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
@@ -193,10 +193,13 @@ def test_settings_that_do_not_go_together(name: str, overrides: list[str], expec
 
 @pytest.mark.parametrize("share", [0.125, 0.5, 1.0])
 def test_a_mixture_of_laws_is_the_normalised_product_of_their_powers(share: float) -> None:
-    laws = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
-    found = mixed(laws[0].log(), laws[1].log(), share).exp()
+    distributions = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
+    found = mixed(distributions[0].log(), distributions[1].log(), share).exp()
     for row in range(5):
-        powers = [float(p) ** (1 - share) * float(q) ** share for p, q in zip(laws[0, row], laws[1, row], strict=True)]
+        powers = [
+            float(p) ** (1 - share) * float(q) ** share
+            for p, q in zip(distributions[0, row], distributions[1, row], strict=True)
+        ]
         close(found[row], [power / sum(powers) for power in powers], 1e-9)
     impossible = torch.tensor([[0.0, -torch.inf]])
     assert torch.equal(mixed(impossible, torch.tensor([[-1.0, -2.0]]), 1.0), torch.tensor([[-1.0, -2.0]]))
@@ -227,7 +230,7 @@ def test_completions_of_a_mixture_have_the_mixture_s_log_probs(
     completions = mixture.generate(prompts, sampling, 3, seeds=[1, 2, 3])
     policy.eval()
 
-    def law(model: Policy, tokens: list[int]) -> Tensor:
+    def distribution(model: Policy, tokens: list[int]) -> Tensor:
         return model.next_logits(model.hidden_states(torch.tensor([tokens]))[0, -1:], 0.8)[0].log_softmax(-1)
 
     with torch.no_grad():
@@ -235,7 +238,9 @@ def test_completions_of_a_mixture_have_the_mixture_s_log_probs(
             for completion in group[:2]:
                 for t, token in enumerate(completion.tokens):
                     so_far = [*prompt, *completion.tokens[:t]]
-                    expected = (0.7 * law(policy, so_far) + 0.3 * law(reference, so_far)).log_softmax(-1)[token]
+                    expected = (0.7 * distribution(policy, so_far) + 0.3 * distribution(reference, so_far)).log_softmax(
+                        -1
+                    )[token]
                     assert completion.logps[t] == pytest.approx(float(expected), abs=2e-4)
     alone = Mixture(engine, other, share=1.0, without_adapters=lora).generate(prompts, sampling, 2, seeds=[1, 2, 3])
     engine.load(reference.weights(), 2)

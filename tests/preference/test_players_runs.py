@@ -1,4 +1,4 @@
-"""Whole runs with policies beside the policy: what they do to a run, and that a resumed run repeats it."""
+"""Whole runs with other policies: their effect on a run, and that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def saved(run_folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
 def test_a_run_that_is_resumed_after_each_step_ends_the_same(
     name: str, changes: dict[str, Any], tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    """To the bit, with what stands beside the policy. Step 3 is between the two steps of an extragradient."""
+    """The policy and the other policies are equal to the bit. Step 3 is between the two steps of an extragradient."""
     whole = run(name, tmp_path / "whole", tiny_model_folder, **changes)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     checkpoints = tmp_path / "again" / "run" / "checkpoints"
@@ -63,7 +63,7 @@ def test_a_run_that_is_resumed_after_each_step_ends_the_same(
 
 
 def test_the_reference_is_where_it_should_be(tmp_path: Path, tiny_model_folder: Path) -> None:
-    """It stays for two steps and is then a mixture of what it was and what the policy is."""
+    """The reference stays for two steps and is then a mixture of itself and the policy."""
     folder = run("tr_dpo", tmp_path / "a", tiny_model_folder, steps=2, **{"reference.every": 2})
     start = weights_of(build_policy(PolicySection(model=str(tiny_model_folder))))
     first, second = saved(folder, 1)["reference"], saved(folder, 2)["reference"]

@@ -1,4 +1,4 @@
-"""Baselines, from whole batches before the update: by hand, on several ranks, and where they find nothing."""
+"""Baselines, from whole batches before the update: by hand, on several ranks, and on batches that lack completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain.parts.preference.terms import pairwise
 
 
 def with_log_ratios(ratios: list[float], labels: list[float]) -> Batch:
-    """Completions of one token, alone in their groups, with the policy that far from the reference."""
+    """Completions of one token, each alone in its group, with these log-ratios of policy and reference."""
     batch = answers([[(0, label)] for label in labels], [1.0])
     logp = torch.zeros(len(ratios), 2).double()
     logp[:, 1] = torch.tensor(ratios)

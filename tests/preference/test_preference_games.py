@@ -106,7 +106,7 @@ def test_nash_mp_converges_where_self_play_diverges() -> None:
 
 
 def test_the_recipe_of_nash_mp_fits_its_half_step() -> None:
-    """η = β = 0.1: what the loss regresses to, and on what centre."""
+    """The target and the centre of the regression are right with η = β = 0.1."""
     (term,) = shipped("nash_mp").loss
     policy, opponent = torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.5, 0.1, 0.4]).double()
     before = term.options["score"].options["previous"]
@@ -177,7 +177,7 @@ def test_win_rates_of_a_group() -> None:
 
 
 def on_policy_pairs(policy: Tensor, game: Tensor, centre: Tensor):
-    """All pairs of two draws of a policy, with their probability and what the preference model says of them."""
+    """All pairs of two draws of a policy, with their probability and that of the preference model."""
     pairs = every_pair(3)
     return answers(
         [[(i, 1.0), (j, 0.0)] for i, j in pairs],
@@ -248,7 +248,7 @@ def test_the_kl_term_of_nash_md_needs_what_follows() -> None:
     sequences = [(a, b) for a in (0, 1) for b in (0, 1)]
 
     def logps(logits: Tensor) -> Tensor:
-        """[4, 2]: of both tokens, the second given the first."""
+        """Log-probs ``[4, 2]`` of both tokens, the second one after the first one."""
         chosen = torch.tensor(sequences)
         logit = torch.stack([logits[0].expand(4), logits[1 + chosen[:, 0]]], 1)
         return torch.where(chosen == 1, logit, -logit).sigmoid().log()
@@ -312,17 +312,17 @@ def test_extragradient_converges_where_self_play_diverges() -> None:
 
     for _ in range(30):
         players.remember()
-        step(policy.law)
+        step(policy.distribution)
         players.go_back()
         with players.one_step_ahead():
-            sampler = policy.law
+            sampler = policy.distribution
         step(sampler)
-    assert kl(nash, policy.law) < 1e-6
+    assert kl(nash, policy.distribution) < 1e-6
     with torch.no_grad():
         policy.logits.copy_(REFERENCE.log())
     for _ in range(60):
-        step(policy.law)
-    assert kl(nash, policy.law) > 0.3
+        step(policy.distribution)
+    assert kl(nash, policy.distribution) > 0.3
 
 
 def iterated(name: str, tau: float, b: float, steps: int) -> Tensor:
@@ -330,12 +330,12 @@ def iterated(name: str, tau: float, b: float, steps: int) -> Tensor:
     policy, reference = Table(REFERENCE.tolist()), Table(REFERENCE.tolist())
     players = players_of(policy, shipped(name), reference=reference)
     for step in range(1, steps + 1):
-        centre = tau / b * reference.law.log() + (1 - tau / b) * policy.law.log()
-        found = regressed(centre, GAME @ policy.law, 1 / b)
+        centre = tau / b * reference.distribution.log() + (1 - tau / b) * policy.distribution.log()
+        found = regressed(centre, GAME @ policy.distribution, 1 / b)
         with torch.no_grad():
             policy.logits.copy_(found.log())
         players.after(step)
-    return policy.law
+    return policy.distribution
 
 
 def test_inpo_ends_at_the_equilibrium_with_its_kl_penalty_and_comal_at_the_one_without() -> None:

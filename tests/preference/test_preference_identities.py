@@ -1,4 +1,4 @@
-"""Preference losses: what falls back to what, values by hand, and numbers that are refused."""
+"""Preference losses: special cases that equal other losses, values by hand, and numbers that are refused."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def forward(policy: Policy, batch: Batch, *, reference: bool = False) -> Outputs
 
 @pytest.mark.parametrize(("name", "lora"), [*((name, None) for name in RECIPES), ("DPO", LoraSection(rank=4))])
 def test_a_few_steps_prefer_the_chosen_completions(name: str, lora: LoraSection | None, tiny_model_folder) -> None:
-    """From scores that are exactly 0 at the reference; micro-batches of whole groups give the same gradient."""
+    """Scores start at exactly 0, at the reference; micro-batches of whole groups give the same gradient."""
     batch, policy = pairs(), build_policy(PolicyOptions(model=str(tiny_model_folder), lora=lora)).train()
     with torch.no_grad():
         batch = batch.set(logp_ref=forward(policy, batch, reference=policy.has_adapters).logp)

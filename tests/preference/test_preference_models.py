@@ -1,4 +1,4 @@
-"""Preference models: what they are asked, in both orders, and that they learn from pairs."""
+"""Preference models: their questions in both orders, and that they learn from pairs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def asked(*completions: str, groups: tuple[int, ...] = (), greedy: tuple[bool, ...] = ()) -> Any:
-    """A batch of completions in text; all of one prompt, if nothing else is said."""
+    """Batch of completions as text, by default all of one prompt."""
     n = len(completions)
     batch = make_random_batch(0, groups=1, size=n)
     return batch.set(
@@ -90,7 +90,7 @@ def test_pairs_become_questions_in_both_orders(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_a_preference_model_learns_and_labels_an_online_run(tmp_path: Path, tiny_model_folder: Path) -> None:
-    """Its recipe, on pairs where an answer in digits is better than none; then online IPO with it as the judge."""
+    """The recipe learns from pairs in which digits are better than none; then it is the judge of online IPO."""
     rows = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": "?"} for a in range(8)]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -49,7 +49,7 @@ def normalised(weights: Sequence[float]) -> list[float]:
 
 
 def tilted(reference: Sequence[float], reward: Sequence[float], beta: float) -> list[float]:
-    """ref e^(r / beta) / Z: the optimum of RL with a KL penalty."""
+    """Tilted distribution ref e^(r / beta) / Z: the optimum of RL with a KL penalty."""
     return normalised([p * math.exp(r / beta) for p, r in zip(reference, reward, strict=True)])
 
 
@@ -265,7 +265,7 @@ ACCEPTED, REJECTED = (0.1, 0.2, 0.2, 0.5), (0.6, 0.3, 0.05, 0.05)
 
 
 def pmpo(alpha: float, beta: float) -> tuple[Weighted, Batch]:
-    """One prompt with every accepted and rejected sample, and the KL term at its state."""
+    """Batch of one prompt with every accepted and rejected sample, and the KL term at its state."""
     good = [(i, 1.0) for i, p in enumerate(ACCEPTED) for _ in range(round(20 * p))]
     bad = [(i, -1.0) for i, p in enumerate(REJECTED) for _ in range(round(20 * p))]
     likelihood = partial(
@@ -322,7 +322,7 @@ UNIFORM = (1 / 3, 1 / 3, 1 / 3)
 
 
 def vpo(coef: float, calibration: Sequence[int]) -> tuple[Weighted, Batch]:
-    """One pair, of which the first is better with probability 0.8; calibration samples without a label beside it."""
+    """Batch of one pair, with 0.8 as the first one's probability to win, and calibration samples without a label."""
     dpo = partial(pairwise, beta=1.0, target=pair_targets.soft)
     samples = [(answer, math.nan) for answer in calibration]
     batch = answers([[(0, 1.0), (1, 0.0), *samples]], UNIFORM, probability=[0.8])
@@ -330,7 +330,7 @@ def vpo(coef: float, calibration: Sequence[int]) -> tuple[Weighted, Batch]:
 
 
 def descended(terms: Weighted, batch: Batch) -> Tensor:
-    """400 steps of gradient descent at 0.1, from the reference; DPO alone ends at (0.571, 0.143, 0.286)."""
+    """Policy after 400 steps of gradient descent at 0.1 from the reference; DPO alone ends at (0.571, 0.143, 0.286)."""
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     for _ in range(400):
         loss = whole_loss(terms, forward(logits, batch, UNIFORM), batch)

@@ -1,4 +1,4 @@
-"""Recipes of preference optimisation: what they need, that they start at scores of 0, and what is said of bad data."""
+"""Recipes of preference optimisation: their required inputs, scores of 0 at the start, and messages about bad data."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_every_score_is_exactly_0_where_the_policy_is_the_reference(
 def test_divergence_and_collision_are_those_of_the_full_softmax(
     lora: LoraSection | None, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks of 5 positions, at a temperature, with a gradient in the policy alone."""
+    """They are computed in chunks of 5 positions, at a temperature, with a gradient only in the policy."""
     monkeypatch.setitem(models.CHUNK_ELEMENTS, "cpu", 5 * 261)
     torch.manual_seed(0)
     policy = models.build_policy(PolicyOptions(model=str(tiny_model_folder), lora=lora))
@@ -246,7 +246,7 @@ def rated(folder: Path, tokenizer: Any, prompts: str, **chosen: Any) -> DatasetE
 
 
 def test_mismatched_completions_are_the_next_ones_of_another_prompt(tmp_path: Path, tokenizer: Any) -> None:
-    """They stand behind the group's own prompt, have no reward and are never trained on."""
+    """They follow the group's own prompt, have no reward and are never trained on."""
     batch = rated(tmp_path, tokenizer, "aabba").batch(range(5))
     extra = batch.baseline_only
     assert extra.tolist() == [False, True] * 5

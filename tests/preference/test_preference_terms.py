@@ -1,4 +1,4 @@
-"""Preference losses: values and gradients against scalar loops, invariances, and what falls back to what."""
+"""Preference losses: values and gradients against scalar loops, invariances, and special cases that are other losses."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def permuted(batch: Batch, outputs: Outputs, index: Tensor) -> tuple[Batch, Outp
 
 
 def wider(outputs: Outputs, columns: int) -> Outputs:
-    """With further columns that hold NaN."""
+    """Adds columns of NaN to the batch and the outputs."""
     assert outputs.kl_ref is not None and outputs.collision is not None
     padded = partial(torch.nn.functional.pad, pad=(0, columns), value=torch.nan)
     return Outputs(logp=padded(outputs.logp), kl_ref=padded(outputs.kl_ref), collision=padded(outputs.collision))

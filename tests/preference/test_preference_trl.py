@@ -52,7 +52,7 @@ def one(name: str, **settings: Any) -> dict[str, Any]:
 
 
 def point(link: Callable[..., Tensor], **options: Any) -> Term:
-    """Chosen and rejected completions each by themselves, their losses added up."""
+    """Sum of the losses of chosen and rejected completions, each alone."""
     return partial(pointwise, link=link, within="sum", **options)
 
 

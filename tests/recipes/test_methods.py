@@ -1,4 +1,4 @@
-"""METHODS.md says what the recipes are: a row each, with their parts, their paper and their test."""
+"""Tests of METHODS.md: it has a row for each recipe, with the recipe's parts and paper."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stage_of(stage: Stage) -> str:
 
 
 def described(recipe: Recipe) -> str:
-    """The parts of a recipe in the order of a step, those that every recipe has by default left out."""
+    """The parts of a recipe in the order of a step, without those that every recipe has by default."""
     parts = [recipe.examples] if recipe.examples is not None else []
     parts += [] if recipe.rollout.name == "single_turn" and not recipe.rollout.options else [recipe.rollout]
     parts += [

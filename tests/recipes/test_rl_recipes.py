@@ -34,7 +34,7 @@ JUDGEMENTS = 2 * torch.rand(256, generator=torch.Generator().manual_seed(7)) - 1
 
 
 def judged(batch: Batch) -> Tensor:
-    """In place of a process model: a number for each step, by the token that it ends with."""
+    """Reward in place of a process model: a number for each step, by the token that it ends with."""
     return JUDGEMENTS[batch.tokens].where(step_ends(batch), 0.0)
 
 
@@ -110,7 +110,7 @@ def taken(recipe: Recipe, inputs: Inputs, micro: int | None = None) -> Step:
 
 
 def prepared(recipe: Recipe, batch: Batch) -> tuple[Batch, Tensor]:
-    """The batch as the update sees it, and which rows it is of."""
+    """The batch as the update sees it, and the numbers of its rows."""
     rows = torch.arange(len(batch))
     for part in recipe.select:
         kept = part(batch)
@@ -175,7 +175,7 @@ def by_formula(formula: Callable[[Case], Losses], inputs: Inputs) -> Step:
 
 
 def agree(found: Step, expected: Step) -> None:
-    """To 1e-6: absolutely for gradients and losses, and for both relative to their size too (they may be small)."""
+    """Asserts that gradients and losses agree to 1e-6, both absolutely and relative to their size (they may be small)."""
     for loss, other, gradient, its in (
         (found.loss, expected.loss, found.by_logp, expected.by_logp),
         (found.value_loss, expected.value_loss, found.by_value, expected.by_value),
@@ -272,7 +272,7 @@ def test_invariance_to_ranks(name: str, seed: int) -> None:
 @given(seed=seeds)
 @examples(3)
 def test_no_gradient_off_the_mask_and_the_states(name: str, seed: int) -> None:
-    """Exactly 0, for padding, for tokens that the policy did not choose, for greedy baselines; rubbish or not."""
+    """Gradients are exactly 0 for padding, tokens that the policy did not choose and baselines, whatever they hold."""
     batch, logp, value = case_of(name, seed)
     assert batch.value is not None
     clean = Inputs(batch.set(value=batch.value.nan_to_num(0.0)), logp, value.nan_to_num(0.0))
@@ -293,7 +293,7 @@ def gradients_by_formula(name: str, labels: bool) -> tuple[Tensor, Tensor]:
 
 @every_recipe
 def test_the_formula_can_tell_recipes_apart(name: str) -> None:
-    """The comparison above has teeth: no other recipe's formula gives this recipe's gradients."""
+    """The comparison above can fail: no other recipe's formula gives this recipe's gradients."""
     recipe = load(name)
     found = taken(recipe, case_of(name, 3))
 
@@ -347,7 +347,7 @@ def true_values(logits: Tensor) -> Tensor:
 
 
 def right_steps(batch: Batch) -> Tensor:
-    """A process model that knows: 1 for each token that is the target's, -1 for the others."""
+    """Perfect process model: 1 for each token that is the target's, -1 for the others."""
     return torch.nn.functional.pad(2.0 * (batch.tokens[:, 1:] == TARGET) - 1, (1, 0))
 
 

@@ -31,7 +31,7 @@ GIVEN = {
 
 
 def tiny(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
-    """Another model and other sizes than a recipe's own."""
+    """Overrides with a tiny model and small sizes."""
     return {
         "policy.model": model,
         "policy.dtype": "float32",
@@ -73,7 +73,7 @@ def earlier_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Pat
 
 
 def named_models(recipe: Recipe) -> dict[str, str]:
-    """Where the recipe names a saved value model, and which."""
+    """Saved value models that the recipe names, by their place in it."""
     found = {} if recipe.value is None or recipe.value.model is None else {"value.model": recipe.value.model}
     given = {f"reward.{i}.model": part.options.get("model") for i, part in enumerate(recipe.reward)}
     return found | {place: str(model) for place, model in given.items() if model is not None}

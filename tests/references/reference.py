@@ -1,4 +1,4 @@
-"""Every formula of ``posttrain/parts`` again, as plain loops over plain numbers, and every recipe of the core family.
+"""Scalar reference of ``posttrain/parts`` and of the core recipes: every formula as plain loops over numbers.
 
 Written from the papers and independent of the parts: no tensor operation, no function of the package. Slow and plain on
 purpose. Python floats are float64, so what differs from the parts is their float32.
@@ -49,7 +49,7 @@ class Rows:
         return [i for i in self.trained() if self.tokens(i)]
 
     def group_of(self, i: int) -> list[int]:
-        """The completions whose rewards are in the statistics of i's group."""
+        """Completions whose rewards are in the statistics of i's group."""
         return [j for j in self.trained() if self.group[j] == self.group[i] and self.scored(j)]
 
     def zeros(self) -> Matrix:
@@ -79,7 +79,7 @@ def clamp(x: float, low: float, high: float) -> float:
 
 
 def spread(values: list[float], ddof: int) -> float:
-    """Standard deviation; 0 of too few values."""
+    """Standard deviation; 0 if there are too few values."""
     if len(values) <= ddof:
         return 0.0
     mean = fmean(values)
@@ -94,7 +94,7 @@ def whole_reward(rows: Rows, i: int) -> float:
 
 
 def baseline(rows: Rows, i: int, center: str, value: Callable[[int], float]) -> float | None:
-    """None: there is none, and the advantage is 0."""
+    """Baseline of a completion; None if it has none, so that its advantage is 0."""
     group = rows.group_of(i)
     if center == "none":
         return 0.0
@@ -192,7 +192,7 @@ def log_ratio(logp: Matrix, before: Matrix, i: int, t: int) -> float:
 
 
 def surrogate(ratio: float, a: float, low: float, high: float, dual: float = 0.0, cap: float = math.inf) -> float:
-    """min(min(ratio, cap) a, clip(ratio) a), at least dual * a for a < 0 if there is a ``dual``."""
+    """Clipped surrogate min(min(ratio, cap) a, clip(ratio) a), at least dual * a for a < 0 if there is a ``dual``."""
     gain = min(min(ratio, cap) * a, clamp(ratio, 1 - low, 1 + high) * a)
     return max(gain, dual * a) if dual and a < 0 else gain
 
@@ -208,12 +208,12 @@ def sequence_ratio(rows: Rows, logp: Matrix, i: int) -> float:
 
 
 def clip_sequence(rows: Rows, a: Matrix, logp: Matrix, low: float, high: float) -> Term:
-    """The value of GSPO, eq. 5, with one advantage for each completion: the same number at all of its tokens."""
+    """Loss of GSPO, eq. 5, with one advantage for each completion: the same number at all of its tokens."""
     return lambda i, t: -surrogate(sequence_ratio(rows, logp, i), a[i][t], low, high)
 
 
 def geometric(rows: Rows, a: Matrix, logp: Matrix, low: float, high: float) -> Term:
-    """One number for all tokens of a completion, from one advantage for each completion."""
+    """Loss of GMPO: one number for all tokens of a completion, from its one advantage."""
 
     def term(i: int, t: int) -> float:
         logs = [log_ratio(logp, rows.logp_old, i, u) for u in rows.tokens(i)]

@@ -1,4 +1,4 @@
-"""Laws of population decoders, from their definitions, as scalar loops over everything that can happen."""
+"""Distributions of population decoders, from their definitions, as scalar loops over everything that can happen."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def softmax_at(strength: float) -> Select:
 
 
 def blocks_from(world: World, string: String, block: int) -> dict[String, float]:
-    """Law of the string one block later."""
-    law = {string: 1.0}
+    """Distribution over strings that are one block longer."""
+    distribution = {string: 1.0}
     for _ in range(block):
-        law = {
+        distribution = {
             after: probability * p
-            for s, probability in law.items()
+            for s, probability in distribution.items()
             for after, p in ([(s, 1.0)] if world.ended(s) else [((*s, a), p) for a, p in enumerate(world.next_law(s))])
         }
-    return law
+    return distribution
 
 
 def select_blockwise(
     world: World, values: Mapping[String, float], *, block: int, count: int, select: Select
 ) -> dict[String, float]:
-    """Draw ``count`` blocks from the base law, take one of them, go on until the string ends."""
+    """Draws ``count`` blocks from the base distribution, keeps one of them, and repeats this until the string ends."""
     ended: dict[String, float] = {}
     going = {(): 1.0}
     while going:
         after: dict[String, float] = {}
         for string, probability in going.items():
-            law = blocks_from(world, string, block)
-            for drawn in itertools.product(law.items(), repeat=count):
+            distribution = blocks_from(world, string, block)
+            for drawn in itertools.product(distribution.items(), repeat=count):
                 joint = probability * math.prod(p for _, p in drawn)
                 chances = select([values[s] for s, _ in drawn])
                 for (s, _), chance in zip(drawn, chances, strict=True):
@@ -58,16 +58,16 @@ def select_blockwise(
 
 
 def best_of_n(world: World, n: int) -> dict[String, float]:
-    """P(y) = F(r(y))^n - F(< r(y))^n for rewards without ties, F the distribution of the reward under p0."""
-    law = {}
+    """Distribution of best-of-n: P(y) = F(r(y))^n - F(< r(y))^n (no ties); F: distribution of the reward under p0."""
+    distribution = {}
     for y in world.strings:
         upto = sum(p for z, p in world.strings.items() if world.reward[z] <= world.reward[y])
-        law[y] = upto**n - (upto - world.strings[y]) ** n
-    return law
+        distribution[y] = upto**n - (upto - world.strings[y]) ** n
+    return distribution
 
 
 def beam(world: World, values: Mapping[String, float], width: int) -> String:
-    """Deterministic: all next tokens of all kept strings, the ``width`` of largest value are kept."""
+    """Beam search: extends all kept strings by all next tokens and keeps the ``width`` strings of largest value."""
     kept: list[String] = [()]
     while not all(world.ended(s) for s in kept):
         pool = [after for s in kept for after in ([s] if world.ended(s) else blocks_from(world, s, 1))]
@@ -85,8 +85,8 @@ def best_first(world: World, alpha: float, count: int) -> list[String]:
         popped.append(string)
         if world.ended(string):
             continue
-        law = world.next_law(string)
-        for a in sorted(range(world.vocabulary), key=lambda a: -law[a]):
+        distribution = world.next_law(string)
+        for a in sorted(range(world.vocabulary), key=lambda a: -distribution[a]):
             after = (*string, a)
             logp = sum(math.log(world.next_law(after[:n])[after[n]]) for n in range(len(after)))
             number += 1

@@ -1,4 +1,4 @@
-"""Every formula of ``posttrain/parts/preference`` again, as plain loops over plain numbers.
+"""Scalar reference of ``posttrain/parts/preference``: every formula as plain loops over numbers.
 
 Written from the papers and independent of the parts: no tensor operation, no function of the package. ``logp`` is the
 policy's log-prob now and may be moved to take derivatives by differences; ``rows.fixed`` is the same without being
@@ -127,7 +127,7 @@ def mean_log_prob(rows: Rows) -> Score:
 
 
 def of_ratio(rows: Rows, f: Callable[[float], float]) -> Score:
-    """f(z) of the ratio z of the completion's probabilities."""
+    """Score f(z) of the ratio z of the completion's probabilities."""
     return lambda i: f(math.exp(log_ratio(rows)(i)))
 
 
@@ -247,7 +247,7 @@ def listwise(
     link: Callable[[list[float], list[float], list[float]], float],
     target: Callable[[Sequence[float]], list[float]] = softmax,
 ) -> float:
-    """``link(z, q, labels)``."""
+    """Listwise loss, with ``link(z, q, labels)``."""
     total = 0.0
     for group in rows.groups():
         members = rows.comparable(group)

@@ -1,4 +1,4 @@
-"""The formulas of value models again, as scalar loops."""
+"""Scalar reference of value models: their formulas as plain loops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def decode(kind: str, outputs: Sequence[float], low: float, high: float) -> float:
-    """The value that a head's outputs for one state stand for."""
+    """Value of one state from the outputs of a head."""
     if kind == "categorical":
         centres = [low + i * (high - low) / (len(outputs) - 1) for i in range(len(outputs))]
         largest = max(outputs)
@@ -21,7 +21,7 @@ def decode(kind: str, outputs: Sequence[float], low: float, high: float) -> floa
 
 
 def reduce(values: Sequence[float], how: str, deviations: float) -> float:
-    """One value from those of the members."""
+    """Combines the values of the members into one."""
     if how == "min":
         return min(values)
     if how == "max":
@@ -33,7 +33,7 @@ def reduce(values: Sequence[float], how: str, deviations: float) -> float:
 
 
 def back_up(probabilities: Sequence[float], next_values: Sequence[float], kind: str, beta: float) -> float:
-    """The value of a state from those of all next tokens."""
+    """Value of a state from the values of all next tokens."""
     if kind == "mean":
         return sum(p * q for p, q in zip(probabilities, next_values, strict=True))
     if kind == "soft":
@@ -44,7 +44,7 @@ def back_up(probabilities: Sequence[float], next_values: Sequence[float], kind: 
 
 
 def running_moments(batches: Sequence[Sequence[float]], decay: float) -> tuple[float, float]:
-    """Mean and deviation: batch i of n weighs decay ** (n - 1 - i)."""
+    """Running mean and deviation: batch i of n weighs decay ** (n - 1 - i)."""
     weights = [decay ** (len(batches) - 1 - i) for i in range(len(batches))]
     mean = sum(w * sum(x) / len(x) for w, x in zip(weights, batches, strict=True)) / sum(weights)
     square = sum(w * sum(v * v for v in x) / len(x) for w, x in zip(weights, batches, strict=True)) / sum(weights)

@@ -1,4 +1,4 @@
-"""Every recipe with values again, as plain loops over plain numbers, by the paper's formula and with its numbers.
+"""Scalar reference of every recipe with values: the paper's formula and numbers as plain loops.
 
 Loops over one part stand in ``reference.py`` and ``reference_values.py``; nothing here calls the package.
 """
@@ -22,7 +22,7 @@ ValueLoss = Callable[[Matrix, Matrix], float]
 
 @dataclass
 class Case:
-    """A batch as lists, as both kinds of loops read it; they share what rewards are added to.
+    """A batch as lists for both kinds of loops, which share the lists of rewards.
 
     ``judged`` is what a process model says at each token.
     """
@@ -59,7 +59,7 @@ def clipped(case: Case, a: Matrix, low: float = 0.2, high: float = 0.2, penalty:
 
 
 def taught(case: Case, target: Matrix) -> dict[int, list[int]]:
-    """The states of each completion that the value model learns at; completions without any are left out."""
+    """States of each completion at which the value model learns; completions without any are left out."""
     places = {i: [c for c in case.rows.states(i) if not math.isnan(target[i][c])] for i in case.core.trained()}
     return {i: columns for i, columns in places.items() if columns}
 
@@ -133,7 +133,7 @@ def sao(case: Case) -> Losses:
 
 
 def oreo(case: Case, level: str) -> Losses:
-    """Means over completions, in each of which every term weighs the same."""
+    """Losses of OREO: means over completions of the mean over their terms."""
     rows, beta = case.rows, 0.03
     rows.target = lambda_return(rows, truncated="end")
     states = taught(case, rows.target)
@@ -177,7 +177,7 @@ def psgpo(case: Case) -> Losses:
 
 
 def prime(case: Case) -> Losses:
-    """The value of a prefix is β times its log-ratio, so a token's reward is what it adds; the outcome is its label."""
+    """Losses of PRIME: the value of a prefix is β times its log-ratio, so a token's reward is its change."""
     core, rows = case.core, case.rows
     core.kept = reference.mixed_groups(core)
     for i in range(len(core.mask)):
@@ -219,7 +219,7 @@ RECIPES: dict[str, Callable[[Case], Losses]] = {
 
 
 def labels(case: Case) -> Matrix:
-    """The reward of its completion at every state."""
+    """Labels: the reward of the completion at each of its states."""
     result = case.rows.zeros(math.nan)
     for i in range(len(case.rows.mask)):
         for c in case.rows.states(i) if case.rows.trained(i) else []:
@@ -248,7 +248,7 @@ def twist(case: Case, contrastive: bool) -> ValueLoss:
 
 
 def tilted_weight(case: Case, i: int, beta: float) -> float:
-    """exp((r - r_BL) / β), with r_BL = β log(μ / π_ref), over its mean in the group."""
+    """Weight exp((r - r_BL) / β), with r_BL = β log(μ / π_ref), over its mean in the group."""
     rows = case.rows
 
     def log_weight(j: int) -> float:

@@ -1,4 +1,4 @@
-"""The figures of a value report again, as scalar loops over completions and columns."""
+"""Scalar reference of a value report: its figures as loops over completions and columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from posttrain.batch import Batch, Finish
 
 
 def states(batch: Batch, value, outcome) -> list[dict]:
-    """One dict a state of every completion with an outcome."""
+    """One dict for each state of every completion with an outcome."""
     found = []
     for n in range(len(batch)):
         if math.isnan(float(outcome[n])) or bool(batch.baseline_only[n]):

@@ -1,4 +1,4 @@
-"""Every formula of the parts about values again, as plain loops over plain numbers: see ``reference.py``.
+"""Scalar reference of the parts about values: every formula as plain loops over numbers, see ``reference.py``.
 
 Sums are written as the papers write them, n-step returns and all, not as the recursions of the package.
 """
@@ -81,7 +81,7 @@ def lam(rows: Rows, i: int, lambda_: float, alpha: float | None) -> float:
 
 
 def next_values(rows: Rows, i: int, table: Matrix, truncated: str) -> Vector:
-    """After each chosen token: the value of the state before the next one; at the end what stands for the rest."""
+    """Value after each chosen token: that of the state before the next one; at the end the value of the rest."""
     tokens = rows.tokens(i)
     cut = not rows.stopped[i] and truncated == "bootstrap"
     return [table[i][t - 1] for t in tokens[1:]] + [table[i][tokens[-1]] if cut else 0.0]
@@ -91,13 +91,13 @@ def next_values(rows: Rows, i: int, table: Matrix, truncated: str) -> Vector:
 
 
 def n_step(r: Vector, after: Vector, k: int, n: int, gamma: float) -> float:
-    """Rewards of n tokens from the k-th on, and the value after them."""
+    """n-step return: rewards of n tokens from the k-th on, plus the value after them."""
     seen = sum(gamma**j * r[k + j] for j in range(n))
     return seen + gamma**n * after[k + n - 1]
 
 
 def mixed_return(r: Vector, after: Vector, k: int, gamma: float, lambda_: float) -> float:
-    """Sutton and Barto 2018, eq. 12.3: every n-step return, weighed by λ."""
+    """λ-return, Sutton and Barto 2018, eq. 12.3: every n-step return, weighed by λ."""
     left = len(r) - k
     weights = [(1 - lambda_) * lambda_ ** (n - 1) for n in range(1, left)] + [lambda_ ** (left - 1)]
     return sum(w * n_step(r, after, k, n, gamma) for n, w in enumerate(weights, 1))
@@ -124,7 +124,7 @@ def lambda_return(
 
 
 def soft_return(rows: Rows, beta: float, truncated: str = "end") -> Matrix:
-    """Reward still to come, minus β times the sampler's log-ratio for it."""
+    """Soft return: reward still to come, minus β times the sampler's log-ratio for it."""
     result = lambda_return(rows, truncated="end")
     for i in range(len(rows.mask)):
         for c in rows.states(i):
@@ -135,7 +135,7 @@ def soft_return(rows: Rows, beta: float, truncated: str = "end") -> Matrix:
 
 
 def expected_return(rows: Rows, i: int, later: list[int], weight: float, truncated: str) -> float:
-    """Σ_j λ^j ((1 - λ) B_j + λ r_j) over the tokens to come, with B the backed-up value of the state before each."""
+    """λ-return with backups: Σ_j λ^j ((1 - λ) B_j + λ r_j) over the later tokens, with B_j of the state before j."""
     assert rows.value_next is not None
     tokens, r = rows.tokens(i), rewards(rows, i)
     rest = rows.value_next[i][tokens[-1]] if not rows.stopped[i] and truncated == "bootstrap" else 0.0
@@ -334,7 +334,7 @@ def pairs(rows: Rows, group: int) -> list[tuple[int, int]]:
 
 
 def bradley_terry(rows: Rows, v: Matrix, group: int, column: str | None, smoothing: float) -> float:
-    """Mean over the pairs of a group; 0 without any."""
+    """Bradley-Terry loss: mean over the pairs of a group; 0 without pairs."""
     losses = []
     for i, j in pairs(rows, group):
         gap = (
@@ -350,7 +350,7 @@ def centred(rows: Rows, v: Matrix, group: int) -> float:
 
 
 def paid(rows: Rows, logp: Matrix, i: int, c: int) -> float:
-    """Σ over the chosen tokens after column c of the log-ratio to the reference."""
+    """Log-ratio that the policy pays: Σ over the chosen tokens after column c of the log-ratio to the reference."""
     return sum(log_ratio(logp, rows.logp_ref, i, t) for t in rows.tokens(i) if t > c)
 
 
@@ -410,7 +410,7 @@ def banded(rows: Rows, logp: Matrix, fixed: Matrix, i: int, t: int, low: float, 
 
 
 def soft_path_policy(rows: Rows, logp: Matrix, fixed: Matrix, i: int, beta: float, level: str) -> float:
-    """Mean over the terms of one completion."""
+    """Policy loss of soft path consistency: mean over the terms of one completion."""
     tokens = rows.tokens(i)
     if not tokens or not rows.trained(i):
         return 0.0

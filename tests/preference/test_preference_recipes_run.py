@@ -105,7 +105,7 @@ def test_a_resumed_run_remembers_the_running_baseline(tmp_path: Path, tiny_model
 
 @pytest.mark.parametrize("name", ["dpo", "preference/kto", "preference/ipo", "preference/simpo"])
 def test_preferences_of_other_prompts_are_learned(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
-    """The policy starts with 'no idea' about as likely as a digit; the prompts of the test are not in the training data."""
+    """'No idea' is at first about as likely as a digit; the prompts of the test are not in the training data."""
     train(small(name, tmp_path, tiny_model_folder, **{"steps": 10, "optimizer.learning_rate": 0.003}))
     held_out = [{"prompt": f"{a}+2=", "chosen": str(a + 2), "rejected": "no idea"} for a in (3, 5, 6)]
     data = tmp_path / "held_out.jsonl"

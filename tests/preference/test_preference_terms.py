@@ -1,4 +1,4 @@
-"""Preference losses: values and gradients against scalar loops, invariances, and special cases that are other losses."""
+"""Preference losses: values and gradients against scalar loops, invariances, and special cases of each other."""
 
 from __future__ import annotations
 

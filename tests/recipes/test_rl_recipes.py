@@ -175,7 +175,7 @@ def by_formula(formula: Callable[[Case], Losses], inputs: Inputs) -> Step:
 
 
 def agree(found: Step, expected: Step) -> None:
-    """Asserts that gradients and losses agree to 1e-6, both absolutely and relative to their size (they may be small)."""
+    """Asserts that gradients and losses agree to 1e-6, absolutely and relative to their size (they may be small)."""
     for loss, other, gradient, its in (
         (found.loss, expected.loss, found.by_logp, expected.by_logp),
         (found.value_loss, expected.value_loss, found.by_value, expected.by_value),

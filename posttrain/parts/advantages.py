@@ -237,17 +237,17 @@ def _others_mean(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N
     """Mean over the other valid completions of the group; the completion's own value if there are none."""
     valid = batch.trained
     counted = values.where(valid, 0.0)
-    others = group_sum(valid.double(), batch.group) - 1
-    return torch.where(others > 0, (group_sum(counted, batch.group) - counted) / others.clamp(min=1), values)
+    other_count = group_sum(valid.double(), batch.group) - 1
+    return torch.where(other_count > 0, (group_sum(counted, batch.group) - counted) / other_count.clamp(min=1), values)
 
 
 def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, " N"]:
     """Baseline of ``min_form``: the other completions' gain per token of the group's longest; 0 if there are none."""
     valid = batch.trained
     total = gains.sum(-1).where(valid, 0.0)
-    others = group_sum(valid.double(), batch.group) - 1
+    other_count = group_sum(valid.double(), batch.group) - 1
     longest = group_max(batch.tokens_chosen.double(), batch.group, valid)
-    return (group_sum(total, batch.group) - total) / (others * longest).clamp(min=1)
+    return (group_sum(total, batch.group) - total) / (other_count * longest).clamp(min=1)
 
 
 def _scored(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:

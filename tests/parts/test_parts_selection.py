@@ -51,7 +51,7 @@ def test_mixed_groups_equal_the_scalar_loops(seed: int) -> None:
 
 
 def test_mixed_groups_truth_table() -> None:
-    """All right, all wrong, mixed, mixed only by an unscored one, mixed only by a greedy one, mixed next to a greedy one."""
+    """All right, all wrong, mixed, mixed only by an unscored one, mixed only by a greedy one, mixed beside these."""
     scores = [1, 1, 1, 0, 0, 0, 1, 0, 1, 1, NAN, 1, 1, 1, 0, 1, 0, NAN]
     group = [i // 3 for i in range(18)]
     greedy = [i in (14, 17) for i in range(18)]

@@ -24,7 +24,7 @@ ModelPath = Annotated[str, LocalPath()]
 TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
 """A reward part that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
 
-Verifier = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
+VerifierOption = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
 """``(completion) -> float``; columns of a dataset are options here."""
 
 

@@ -1,4 +1,4 @@
-"""Laws of population decoders, from their definitions, as scalar loops over everything that can happen."""
+"""Distributions of population decoders, from their definitions, as scalar loops over everything that can happen."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ def softmax_at(strength: float) -> Select:
 
 def blocks_from(world: World, string: String, block: int) -> dict[String, float]:
     """Law of the string one block later."""
-    law = {string: 1.0}
+    distribution = {string: 1.0}
     for _ in range(block):
-        law = {
+        distribution = {
             after: probability * p
-            for s, probability in law.items()
-            for after, p in ([(s, 1.0)] if world.ended(s) else [((*s, a), p) for a, p in enumerate(world.next_law(s))])
+            for s, probability in distribution.items()
+            for after, p in (
+                [(s, 1.0)] if world.ended(s) else [((*s, a), p) for a, p in enumerate(world.next_distribution(s))]
+            )
         }
-    return law
+    return distribution
 
 
 def select_blockwise(
     world: World, values: Mapping[String, float], *, block: int, count: int, select: Select
 ) -> dict[String, float]:
-    """Draw ``count`` blocks from the base law, take one of them, go on until the string ends."""
+    """Draw ``count`` blocks from the base distribution, take one of them, go on until the string ends."""
     ended: dict[String, float] = {}
     going = {(): 1.0}
     while going:
         after: dict[String, float] = {}
         for string, probability in going.items():
-            law = blocks_from(world, string, block)
-            for drawn in itertools.product(law.items(), repeat=count):
+            distribution = blocks_from(world, string, block)
+            for drawn in itertools.product(distribution.items(), repeat=count):
                 joint = probability * math.prod(p for _, p in drawn)
                 chances = select([values[s] for s, _ in drawn])
                 for (s, _), chance in zip(drawn, chances, strict=True):
@@ -59,11 +61,11 @@ def select_blockwise(
 
 def best_of_n(world: World, n: int) -> dict[String, float]:
     """P(y) = F(r(y))^n - F(< r(y))^n for rewards without ties, F the distribution of the reward under p0."""
-    law = {}
+    distribution = {}
     for y in world.strings:
         upto = sum(p for z, p in world.strings.items() if world.reward[z] <= world.reward[y])
-        law[y] = upto**n - (upto - world.strings[y]) ** n
-    return law
+        distribution[y] = upto**n - (upto - world.strings[y]) ** n
+    return distribution
 
 
 def beam(world: World, values: Mapping[String, float], width: int) -> String:
@@ -85,10 +87,10 @@ def best_first(world: World, alpha: float, count: int) -> list[String]:
         popped.append(string)
         if world.ended(string):
             continue
-        law = world.next_law(string)
-        for a in sorted(range(world.vocabulary), key=lambda a: -law[a]):
+        distribution = world.next_distribution(string)
+        for a in sorted(range(world.vocabulary), key=lambda a: -distribution[a]):
             after = (*string, a)
-            logp = sum(math.log(world.next_law(after[:n])[after[n]]) for n in range(len(after)))
+            logp = sum(math.log(world.next_distribution(after[:n])[after[n]]) for n in range(len(after)))
             number += 1
             queue.append((logp / len(after) ** alpha, number, after))
     return popped

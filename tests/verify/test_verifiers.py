@@ -1,4 +1,4 @@
-"""Verifiers, and the pool that runs them: real worker processes, real time limits."""
+"""Tests of verifiers and of the pool that runs them, with real worker processes and real time limits."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ async def waits(completion, *, seconds=0.2):
 async def blocks(completion):
     time.sleep(30)
 
-def batch(completions, prompts, completion_ids, word, scale=1.0, **others):
+def batch(completions, prompts, completion_ids, word, scale=1.0, **columns):
     if completions[0] == "short":
         return [1.0]
     if completions[0] == "bad":
         raise RuntimeError("a whole batch")
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    assert len(prompts) == len(completion_ids) == len(word) == len(others["answer"]) and "prompt" not in others
+    assert len(prompts) == len(completion_ids) == len(word) == len(columns["answer"]) and "prompt" not in columns
     return [None if text == "skip" else scale * len(ids) for text, ids in zip(texts, completion_ids)]
 
 async def async_batch(prompts, completions, **columns):
@@ -104,7 +104,7 @@ def user_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def part(user_file: Path):
-    """``part(name, weight=..., time_limit=..., on_error=..., **options)`` of a function in the user's file."""
+    """Makes parts: ``part(name, weight=..., time_limit=..., on_error=..., **options)`` of the user's file."""
 
     def make(name: str, *, weight=1.0, time_limit=10.0, on_error="stop", **options) -> Part:
         spec = f"{user_file}:{name}"
@@ -244,8 +244,8 @@ def test_on_error_skip_leaves_the_completion_unscored(part) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("text", r"returned 'yes' \(str\); it is to return a number or None"),
-        ("nan", "returned nan; it is to return a finite number"),
+        ("text", r"returned 'yes' \(str\); it must return a number or None"),
+        ("nan", "returned nan; it must return a finite number"),
         ("list", r"returned \[1\] \(list\)"),
         ("coroutine", "returned a coroutine: declare it `async def`"),
     ],
@@ -319,7 +319,7 @@ def test_async_verifiers_wait_together(part) -> None:
     assert time.perf_counter() - start < 3, "60 waits of 0.3 s take 18 s one by one"
 
 
-def test_async_verifiers_fail_like_others(part) -> None:
+def test_async_verifiers_fail_like_synchronous_ones(part) -> None:
     with pytest.raises(VerifierError, match="verifier 'waits' raised ValueError: the judge is out"):
         verdicts([part("waits", seconds=0.0)], ["fine", "bad"])
     found, failures = verdicts([part("waits", seconds=5.0, time_limit=0.2, on_error="skip")], ["x", "y"])

@@ -156,7 +156,7 @@ class Aborted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """News of a request since the last update. The last update has a completion or an error."""
+    """Progress of a request since the last update. The last update has a completion or an error."""
 
     tokens: list[int] = field(default_factory=list)  # new tokens
     logps: list[float] = field(default_factory=list)  # log-probs of the new tokens

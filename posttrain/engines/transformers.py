@@ -244,11 +244,11 @@ class Running:
         """Removes ended rows if there are many; returns the tokens of the rows that stay."""
         if self.running.sum() > KEEP_WIDTH * len(self.running):
             return drawn
-        kept = self.running.nonzero()[:, 0]
-        self.cache.batch_select_indices(kept)
-        self.rows, self.running = self.rows[kept], self.running[kept]
-        self.position, self.visible = self.position[kept], self.visible[kept]
-        return drawn[kept]
+        rows = self.running.nonzero()[:, 0]
+        self.cache.batch_select_indices(rows)
+        self.rows, self.running = self.rows[rows], self.running[rows]
+        self.position, self.visible = self.position[rows], self.visible[rows]
+        return drawn[rows]
 
     @torch.inference_mode()
     def advance(self, model: PreTrainedModel, drawn: Int[Tensor, " B"]) -> None:

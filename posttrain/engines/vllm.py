@@ -155,9 +155,9 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     """Makes a ``vllm.LLM`` in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # The first level is for messages before vLLM has read its own switch.
+    # This sets vLLM's own switch, and the same level for messages before vLLM has read it.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
-    # vLLM reads every name of every module, deprecated ones too, and they warn.
+    # vLLM looks at every name of every module, and deprecated names warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     vllm_cpu.prepare()
     import vllm.v1.engine.core

@@ -49,12 +49,12 @@ class SamplingRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     guide: Guide | bool = True
-    """``false`` samples from the policy without the decoder."""
+    """Guide of the request; ``false`` samples from the policy without the decoder."""
     return_token_ids: bool = False
-    """``true`` adds ``token_ids`` and ``prompt_token_ids`` to each choice."""
+    """Switch that adds ``token_ids`` and ``prompt_token_ids`` to each choice."""
 
     user: str | None = None
-    """Accepted without effect, like ``metadata`` and ``store``."""
+    """Id of the client's user; accepted without effect, like ``metadata`` and ``store``."""
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     presence_penalty: float | None = None

@@ -1,4 +1,4 @@
-r"""The ``math`` verifier: is the final answer of a completion the gold answer?
+r"""The ``math`` verifier, which compares the final answer of a completion with the gold answer.
 
 Numbers are compared exactly with fractions in microseconds; everything else goes to math-verify, which reads LaTeX into
 sympy (tens of milliseconds). Where both give a verdict they agree, but for four cases decided otherwise on purpose:

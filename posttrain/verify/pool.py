@@ -179,9 +179,8 @@ class VerifierPool:
             item.outcomes[verifier.name] = _Element(whole, position)
 
     def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float | None) -> Future[Any]:
-        if (
-            self._processes is not None and not self._processes.active
-        ):  # the pool ends with its workers, even with idle ones
+        # The pool ends with its workers, even with idle ones.
+        if self._processes is not None and not self._processes.active:
             self._stop_processes()
         if self._processes is None:
             self._processes = ProcessPool(

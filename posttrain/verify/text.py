@@ -43,7 +43,7 @@ def length(
     """1 if the completion is between ``minimum`` and ``maximum`` units long; falls linearly to 0 over ``margin`` more.
 
     Raises:
-        ValueError: for an unknown unit, or a maximum below the minimum.
+        ValueError: if the unit is unknown, or if the maximum is below the minimum.
     """
     if unit not in ("words", "characters"):
         raise ValueError(f"length: unit is {unit!r}; it must be words or characters")

@@ -69,7 +69,7 @@ def test_inverse_cdf_is_the_cumulative_search(size: int, seed: int):
 
 
 def test_tokens_are_drawn_with_their_probabilities():
-    """Of 20000 draws from 5 tokens, each frequency is within 5 standard errors of its probability."""
+    """Frequencies in 20000 draws from 5 tokens are within 5 standard errors of the probabilities."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0]).expand(20000, 5)
     uniform = uniforms(range(20000), 1)[:, 0]
     tokens, logps = draw(logits, uniform, 0.8, filters(Sampling()))

@@ -29,6 +29,8 @@ ENDING = make_world(1, eos=True)
 PAIRS = make_world(3, vocabulary=2, length=3)
 TOLERANCE = 1e-8
 
+tensor_of = functools.partial(torch.tensor, dtype=torch.float64)
+
 
 def prefix_of(string: String, world: World = WORLD) -> Prefix:
     finish = None
@@ -49,17 +51,10 @@ def by_backup(world: World, kind: str, lambda_: float = 0.0) -> dict[String, flo
             if world.ended(string):
                 targets[string] = world.reward[string]
                 continue
-            distribution = torch.tensor(world.next_distribution(string), dtype=torch.float64).log()
+            distribution = tensor_of(world.next_distribution(string)).log()
             nexts = [(*string, a) for a in range(world.vocabulary)]
             one, many = (
-                float(
-                    backup(
-                        torch.tensor([of[s] for s in nexts], dtype=torch.float64),
-                        distribution,
-                        kind=kind,
-                        beta=world.beta,
-                    )
-                )
+                float(backup(tensor_of([of[s] for s in nexts]), distribution, kind=kind, beta=world.beta))
                 for of in (values, targets)
             )
             targets[string] = (1 - lambda_) * one + lambda_ * many

@@ -214,10 +214,10 @@ def measure(scores: Sequence[Sequence[float]], solutions: Sequence[Solution], th
 
 
 def chance(wrong: Sequence[Solution]) -> dict[str, float]:
-    """Share of first wrong steps found by chance: "no step is wrong" with the best probability, else a random step."""
-    found = sum(1 / s.steps for s in wrong) / len(wrong)
-    passed = max((i / 1000 for i in range(1, 1000)), key=lambda share: harmonic_mean((1 - share) * found, share))
-    return {"first_wrong_step_found": found, "f1": harmonic_mean((1 - passed) * found, passed)}
+    """Results by chance: predicts "no step is wrong" with the best probability, and a random step otherwise."""
+    hit_rate = sum(1 / s.steps for s in wrong) / len(wrong)
+    passed = max((i / 1000 for i in range(1, 1000)), key=lambda share: harmonic_mean((1 - share) * hit_rate, share))
+    return {"first_wrong_step_found": hit_rate, "f1": harmonic_mean((1 - passed) * hit_rate, passed)}
 
 
 def harmonic_mean(a: float, b: float) -> float:

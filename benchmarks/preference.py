@@ -421,7 +421,7 @@ def main() -> None:
     arguments = vars(parse_arguments())
     path = arguments.pop("json")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, here for all sides
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the command line sets it too; here it is for all sides
     with tempfile.TemporaryDirectory(prefix="preference-") as folder:
         settings = Settings(**arguments, folder=folder)
         parameters = build(settings)

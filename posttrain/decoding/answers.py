@@ -1,6 +1,6 @@
 """Rules that choose the answer among the particles of a population, and that read the answer in a text.
 
-A rule is ``(particles, choose, decode) -> index``; ``decode`` turns token ids into text.
+A rule is ``(particles, choose, decode) -> index``. ``decode`` turns token ids into text.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Annotated, Literal
 
+from posttrain.data.steps import Decode
 from posttrain.decoding.particles import Particle, highest, most_voted, softmax
 from posttrain.engines.choice import Chooser
 from posttrain.option_types import Inner
 from posttrain.verify.mathematics import marked_answer, read_number, said_answer, tidy
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text."""
 
 Answer = Annotated[Callable[[str], Hashable], Inner("posttrain.decoding.answers", ("text",))]
 """Reads the answer in a completion; ``None`` if there is none."""

@@ -12,16 +12,16 @@ from posttrain.option_types import Inner
 
 
 class Decoder:
-    """An engine that samples with another engine. Loading weights changes the other engine, not the score.
+    """An engine that samples with another engine. Loading weights changes that engine, not the score.
 
-    A decoder adds ``generate``: see :meth:`posttrain.engines.base.Engine.generate`.
+    Subclasses add ``generate``: see :meth:`posttrain.engines.base.Engine.generate`.
     """
 
     engine: Engine
     alone = False
     """True if other requests to the engine are changed too while the decoder runs."""
     scores_within_step = False
-    """True if scores are asked for while the engine draws a token."""
+    """True if the decoder asks for scores while the engine draws a token."""
 
     @property
     def version(self) -> int:
@@ -38,9 +38,10 @@ class Decoder:
 
 
 DecoderOption = Annotated[Engine, Inner("posttrain.decoding.decoders", ("engine", "context"))]
-"""A decoder as an option of another one."""
+"""An option of a decoder that is a decoder itself."""
 
 OptionalDecoder = Annotated[Engine | None, Inner("posttrain.decoding.decoders", ("engine", "context"))]
+"""An option of a decoder that is a decoder itself, or None."""
 
 Conflict = tuple[tuple[str | int, ...], str]
 """A problem with the options of a decoder or score: the path of the option within it, and the message."""

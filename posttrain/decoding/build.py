@@ -24,7 +24,7 @@ def build_decoder(
 ) -> Engine | None:
     """Builds the decoder on the engine; None without a decoder or an engine. Its scores have the policy's dtype.
 
-    Weights that are loaded later reach the engine below through either of the two.
+    Weights may be loaded later into the engine or into the decoder; both ways reach the engine.
     """
     if decoder is None or engine is None:
         return None
@@ -34,7 +34,7 @@ def build_decoder(
 def decoder_context(
     tokenizer: PreTrainedTokenizerBase, processes: Processes, policy: sections.PolicySection
 ) -> DecoderContext:
-    """Makes the context of a run's decoders, which share the models that several of them name."""
+    """Makes the context of a run's decoders. A model that several of them name is loaded once."""
     return DecoderContext(tokenizer=tokenizer, device=processes.device, dtype=DTYPES[policy.dtype])
 
 
@@ -42,7 +42,7 @@ def check_models(decoder: Part | None) -> None:
     """Checks that each model which the decoder names has a configuration that can be read.
 
     Raises:
-        RecipeError: for those that are not there, before anything is loaded.
+        RecipeError: if a configuration cannot be read. Nothing has been loaded then.
     """
     if decoder is None:
         return

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from posttrain.decoding.model_scores import NextTokenValueScore, ValueScore, head_value, padded
 from posttrain.decoding.prefix_cache import BesideLayer, Memory, PrefixCache, forward_hidden, visible
-from posttrain.decoding.prefixes import Kind, Prefix
+from posttrain.decoding.prefixes import Prefix, ScoreKind
 
 ROOM = 32
 """Spare columns of a new cache."""
@@ -48,23 +48,23 @@ class CachedValueScore:
     """
 
     def __init__(self, model: Any) -> None:
-        self.kind: Kind = model.spec.kind
+        self.kind: ScoreKind = model.spec.kind
         self.beta: float | None = model.spec.beta
         self.scale: float = model.spec.scale
-        self.reader = Reader(model)
-        self.growing = PrefixCache(model)
+        self.candidate_cache = CandidateCache(model)
+        self.prefix_cache = PrefixCache(model)
         self._value = head_value(model)
 
     @torch.inference_mode()
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
-        hidden = self.reader.known([tuple(prefix.tokens) for prefix in prefixes])
-        return self._value(self.growing.read(prefixes) if hidden is None else hidden)
+        hidden = self.candidate_cache.known([tuple(prefix.tokens) for prefix in prefixes])
+        return self._value(self.prefix_cache.read(prefixes) if hidden is None else hidden)
 
     @torch.inference_mode()
     def score_candidates(self, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         """See :class:`posttrain.decoding.prefixes.CandidateScore`."""
-        return self._value(self.reader.read([tuple(prefix.tokens) for prefix in prefixes], candidates))
+        return self._value(self.candidate_cache.read([tuple(prefix.tokens) for prefix in prefixes], candidates))
 
 
 class CachedNextTokenValueScore:
@@ -75,10 +75,10 @@ class CachedNextTokenValueScore:
     """
 
     def __init__(self, model: Any) -> None:
-        self.kind: Kind = model.spec.kind
+        self.kind: ScoreKind = model.spec.kind
         self.beta: float | None = model.spec.beta
         self.scale: float = model.spec.scale
-        self.reader = Reader(model)
+        self.candidate_cache = CandidateCache(model)
         self._uncached = NextTokenValueScore(model, kind=self.kind, beta=self.beta, scale=self.scale)
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
@@ -91,11 +91,11 @@ class CachedNextTokenValueScore:
         if any(len(prefix.tokens) < 2 for prefix in prefixes):
             return self._uncached.score_next(prefixes)
         last = torch.tensor([[prefix.tokens[-1]] for prefix in prefixes])
-        hidden = self.reader.read([tuple(prefix.tokens[:-1]) for prefix in prefixes], last)
-        return self.reader.model.next_values(hidden[:, 0])
+        hidden = self.candidate_cache.read([tuple(prefix.tokens[:-1]) for prefix in prefixes], last)
+        return self.candidate_cache.model.next_values(hidden[:, 0])
 
 
-class Reader:
+class CandidateCache:
     """Reads the hidden states of a value model at candidate tokens by one forward pass over the candidates.
 
     It holds keys and values of the last call's prefixes and candidates, and forgets them when the model's weights are

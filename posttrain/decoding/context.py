@@ -22,29 +22,31 @@ ModelPath = Annotated[str, LocalPath()]
 """Hub name or local folder of a model."""
 
 TextReward = Annotated[Callable[..., Any], Inner("reward_models", ("batch",))]
-"""A reward part that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
+"""A reward part as an option that reads texts: an object with ``of_texts(prompts, completions) -> [M]``."""
 
-Verifier = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
-"""``(completion) -> float``; columns of a dataset are options here."""
+VerifierOption = Annotated[Callable[..., Any], Inner("posttrain.verify.functions", ("completion",))]
+"""A verifier ``(completion) -> float`` as an option. Dataset columns that it reads are options here."""
 
 
 class PythonOnly(NamedTuple):
-    """Marks a parameter that recipes cannot set: it is for callers in Python."""
+    """Marks a parameter that only callers in Python can set, not recipes."""
 
 
 class FromContext(NamedTuple):
-    """Marks a parameter that recipes cannot set: it is an attribute of the context."""
+    """Marks a parameter that recipes cannot set, because it is filled with an attribute of the context."""
 
     attribute: str
 
 
 class SeparatorMark(NamedTuple):
-    """Marks token ids that a recipe writes as the text that they end with, such as a line break."""
+    """Marks token ids that a recipe writes as a text, such as a line break: all tokens that end with it."""
 
 
 Value = TypeVar("Value")
 NotInRecipes = Annotated[Value, PythonOnly()]
+"""A parameter that only callers in Python can set."""
 Separator = Annotated[tuple[int, ...], SeparatorMark()]
+"""Token ids that end a block or step; in a recipe the text that they end with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,14 @@ class DecoderContext:
 
     tokenizer: PreTrainedTokenizerBase  # tokenizer of the policy
     device: torch.device  # device of the models that score
-    dtype: torch.dtype = torch.float32  # data type of their weights
-    models: dict[tuple[str, str], nn.Module] = field(default_factory=dict)  # models that are loaded, by kind and path
+    dtype: torch.dtype = torch.float32  # data type of the weights of these models
+    models: dict[tuple[str, str], nn.Module] = field(default_factory=dict)  # loaded models, by kind and path
     engine: Engine | None = None  # the engine that is guided
-    within_step: bool = False  # scores are asked for while that engine draws a token
+    within_step: bool = False  # True if scores are asked for while the guided engine draws a token
     engines: dict[str, Engine] = field(default_factory=dict)  # engines of further models, by path
 
     def on(self, engine: Engine, *, within_step: bool = False) -> DecoderContext:
-        """The context of a decoder on this engine; loaded models are shared."""
+        """The context of a decoder on this engine. Loaded models are shared with the other contexts."""
         return replace(self, engine=engine, within_step=within_step)
 
     def engine_of(self, model: str, use: Literal["auto", "vllm", "transformers"]) -> Engine:
@@ -75,17 +77,21 @@ class DecoderContext:
 
     @property
     def decode(self) -> Callable[[Sequence[int]], str]:
-        """Token ids to text, without special tokens."""
+        """The function from token ids to text without special tokens."""
         return text_of(self.tokenizer)
 
     def loaded(self, kind: str, path: str, load: Callable[[], nn.Module]) -> nn.Module:
-        """A frozen model on this device; several scores of one model share it."""
+        """A frozen model on the context's device. Scores that name the same model share it.
+
+        Args:
+            load: loads the model when it is asked for the first time.
+        """
         if (kind, path) not in self.models:
             self.models[kind, path] = load().requires_grad_(False).eval().to(self.device)
         return self.models[kind, path]
 
     def ends(self, separator: str | None) -> tuple[int, ...]:
-        """The tokens whose text ends with the separator; none without a separator.
+        """The tokens whose text ends with the separator; an empty tuple without a separator.
 
         Raises:
             RecipeError: if no token ends with it.

@@ -43,10 +43,10 @@ def edited(
         steps: number of gradient steps for a token; the paper takes 30 to 200.
 
     Raises:
-        RecipeError: on an engine that does not give its hidden states, or for a value model of hidden states of another
+        RecipeError: if the engine does not give its hidden states, or if the value model reads hidden states of another
             size.
     """
-    from posttrain.decoding.editing import Edited  # these two import much that other decoders do without
+    from posttrain.decoding.editing import Edited  # here: both import much that others do not need
     from posttrain.engines.transformers import TransformersEngine
 
     if not isinstance(engine, TransformersEngine):

@@ -1,7 +1,8 @@
-"""Classes of decoders and scores as parts of a recipe, so that each of them is written once.
+"""Makes parts of a recipe out of the classes of decoders and scores, so that each of them is written once.
 
-The parameters of a class carry marks in their annotations. A recipe's options are resolved by them: scores and decoders
-are made with the context, separators become token ids, and parameters that are for Python alone are left out.
+The parameters of a class carry marks in their annotations. The marks say how an option becomes an argument: scores and
+decoders are made with the context, separators become token ids, and parameters for Python alone are no options. A class
+in a file of your own becomes a part in the same way: ``mine = decoder_part(Mine, "mine", __name__)``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from posttrain.option_types import Facts, Inner
 
 
 def decoder_part(kind: type[Any], name: str, module: str) -> Callable[..., Engine]:
-    """The part ``(engine, context, *, options) -> Engine`` that makes a decoder of this class.
+    """Makes the part ``(engine, context, *, options) -> Engine`` whose calls construct a decoder of this class.
 
     Args:
-        kind: its constructor takes the engine and the options; marks are in the annotations.
+        kind: class whose constructor takes the engine and the options, with marks in the annotations.
         name: the bare name of the part in recipes.
         module: the module that holds the part under this name.
     """
@@ -33,7 +34,7 @@ def decoder_part(kind: type[Any], name: str, module: str) -> Callable[..., Engin
 
 
 def score_part(kind: type[Any], name: str, module: str) -> Callable[..., Any]:
-    """The part ``(context, *, options) -> PrefixScore`` that makes a score of this class."""
+    """Makes the part ``(context, *, options) -> PrefixScore`` whose calls construct a score of this class."""
 
     def part(context: DecoderContext, **options: Any) -> Any:
         return kind(**resolved(kind, options, context.engine, context))
@@ -44,7 +45,7 @@ def score_part(kind: type[Any], name: str, module: str) -> Callable[..., Any]:
 def resolved(
     kind: type[Any], options: Mapping[str, Any], engine: Engine | None, context: DecoderContext
 ) -> dict[str, Any]:
-    """The arguments of the constructor: options of a recipe, with scores, decoders and separators made."""
+    """Turns options of a recipe into arguments of the constructor: makes scores and decoders, looks separators up."""
     arguments: dict[str, Any] = {}
     for name, mark in _marks(kind).items():
         if isinstance(mark, FromContext):
@@ -70,9 +71,9 @@ def _marks(kind: type[Any]) -> dict[str, Any]:
 def _described(part: Any, kind: type[Any], name: str, module: str, takes: tuple[str, ...]) -> Any:
     """Gives the part the name, docstring, facts and options of the class, for recipes and ``posttrain show``."""
     hints, marks = typing.get_type_hints(kind.__init__, include_extras=True), _marks(kind)
-    shown = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in takes]
+    shown = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in takes]
     annotations: dict[str, Any] = {}
-    for parameter in list(inspect.signature(kind).parameters.values()):
+    for parameter in inspect.signature(kind).parameters.values():
         mark = marks.get(parameter.name)
         if parameter.name in takes or isinstance(mark, FromContext | PythonOnly):
             continue

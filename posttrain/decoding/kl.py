@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def token_kl(logp: Float[Tensor, "*S V"], logp0: Float[Tensor, "*S V"]) -> Float[Tensor, "*S"]:
+def next_token_kl(logp: Float[Tensor, "*S V"], logp0: Float[Tensor, "*S V"]) -> Float[Tensor, "*S"]:
     """KL(π ‖ p0) = Σ_a π(a) (log π(a) - log p0(a)) of the distributions of one step; tokens with π = 0 add nothing.
 
     Summed along completions drawn from π its mean is the sequence KL (chain rule), with less variance than the

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posttrain.decoding.base import Decoder
-from posttrain.decoding.candidate_cache import Reader
+from posttrain.decoding.candidate_cache import CandidateCache
 from posttrain.decoding.model_scores import last_token, padded
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
@@ -38,7 +38,7 @@ class Mixture(Decoder):
 
     def __init__(self, engine: ShapingEngine, other: Policy, *, share: float, without_adapters: bool = False) -> None:
         self.engine, self.other, self.share = engine, other, share
-        self._law = NextToken(other, without_adapters=without_adapters)
+        self._distribution = NextToken(other, without_adapters=without_adapters)
 
     def generate(
         self,
@@ -53,7 +53,7 @@ class Mixture(Decoder):
         temperature = sampling.temperature or 1.0
 
         def shaper(logp: Float[Tensor, "B V"], rows: Sequence[Row]) -> Float[Tensor, "B V"]:
-            return mixed(logp, self._law([row.tokens for row in rows], temperature).to(logp), self.share)
+            return mixed(logp, self._distribution([row.tokens for row in rows], temperature).to(logp), self.share)
 
         training = self.other.training
         self.other.eval()
@@ -78,7 +78,7 @@ class NextToken:
         self.policy, self.without_adapters = policy, without_adapters
         full = {"full_attention"}
         layers = set(getattr(policy.base.config.get_text_config(), "layer_types", None) or full)
-        self._reader = Reader(_Backbone(policy, without_adapters)) if layers == full else None
+        self._reader = CandidateCache(_Backbone(policy, without_adapters)) if layers == full else None
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[Sequence[int]], temperature: float) -> Float[Tensor, "B V"]:
@@ -94,7 +94,7 @@ class NextToken:
 
 
 class _Backbone:
-    """The layers of a policy in the form in which :class:`Reader` takes a model."""
+    """The layers of a policy in the form in which :class:`CandidateCache` takes a model."""
 
     adapter = None  # the choice of adapters is made here
 

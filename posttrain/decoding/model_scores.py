@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from posttrain.decoding.prefixes import Kind, Prefix
+from posttrain.decoding.prefixes import Prefix, ScoreKind
 
 ROWS = 64
 """Most prefixes in one forward pass."""
@@ -39,7 +39,7 @@ class LogRatio:
 
     plus: Distribution | None = None
     minus: Distribution | None = None
-    kind: Kind = "other"
+    kind: ScoreKind = "other"
     beta: None = None
     scale: float = 1.0
 
@@ -49,14 +49,14 @@ class LogRatio:
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
         """See :class:`posttrain.decoding.prefixes.PrefixScore`."""
-        return self.scale * sum(sign * distribution(prefixes)[0] for sign, distribution in self._laws())  # type: ignore[return-value]
+        return self.scale * sum(sign * distribution(prefixes)[0] for sign, distribution in self._distributions())  # type: ignore[return-value]
 
     def score_next(self, prefixes: Sequence[Prefix]) -> Float[Tensor, "M V"]:
         """See :class:`posttrain.decoding.prefixes.NextTokenScore`."""
-        parts = [(sign, *distribution(prefixes)) for sign, distribution in self._laws()]
+        parts = [(sign, *distribution(prefixes)) for sign, distribution in self._distributions()]
         return self.scale * sum(sign * (path[:, None] + following) for sign, path, following in parts)  # type: ignore
 
-    def _laws(self) -> list[tuple[float, Distribution]]:
+    def _distributions(self) -> list[tuple[float, Distribution]]:
         return [
             (sign, distribution)
             for sign, distribution in ((1.0, self.plus), (-1.0, self.minus))
@@ -94,7 +94,7 @@ class ValueScore:
     """
 
     model: nn.Module
-    kind: Kind = "mean"
+    kind: ScoreKind = "mean"
     beta: float | None = None
     scale: float = 1.0
 
@@ -141,7 +141,7 @@ class StepScore:
     model: nn.Module
     steps: Callable[[Sequence[int]], Int[Tensor, " L"]]
     aggregate: str
-    kind: Kind = "other"
+    kind: ScoreKind = "other"
     beta: None = None
     scale: float = 1.0
 

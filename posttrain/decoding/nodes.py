@@ -93,7 +93,7 @@ class Tree:
 
 Select = Annotated[Callable[[Tree], list[Node]], Inner("posttrain.decoding.nodes", ("tree",))]
 """A rule that chooses the nodes to expand next."""
-Backup = Annotated[Callable[[Node], None], Inner("posttrain.decoding.nodes", ("leaf",))]
+BackupRule = Annotated[Callable[[Node], None], Inner("posttrain.decoding.nodes", ("leaf",))]
 """A rule that changes the statistics on the path of a leaf."""
 Decide = Annotated[Callable[[Tree], Node], Inner("posttrain.decoding.nodes", ("tree",))]
 """A rule that chooses the answer, or the next move."""

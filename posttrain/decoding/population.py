@@ -25,7 +25,7 @@ from posttrain.decoding.base import Conflict, Decoder, OptionalDecoder
 from posttrain.decoding.context import FromContext, NotInRecipes, Separator
 from posttrain.decoding.kl import best_of_n_kl_bound, blockwise_kl_bound, weighted_kl_bound
 from posttrain.decoding.particles import Particle, Pick, keep, logsumexp, resample, rule_of, top
-from posttrain.decoding.prefixes import OptionalScore, Prefix, Score, continue_prefixes, grown
+from posttrain.decoding.prefixes import OptionalScore, Prefix, ScoreOption, continue_prefixes, grown
 from posttrain.decoding.shaping import Shaped, warn_unless_tilted
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
@@ -34,7 +34,7 @@ from posttrain.recipe.sections import SamplingSection
 from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
 
-class Outcome(NamedTuple):
+class PopulationResult(NamedTuple):
     """The final particles of one population, with its costs."""
 
     particles: list[Particle]
@@ -67,8 +67,8 @@ class _Group:
         return all(particle.ended for particle in self.particles)
 
     @property
-    def outcome(self) -> Outcome:
-        return Outcome(self.particles, self.generated, self.scored)
+    def result(self) -> PopulationResult:
+        return PopulationResult(self.particles, self.generated, self.scored)
 
 
 class Population(Decoder):
@@ -100,7 +100,7 @@ class Population(Decoder):
     def __init__(
         self,
         engine: Engine,
-        score: Score,
+        score: ScoreOption,
         *,
         particles: PositiveCount = 1,
         branch: PositiveCount = 1,
@@ -168,7 +168,7 @@ class Population(Decoder):
         *,
         seeds: Sequence[int] | None = None,
         pinned: Sequence[Sequence[int]] | None = None,
-    ) -> list[Outcome]:
+    ) -> list[PopulationResult]:
         """All final particles of one population for each prompt, with their weights.
 
         Args:
@@ -186,7 +186,7 @@ class Population(Decoder):
             group.pinned = completion
             group.particles[0] = dataclasses.replace(group.particles[0], pinned=completion is not None)
         self._run(groups, sampling, lambda group: None)
-        return [group.outcome for group in groups]
+        return [group.result for group in groups]
 
     def check_pinned(self) -> None:
         """
@@ -319,7 +319,7 @@ class Population(Decoder):
             "generated": float(group.generated),
             "scored": float(group.scored),
             "log_weight": chosen.log_weight,
-            "log_z": group.outcome.log_z,
+            "log_z": group.result.log_z,
         }
         bound = self._kl_bound(group, chosen)
         measured |= {} if bound is None else {"kl_bound": bound}
@@ -330,7 +330,7 @@ class Population(Decoder):
     def _kl_bound(self, group: _Group, chosen: Particle) -> float | None:
         """The completion's term in the mean that bounds the divergence; None if no bound is known."""
         if rule_of(self.final) is weighted and rule_of(self.pick) in (resample, keep):
-            return weighted_kl_bound(chosen.potential, group.outcome.log_z)
+            return weighted_kl_bound(chosen.potential, group.result.log_z)
         if isinstance(self.engine, Shaped):
             return None  # the bounds below are to the distribution that particles grow by
         if self.block is None and not self.block_ends:

@@ -104,7 +104,7 @@ def visible(
 
 
 @dataclass(slots=True)
-class Kept:
+class StoredPrefixes:
     """Keys and values of prefixes that may be continued in the next call."""
 
     rows: dict[int, int] = field(default_factory=dict)  # running hash of the tokens -> row
@@ -123,7 +123,7 @@ class Kept:
 
 
 def running_hash(tokens: Sequence[int]) -> int:
-    """The hash under which :class:`Kept` stores a prefix."""
+    """The hash under which :class:`StoredPrefixes` stores a prefix."""
     running = 0
     for token in tokens:
         running = hash((running, token))
@@ -145,7 +145,7 @@ class PrefixCache:
         self.model = model
         self.tokens_read = 0
         self._limit = memory_mb << 20
-        self._kept = Kept()
+        self._kept = StoredPrefixes()
         self._weights_version = 0
 
     @torch.inference_mode()
@@ -153,7 +153,7 @@ class PrefixCache:
         """The hidden state at the last token of each prefix. Prefixes that have not ended are kept in the cache."""
         version = sum(parameter._version for parameter in self.model.parameters())
         if version != self._weights_version:
-            self._kept, self._weights_version = Kept(), version
+            self._kept, self._weights_version = StoredPrefixes(), version
         stems = [self._kept.stem(prefix.tokens) for prefix in prefixes]
         new = [len(prefix.tokens) - length for prefix, (_, length) in zip(prefixes, stems, strict=True)]
         order = sorted(range(len(prefixes)), key=new.__getitem__)
@@ -204,7 +204,7 @@ class PrefixCache:
         ]
         return hidden[torch.arange(len(tokens), device=device), lengths - 1], added
 
-    def _room(self, prefixes: Sequence[Sequence[int]]) -> Kept:
+    def _room(self, prefixes: Sequence[Sequence[int]]) -> StoredPrefixes:
         """Memory for the keys and values of these prefixes; None if it would be too much."""
         config = self.model.decoder.config.get_text_config()
         parameter = next(self.model.parameters())
@@ -214,17 +214,17 @@ class PrefixCache:
         dtype = self.model.decoder.dtype
         numbers = 2 * config.num_hidden_layers * torch.Size(shape).numel()
         if not prefixes or numbers * dtype.itemsize > self._limit:
-            return Kept()
+            return StoredPrefixes()
         rows = {running_hash(tokens): row for row, tokens in enumerate(prefixes)}
         memory: list[Memory] = [
             (parameter.new_zeros(shape, dtype=dtype), parameter.new_zeros(shape, dtype=dtype))
             for _ in range(config.num_hidden_layers)
         ]
-        return Kept(rows, list(prefixes), memory)
+        return StoredPrefixes(rows, list(prefixes), memory)
 
 
 def _remember(
-    kept: Kept,
+    kept: StoredPrefixes,
     places: Sequence[tuple[int, int]],
     stems: Int[Tensor, " m"],
     new: Sequence[int],

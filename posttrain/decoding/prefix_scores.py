@@ -16,11 +16,11 @@ from torch import Tensor
 from posttrain.decoding.context import NotInRecipes
 from posttrain.decoding.prefixes import (
     CandidateScore,
-    Kind,
     NextTokenScore,
     Prefix,
     PrefixScore,
-    Score,
+    ScoreKind,
+    ScoreOption,
     continue_prefixes,
     grown,
     next_prefix,
@@ -60,7 +60,7 @@ class TextScore:
 
     function: Callable[[Sequence[str], Sequence[str]], Sequence[float] | Tensor]
     decode: Callable[[Sequence[int]], str]
-    kind: Kind = "mean"
+    kind: ScoreKind = "mean"
     beta: float | None = None
     scale: float = 1.0
 
@@ -84,7 +84,7 @@ class Sum:
     scale: float = 1.0
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ScoreKind:
         return "mean" if all(score.kind == "mean" for _, score in self.terms) else "other"
 
     def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
@@ -110,7 +110,7 @@ class CandidateSum(Sum):
         return torch.stack(values).sum(0)
 
 
-def weighted_sum(*terms: tuple[float, PrefixScore]) -> Sum:
+def sum_scores(*terms: tuple[float, PrefixScore]) -> Sum:
     """The sum of weighted scores; it emits vocabulary vectors if all of them do."""
     return (NextTokenSum if all(isinstance(score, NextTokenScore) for _, score in terms) else CandidateSum)(terms)
 
@@ -120,7 +120,7 @@ class Product:
     """Product Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities of step correctness."""
 
     factors: Sequence[tuple[float, PrefixScore]]
-    kind: Kind = "other"
+    kind: ScoreKind = "other"
     beta: None = None
     scale: float = 1.0
 
@@ -145,11 +145,11 @@ class Logarithm:
     samples p0(y) φ(y) / Z. Yang and Klein 2021 (FUDGE), arXiv:2104.05218.
     """
 
-    of: Score
+    of: ScoreOption
     scale: NotInRecipes[float] = 1.0
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ScoreKind:
         return "soft" if self.of.kind == "mean" else "other"
 
     @property
@@ -178,7 +178,7 @@ class PathLogp:
 
     alpha: NonNegative = 0.0
     unit: Literal["steps", "tokens"] = "steps"
-    kind: NotInRecipes[Kind] = "other"
+    kind: NotInRecipes[ScoreKind] = "other"
     beta: NotInRecipes[None] = None
     scale: NotInRecipes[float] = 1.0
 
@@ -216,7 +216,7 @@ class RolloutScore:
     completions: int = 1
     horizon: int | None = None
     tilt: PrefixScore | None = None
-    kind: Kind = "mean"
+    kind: ScoreKind = "mean"
     beta: float | None = None
     scale: float = 1.0
 

@@ -15,7 +15,7 @@ from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.option_types import Inner
 from posttrain.seeds import derived_seed
 
-Kind = Literal["mean", "soft", "max", "greedy", "other"]
+ScoreKind = Literal["mean", "soft", "max", "greedy", "other"]
 """The quantity that a score estimates, for the reward r of completions of a prefix s under the base policy:
 mean: E[r | s]; soft: beta log E[exp(r / beta) | s]; max: the largest r; greedy: the greedy one's; other: none."""
 
@@ -55,7 +55,7 @@ class PrefixScore(Protocol):
     """A score of prefixes: one number for each, larger is better."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ScoreKind:
         """The quantity that the score estimates."""
         ...
 
@@ -74,7 +74,7 @@ class PrefixScore(Protocol):
         ...
 
 
-Score = Annotated[PrefixScore, Inner("posttrain.decoding.scores", ("context",))]
+ScoreOption = Annotated[PrefixScore, Inner("posttrain.decoding.scores", ("context",))]
 """A prefix score; in a recipe a part that makes one, such as ``{use: value, model: runs/mc/value}``."""
 
 OptionalScore = Annotated[PrefixScore | None, Inner("posttrain.decoding.scores", ("context",))]

@@ -11,7 +11,7 @@ from posttrain.decoding.base import Conflict, Decoder, DecoderOption
 from posttrain.decoding.context import NotInRecipes
 from posttrain.decoding.kl import weighted_kl_bound
 from posttrain.decoding.particles import softmax
-from posttrain.decoding.population import Outcome, Population
+from posttrain.decoding.population import Population, PopulationResult
 from posttrain.decoding.prefixes import Prefix, grown
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
@@ -172,7 +172,7 @@ class Rejection(Decoder):
 
     def _bounds(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, groups: Sequence[_Draws]
-    ) -> dict[tuple[int, int], tuple[Outcome, Outcome]]:
+    ) -> dict[tuple[int, int], tuple[PopulationResult, PopulationResult]]:
         """Populations without and with the accepted completion among their particles, by prompt and sample."""
         if not groups:
             return {}
@@ -189,7 +189,7 @@ class Rejection(Decoder):
             for group, both in zip(groups, zip(lower, upper, strict=True), strict=True)
         }
 
-    def _completion(self, group: _Draws, bounds: tuple[Outcome, Outcome] | None) -> Completion:
+    def _completion(self, group: _Draws, bounds: tuple[PopulationResult, PopulationResult] | None) -> Completion:
         """The accepted draw, or else a draw chosen by weight, with its measurements."""
         chosen = group.accepted
         if chosen is None:

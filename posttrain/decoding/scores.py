@@ -10,7 +10,7 @@ from posttrain.data.steps import step_numbers
 from posttrain.decoding import prefix_scores
 from posttrain.decoding.base import Conflict
 from posttrain.decoding.candidate_cache import value_score
-from posttrain.decoding.context import DecoderContext, ModelPath, TextReward, Verifier
+from posttrain.decoding.context import DecoderContext, ModelPath, TextReward, VerifierOption
 from posttrain.decoding.from_recipe import score_part
 from posttrain.decoding.model_scores import Distribution, LogRatio, StepScore, ValueScore, model_distribution
 from posttrain.decoding.prefixes import PrefixScore
@@ -23,10 +23,10 @@ from posttrain.option_types import Inner, NonNegative, Option, Positive, Positiv
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 
-MadeScore = Annotated[Callable[[DecoderContext], PrefixScore], Inner("posttrain.decoding.scores", ("context",))]
+ScoreMaker = Annotated[Callable[[DecoderContext], PrefixScore], Inner("posttrain.decoding.scores", ("context",))]
 """A score as an option of a score, to be made with the context."""
 
-OptionalMadeScore = Annotated[
+OptionalScoreMaker = Annotated[
     Callable[[DecoderContext], PrefixScore] | None, Inner("posttrain.decoding.scores", ("context",))
 ]
 
@@ -60,7 +60,7 @@ def values(context: DecoderContext, *, models: tuple[ModelPath, ...]) -> PrefixS
     """
     if not models:
         raise RecipeError("decoder: values needs `models`, one at least")
-    return prefix_scores.weighted_sum(*((1.0, value(context, model=model)) for model in models))
+    return prefix_scores.sum_scores(*((1.0, value(context, model=model)) for model in models))
 
 
 def process(
@@ -99,10 +99,12 @@ def log_ratio(
     """
     if plus is None and minus is None:
         raise RecipeError("decoder: a log_ratio needs `plus`, `minus` or both: models with the policy's tokenizer")
-    return LogRatio(plus=_law(context, plus, "plus"), minus=_law(context, minus, "minus"), scale=scale)
+    return LogRatio(
+        plus=_distribution(context, plus, "plus"), minus=_distribution(context, minus, "minus"), scale=scale
+    )
 
 
-def _law(context: DecoderContext, model: str | None, name: str) -> Distribution | None:
+def _distribution(context: DecoderContext, model: str | None, name: str) -> Distribution | None:
     if model is None:
         return None
     place = f"decoder: log_ratio {name}"
@@ -114,13 +116,13 @@ def _law(context: DecoderContext, model: str | None, name: str) -> Distribution 
 def rollout(
     context: DecoderContext,
     *,
-    reward: MadeScore,
+    reward: ScoreMaker,
     max_tokens: PositiveCount,
     policy: ModelPath | None = None,
     completions: PositiveCount = 1,
     horizon: PositiveCount | None = None,
     temperature: NonNegative = 1.0,
-    tilt: OptionalMadeScore = None,
+    tilt: OptionalScoreMaker = None,
     kind: Literal["mean", "soft", "max"] = "mean",
     beta: Positive | None = None,
     engine: Literal["auto", "vllm", "transformers"] = "auto",
@@ -189,7 +191,7 @@ def text(context: DecoderContext, *, of: TextReward) -> PrefixScore:
     return prefix_scores.TextScore(function=reward.of_texts, decode=context.decode)
 
 
-def verifier(context: DecoderContext, *, of: Verifier) -> PrefixScore:
+def verifier(context: DecoderContext, *, of: VerifierOption) -> PrefixScore:
     """A verifier's score of the completion so far, such as its form or length.
 
     Args:
@@ -211,7 +213,7 @@ logarithm = score_part(prefix_scores.Logarithm, "logarithm", __name__)
 
 
 def weighted_sum(
-    context: DecoderContext, *, terms: tuple[MadeScore, ...], weights: tuple[float, ...] | None = None
+    context: DecoderContext, *, terms: tuple[ScoreMaker, ...], weights: tuple[float, ...] | None = None
 ) -> PrefixScore:
     """Weighted sum Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2024, arXiv:2310.17022.
 
@@ -221,11 +223,11 @@ def weighted_sum(
     Raises:
         RecipeError: for another number of weights than of terms.
     """
-    return prefix_scores.weighted_sum(*_pairs(context, terms, weights, "weights"))
+    return prefix_scores.sum_scores(*_pairs(context, terms, weights, "weights"))
 
 
 def product(
-    context: DecoderContext, *, terms: tuple[MadeScore, ...], exponents: tuple[float, ...] | None = None
+    context: DecoderContext, *, terms: tuple[ScoreMaker, ...], exponents: tuple[float, ...] | None = None
 ) -> PrefixScore:
     """Product Π_i score_i ^ exponent_i of scores that are not negative, such as probabilities that a step is right.
 
@@ -239,7 +241,7 @@ def product(
 
 
 def _pairs(
-    context: DecoderContext, terms: tuple[MadeScore, ...], numbers: tuple[float, ...] | None, name: str
+    context: DecoderContext, terms: tuple[ScoreMaker, ...], numbers: tuple[float, ...] | None, name: str
 ) -> list[tuple[float, PrefixScore]]:
     numbers = (1.0,) * len(terms) if numbers is None else numbers
     if len(numbers) != len(terms):

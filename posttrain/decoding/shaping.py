@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posttrain.decoding.base import Conflict, Decoder
-from posttrain.decoding.kl import token_kl
+from posttrain.decoding.kl import next_token_kl
 from posttrain.decoding.prefix_scores import next_scores
-from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore, Score
+from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore, ScoreOption
 from posttrain.engines.base import Completion, OnCompletion, Request, RequestUpdate, Row, Sampling, ShapingEngine
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.option_types import OpenFraction, Option, PositiveCount, facts
@@ -90,7 +90,7 @@ class Shaped(Decoder):
     def __init__(
         self,
         engine: ShapingEngine,
-        score: Score,
+        score: ScoreOption,
         *,
         strength: float = 1.0,
         k: PositiveCount | None = None,
@@ -281,7 +281,7 @@ class _Call:
             shaped[now], scored = self.decoder.distribution(logp0[now], prefixes, strengths)
             for index in now:
                 cost[index] = scored // len(now)
-        kl = token_kl(shaped, logp0).tolist()
+        kl = next_token_kl(shaped, logp0).tolist()
         for index, (path, position) in enumerate(zip(paths, positions, strict=True)):
             path.kl[position], path.scored[position] = kl[index], cost[index]
             path.last = position, logp0[index], shaped[index]

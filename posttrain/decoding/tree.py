@@ -23,9 +23,9 @@ from torch import Tensor
 
 from posttrain.decoding.base import Decoder
 from posttrain.decoding.context import NotInRecipes, Separator
-from posttrain.decoding.nodes import Backup, Decide, Node, OptionalDecide, Select, Tree, average, best_ending
+from posttrain.decoding.nodes import BackupRule, Decide, Node, OptionalDecide, Select, Tree, average, best_ending
 from posttrain.decoding.particles import rule_of
-from posttrain.decoding.prefixes import OptionalScore, Prefix, Score, continue_prefixes, grown
+from posttrain.decoding.prefixes import OptionalScore, Prefix, ScoreOption, continue_prefixes, grown
 from posttrain.engines.base import Completion, Engine, OnCompletion, Row, Sampling, ShapingEngine
 from posttrain.engines.choice import MakeChooser, seeded_chooser
 from posttrain.errors import RecipeError
@@ -122,12 +122,12 @@ class TreeSearch(Decoder):
     def __init__(
         self,
         engine: Engine,
-        score: Score,
+        score: ScoreOption,
         *,
         select: Select,
         propose: Propose = sampled_steps,
         separator: Separator = (),
-        backup: Backup = average,
+        backup: BackupRule = average,
         decide: Decide = best_ending,
         act: OptionalDecide = None,
         simulations: PositiveCount = 100,

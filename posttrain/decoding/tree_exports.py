@@ -43,11 +43,11 @@ def value_targets(tree: Tree, *, kind: Backup = "mean", beta: float = 1.0) -> li
     mean: Feng et al. 2024 (TS-LLM), arXiv:2309.17179; max: Wang et al. 2024 (Q*), arXiv:2406.14283;
     soft: β log Σ p exp(v / β).
     """
-    targets = backed_up(tree, kind=kind, beta=beta)
+    targets = backed_up_values(tree, kind=kind, beta=beta)
     return [ValueTarget(node.prefix.tokens, node.prefix.start, targets[node]) for node in tree.root.below()]
 
 
-def backed_up(tree: Tree, *, kind: Backup, beta: float = 1.0) -> dict[Node, float]:
+def backed_up_values(tree: Tree, *, kind: Backup, beta: float = 1.0) -> dict[Node, float]:
     """The value of every node by backing up from the leaves, children before parents."""
     values: dict[Node, float] = {}
     for node in reversed(list(tree.root.below())):
@@ -81,7 +81,7 @@ def preference_pairs(tree: Tree, *, margin: float = 0.0) -> list[PreferencePair]
     Args:
         margin: pairs that differ by no more are left out.
     """
-    worth = backed_up(tree, kind="max")
+    worth = backed_up_values(tree, kind="max")
     pairs = []
     for node in tree.root.below():
         if len(node.children) < 2:

@@ -29,14 +29,14 @@ def make_engine(
     Args:
         model: hub name or local folder.
         options: the recipe's ``engine`` section.
-        dtype: used where ``options.dtype`` is ``auto``: the policy's.
-        max_model_len: used where ``options.max_model_len`` is not given.
-        seed: of the seeds drawn where ``generate`` is given none.
-        revision: of a model on the hub: branch, tag or commit.
+        dtype: dtype of the policy, used if ``options.dtype`` is ``auto``.
+        max_model_len: most tokens of a prompt and its completion, used if ``options.max_model_len`` is not set.
+        seed: seed of the random seeds for calls of ``generate`` without seeds.
+        revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
 
     Raises:
-        RecipeError: if vLLM is asked for but not installed, or for options that the engine does not have.
+        RecipeError: if vLLM is asked for but not installed, or if an option is unknown to the engine.
     """
     dtype = dtype if options.dtype == "auto" else options.dtype
     max_model_len = options.max_model_len or max_model_len
@@ -58,7 +58,7 @@ def make_engine(
     if options.options:
         raise RecipeError(
             f"engine.options: {', '.join(options.options)}: these are arguments of vllm.LLM; the transformers engine "
-            "takes none. Leave them out, or set engine.use: vllm"
+            "has no options. Leave them out, or set engine.use: vllm"
         )
     from posttrain.engines.transformers import TransformersEngine
 
@@ -80,7 +80,6 @@ def _choose(options: EngineSection) -> str:
     if options.use == "vllm" and not installed:
         raise RecipeError(
             "engine.use: vllm: vLLM is not installed in this Python. For an NVIDIA GPU: pip install 'posttrain[vllm]'; "
-            "for CPU: see Install in README.md; "
-            "or set engine.use: transformers"
+            "for CPU: see Install in README.md; or set engine.use: transformers"
         )
     return options.use

@@ -26,15 +26,15 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0  # 0: all tokens
     min_p: float = 0.0
     max_tokens: int = 256
-    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence tokens
-    ignore_eos: bool = False  # for benchmarks
+    stop_token_ids: tuple[int, ...] = ()  # further stop tokens beside the model's own end-of-sequence tokens
+    ignore_eos: bool = False  # True: goes on after end-of-sequence tokens, for benchmarks
 
     @classmethod
     def of(cls, section: SamplingSection) -> Sampling:
-        """The settings of a recipe's ``sampling`` section, in the form that an engine takes."""
+        """Makes the settings of a recipe's ``sampling`` section."""
         return cls(
             temperature=section.temperature,
             top_p=section.top_p,
@@ -56,16 +56,16 @@ class Completion:
     tokens: list[int]
     logps: list[float]  # log-prob of each token under the distribution it was drawn from (at the temperature)
     finish: Finish
-    version: int  # weights it was sampled with
-    measured: Mapping[str, float] = field(default_factory=dict)  # by a decoder: see posttrain.decoding
+    version: int  # version of the weights that sampled it
+    measured: Mapping[str, float] = field(default_factory=dict)  # measurements of a decoder: see posttrain.decoding
 
 
 OnCompletion = Callable[[int, int, Completion], None]
-"""Called as soon as a completion ends, with the prompt's index, the sample's index and the completion."""
+"""Callback for each completion as soon as it ends, with the indices of prompt and sample."""
 
 
 class WeightMismatch(RuntimeError):
-    """The engine's weights after a load are not the weights that were sent."""
+    """The error for an engine whose weights after a load are not the weights that were sent."""
 
 
 @runtime_checkable
@@ -89,15 +89,15 @@ class Engine(Protocol):
         """Samples ``n`` completions of each prompt.
 
         Args:
-            prompts: token ids, one list a prompt.
-            sampling: how tokens are drawn.
-            n: completions a prompt.
-            seeds: one integer a prompt. Sample ``j`` of prompt ``i`` depends on ``seeds[i]`` and ``j`` alone, not on
-                what else is in the batch, so that a run repeats exactly. ``None`` draws fresh ones.
-            on_completion: called as each completion ends, in the thread that called ``generate``.
+            prompts: token ids, one list for each prompt.
+            sampling: settings of sampling.
+            n: number of completions of each prompt.
+            seeds: one integer for each prompt. Sample ``j`` of prompt ``i`` depends only on ``seeds[i]`` and ``j``,
+                not on the rest of the batch, so that a run repeats exactly. ``None`` draws fresh seeds.
+            on_completion: callback for each completion, in the thread that called ``generate``.
 
         Raises:
-            ValueError: for a prompt that leaves no room for ``max_tokens``, naming its index and length.
+            ValueError: if a prompt leaves no room for ``max_tokens``; the message has its index and length.
         """
         ...
 
@@ -120,7 +120,7 @@ class Row(NamedTuple):
     prompt: int  # index of the prompt
     sample: int  # index of the sample
     start: int  # length of the prompt
-    tokens: Sequence[int]  # prompt and what was sampled so far
+    tokens: Sequence[int]  # prompt and the tokens sampled so far
 
 
 Shaper = Callable[[Float[Tensor, "B V"], Sequence[Row]], Float[Tensor, "B V"]]
@@ -145,7 +145,7 @@ class ShapingEngine(Engine, Protocol):
         """Samples completions; see :meth:`Engine.generate`.
 
         Raises:
-            ValueError: for a shaper with ``top_p``, ``top_k`` or ``min_p``, which cut in another order in each engine.
+            ValueError: if ``top_p``, ``top_k`` or ``min_p`` come with a shaper; engines differ in the order of them.
         """
         ...
 
@@ -156,12 +156,12 @@ class Aborted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RequestUpdate:
-    """News of a request since the last update. The last update has a completion or an error."""
+    """Progress of a request since the last update. The last update has a completion or an error."""
 
-    tokens: list[int] = field(default_factory=list)  # new ones
-    logps: list[float] = field(default_factory=list)  # theirs
-    completion: Completion | None = None  # the whole of it
-    error: Exception | None = None  # why there is none
+    tokens: list[int] = field(default_factory=list)  # new tokens
+    logps: list[float] = field(default_factory=list)  # log-probs of the new tokens
+    completion: Completion | None = None  # the whole completion, in the last update
+    error: Exception | None = None  # the reason why there is no completion
 
     @property
     def ended(self) -> bool:
@@ -175,8 +175,8 @@ class Request:
 
     prompt: Sequence[int]
     sampling: Sampling
-    seed: int  # of this sample: see sample_seed
-    on_update: Callable[[RequestUpdate], None]  # called by ``step`` and ``abort``, and must not raise
-    stream: bool = False  # tell of every token, not only of the end
+    seed: int  # seed of this sample: see sample_seed
+    on_update: Callable[[RequestUpdate], None]  # callback of ``step`` and ``abort``; must not raise
+    stream: bool = False  # True: one update for every token, not only for the end
     shaper: Shaper | None = None
-    place: tuple[int, int] = (0, 0)  # indices of prompt and sample, as the shaper is told them
+    place: tuple[int, int] = (0, 0)  # indices of prompt and sample, for the shaper

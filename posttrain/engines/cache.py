@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-GROWTH = 64  # columns
+GROWTH = 64  # least number of columns that are added at a time
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values of one attention layer in memory with room to spare.
 
-    transformers' own layer copies everything at every token. Here that happens each time the room is used up, and the
-    room is then a quarter of what is held.
+    transformers' own layer copies all keys and values at every token. This one copies them each time the room is used
+    up, and then makes room for a quarter more.
     """
 
     _room: tuple[Tensor, Tensor] | None = None  # keys and values [N, heads, columns with room, head size]
@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Int[Tensor, " rows"]) -> None:
-        """Keeps these rows of the batch, in this order; a row may be taken several times."""
+        """Keeps the rows of these indices, in this order; an index may occur several times."""
         if self._room is not None:
             columns = self.get_seq_length()
             self._room = self._room[0][indices], self._room[1][indices]
@@ -50,7 +50,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _widened(held: Tensor | None, new: Tensor, columns: int) -> Tensor:
-    """Memory for ``columns`` columns of the kind of ``new``, beginning with a copy of the columns that are held."""
+    """Makes memory for ``columns`` columns with dtype and device of ``new``, and copies the held columns into it."""
     room = new.new_empty(*new.shape[:2], columns, new.shape[-1])
     if held is not None and held.numel():
         room[:, :, : held.shape[-2]] = held
@@ -58,7 +58,7 @@ def _widened(held: Tensor | None, new: Tensor, columns: int) -> Tensor:
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A cache for a model of this configuration; other layers (sliding windows) use transformers' own cache."""
+    """Makes the cache of a model; layers of other kinds (sliding windows) use transformers' own cache."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

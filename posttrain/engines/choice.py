@@ -1,4 +1,4 @@
-"""Random choices as functions, so that tests can enumerate every choice."""
+"""Random choices as functions, so that tests can go through every choice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MakeChooser = Callable[[int], Chooser]
 
 
 def seeded_chooser(seed: int) -> Chooser:
-    """Independent draws that depend on the seed alone; an index of probability 0 is never drawn."""
+    """Makes a chooser whose draws depend on the seed alone. It never draws an index of probability 0."""
     uniform = random.Random(seed).random
 
     def choose(probabilities: Sequence[float]) -> int:

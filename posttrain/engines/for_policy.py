@@ -18,6 +18,7 @@ class LengthBudget(NamedTuple):
     prompt: int
     """Length of the longest prompt."""
     completion: int
+    """Most tokens of a completion."""
     setting: str = "sampling.max_tokens"
     """Name of the setting that limits the completion."""
     branches: int = 0
@@ -30,7 +31,7 @@ class LengthBudget(NamedTuple):
 
     def __str__(self) -> str:
         parts = [f"the longest prompt ({self.prompt} tokens)", f"{self.setting} ({self.completion})"]
-        parts += [f"what branches take beyond it ({self.branches})"] if self.branches else []
+        parts += [f"further positions for branches ({self.branches})"] if self.branches else []
         return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -40,14 +41,14 @@ def policy_engine(
     """Makes the engine of a policy, as long as ``engine.max_model_len`` says or the largest budget needs.
 
     Raises:
-        UserError: where that is more than ``engine.max_model_len`` or the model's positions.
+        UserError: if the largest budget exceeds ``engine.max_model_len`` or the model's positions.
     """
-    most = max(needed, key=lambda room: room.positions)
-    length, limit = engine.max_model_len or most.positions, context_length(policy)
-    for positions, whose in ((length, "engine.max_model_len"), (limit, policy.model)):
-        if positions is not None and most.positions > positions:
+    largest = max(needed, key=lambda budget: budget.positions)
+    length, limit = engine.max_model_len or largest.positions, context_length(policy)
+    for positions, name in ((length, "engine.max_model_len"), (limit, policy.model)):
+        if positions is not None and largest.positions > positions:
             raise UserError(
-                f"{most} need {most.positions} positions; {whose} has {positions}. Lower {most.setting} or set "
+                f"{largest} need {largest.positions} positions; {name} has {positions}. Lower {largest.setting} or set "
                 "data.max_prompt_tokens."
             )
     return engine_of_length(policy, engine, length, seed=seed)
@@ -59,7 +60,7 @@ def engine_of_length(
     """Makes the engine of a policy for prompts and completions of at most ``length`` tokens together.
 
     Raises:
-        UserError: where the model has fewer positions.
+        UserError: if the model has fewer positions.
     """
     limit = context_length(policy)
     if limit is not None and length > limit:

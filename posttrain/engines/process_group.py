@@ -1,10 +1,10 @@
 """A process group of one process for vLLM, separate from the trainer's ``torch.distributed``.
 
-vLLM builds its groups from the default process group of ``torch.distributed``: it makes one where there is none, and
-otherwise takes the trainer's, ranks of other processes included. Neither fits an engine in each rank of a training job:
-the trainer would find a world of one process, or all ranks would have to make, reload and close their engines in step.
-So vLLM is shown process-group bookkeeping of its own while it starts. Afterwards it needs none: with one process every
-collective of its own is the identity.
+vLLM builds its groups from the default process group of ``torch.distributed``. If there is none, it makes one;
+otherwise it uses the trainer's, with the ranks of other processes. Neither fits an engine in each rank of a training
+job: the trainer would find a world of one process, or all ranks would have to make, reload and close their engines in
+step. So vLLM gets process-group bookkeeping of its own while it starts. Afterwards it needs none: with one process,
+every collective of vLLM is the identity.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 
 @dataclass
 class _World:
-    """torch's bookkeeping of process groups (``distributed_c10d._World``, which is made to be replaced), empty."""
+    """Empty bookkeeping of process groups, in place of torch's ``distributed_c10d._World``, which may be replaced."""
 
     default_pg: ProcessGroup | None = None
     pg_map: dict[ProcessGroup, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ _engine_world = _World()  # vLLM keeps its groups in module globals, so all engi
 
 @contextmanager
 def engine_world() -> Iterator[None]:
-    """Inside, ``torch.distributed`` is the engines' world of one process; afterwards it is the trainer's again."""
+    """Gives ``torch.distributed`` the engines' world of one process inside the block, and the trainer's afterwards."""
     with _lock:
         trainer_world, init_method, excepthook = c10d._world, c10d._default_pg_init_method, sys.excepthook
         c10d._world = _engine_world  # type: ignore[assignment]

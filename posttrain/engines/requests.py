@@ -24,20 +24,20 @@ def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
     """Raises ``ValueError`` for a shaper together with filters, which engines apply in different orders."""
     if shaper is not None and sampling.temperature > 0 and not sampling.is_full_softmax:
         raise ValueError(
-            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: a shaped distribution takes no "
-            "filters; leave them out and restrict the shaper's candidates"
+            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: filters cannot be combined "
+            "with a shaper; leave them out and restrict the shaper's candidates"
         )
 
 
 def stop_ids(sampling: Sampling, eos: Sequence[int]) -> tuple[int, ...]:
-    """The tokens that end a completion."""
+    """Returns the tokens that end a completion."""
     return sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *eos)
 
 
 def end_of_sequence_ids(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[int, ...]:
-    """The model's own end-of-sequence tokens: its generation configuration's, or else its configuration's."""
+    """The model's own end-of-sequence tokens, from its generation configuration or else from its configuration."""
     from transformers import AutoConfig, GenerationConfig
 
     try:

@@ -1,4 +1,4 @@
-"""The base of all engines: requests join and leave while others are sampled, and ``generate`` is made of them."""
+"""The base of all engines. Requests join and leave while others are sampled; ``generate`` is made of requests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from posttrain.engines.base import Aborted, Completion, OnCompletion, Request, R
 from posttrain.engines.requests import check_prompts, check_shaper
 from posttrain.seeds import FreshSeeds, sample_seed
 
-_numbers = itertools.count(1)  # of requests: no two of a process are equal
+_numbers = itertools.count(1)  # numbers of requests, each used once in a process
 
 
 @dataclass(slots=True)
 class _InFlight:
+    """A request that has not ended, with its tokens so far."""
+
     request: Request
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -32,7 +34,7 @@ class SteppingEngine(ABC):
 
     Args:
         max_model_len: most tokens of a prompt and its completion together.
-        seed: of the seeds drawn where ``generate`` is given none.
+        seed: seed of the random seeds for calls of ``generate`` without seeds.
     """
 
     def __init__(self, *, max_model_len: int, seed: int) -> None:
@@ -41,13 +43,13 @@ class SteppingEngine(ABC):
         self._fresh_seeds = FreshSeeds(seed)
         self._in_flight: dict[int, _InFlight] = {}
         self.before_step: Callable[[], None] = _nothing
-        """Hook before every step, also within ``generate``: the moment to submit or abort other requests."""
+        """Hook before every step, also within ``generate``. It may submit and abort requests."""
 
     def submit(self, request: Request) -> int:
         """Accepts a request and returns its number. The caller gets an update for each token, or for the end only.
 
         Raises:
-            ValueError: for a prompt that leaves no room, or a shaper together with filters.
+            ValueError: if the prompt leaves no room, or if a shaper comes with filters.
         """
         check_prompts([request.prompt], request.sampling.max_tokens, self.max_model_len)
         check_shaper(request.shaper, request.sampling)
@@ -58,22 +60,22 @@ class SteppingEngine(ABC):
 
     @property
     def in_flight(self) -> list[int]:
-        """The numbers of requests that have not ended."""
+        """Numbers of the requests that have not ended."""
         return [*self._in_flight]
 
     def step(self) -> None:
-        """Samples the next tokens. An error of a shaper ends its own requests and no others."""
+        """Samples the next tokens. An error of a shaper ends only the requests with that shaper."""
         self.before_step()
         if self._in_flight:
             self._advance()
 
     def abort(self, numbers: Iterable[int]) -> None:
         """Aborts requests, which get an update that says so. Requests that have ended are ignored."""
-        taken = [number for number in numbers if number in self._in_flight]
-        for number in taken:
+        running = [number for number in numbers if number in self._in_flight]
+        for number in running:
             self._fail(number, Aborted())
-        if taken:
-            self._drop(taken)
+        if running:
+            self._drop(running)
 
     def generate(
         self,
@@ -85,13 +87,13 @@ class SteppingEngine(ABC):
         on_completion: OnCompletion | None = None,
         shaper: Shaper | None = None,
     ) -> list[list[Completion]]:
-        """See :meth:`posttrain.engines.base.ShapingEngine.generate`. Requests in flight go on beside these."""
+        """See :meth:`posttrain.engines.base.ShapingEngine.generate`. Requests in flight go on meanwhile."""
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         seeds = self._fresh_seeds.unless(seeds, len(prompts))
         done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
         ended: deque[tuple[int, int, RequestUpdate]] = deque()
 
-        def teller(i: int, j: int) -> Callable[[RequestUpdate], None]:
+        def collector(i: int, j: int) -> Callable[[RequestUpdate], None]:
             return lambda update: ended.append((i, j, update))
 
         pending: dict[tuple[int, int], int] = {}
@@ -99,8 +101,8 @@ class SteppingEngine(ABC):
             for i, prompt in enumerate(prompts):
                 for j in range(n):
                     seed = sample_seed(seeds[i], j)
-                    terms = {"sampling": sampling, "seed": seed, "shaper": shaper, "place": (i, j)}
-                    pending[i, j] = self.submit(Request(prompt=prompt, on_update=teller(i, j), **terms))
+                    settings = {"sampling": sampling, "seed": seed, "shaper": shaper, "place": (i, j)}
+                    pending[i, j] = self.submit(Request(prompt=prompt, on_update=collector(i, j), **settings))
             while pending:
                 self.step()
                 while ended:
@@ -109,7 +111,7 @@ class SteppingEngine(ABC):
                     del pending[i, j]
                     if on_completion is not None:
                         on_completion(i, j, completion)
-        finally:  # an exception, of a callback for one, must not leave requests behind for the next call
+        finally:  # after an exception, such as one of a callback, no request may stay for the next call
             self.abort(pending.values())
         return done
 
@@ -131,10 +133,10 @@ class SteppingEngine(ABC):
 
     @abstractmethod
     def _drop(self, numbers: Sequence[int]) -> None:
-        """Drops requests that are no longer in flight, so that no more time goes into them."""
+        """Stops sampling requests that are no longer in flight."""
 
     def _grow(self, number: int, tokens: list[int], logps: list[float], finish: Finish | None) -> None:
-        """Reports new tokens of a request; with ``finish`` they are its last."""
+        """Reports new tokens of a request; with ``finish`` they are its last tokens."""
         flight = self._in_flight[number]
         flight.tokens += tokens
         flight.logps += logps

@@ -20,7 +20,7 @@ from posttrain.engines.sampling import draw, filters, uniforms
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 
-KEEP_WIDTH = 7 / 8  # finished rows leave the batch when at most this share of it is still running
+KEEP_WIDTH = 7 / 8  # ended rows are removed when at most this share of the rows is still running
 
 
 class TransformersEngine(SteppingEngine):
@@ -30,13 +30,13 @@ class TransformersEngine(SteppingEngine):
 
     Args:
         model: hub name or local folder.
-        dtype: of weights and activations; log-probs are float32 in any case.
+        dtype: dtype of weights and activations; log-probs are always float32.
         max_model_len: most tokens of a prompt and its completion together.
-        max_concurrent: completions generated at the same time.
-        seed: of the seeds drawn where ``generate`` is given none.
-        revision: of a model on the hub: branch, tag or commit.
+        max_concurrent: number of completions generated at the same time.
+        seed: seed of the random seeds for calls of ``generate`` without seeds.
+        revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
-        device: default: the current CUDA device, or else the CPU.
+        device: device of the model. Default: the current CUDA device, or else the CPU.
     """
 
     library = "transformers"  # for model cards
@@ -58,9 +58,9 @@ class TransformersEngine(SteppingEngine):
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._eos = end_of_sequence_ids(model, **source)
         self._waiting: dict[int, Request] = {}
-        self._rounds: list[Round] = []  # under way, the newest last
+        self._rounds: list[Round] = []  # unfinished rounds, the newest last
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are drawn
+        with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are random
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **source)
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 
@@ -99,55 +99,55 @@ class TransformersEngine(SteppingEngine):
     def _drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self._waiting.pop(number, None)
-        self._rounds = [each for each in self._rounds if self._in_flight.keys() & each.requests.keys()]
+        self._rounds = [batch for batch in self._rounds if self._in_flight.keys() & batch.requests.keys()]
 
     def _advance(self) -> None:
-        """Samples one token of each request of the newest round. Rounds nest only if a shaper itself generates."""
-        now = self._rounds.pop() if self._rounds else self._next_round()
+        """Samples one token of each request of the newest round. Rounds nest only if a shaper generates."""
+        current = self._rounds.pop() if self._rounds else self._next_round()
         try:
-            over = next(now.tokens, None) is None
-        except Exception as error:  # told to those who asked
-            for number in self._in_flight.keys() & now.requests.keys():
+            ended = next(current.tokens, None) is None
+        except Exception as error:  # reported to the requests of the round
+            for number in self._in_flight.keys() & current.requests.keys():
                 self._fail(number, error)
             return
-        if not over:
-            self._rounds.append(now)
+        if not ended:
+            self._rounds.append(current)
 
     def _next_round(self) -> Round:
         """Takes waiting requests with equal settings, the shortest first, so that neighbours need little padding."""
         first = next(iter(self._waiting.values()))
-        fitting = {
+        similar = {
             number: request
             for number, request in self._waiting.items()
             if request.sampling == first.sampling and request.shaper is first.shaper
         }
-        chosen = sorted(fitting, key=lambda number: len(fitting[number].prompt))[: self._max_concurrent]
+        chosen = sorted(similar, key=lambda number: len(similar[number].prompt))[: self._max_concurrent]
         requests = {number: self._waiting.pop(number) for number in chosen}
         return Round(requests, self._sample(requests))
 
     def _sample(self, requests: Mapping[int, Request]) -> Iterator[int]:
-        """Samples requests with equal settings together; yields the number of tokens that each has."""
-        model, numbers, wanted = self._opened(), [*requests], [*requests.values()]
-        sampling, shaper = wanted[0].sampling, wanted[0].shaper
+        """Samples requests with equal settings together; yields the number of tokens so far after each token."""
+        model, numbers, batched = self._opened(), [*requests], [*requests.values()]
+        sampling, shaper = batched[0].sampling, batched[0].shaper
         stops = torch.tensor(stop_ids(sampling, self._eos), dtype=torch.long, device=model.device)
-        uniform = uniforms([request.seed for request in wanted], sampling.max_tokens).to(model.device)
+        uniform = uniforms([request.seed for request in batched], sampling.max_tokens).to(model.device)
         processors = filters(sampling)
-        tokens = torch.zeros(len(wanted), sampling.max_tokens, dtype=torch.long, device=model.device)
-        logps = torch.zeros(len(wanted), sampling.max_tokens, device=model.device)
-        streams = any(request.stream for request in wanted)
-        batch = Running.start(model, wanted, sampling.max_tokens)
+        tokens = torch.zeros(len(batched), sampling.max_tokens, dtype=torch.long, device=model.device)
+        logps = torch.zeros(len(batched), sampling.max_tokens, device=model.device)
+        streams = any(request.stream for request in batched)
+        batch = Running.start(model, batched, sampling.max_tokens)
         for column in range(sampling.max_tokens):
-            logits = batch.logits if shaper is None else batch.shaped(shaper, wanted, tokens[:, :column], sampling)
+            logits = batch.logits if shaper is None else batch.shaped(shaper, batched, tokens[:, :column], sampling)
             drawn, logp = draw(logits, uniform[batch.rows, column], sampling.temperature, processors)
             tokens[batch.rows, column], logps[batch.rows, column] = drawn, logp
             stopped = torch.isin(drawn, stops)
             ended = batch.running & (stopped | (column + 1 == sampling.max_tokens))
             if streams:
-                ended |= self._gone(batch, numbers)
-            told = batch.running if streams else ended
-            if told.any():
-                places = (numbers, batch.rows[told].tolist(), column)
-                self._report(*places, tokens, logps, stopped[told].tolist(), ended[told].tolist())
+                ended |= self._aborted(batch, numbers)
+            reported = batch.running if streams else ended
+            if reported.any():
+                places = (numbers, batch.rows[reported].tolist(), column)
+                self._report(*places, tokens, logps, stopped[reported].tolist(), ended[reported].tolist())
             if ended.any():
                 batch.running &= ~ended
                 if not batch.running.any():
@@ -156,10 +156,10 @@ class TransformersEngine(SteppingEngine):
             batch.advance(model, drawn)
             yield column + 1
 
-    def _gone(self, batch: Running, numbers: Sequence[int]) -> Bool[Tensor, " B"]:
-        """Indices of the rows whose request was aborted."""
-        gone = [numbers[row] not in self._in_flight for row in batch.rows.tolist()]
-        return batch.running & torch.tensor(gone, device=batch.running.device)
+    def _aborted(self, batch: Running, numbers: Sequence[int]) -> Bool[Tensor, " B"]:
+        """Marks running rows whose request was aborted."""
+        aborted = [numbers[row] not in self._in_flight for row in batch.rows.tolist()]
+        return batch.running & torch.tensor(aborted, device=batch.running.device)
 
     def _report(
         self,
@@ -185,20 +185,20 @@ class TransformersEngine(SteppingEngine):
 class Round:
     """Requests that are sampled together."""
 
-    requests: Mapping[int, Request]  # by number
-    tokens: Iterator[int]  # draws one for each
+    requests: Mapping[int, Request]  # requests by number
+    tokens: Iterator[int]  # draws a token of each request at every step
 
 
 @dataclass(slots=True)
 class Running:
     """The rows of a batch that is being sampled: ``B`` of the ``N`` requests that it started with."""
 
-    rows: Int[Tensor, " B"]  # which request each row is
-    running: Bool[Tensor, " B"]  # False: has ended, and waits to be taken out
-    logits: Float[Tensor, "B V"]  # for the next token
-    position: Int[Tensor, " B"]  # of the next token
-    visible: Bool[Tensor, "B columns"]  # False at the padding on the left; columns up to the last that may be used
-    padded: bool
+    rows: Int[Tensor, " B"]  # index of the request of each row
+    running: Bool[Tensor, " B"]  # False: has ended, and will be removed
+    logits: Float[Tensor, "B V"]  # logits of the next token
+    position: Int[Tensor, " B"]  # position of the next token
+    visible: Bool[Tensor, "B columns"]  # False at the padding on the left; has all columns that may be used
+    padded: bool  # True: some row has padding
     cache: DynamicCache
 
     @staticmethod
@@ -229,13 +229,13 @@ class Running:
     ) -> Float[Tensor, "B V"]:
         """Logits whose softmax at the temperature is the shaper's distribution; those of ended rows stay unchanged."""
         temperature = sampling.temperature or 1.0
-        which = self.rows[self.running]
-        going = [requests[row] for row in which.tolist()]
+        running_rows = self.rows[self.running]
+        live = [requests[row] for row in running_rows.tolist()]
         rows = [
             Row(*request.place, start=len(request.prompt), tokens=[*request.prompt, *ids])
-            for request, ids in zip(going, sampled[which].tolist(), strict=True)
+            for request, ids in zip(live, sampled[running_rows].tolist(), strict=True)
         ]
-        logits = self.logits.float().clone()  # what a forward pass returned may not be written to
+        logits = self.logits.float().clone()  # outputs of a forward pass must not be changed in place
         logps = shaper((logits[self.running] / temperature).log_softmax(-1), rows)
         logits[self.running] = temperature * logps.to(logits)
         return logits
@@ -244,15 +244,15 @@ class Running:
         """Removes ended rows if there are many; returns the tokens of the rows that stay."""
         if self.running.sum() > KEEP_WIDTH * len(self.running):
             return drawn
-        kept = self.running.nonzero()[:, 0]
-        self.cache.batch_select_indices(kept)
-        self.rows, self.running = self.rows[kept], self.running[kept]
-        self.position, self.visible = self.position[kept], self.visible[kept]
-        return drawn[kept]
+        rows = self.running.nonzero()[:, 0]
+        self.cache.batch_select_indices(rows)
+        self.rows, self.running = self.rows[rows], self.running[rows]
+        self.position, self.visible = self.position[rows], self.visible[rows]
+        return drawn[rows]
 
     @torch.inference_mode()
     def advance(self, model: PreTrainedModel, drawn: Int[Tensor, " B"]) -> None:
-        """Appends the tokens drawn and computes the logits of the next ones."""
+        """Appends the drawn tokens and computes the logits of the next tokens."""
         columns = self.cache.get_seq_length() + 1
         output = model(
             input_ids=drawn[:, None],

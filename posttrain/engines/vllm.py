@@ -1,4 +1,4 @@
-"""vLLM in the training process: CPU or CUDA, weights replaced in memory."""
+"""vLLM in the training process, on CPU or CUDA, with weights that are replaced in memory."""
 
 from __future__ import annotations
 
@@ -39,28 +39,29 @@ OWN_ARGUMENTS = frozenset(
     + ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "quantization"]
     + ["revision", "trust_remote_code"]
 )
+"""Arguments of ``vllm.LLM`` that the engine sets, so that recipes cannot."""
 
 
 class VllmEngine(SteppingEngine):
     """Continuous batching with a cache of shared prefixes: vLLM (Kwon et al. 2023, arXiv:2309.06180).
 
-    In a run of several processes each rank has an engine of its own, on the CUDA device that is current when it is
+    In a run of several processes each rank has its own engine, on the CUDA device that is current when the engine is
     made. At temperature 0 the log-probs are those of the model's own softmax.
 
     Args:
         model: hub name or local folder.
-        dtype: of weights and activations; log-probs are float32 in any case.
+        dtype: dtype of weights and activations; log-probs are always float32.
         max_model_len: most tokens of a prompt and its completion together.
         cache_mb: memory of the key-value cache on CPU, in MiB.
         gpu_memory: share of a GPU's memory for weights and cache together.
-        max_concurrent: completions generated at the same time.
-        seed: of the seeds drawn where ``generate`` is given none.
-        revision: of a model on the hub: branch, tag or commit.
+        max_concurrent: number of completions generated at the same time.
+        seed: seed of the random seeds for calls of ``generate`` without seeds.
+        revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
         options: further arguments of ``vllm.LLM``.
 
     Raises:
-        RecipeError: for an option that ``vllm.LLM`` does not have, or that the engine itself sets.
+        RecipeError: if ``vllm.LLM`` does not have an option, or if the engine sets it.
     """
 
     library = "vllm"  # for model cards
@@ -88,7 +89,7 @@ class VllmEngine(SteppingEngine):
             "max_model_len": max_model_len,
             "max_num_seqs": max_concurrent,
             "seed": seed,
-            "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature and filters
+            "logprobs_mode": "processed_logprobs",  # after temperature and filters, as sampled
             "skip_tokenizer_init": True,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
@@ -135,7 +136,7 @@ class VllmEngine(SteppingEngine):
         self._opened().llm_engine.abort_request([str(number) for number in numbers])
 
     def _advance(self) -> None:
-        with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws from the global generator, to no effect
+        with torch.random.fork_rng(devices=[]):  # on CPU vLLM draws unused numbers from the global generator
             outputs = self._opened().llm_engine.step()
         failures = vllm_shaping().failures
         failed = [number for number in failures if number in self._in_flight]
@@ -154,9 +155,9 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     """Makes a ``vllm.LLM`` in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # vLLM's own switch, and the same for what it logs before it has read it
+    # This sets vLLM's own switch, and the same level for messages before vLLM has read it.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
-    # vLLM looks at every name of every module, deprecated ones included.
+    # vLLM looks at every name of every module, and deprecated names warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     vllm_cpu.prepare()
     import vllm.v1.engine.core
@@ -165,15 +166,15 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
 
     from posttrain.engines.vllm_executor import LocalExecutor
 
-    # vLLM's own clean-up would destroy the default process group: the trainer's, and the groups of other engines here.
+    # vLLM's own clean-up would destroy the trainer's default process group, and the groups of other engines.
     vllm.v1.engine.core.cleanup_dist_env_and_memory = gc.collect  # pyright: ignore[reportPrivateImportUsage]
     if current_platform.is_cpu():
-        own = vllm_cpu.arguments(max_model_len=arguments["max_model_len"], cache_mb=cache_mb)
+        device_arguments = vllm_cpu.arguments(max_model_len=arguments["max_model_len"], cache_mb=cache_mb)
     else:
-        own = {"gpu_memory_utilization": gpu_memory}
+        device_arguments = {"gpu_memory_utilization": gpu_memory}
     _check_options(options)
     processors = [vllm_shaping().ShapingProcessor, *options.get("logits_processors", ())]
-    arguments = {**arguments, **own, **options, "logits_processors": processors}
+    arguments = {**arguments, **device_arguments, **options, "logits_processors": processors}
     llm = LLM(model, distributed_executor_backend=LocalExecutor, **arguments)
     if current_platform.is_cpu():
         vllm_cpu.check_head_size(llm.llm_engine.model_config.get_head_size())
@@ -186,7 +187,7 @@ def _check_options(options: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in options:
         if name in OWN_ARGUMENTS:
-            raise RecipeError(f"engine.options.{name}: posttrain sets this argument of vllm.LLM itself; leave it out")
+            raise RecipeError(f"engine.options.{name}: posttrain sets this argument of vllm.LLM; leave it out")
         if name not in known:
             close = difflib.get_close_matches(name, known - OWN_ARGUMENTS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -206,8 +207,8 @@ def sampling_params(sampling: Sampling, eos: tuple[int, ...], stream: bool = Fal
         min_p=sampling.min_p,
         max_tokens=sampling.max_tokens,
         stop_token_ids=sorted(set(stop_ids(sampling, eos))),
-        ignore_eos=True,  # all of them are among the stop tokens
-        logprobs=0,  # of the sampled token alone
+        ignore_eos=True,  # the stop tokens include them
+        logprobs=0,  # log-probs of the sampled tokens alone
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
@@ -215,7 +216,7 @@ def sampling_params(sampling: Sampling, eos: tuple[int, ...], stream: bool = Fal
 
 
 def vllm_shaping() -> Any:
-    """The module of shapers, which needs vLLM's classes: imported once vLLM is."""
+    """Imports the module of shapers, which needs vLLM's classes, after vLLM."""
     from posttrain.engines import vllm_shaping
 
     return vllm_shaping
@@ -243,10 +244,10 @@ def parameter_places(model: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _surroundings_kept() -> Iterator[None]:
-    """Undoes what starting vLLM does to the process that it shares with a trainer.
+    """Keeps the state of the process, which vLLM changes while it starts, as it was for the trainer.
 
-    Random states, filters of warnings, the default dtype, the number of threads and, on CPU, ``torch.set_num_threads``
-    itself, as well as environment variables that are not vLLM's own.
+    It restores random states, filters of warnings, the default dtype, the number of threads, the function
+    ``torch.set_num_threads`` (which vLLM replaces on CPU), and environment variables other than vLLM's own.
     """
     threads, set_threads, dtype = torch.get_num_threads(), torch.set_num_threads, torch.get_default_dtype()
     states = random.getstate(), numpy.random.get_state()

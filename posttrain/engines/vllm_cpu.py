@@ -1,4 +1,4 @@
-"""Adapts vLLM's CPU backend to a sampler whose weights change after every step."""
+"""Changes to vLLM's CPU backend for a sampler whose weights change after every step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from posttrain.errors import RecipeError
 
-BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes, so that short prompts share their prefix
+BLOCK_SIZE = 32  # tokens; the smallest size for vLLM's CPU attention, so that short prompts share their prefix
 PREFILL_TOKENS = 4096  # prompt tokens computed in one step
 
 
 def arguments(*, max_model_len: int, cache_mb: int) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` on CPU.
 
-    Prompts are computed whole. Where a prompt is cut into pieces vLLM rewinds the generator of its seed after every
-    piece but the last, which generators on CPU cannot do: the request would end in an error.
+    Prompts are computed whole. If a prompt were cut into pieces, vLLM would rewind the generator of its seed after
+    every piece but the last. Generators on CPU cannot do that, and the request would end in an error.
     """
     return {
         "kv_cache_memory_bytes": cache_mb << 20,
@@ -34,9 +34,9 @@ def prepare() -> None:
 
     * Linear layers keep their weights. vLLM packs them for its own kernels and drops the originals, after which no
       weight could be loaded. See :func:`pack_weights`.
-    * The process may use the memory it could use before. vLLM would bind it, trainer and all, to one NUMA node.
+    * The process may use all memory that it could use before. vLLM would bind it, with the trainer, to one NUMA node.
     * Small functions of the sampler are not compiled, which would take 20 seconds at the first token. Only vLLM's own
-      choice of a backend and one of its functions are changed: ``torch.compile`` is untouched for everyone else.
+      choice of a backend and one of its functions are changed: ``torch.compile`` stays as it is for all other code.
     """
     from vllm.platforms import current_platform
 
@@ -54,7 +54,7 @@ def prepare() -> None:
 
 
 def _leave_memory_unbound(nodes: list[int]) -> None:
-    """Replaces vLLM's function, which binds the whole process to cores."""
+    """Does nothing, in place of vLLM's function, which binds the whole process to cores."""
 
 
 def _keeping_weight(pack: Callable[..., None]) -> Callable[..., None]:
@@ -84,6 +84,6 @@ def check_head_size(size: int) -> None:
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise RecipeError(
-            f"engine.use: vllm: on CPU it takes attention heads of {', '.join(map(str, sizes))}; this model's have "
-            f"{size} dimensions. Set engine.use: transformers"
+            f"engine.use: vllm: on CPU vLLM supports attention heads of {', '.join(map(str, sizes))} "
+            f"dimensions; this model's have {size}. Set engine.use: transformers"
         )

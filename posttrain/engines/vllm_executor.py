@@ -7,7 +7,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
 class LocalExecutor(UniProcExecutor):
-    """vLLM's executor of one worker in this process, on the CUDA device that is current instead of the first one.
+    """vLLM's executor of one worker in this process, on the current CUDA device instead of the first one.
 
     Each rank of a training job has such an engine beside its model.
     """

@@ -1,4 +1,4 @@
-"""Shapers inside vLLM: its V1 interface of logits processors."""
+"""Shapers inside vLLM, through its V1 interface of logits processors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from posttrain.engines.base import Request, Row
 
 KEY = "posttrain_shaped"
-"""Name of the argument of a vLLM request that holds the number of our request."""
+"""Name of the argument of a vLLM request that holds the number of the engine's request."""
 
 shaped: WeakValueDictionary[int, Request] = WeakValueDictionary()
-"""Requests with a shaper, as long as their engine holds them; engines live in this process."""
+"""Requests with a shaper, by number, as long as their engine holds them."""
 
 failures: dict[int, Exception] = {}
-"""Errors of shapers, by request. They are kept here because vLLM dumps its whole state on an error."""
+"""Errors of shapers, by number of the request. They do not pass through vLLM, which dumps its state on an error."""
 
 
 class _Slot(NamedTuple):
     """A row of vLLM's batch."""
 
-    number: int
-    sampled: Sequence[int]  # vLLM's own list, which grows
+    number: int  # number of the request
+    sampled: Sequence[int]  # tokens sampled so far: vLLM's own list, which grows
 
 
 class ShapingProcessor(LogitsProcessor):

@@ -1,4 +1,4 @@
-"""Replaces an engine's weights and checks that the tensors which arrived are those that were sent."""
+"""Replaces an engine's weights and checks that they arrive as they were sent."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from posttrain.engines.base import WeightMismatch
 
-WIDTH = 512  # words folded into one at a time
+WIDTH = 512  # number of words that are folded into one at a time
 
 
 def checksum(tensor: Tensor) -> Int[Tensor, ""]:
-    """A 64-bit hash of a tensor's bits that depends on every bit and on where it stands, in about one pass over memory.
+    """A 64-bit hash of a tensor that depends on every bit and its position, in about one pass over memory.
 
     The bits are read as 64-bit words; each row of ``WIDTH`` words becomes its dot product, modulo 2^64, with fixed odd
     numbers, and the rows are folded again until one word is left. Multiplying by an odd number is invertible modulo
     2^64, so a change confined to one word of a row always shows; other changes are missed with a probability of about
-    2^-64. The result lies on the tensor's device, where it was computed.
+    2^-64. The result is on the tensor's device.
     """
     words = _words(tensor)
     while len(words) > 1:
@@ -64,14 +64,14 @@ def load_verified(
 
     Args:
         tensors: Hugging Face names and tensors, on any device, of any floating dtype; consumed one at a time, so that
-            each can be freed after it was used.
-        places: for each Hugging Face name the memory of the engine that it fills, in the engine's dtype. Tied weights
-            are several names for one memory; one of them is enough.
-        load: copies what it is given into the engine.
+            each can be freed after use.
+        places: the engine's memory for each Hugging Face name, in the engine's dtype. Tied weights are several names
+            for one memory; one of them is enough.
+        load: function that copies tensors into the engine.
 
     Raises:
-        WeightMismatch: if a tensor is unknown, has another shape, was not sent, or reads back with other bits. What
-            the engine holds then is undefined.
+        WeightMismatch: if a tensor is unknown, has another shape, was not sent, or reads back with other bits. The
+            engine's weights are then undefined.
     """
     sent: dict[str, Tensor] = {}
     load(_announced(tensors, places, sent))
@@ -80,19 +80,18 @@ def load_verified(
     if missing:
         raise WeightMismatch(f"{_some(missing)} of the engine's {len(places)} tensors were not sent: {_names(missing)}")
     expected = torch.stack([sums.to("cpu", non_blocking=True) for sums in sent.values()]) if sent else torch.empty(0)
-    found = torch.stack([checksum(places[name]) for name in sent]).cpu() if sent else torch.empty(0)
-    altered = [name for name, same in zip(sent, (expected == found).tolist(), strict=True) if not same]
+    actual = torch.stack([checksum(places[name]) for name in sent]).cpu() if sent else torch.empty(0)
+    altered = [name for name, same in zip(sent, (expected == actual).tolist(), strict=True) if not same]
     if altered:
         raise WeightMismatch(
-            f"{_some(altered)} of {len(sent)} tensors read back from the engine otherwise than they were sent: "
-            f"{_names(altered)}"
+            f"{_some(altered)} of {len(sent)} tensors differ between the engine and what was sent: {_names(altered)}"
         )
 
 
 def _announced(
     tensors: Iterable[tuple[str, Tensor]], places: Mapping[str, Tensor], sent: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes tensors on in the engine's dtype, noting the checksum of each in ``sent``."""
+    """Yields tensors in the engine's dtype, and writes the checksum of each to ``sent``."""
     for name, tensor in tensors:
         place = places.get(name)
         if place is None:
@@ -105,21 +104,21 @@ def _announced(
 
 
 def _unknown(name: str, places: Mapping[str, Tensor]) -> str:
-    """Message about a tensor that the engine does not have, with the tensors that it has in the same module."""
+    """Message about a tensor that the engine does not have, with the engine's tensors in the same module."""
     module = name
     beside: list[str] = []
     while "." in module and not beside:
         module = module.rpartition(".")[0]
-        beside = [other for other in places if other.startswith(f"{module}.")]
+        beside = [place for place in places if place.startswith(f"{module}.")]
     close = difflib.get_close_matches(name, beside, n=1, cutoff=0.9)
-    found = f"did you mean {close[0]!r}?" if close else f"in {module} it has {_names(beside)}"
+    hint = f"did you mean {close[0]!r}?" if close else f"in {module} it has {_names(beside)}"
     reason = (
         ""
         if close
-        else ". The engine arranges these weights otherwise than Transformers does, as vLLM does those of a "
-        "mixture of experts, and then a load cannot be checked: set engine.use: transformers"
+        else ". The engine arranges these weights in another way than Transformers, as vLLM does for a mixture of "
+        "experts, so a load cannot be checked: set engine.use: transformers"
     )
-    return f"the engine's model has no tensor {name!r}; {found if beside else 'nor its module'}{reason}"
+    return f"the engine's model has no tensor {name!r}; {hint if beside else 'nor its module'}{reason}"
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -70,7 +70,7 @@ class Head(nn.Module):
         sigmoid(output), the probability of reward 1.
 
         Raises:
-            ValueError: for a per-token head, which has one value for each next token.
+            ValueError: if the head is a per-token head, which has one value for each next token.
         """
         if self.options.type == "categorical":
             return outputs.softmax(-1) @ bin_centres(self.options).to(outputs)

@@ -70,7 +70,7 @@ class ImplicitValue(ValueModel):
             ``value [N, L]`` and the same as ``logits [N, L, 1]``, the logit of the outcome that ``bce`` reads.
 
         Raises:
-            ValueError: for a completion with only one state, in which no chosen token can be found.
+            ValueError: if a completion has only one state, in which no chosen token can be found.
         """
         if bool((states.sum(-1) == 1).any()):
             raise ValueError("an implicit value is a sum over the completion: `states` must mark all of its tokens")

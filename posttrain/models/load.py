@@ -49,7 +49,7 @@ def not_found(place: str, model: str, error: Exception) -> str:
     """The message for a model that could not be loaded.
 
     Args:
-        place: where in the recipe the model is named.
+        place: key of the recipe that names the model.
     """
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
@@ -75,7 +75,7 @@ def load_model(
         options: the policy section of a recipe.
         dtype: dtype of the weights in memory.
         model: another model with the same settings, such as the reference.
-        place: where in the recipe the model is named.
+        place: key of the recipe that names the model.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(

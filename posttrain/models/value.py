@@ -246,7 +246,7 @@ def backed_up(
         temperature: sampling temperature of the policy.
 
     Raises:
-        ValueError: for a soft value without a positive ``beta``.
+        ValueError: if a soft value has no positive ``beta``.
     """
     if kind == "soft" and (beta is None or beta <= 0):
         raise ValueError(f"a soft value needs a positive beta, not {beta}")

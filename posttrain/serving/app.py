@@ -13,11 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from posttrain.serving.answer import Run
-from posttrain.serving.errors import ApiError, of_failure, of_validation
+from posttrain.serving.answer import Answer
+from posttrain.serving.errors import ApiError, server_error, validation_error
 from posttrain.serving.prompts import chat_prompt, completion_prompts
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, ValuesRequest
-from posttrain.serving.replies import Asked
+from posttrain.serving.replies import GenerationRequest
 from posttrain.serving.routing import Served
 from posttrain.serving.value_endpoint import prefix_values
 
@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. The request ends with the connection, however that ends."""
+    """A response of server-sent events. The request ends when the connection ends, for whatever reason."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._run = run
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answer = answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._run.close()
+            self._answer.close()
 
 
 class ClientGone(Exception):
@@ -44,7 +44,7 @@ class ClientGone(Exception):
 
 
 def make_app(served: Served) -> FastAPI:
-    """Makes the application. It starts and ends the worker."""
+    """Makes the application, which starts and ends the worker."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,7 +54,7 @@ def make_app(served: Served) -> FastAPI:
 
     app = FastAPI(title="posttrain", lifespan=lifespan)
     created = int(time.time())
-    _tell_errors(app)
+    _install_error_handlers(app)
 
     @app.get("/health")
     async def health() -> Response:
@@ -70,21 +70,21 @@ def make_app(served: Served) -> FastAPI:
         return _card(served, created)
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest, http: Request) -> Response:
-        served.check_model(asked.model)
-        return await _answered(served, asked, completion_prompts(asked, served.tokenizer), http)
+    async def completions(request: CompletionRequest, http: Request) -> Response:
+        served.check_model(request.model)
+        return await _answered(served, request, completion_prompts(request, served.tokenizer), http)
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, http: Request) -> Response:
-        served.check_model(asked.model)
-        return await _answered(served, asked, [chat_prompt(asked, served.tokenizer)], http)
+    async def chat(request: ChatRequest, http: Request) -> Response:
+        served.check_model(request.model)
+        return await _answered(served, request, [chat_prompt(request, served.tokenizer)], http)
 
     @app.post("/v1/values")
-    async def values(asked: ValuesRequest) -> dict[str, Any]:
-        served.check_model(asked.model)
+    async def values(request: ValuesRequest) -> dict[str, Any]:
+        served.check_model(request.model)
         await served.limit.enter()
         try:
-            return await prefix_values(served, asked)
+            return await prefix_values(served, request)
         finally:
             served.limit.leave()
 
@@ -94,32 +94,34 @@ def make_app(served: Served) -> FastAPI:
 def _card(served: Served, created: int) -> dict[str, Any]:
     guide = None if served.decoder is served.engine else type(served.decoder).__name__.lower()
     length = served.engine.max_model_len
-    own = {"max_model_len": length, "guide": guide, "version": served.decoder.version}
-    return {"id": served.name, "object": "model", "created": created, "owned_by": "posttrain", **own}
+    settings = {"max_model_len": length, "guide": guide, "version": served.decoder.version}
+    return {"id": served.name, "object": "model", "created": created, "owned_by": "posttrain", **settings}
 
 
-async def _answered(served: Served, asked: Asked, prompts: Sequence[list[int]], http: Request) -> Response:
-    run = Run(served, asked, prompts)
+async def _answered(
+    served: Served, request: GenerationRequest, prompts: Sequence[list[int]], http: Request
+) -> Response:
+    answer = Answer(served, request, prompts)
     try:
         await _unless_gone(http, served.limit.enter())
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
-    run.start()
-    if asked.stream:
-        return EventStream(run)
+    answer.start()
+    if request.stream:
+        return EventStream(answer)
     try:
-        return JSONResponse(await _unless_gone(http, run.whole()))
+        return JSONResponse(await _unless_gone(http, answer.whole()))
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
     finally:
-        run.close()
+        answer.close()
 
 
 async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
     """Awaits ``work``, and cancels it if the client disconnects.
 
     Raises:
-        ClientGone: if it does.
+        ClientGone: if the client disconnects.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
     try:
@@ -128,8 +130,8 @@ async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
             return task.result()
         raise ClientGone
     finally:
-        for each in (task, gone):
-            each.cancel()
+        task.cancel()
+        gone.cancel()
 
 
 async def _disconnected(http: Request) -> None:
@@ -137,18 +139,18 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _tell_errors(app: FastAPI) -> None:
+def _install_error_handlers(app: FastAPI) -> None:
     """Installs handlers that answer all errors in OpenAI's format."""
 
     def handler(make: Callable[[Any], ApiError]) -> Callable[[Request, Any], Awaitable[Response]]:
         async def answer(http: Request, error: Any) -> Response:
-            told = make(error)
-            headers = {} if told.retry_after is None else {"Retry-After": str(told.retry_after)}
-            return JSONResponse(told.body, told.status, headers)
+            api_error = make(error)
+            headers = {} if api_error.retry_after is None else {"Retry-After": str(api_error.retry_after)}
+            return JSONResponse(api_error.body, api_error.status, headers)
 
         return answer
 
     app.exception_handler(ApiError)(handler(lambda error: error))
-    app.exception_handler(RequestValidationError)(handler(lambda error: of_validation(error.errors())))
+    app.exception_handler(RequestValidationError)(handler(lambda error: validation_error(error.errors())))
     app.exception_handler(HTTPException)(handler(lambda error: ApiError(error.status_code, str(error.detail))))
-    app.exception_handler(Exception)(handler(of_failure))
+    app.exception_handler(Exception)(handler(server_error))

@@ -10,12 +10,12 @@ TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_req
 
 
 class ApiError(Exception):
-    """A request that cannot be answered.
+    """The error of a request that cannot be answered.
 
     Args:
-        param: the request's key that is wrong.
-        code: a word for programs, such as ``model_not_found``.
-        retry_after: seconds after which another attempt makes sense.
+        param: key of the request that is wrong.
+        code: word for programs, such as ``model_not_found``.
+        retry_after: seconds until another attempt makes sense.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def of_validation(problems: Sequence[Any]) -> ApiError:
+def validation_error(problems: Sequence[Any]) -> ApiError:
     """Turns pydantic's problems with a body into one error about the first of them."""
     first = problems[0]
     place = [str(step) for step in first["loc"] if step != "body"]
@@ -48,13 +48,13 @@ def of_validation(problems: Sequence[Any]) -> ApiError:
     param = place[0] if place else None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown argument; the server would have ignored it. Leave it out"
+        message = "unknown argument; leave it out"
     if first["type"] == "missing":
         message = "is missing"
     where = ".".join(step for step in place if not step.startswith(("list[", "function-", "model-", "constrained-")))
     return ApiError(400, f"{where}: {message}" if where else message, param=param, code="invalid_value")
 
 
-def of_failure(error: Exception) -> ApiError:
-    """The error that a request gets for a fault of the server."""
+def server_error(error: Exception) -> ApiError:
+    """Makes the error for a fault of the server."""
     return ApiError(500, f"the server failed: {type(error).__name__}: {error}", code="internal_error")

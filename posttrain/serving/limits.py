@@ -11,8 +11,8 @@ class Limit:
     """Lets requests in, first come first served.
 
     Args:
-        requests: that run at the same time.
-        queue: that may wait for their turn.
+        requests: number of requests that run at the same time.
+        queue: number of requests that may wait for a slot.
     """
 
     def __init__(self, requests: int, queue: int) -> None:

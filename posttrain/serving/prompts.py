@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -11,79 +11,81 @@ from trl.data_utils import apply_chat_template
 
 from posttrain.engines.base import Sampling
 from posttrain.serving.errors import ApiError
-from posttrain.serving.protocol import ChatRequest, CompletionRequest, Sampled
-
-Read = Callable[[str], list[int]]
+from posttrain.serving.protocol import ChatRequest, CompletionRequest, SamplingRequest
 
 
 def completion_prompts(request: CompletionRequest, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The prompts of a completion request; token ids are taken as they are.
+    """Returns the token ids of the prompts of a completion request; prompts that are token ids stay as they are.
 
     Raises:
-        ApiError: for ids that are none of the tokenizer's.
+        ApiError: if a token id is not in the tokenizer's vocabulary.
     """
     prompt = request.prompt
-    several: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    return [token_ids(each, tokenizer, "prompt") for each in several]
+    prompts: Any = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    return [token_ids(text, tokenizer, "prompt") for text in prompts]
 
 
 def token_ids(text: str | list[int], tokenizer: PreTrainedTokenizerBase, param: str, *, special: bool = True) -> Any:
-    """The tokens of a text.
+    """Returns the token ids of a text; token ids stay as they are.
 
     Args:
-        special: with the tokens that the tokenizer puts before texts, such as one that begins a sequence.
+        param: key of the request, for messages.
+        special: add the tokens that the tokenizer puts before texts, such as one that begins a sequence.
 
     Raises:
-        ApiError: for ids that are none of the tokenizer's.
+        ApiError: if a token id is not in the tokenizer's vocabulary.
     """
     if isinstance(text, str):
         return list(tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
     if max(text) >= len(tokenizer):
-        raise ApiError(400, f"{param}: token {max(text)} is none of the {len(tokenizer)} that there are", param=param)
+        raise ApiError(
+            400, f"{param}: token {max(text)} is not in the vocabulary of {len(tokenizer)} tokens", param=param
+        )
     return text
 
 
 def chat_prompt(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The conversation rendered by the tokenizer's chat template, as in training.
+    """Renders a conversation with the tokenizer's chat template, as in training.
 
     Raises:
-        ApiError: without a template, or for a conversation that it refuses.
+        ApiError: if there is no template, or if the template refuses the conversation.
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, "messages: this model's tokenizer has no chat template; use /v1/completions")
     messages = [message.for_template for message in request.messages]
     try:
-        written = apply_chat_template({"prompt": messages}, tokenizer, **request.chat_template_kwargs)["prompt"]
+        text = apply_chat_template({"prompt": messages}, tokenizer, **request.chat_template_kwargs)["prompt"]
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
-    return token_ids(written, tokenizer, "messages", special=False)
+        raise ApiError(400, f"messages: the chat template refuses the messages: {error}", param="messages") from error
+    return token_ids(text, tokenizer, "messages", special=False)
 
 
-def sampling_for(request: Sampled, default: Sampling, prompts: Sequence[Sequence[int]], room: int) -> Sampling:
-    """Sampling settings of a request; settings that it does not give are the recipe's.
+def sampling_for(request: SamplingRequest, default: Sampling, prompts: Sequence[Sequence[int]], room: int) -> Sampling:
+    """Makes the sampling settings of a request; settings that it leaves out are the recipe's.
 
     Args:
+        default: settings of the recipe.
         room: most tokens of a prompt and its completion together.
 
     Raises:
-        ApiError: for a prompt that leaves too little room.
+        ApiError: if a prompt is empty or leaves too little room.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
-        raise ApiError(400, "prompt: is empty: a model needs at least one token to continue", param="prompt")
-    wanted = request.max_tokens or 1
-    if longest + wanted > room:
+        raise ApiError(400, "prompt: it is empty, and a model needs at least one token to continue", param="prompt")
+    least = request.max_tokens or 1
+    if longest + least > room:
         raise ApiError(
             400,
             f"This model's maximum context length is {room} tokens: the prompt has {longest}, "
-            f"and max_tokens {wanted} more are wanted",
+            f"and max_tokens asks for {least} more",
             param="max_tokens" if longest < room else "messages" if isinstance(request, ChatRequest) else "prompt",
             code="context_length_exceeded",
         )
 
     def chosen(name: str) -> Any:
-        given = getattr(request, name)
-        return getattr(default, name) if given is None else given
+        value = getattr(request, name)
+        return getattr(default, name) if value is None else value
 
     return Sampling(
         temperature=chosen("temperature"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 MAX_STOPS = 16
+"""Most stop strings of a request."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 
@@ -18,19 +19,21 @@ class Strict(BaseModel):
 
 
 class Guide(Strict):
-    """``extra_body={"guide": {"strength": 2.0}}``; OpenAI's ``lambda`` may be written instead."""
+    """Settings of the guide: ``extra_body={"guide": {"strength": 2.0}}``, also written ``{"lambda": 2.0}``."""
 
     strength: float | None = Field(default=None, validation_alias=AliasChoices("strength", "lambda"))
-    """Strength of the recipe's decoder for this request; 0 is no guide at all."""
+    """Strength of the recipe's decoder for this request; 0 samples from the policy without the decoder."""
 
 
 class StreamOptions(Strict):
+    """Options of a request that streams."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Sampled(Strict):
-    """Settings of both kinds of requests. A setting that is not given is the recipe's."""
+class SamplingRequest(Strict):
+    """Settings of both kinds of requests. A setting that is left out is the recipe's."""
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -46,12 +49,12 @@ class Sampled(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     guide: Guide | bool = True
-    """``false`` samples from the policy without the decoder."""
+    """Guide of the request; ``false`` samples from the policy without the decoder."""
     return_token_ids: bool = False
-    """Add ``token_ids`` and ``prompt_token_ids`` to each choice."""
+    """Switch that adds ``token_ids`` and ``prompt_token_ids`` to each choice."""
 
     user: str | None = None
-    """``user``, ``metadata`` and ``store`` are accepted and change nothing."""
+    """Id of the client's user; accepted without effect, like ``metadata`` and ``store``."""
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     presence_penalty: float | None = None
@@ -71,13 +74,13 @@ class Sampled(Strict):
         return value
 
     @model_validator(mode="after")
-    def _streams(self) -> Sampled:
+    def _streams(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed together with stream: true")
         return self
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(SamplingRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: str | Tokens | list[str] | list[Tokens]
@@ -90,17 +93,17 @@ class CompletionRequest(Sampled):
     @classmethod
     def _kinds(cls, value: Any, inner: Any) -> Any:
         try:
-            found = inner(value)
+            prompt = inner(value)
         except ValueError:
-            found = None
-        if found is None or found == []:
+            prompt = None
+        if prompt is None or prompt == []:
             raise ValueError("should be a string, a list of strings, a list of token ids, or a list of such lists")
-        return found
+        return prompt
 
     @model_validator(mode="after")
     def _supported(self) -> CompletionRequest:
         if self.logprobs is not None and self.logprobs > 1:
-            raise ValueError("logprobs: sampled tokens have log-probs, others have none here: 0 and 1 are possible")
+            raise ValueError("logprobs: only sampled tokens have log-probs here; use 0 or 1")
         if self.echo:
             raise ValueError("echo: is not supported; with return_token_ids: true the reply has prompt_token_ids")
         if self.best_of not in (None, self.n):
@@ -111,27 +114,32 @@ class CompletionRequest(Sampled):
 
     @property
     def wants_logps(self) -> bool:
+        """True if the answer has the log-probs of tokens."""
         return self.logprobs is not None
 
 
 class TextPart(Strict):
+    """A part of a message's content. Only text is supported."""
+
     type: Literal["text"]
     text: str
 
 
 class Message(Strict):
+    """A message of a conversation."""
+
     role: NonEmpty
     content: str | list[TextPart]
     name: str | None = None
 
     @property
     def for_template(self) -> dict[str, str]:
-        """Role and text of the message."""
+        """The message as a chat template reads it: role, text and perhaps a name."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
@@ -145,7 +153,7 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _supported(self) -> ChatRequest:
         if self.top_logprobs:
-            raise ValueError("top_logprobs: sampled tokens have log-probs, others have none here; leave it out")
+            raise ValueError("top_logprobs: only sampled tokens have log-probs here; leave it out")
         if self.response_format not in (None, {"type": "text"}):
             raise ValueError("response_format: only {'type': 'text'} is supported")
         if self.tools:
@@ -158,6 +166,7 @@ class ChatRequest(Sampled):
 
     @property
     def wants_logps(self) -> bool:
+        """True if the answer has the log-probs of tokens."""
         return bool(self.logprobs)
 
 

@@ -1,4 +1,4 @@
-"""The recipe of a server."""
+"""The recipe of a server, and its ``server`` section."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from posttrain.recipe import sections
 
 @dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
 class Server:
+    """The ``server`` section."""
+
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 admits everyone who can reach the machine: there is no authentication."""
     port: int = Field(default=8000, ge=0, le=65535)
@@ -31,15 +33,15 @@ class ServeRecipe(DecodeRecipe):
     """A recipe for a server: policy and decoder. A decode recipe works too; its data section is ignored.
 
     Raises:
-        RecipeConflict: when built from settings that do not go together.
+        RecipeConflict: if settings do not go together.
     """
 
-    data: sections.DataSection | None = None  # type: ignore[assignment]  # where prompts come from is the clients' business
+    data: sections.DataSection | None = None  # type: ignore[assignment]  # prompts come from clients
     server: Server = field(default_factory=Server)
     name: str = "serve"
 
     @property
     def model_name(self) -> str:
-        """Name by which clients call the model."""
+        """Name of the model for clients."""
         model = self.policy.model
         return self.server.name or (Path(model).name if Path(model).is_dir() else model)

@@ -16,26 +16,26 @@ from posttrain.serving.text import INCOMPLETE, TextStream
 
 FINISH = {Finish.STOPPED: "stop", Finish.LENGTH: "length"}
 
-Asked = CompletionRequest | ChatRequest
+GenerationRequest = CompletionRequest | ChatRequest
 
 
 @dataclass
 class Choice:
     """One completion while it is sampled, and its pieces that have not been sent yet."""
 
-    index: int
+    index: int  # index in the answer
     prompt: Sequence[int]
     text: TextStream
     piece: str = ""
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # characters of the text before each token
-    count: int = 0  # tokens of the whole completion so far
+    count: int = 0  # number of tokens of the whole completion so far
     finish: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def take(self, update: RequestUpdate) -> None:
-        """Adds tokens; those after a stop string are dropped."""
+        """Adds the tokens of an update, up to a stop string."""
         for token, logp in zip(update.tokens, update.logps, strict=True):
             if self.finish is not None:
                 return
@@ -65,67 +65,70 @@ class Writer:
     """Writes the answers to one request.
 
     Args:
-        token_text: the text of one token.
+        request: the request.
+        token_text: function from a token to its text.
+        number: id of the answer, without its prefix.
+        created: time of the request, in seconds since 1970.
     """
 
-    asked: Asked
+    request: GenerationRequest
     token_text: Callable[[int], str]
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def _chat(self) -> bool:
-        return isinstance(self.asked, ChatRequest)
+        return isinstance(self.request, ChatRequest)
 
     def whole(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
+        """Returns the answer to a request that does not stream."""
         kind = "chat.completion" if self._chat else "text_completion"
-        written = [self._whole_choice(choice) for choice in choices]
-        return {**self._head(kind), "choices": written, "usage": usage(choices, prompts)}
+        entries = [self._whole_choice(choice) for choice in choices]
+        return {**self._head(kind), "choices": entries, "usage": usage(choices, prompts)}
 
     def first(self, choice: Choice) -> dict[str, Any] | None:
-        """The first event of a chat stream: the role of the speaker."""
+        """Returns the first event of a chat stream, with the role; None for other streams."""
         if not self._chat:
             return None
         return self._chunk([self._choice(choice, delta={"role": "assistant", "content": ""}, logprobs=None)])
 
     def piece(self, choice: Choice) -> dict[str, Any]:
-        """The new part of a choice, as an event of a stream."""
+        """Returns an event with the new part of a choice."""
         text = {"delta": {"content": choice.piece} if choice.piece else {}} if self._chat else {"text": choice.piece}
         return self._chunk([self._choice(choice, **text, logprobs=self._logprobs(choice))])
 
     def last(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The event with the token counts."""
+        """Returns the last event, with the token counts."""
         return {**self._chunk([]), "usage": usage(choices, prompts)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self._chat else "cmpl"
-        return {"id": f"{prefix}-{self.number}", "object": kind, "created": self.created, "model": self.asked.model}
+        return {"id": f"{prefix}-{self.number}", "object": kind, "created": self.created, "model": self.request.model}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        options = self.asked.stream_options
-        counted = {"usage": None} if options is not None and options.include_usage else {}
-        return {**self._head(kind), "choices": choices, **counted}
+        options = self.request.stream_options
+        usage_field = {"usage": None} if options is not None and options.include_usage else {}
+        return {**self._head(kind), "choices": choices, **usage_field}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.piece, "refusal": None}
         text = {"message": message} if self._chat else {"text": choice.piece}
         return self._choice(choice, **text, logprobs=self._logprobs(choice))
 
-    def _choice(self, choice: Choice, **own: Any) -> dict[str, Any]:
-        more: dict[str, Any] = {}
-        if self.asked.return_token_ids:
-            more = {"token_ids": choice.tokens, "prompt_token_ids": list(choice.prompt)}
+    def _choice(self, choice: Choice, **content: Any) -> dict[str, Any]:
+        extensions: dict[str, Any] = {}
+        if self.request.return_token_ids:
+            extensions = {"token_ids": choice.tokens, "prompt_token_ids": list(choice.prompt)}
         if choice.measured:
-            more["measured"] = dict(choice.measured)
-        return {"index": choice.index, **own, "finish_reason": choice.finish, **more}
+            extensions["measured"] = dict(choice.measured)
+        return {"index": choice.index, **content, "finish_reason": choice.finish, **extensions}
 
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        if not self.asked.wants_logps:
+        if not self.request.wants_logps:
             return None
         texts = [self.token_text(token) for token in choice.tokens]
-        logps = [max(logp, -9999.0) for logp in choice.logps]  # as OpenAI writes what JSON has no number for
+        logps = [max(logp, -9999.0) for logp in choice.logps]  # OpenAI's number for minus infinity, which JSON lacks
         if self._chat:
             tokens = zip(texts, logps, strict=True)
             return {"content": [_chat_token(*token) for token in tokens], "refusal": None}
@@ -133,11 +136,12 @@ class Writer:
 
 
 def _chat_token(text: str, logp: float) -> dict[str, Any]:
-    known = None if INCOMPLETE in text else list(text.encode())  # bytes of a part of a character are not known
-    return {"token": text, "logprob": logp, "bytes": known, "top_logprobs": []}
+    octets = None if INCOMPLETE in text else list(text.encode())  # the bytes of an incomplete character are unknown
+    return {"token": text, "logprob": logp, "bytes": octets, "top_logprobs": []}
 
 
 def usage(choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, int]:
-    """Token counts: each prompt counts once, and all completions count."""
-    read, written = sum(map(len, prompts)), sum(choice.count for choice in choices)
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    """Counts tokens: each prompt once, and all completions."""
+    prompt_tokens, completion_tokens = sum(map(len, prompts)), sum(choice.count for choice in choices)
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}

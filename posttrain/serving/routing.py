@@ -20,7 +20,7 @@ from posttrain.serving.protocol import Guide
 from posttrain.serving.worker import Worker
 
 MOST_STRENGTHS = 64
-"""Most decoders of other strengths that are kept."""
+"""Most decoders that are kept, one for each strength that differs from the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class Served:
     """A model that is served under a name.
 
     Args:
-        decoder: the engine itself where there is no guide.
-        sampling: of requests that do not say otherwise.
-        seeds: of requests that have none.
+        decoder: the decoder, or the engine if the recipe has no decoder.
+        sampling: settings for requests that leave them out.
+        seeds: seeds for requests without a seed.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Served:
     _by_strength: dict[float, Engine] = field(default_factory=dict)  # requests of one strength are decoded together
 
     def check_model(self, name: str) -> None:
-        """Raises ``ApiError`` for another model's name."""
+        """Raises ``ApiError`` if the name is not the served model's."""
         if name != self.name:
             message = f"The model {name!r} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -53,13 +53,13 @@ class Served:
         """The engine or decoder that samples a request, and the strength of a token-wise guide.
 
         Raises:
-            ApiError: for a strength where there is nothing that has one, or a guide that does not go with filters.
+            ApiError: if the decoder has no strength to set, or if the guide cannot be combined with filters.
         """
         strength = guide.strength if isinstance(guide, Guide) else None
         if guide is False or strength == 0:
             return self.engine, None
         if strength is not None and self.decoder is self.engine:
-            raise ApiError(400, "guide: this server has none: its recipe names no decoder", param="guide")
+            raise ApiError(400, "guide: this server has no guide, because its recipe has no decoder", param="guide")
         _check_filters(self.decoder, sampling)
         if strength is None:
             return self.decoder, None
@@ -79,9 +79,9 @@ def _at_strength(decoder: Engine, strength: float) -> Engine:
     if rule_of(decoder.pick) is top and strength > 0:
         message = "guide.strength: this server's decoder takes the best of its samples, whatever the strength"
         raise ApiError(400, message, param="guide")
-    other = copy.copy(decoder)
-    other.strength = strength
-    return other
+    adjusted = copy.copy(decoder)
+    adjusted.strength = strength
+    return adjusted
 
 
 def _check_filters(decoder: Engine, sampling: Sampling) -> None:

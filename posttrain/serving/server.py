@@ -16,7 +16,7 @@ from posttrain.engines.for_policy import engine_of_length
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.errors import UserError
 from posttrain.models.load import context_length, load_tokenizer
-from posttrain.recipe.loading import load_as, placed
+from posttrain.recipe.loading import run_file
 from posttrain.recipe.yaml_reader import Overrides
 from posttrain.seeds import FreshSeeds
 from posttrain.serving.app import make_app
@@ -30,27 +30,23 @@ LONGEST = 8192
 """Default of ``engine.max_model_len`` if the model's own context is longer."""
 
 PATIENCE = 5
-"""Seconds that requests have to end after Ctrl-C."""
+"""Seconds until requests that still run after Ctrl-C are stopped."""
 
 
 def run_serve(path: str | Path, overrides: Overrides = ()) -> None:
-    """Serves what a YAML file describes until Ctrl-C.
+    """Serves the recipe of a YAML file until Ctrl-C.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if the input is wrong; the message says what to change.
     """
-    recipe = load_as(ServeRecipe, path, overrides)
-    try:
-        serve(recipe)
-    except UserError as error:
-        raise placed(error, Path(path), overrides) from error
+    run_file(ServeRecipe, path, overrides, serve)
 
 
 def serve(recipe: ServeRecipe) -> None:
-    """Serves until Ctrl-C. Running requests then have some seconds to end.
+    """Serves until Ctrl-C. Requests that run then have some seconds to end.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if the input is wrong; the message says what to change.
     """
     with closing(listening(recipe.server)) as listener, application(recipe) as app:
         host, port = listener.getsockname()[:2]
@@ -64,7 +60,7 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
     """Makes the application of a recipe, with its engine.
 
     Raises:
-        UserError: for what a person can mend.
+        UserError: if the input is wrong; the message says what to change.
     """
     check_models(recipe.decoder)
     tokenizer = load_tokenizer(recipe.policy)
@@ -99,7 +95,7 @@ def listening(server: Server) -> socket.socket:
     """Opens the server's socket before models are loaded, so that a port in use is found early.
 
     Raises:
-        UserError: where it cannot be had.
+        UserError: if the address cannot be used.
     """
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     listener = socket.socket(family)

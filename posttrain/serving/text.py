@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character yet
+INCOMPLETE = "\ufffd"  # replacement character, which decoders write for an incomplete character
 
 
 class TextStream:
     """The text of tokens that come one by one. Joined, its pieces are the text of all tokens, up to a stop string.
 
     Args:
-        decode: from token ids to text.
+        decode: function from token ids to text.
         stop: strings that end the text and are not part of it.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode, self._stop = decode, tuple(stop)
         self._tokens: list[int] = []
-        self._shown = self._context = 0  # tokens whose text is known, and of these how many it does not depend on
+        self._shown = self._context = 0  # number of tokens whose text is known; index of the first that it depends on
         self._held = ""  # text that may be the beginning of a stop string
-        self.length = 0  # characters of the text of all tokens so far, as far as it is known
+        self.length = 0  # number of characters of the known text of all tokens so far
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -33,7 +33,7 @@ class TextStream:
         return self._up_to_stop(new[len(known) :])
 
     def finish(self) -> str:
-        """The remaining text: incomplete characters, and what might have begun a stop string."""
+        """Returns the remaining text: incomplete characters, and text that might have begun a stop string."""
         if self.stopped:
             return ""
         known, new = self._texts()
@@ -41,17 +41,17 @@ class TextStream:
         return text if self.stopped else text + self._held
 
     def _texts(self) -> tuple[str, str]:
-        """Text of the last complete tokens, without and with the tokens after them."""
+        """Returns the text of the last complete tokens, without and with the tokens after them."""
         known = self._decode(self._tokens[self._context : self._shown])
         return known, self._decode(self._tokens[self._context :])
 
     def _up_to_stop(self, text: str) -> str:
         self.length += len(text)
         text = self._held + text
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
+        stops = [position for position in map(text.find, self._stop) if position >= 0]
+        if stops:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(stops)]
         keep = longest_beginning(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

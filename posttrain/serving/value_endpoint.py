@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import Any
 
 from posttrain.decoding.prefixes import Prefix, PrefixScore
-from posttrain.serving.errors import ApiError, of_failure
+from posttrain.serving.errors import ApiError, server_error
 from posttrain.serving.prompts import token_ids
 from posttrain.serving.protocol import ValuesRequest
 from posttrain.serving.routing import Served
+from posttrain.system.files import json_number
 
-AT_ONCE = 64  # prefixes that are scored together
+AT_ONCE = 64  # number of prefixes that are scored together
 
 
-async def prefix_values(served: Served, asked: ValuesRequest) -> dict[str, Any]:
-    """The value before the completion and after each of its tokens, in reward units.
+async def prefix_values(served: Served, request: ValuesRequest) -> dict[str, Any]:
+    """Computes the value before the completion and after each of its tokens, in reward units.
 
     Raises:
-        ApiError: where there is no guide, or too many tokens.
+        ApiError: if there is no guide with a score, or if there are too many tokens.
     """
     score: Any = getattr(served.decoder, "score", None)
     if not isinstance(score, PrefixScore):
-        raise ApiError(400, "this server has no score of prefixes: its recipe names no decoder that has one")
-    prompt = token_ids(asked.prompt, served.tokenizer, "prompt")
-    completion = token_ids(asked.completion, served.tokenizer, "completion", special=False)
+        raise ApiError(400, "this server has no score of prefixes, because its recipe has no decoder with one")
+    prompt = token_ids(request.prompt, served.tokenizer, "prompt")
+    completion = token_ids(request.completion, served.tokenizer, "completion", special=False)
     whole, room = [*prompt, *completion], served.engine.max_model_len
     if not prompt or len(whole) > room:
         message = f"prompt and completion have {len(prompt)} and {len(completion)} tokens; the server takes 1 to {room}"
@@ -36,33 +36,33 @@ async def prefix_values(served: Served, asked: ValuesRequest) -> dict[str, Any]:
         values += await _scored(served, score, prefixes[start : start + AT_ONCE])
     return {
         "object": "values",
-        "model": asked.model,
+        "model": request.model,
         "tokens": [served.tokenizer.decode([token]) for token in completion],
-        "values": [value if math.isfinite(value) else None for value in values],
+        "values": [json_number(value) for value in values],
         "kind": score.kind,
         "beta": score.beta,
     }
 
 
 async def _scored(served: Served, score: PrefixScore, prefixes: list[Prefix]) -> list[float]:
-    """Runs a function in the worker's thread, where guides score."""
+    """Scores prefixes in the worker's thread, which alone may use the engine and its guide."""
     loop = asyncio.get_running_loop()
-    found: asyncio.Future[list[float]] = loop.create_future()
+    result: asyncio.Future[list[float]] = loop.create_future()
 
     def settle(values: list[float] | Exception) -> None:
-        if found.done():
+        if result.done():
             return
         if isinstance(values, Exception):
-            found.set_exception(of_failure(values))
+            result.set_exception(server_error(values))
         else:
-            found.set_result(values)
+            result.set_result(values)
 
     def work() -> None:
         try:
             values: list[float] | Exception = score.score(prefixes).tolist()
-        except Exception as error:  # told to the one who asked
+        except Exception as error:  # reported to the client by `settle`
             values = error
         loop.call_soon_threadsafe(settle, values)
 
     served.worker.call(work)
-    return await found
+    return await result

@@ -1,7 +1,7 @@
 """The thread that samples. Other threads submit jobs, and it calls them back with new tokens.
 
-A decoder that works token by token, and the policy itself, take jobs in while others are sampled. Other decoders finish
-a round of jobs of equal terms in one call; meanwhile plain jobs go on, and new ones wait.
+The engine and decoders that work token by token accept jobs while earlier jobs are sampled. Other decoders finish a
+round of jobs with equal settings in one call; meanwhile plain jobs go on, and new jobs for the decoder wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from posttrain.engines.stepping import SteppingEngine
 from posttrain.seeds import sample_seed
 
 OnUpdate = Callable[[int, RequestUpdate], None]
-"""Callback of the worker's thread with the index and the update of a sample; must not raise."""
+"""Callback in the worker's thread, with the index of a sample and its update; must not raise."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,32 +31,32 @@ class Job:
     n: int
     seed: int
     on_update: OnUpdate
-    decoder: Engine  # what it is sampled from
-    strength: float | None = None  # of a token-wise decoder
+    decoder: Engine  # engine or decoder that samples it
+    strength: float | None = None  # strength of a token-wise decoder
     stream: bool = False
-    numbers: dict[int, int] = field(default_factory=dict)  # of its samples that the engine has taken in
+    numbers: dict[int, int] = field(default_factory=dict)  # the engine's number of each submitted sample
     cancelled: bool = False
 
 
 class _Closing(Exception):
-    """The error of jobs that have not ended when the server ends."""
+    """The error for jobs that have not ended when the server ends."""
 
 
 class Worker:
     """A thread that owns an engine; no other thread may use the engine while it runs.
 
     Args:
-        engine: steps.
+        engine: the engine that samples.
     """
 
     def __init__(self, engine: SteppingEngine) -> None:
         self._engine = engine
         engine.before_step = self._between_steps
-        self._alone = False  # what is being decoded allows of no other requests
+        self._alone = False  # True: the running round allows no other requests
         self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self._waiting: list[Job] = []  # for a round
+        self._waiting: list[Job] = []  # jobs for the next rounds
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.failure: Exception | None = None  # of the engine: it samples no more
+        self.failure: Exception | None = None  # error of the engine, after which it samples no more
 
     def start(self) -> None:
         """Starts the thread."""
@@ -87,24 +87,24 @@ class Worker:
     def _run(self) -> None:
         try:
             while True:
-                self._obey(wait=not self._engine.in_flight and not self._waiting)
+                self._run_commands(wait=not self._engine.in_flight and not self._waiting)
                 if self._waiting and not (_alone(self._waiting[0]) and self._engine.in_flight):
                     self._round()
                 else:
                     self._engine.step()
-        except Exception as error:  # told to everyone who waits, and by /health
+        except Exception as error:  # reported to all jobs that wait, and by /health
             self.failure = error
         self._engine.abort(self._engine.in_flight)
         for job in self._waiting:
-            _tell_all(job, self.failure)
+            _fail(job, self.failure)
         while not isinstance(self.failure, _Closing) and (command := self._commands.get()) is not None:
             command()
 
     def _between_steps(self) -> None:
         if not self._alone:
-            self._obey(wait=False)
+            self._run_commands(wait=False)
 
-    def _obey(self, *, wait: bool) -> None:
+    def _run_commands(self, *, wait: bool) -> None:
         """Carries out the calls since the last step; with ``wait`` blocks until there is one."""
         while True:
             try:
@@ -118,9 +118,9 @@ class Worker:
 
     def _take(self, job: Job) -> None:
         if self.failure is not None:
-            _tell_all(job, self.failure)
+            _fail(job, self.failure)
         elif job.cancelled:
-            _tell_all(job, Aborted())
+            _fail(job, Aborted())
         elif job.decoder is self._engine or isinstance(job.decoder, Shaped):
             for sample in range(job.n):
                 self._submit(job, sample)
@@ -150,7 +150,7 @@ class Worker:
         self._abort(job, job.numbers)
         if job in self._waiting:
             self._waiting.remove(job)
-            _tell_all(job, Aborted())
+            _fail(job, Aborted())
 
     def _abort(self, job: Job, samples: Iterable[int]) -> None:
         self._engine.abort([job.numbers[sample] for sample in samples if sample in job.numbers])
@@ -158,7 +158,7 @@ class Worker:
     def _round(self) -> None:
         """Completes waiting jobs with equal settings in one call."""
         first = self._waiting[0]
-        jobs = [job for job in self._waiting if _terms(job) == _terms(first)]
+        jobs = [job for job in self._waiting if _settings(job) == _settings(first)]
         self._waiting = [job for job in self._waiting if job not in jobs]
 
         def ended(i: int, sample: int, completion: Completion) -> None:
@@ -168,9 +168,9 @@ class Worker:
         self._alone = _alone(first)
         try:
             first.decoder.generate(prompts, first.sampling, first.n, seeds=seeds, on_completion=ended)
-        except Exception as error:  # told to those who asked
+        except Exception as error:  # reported to the jobs of the round
             for job in jobs:
-                _tell_all(job, error)
+                _fail(job, error)
             if isinstance(error, _Closing):
                 raise
         finally:
@@ -181,10 +181,10 @@ def _alone(job: Job) -> bool:
     return isinstance(job.decoder, Decoder) and job.decoder.alone
 
 
-def _terms(job: Job) -> tuple[Any, ...]:
+def _settings(job: Job) -> tuple[Any, ...]:
     return id(job.decoder), job.sampling, job.n
 
 
-def _tell_all(job: Job, error: Exception) -> None:
+def _fail(job: Job, error: Exception) -> None:
     for sample in range(job.n):
         job.on_update(sample, RequestUpdate(error=error))

@@ -1,4 +1,4 @@
-"""System: files, processes, interrupts, versions. Imports only ``errors`` of the package.
+"""Files, processes, interrupts and versions. Read ``processes.py`` first.
 
-Everything to the right may import from its modules.
+All other rooms may import from its modules. It imports only ``errors`` of the package.
 """

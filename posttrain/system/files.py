@@ -45,12 +45,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def json_number(value: float) -> float | None:
-    """The number as JSON has it: ``None`` in place of NaN and infinity."""
+    """Returns the number, or ``None`` for NaN and infinity, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
 def sync_tree(directory: Path) -> None:
-    """Flushes all files and directories below ``directory``, and itself, to disk."""
+    """Flushes a directory and all files and directories in it to disk."""
     for root, _, names in os.walk(directory):
         for name in names:
             sync(Path(root, name))

@@ -14,9 +14,9 @@ def uninterrupted() -> Iterator[None]:
     """Delays Ctrl-C until the block has ended. A second Ctrl-C is not delayed.
 
     Python raises :class:`KeyboardInterrupt` between any two instructions of the main thread: also between putting
-    something into another thread's queue and telling that thread of it, which then waits for ever, and the run with
-    it. So short calls that hand something to a thread or a process (a tracker's writer, a verifier's worker) run in
-    such a block. Elsewhere than in the main thread, which alone gets signals, it does nothing.
+    something into another thread's queue and waking that thread, which then waits for ever, and the run with it. So
+    short calls that hand something to a thread or a process (a tracker's writer, a verifier's worker) run in such a
+    block. Only the main thread gets signals; in other threads the block changes nothing.
     """
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(usual):

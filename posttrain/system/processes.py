@@ -22,7 +22,7 @@ class Processes:
         dtype: ``float32``, or ``bfloat16`` for a forward pass under autocast.
 
     Raises:
-        UserError: where a launcher was asked for several processes and only one would train, with what to type instead.
+        UserError: if a launcher was asked for several processes and only one would train; it says what to type instead.
     """
 
     def __init__(self, *, dtype: str = "float32") -> None:
@@ -30,7 +30,7 @@ class Processes:
 
         refuse_hidden_single_process(os.environ)
         if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every process that imports DeepSpeed warns of it
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every process that imports DeepSpeed warns
         use_cpu, deepspeed = not torch.cuda.is_available(), _asked_for_deepspeed(os.environ)
         handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and deepspeed else []
         self.accelerator = Accelerator(
@@ -46,7 +46,7 @@ class Processes:
         self._before_end: list[Callable[[], None]] = []
 
     def all_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, on the tensor's own device."""
+        """Sums a tensor over all ranks; the sum is on the tensor's own device."""
         if self.world == 1:
             return tensor
         reduced = tensor.detach().to(self.device, copy=True)
@@ -54,7 +54,7 @@ class Processes:
         return reduced.to(tensor.device)
 
     def all_max(self, value: int) -> int:
-        """Largest value of an integer over all ranks."""
+        """Returns the largest value of an integer over all ranks."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -70,7 +70,7 @@ class Processes:
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on the main process and returns its result on all. An error is raised on all of them."""
+        """Calls ``make`` on the main process and returns its result on all ranks. An error is raised on all ranks."""
         result: Any = None
         error: Exception | None = None
         if self.is_main:
@@ -87,7 +87,7 @@ class Processes:
         return result
 
     def together(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on every rank; an error on any of them is raised on all, so that all can act on it alike."""
+        """Calls ``make`` on every rank; an error on any rank is raised on all, so that all can act on it alike."""
         if self.world == 1:
             return make()
         result: Any = None
@@ -97,13 +97,13 @@ class Processes:
         except Exception as raised:
             error = raised
         errors = self.gather(None if error is None else _portable(error))
-        first = next((rank for rank, other in enumerate(errors) if other is not None), None)
+        first = next((rank for rank, raised in enumerate(errors) if raised is not None), None)
         if first is not None:
             raise error if error is not None and first == self.rank else errors[first]
         return result
 
     def share_of(self, index: Sequence[int]) -> list[int]:
-        """This rank's part of a list: consecutive elements. The last ranks have fewer if it does not come out even."""
+        """This rank's part of a list: consecutive elements. The last ranks have fewer if it cannot be shared evenly."""
         size = -(-len(index) // self.world)
         return list(index[self.rank * size : (self.rank + 1) * size])
 
@@ -111,10 +111,10 @@ class Processes:
         """This rank's share of the numbers below ``size``: every ``world``-th of them.
 
         Args:
-            setting: what is shared, such as ``data``, for the message.
+            setting: name of the setting whose rows are shared, such as ``data``, for the message.
 
         Raises:
-            DataError: on all ranks, if one would have none.
+            DataError: on all ranks, if a rank would have none.
         """
         if size < self.world:
             raise DataError(f"{setting}: {size} prompts cannot be shared by {self.world} processes")
@@ -142,8 +142,8 @@ class Processes:
         """Ends the process group. Models are freed first, then all ranks meet: the other order can deadlock gloo.
 
         Args:
-            failed: this rank stops on an error. The others may not know of it and wait in a collective operation, where
-                meeting them would take forever: this process just goes, and then the launcher ends the others.
+            failed: True if this rank stops on an error. Other ranks may then wait in a collective operation, and a
+                barrier would never end. So this process exits at once, and the launcher ends the other ranks.
         """
         if failed and self.world > 1:
             return
@@ -162,7 +162,7 @@ class Processes:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if it can be pickled, else an error with its type and message."""
+    """Returns the error if it can be pickled, otherwise an error with its type and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -182,7 +182,7 @@ def refuse_hidden_single_process(environment: Mapping[str, str]) -> None:
     """Refuses ``accelerate launch --cpu --num_processes 2``, which starts one process without a word.
 
     Raises:
-        UserError: with the command that starts several.
+        UserError: if it was launched so; the message has the command that starts several processes.
     """
     use_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if use_cpu and "MASTER_ADDR" in environment and not any(name in environment for name in _RANK_VARIABLES):
@@ -197,7 +197,7 @@ def refuse_lost_processes(environment: Mapping[str, str], world: int) -> None:
     """Refuses a launch in which every rank would train alone, because the launcher's world is not the trainer's.
 
     Raises:
-        UserError: with both numbers.
+        UserError: if the launcher's number of processes differs; the message has both numbers.
     """
     for name in _SIZE_VARIABLES:
         expected = int(environment.get(name, "1"))

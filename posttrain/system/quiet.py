@@ -1,4 +1,4 @@
-"""Silences messages of libraries on which nobody who trains a model can act."""
+"""Silences messages of libraries that users cannot act on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import warnings
 def quiet() -> None:
     """Sets the libraries' own switches. Must be called before any of them is imported.
 
-    * Progress bars of downloads and of loading and saving weights: only where somebody watches a terminal.
-    * DeepSpeed is told that there is no GPU, or every process that imports it warns of having found none.
-    * TRL warns of vLLM versions that its trainers were not tested with; its reward functions and data tools need none.
+    * Progress bars of downloads and of loading and saving weights are shown only in a terminal.
+    * On a machine without a GPU DeepSpeed is set to CPU; otherwise every process that imports it warns.
+    * TRL's warning about vLLM versions is off: it is about TRL's trainers, which are not used here.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

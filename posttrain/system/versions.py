@@ -1,4 +1,4 @@
-"""Versions of the packages that a run was made with."""
+"""Versions of the packages that a run uses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "trl", "
 
 def versions() -> dict[str, str]:
     """Versions of the installed packages that matter for a run."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         for distribution in (name, f"{name}-cpu"):
             try:
-                found.setdefault(name, importlib.metadata.version(distribution))
+                installed.setdefault(name, importlib.metadata.version(distribution))
             except importlib.metadata.PackageNotFoundError:
                 continue
-    return found
+    return installed
 
 
 def engine_name(engine: object) -> str:

@@ -1,7 +1,8 @@
 """Verifiers, and the worker processes that run them on completions with time limits. Read ``functions.py`` first.
 
 Other rooms take ``VerifierPool`` and ``signature_of`` from here. May import from parts, recipe, system and the modules
-to their left."""
+to their left.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,11 @@ GRACE = 5.0  # seconds that a loop may take to answer before it counts as blocke
 
 
 class EventLoop:
-    """Runs coroutines concurrently, each with a time limit that counts from its start."""
+    """Runs coroutines concurrently, each with a time limit that counts from its start.
+
+    Args:
+        concurrent: number of coroutines that run at the same time.
+    """
 
     def __init__(self, concurrent: int = 128) -> None:
         self._loop = asyncio.new_event_loop()
@@ -26,7 +30,7 @@ class EventLoop:
         self.blocked = False
 
     def submit(self, call: Callable[[], Awaitable[Any]], limit: float) -> Future[Any]:
-        """A future of the call's value, of a :class:`Failed`, or of ``TimeoutError``."""
+        """Starts a call and returns the future of its value, of a :class:`Failed`, or of ``TimeoutError``."""
         with uninterrupted():
             return asyncio.run_coroutine_threadsafe(self._run(call, limit), self._loop)
 
@@ -45,7 +49,7 @@ class EventLoop:
         """Waits for a future of this loop and returns its result.
 
         Raises:
-            TimeoutError: where the call ran out of time, or where a call blocks the loop's thread instead of awaiting,
+            TimeoutError: if the call ran out of time, or if a call blocks the loop's thread instead of awaiting,
                 so that no limit can reach it.
         """
         while not future.done() and not self.blocked:

@@ -21,4 +21,4 @@ IN_PROCESS: Mapping[Callable[..., float | None], Callable[..., float | None]] = 
 """Fast versions of verifiers, which run in the calling process and cannot hang. ``None`` sends the call to a worker."""
 
 WRONG_IF_STUCK: frozenset[Callable[..., float | None]] = frozenset({math})
-"""Verifiers whose time-outs and dead workers are the completion's fault (a tower of powers): it scores 0."""
+"""Verifiers for which a time-out or a dead worker is the completion's fault (a tower of powers): it scores 0."""

@@ -1,11 +1,11 @@
-r"""The ``math`` verifier: is the final answer of a completion the gold answer?
+r"""The ``math`` verifier, which compares the final answer of a completion with the gold answer.
 
 Numbers are compared exactly with fractions in microseconds; everything else goes to math-verify, which reads LaTeX into
 sympy (tens of milliseconds). Where both give a verdict they agree, but for four cases decided otherwise on purpose:
 
 * ``5.`` is 5: math-verify cannot read the sentence's full stop;
 * ``50%`` is 50, 50.0 and 0.5: math-verify accepts 50 and 0.5, but not 50.0;
-* ``3 dollars`` or ``3 apples`` is 3: math-verify drops the units that it knows, and multiplies letters of the others;
+* ``3 dollars`` or ``3 apples`` is 3: math-verify drops known units and multiplies the letters of other words;
 * words are compared as words: to math-verify ``Paris`` is the product a*i*p*r*s, and so is ``pairs``.
 """
 
@@ -16,7 +16,7 @@ import re
 from fractions import Fraction
 
 FINAL_MARK = "####"  # GSM8K, Cobbe et al. 2021, arXiv:2110.14168
-LONGEST_ANSWER = 1000  # characters; what is longer is no final answer, and is kept from regular expressions and sympy
+LONGEST_ANSWER = 1000  # characters; a longer text is no final answer, and neither regular expressions nor sympy read it
 
 _ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*:?\s*([^\n]{1,200})", re.IGNORECASE)
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
@@ -47,20 +47,20 @@ def math(completion: str, *, answer: str | int | float) -> float:
 def math_quick(completion: str, *, answer: str | int | float) -> float | None:
     """Fast version of :func:`math` for numbers and words, without sympy; ``None`` if they do not decide."""
     marked = marked_answer(completion)
-    written = said_answer(completion) if marked is None else marked
-    if written is None:
+    final = said_answer(completion) if marked is None else marked
+    if final is None:
         return None
-    if len(written) > LONGEST_ANSWER:
+    if len(final) > LONGEST_ANSWER:
         return 0.0
-    left, right = tidy(written), tidy(gold_answer(answer))
+    left, right = tidy(final), tidy(gold_answer(answer))
     if left == right and left:
         return 1.0
     if not left:
         return 0.0
     if _WORDS.fullmatch(right):
         return float(left.casefold() == right.casefold())
-    mine, gold = read_number(left), read_number(right)
-    return None if mine is None or gold is None else float(same_number(mine, gold))
+    number, gold = read_number(left), read_number(right)
+    return None if number is None or gold is None else float(same_number(number, gold))
 
 
 def marked_answer(completion: str) -> str | None:
@@ -79,7 +79,7 @@ def said_answer(completion: str) -> str | None:
 
 
 def gold_answer(answer: str | int | float) -> str:
-    r"""The answer itself, where the column holds a worked solution that ends in ``#### 72`` or ``\boxed{72}``."""
+    r"""The gold answer, also if the column holds a worked solution that ends in ``#### 72`` or ``\boxed{72}``."""
     text = str(answer).strip()
     if FINAL_MARK in text:
         return text.rpartition(FINAL_MARK)[2].strip()
@@ -143,14 +143,14 @@ def same_number(left: Number, right: Number) -> bool:
 
 
 def _symbolic(completion: str, gold: str) -> float:
-    # math-verify limits time with signals, which cannot stop sympy's C code: the pool's limit, which kills, is the one.
+    # math-verify limits time with signals, which cannot stop sympy's C code; the pool's limit kills the process.
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing limit at every start
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # at every start it warns that the limit is missing
     marked = marked_answer(completion)
-    written = _after_thinking(completion) if marked is None else _as_boxed(marked)
+    text = _after_thinking(completion) if marked is None else _as_boxed(marked)
     expected = parse(_as_boxed(gold), parsing_timeout=0)
-    return float(verify(expected, parse(written, parsing_timeout=0), timeout_seconds=0))
+    return float(verify(expected, parse(text, parsing_timeout=0), timeout_seconds=0))
 
 
 def _as_boxed(text: str) -> str:

@@ -34,7 +34,7 @@ class Verdict:
     """The score of a completion and the value of each verifier."""
 
     score: float  # sum of weight * value over the verifiers that apply; NaN: unscored; 0 in a recipe with none at all
-    values: Mapping[str, float | None]  # by verifier; None: does not apply, or failed under ``on_error: skip``
+    values: Mapping[str, float | None]  # value of each verifier; None: does not apply, or failed (``on_error: skip``)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,15 @@ class Verifier:
     name: str  # unique in the recipe
     part: Part
     signature: Signature
-    quick: Callable[..., float | None] | None  # decides in this process where it can
-    wrong_if_stuck: bool
+    quick: Callable[..., float | None] | None  # fast version, which decides in this process if it can
+    wrong_if_stuck: bool  # True: a completion that it is stuck on scores 0
     source: Source
 
 
 @dataclass(slots=True)
 class _Item:
+    """A submitted completion and the outcomes of its verifiers so far."""
+
     text: str
     token_ids: Sequence[int]
     row: Mapping[str, Any]
@@ -69,17 +71,17 @@ class _Element:
 class VerifierPool:
     """Runs the verifiers of a recipe; a context manager.
 
-    The package's own cheap verifiers run where they are submitted, async ones in an event loop, all others in worker
+    The package's own cheap verifiers run in the calling process, async ones in an event loop, and the rest in worker
     processes that are killed and replaced at the time limit. TRL-style functions run once, at :meth:`collect`.
 
-    ``failures`` counts by verifier the calls that raised, took too long, killed their worker or returned no number.
+    ``failures`` counts for each verifier the calls that raised, took too long, killed their worker or gave no number.
     """
 
     def __init__(self, parts: Sequence[Part], *, workers: int | None = None) -> None:
         """
         Args:
             parts: the ``verify`` slot.
-            workers: processes. Default: this process's share of the cores, at most 8.
+            workers: number of processes. Default: this process's share of the cores, at most 8.
         """
         self.verifiers = _verifiers(parts)
         self.names = tuple(verifier.name for verifier in self.verifiers)
@@ -97,11 +99,11 @@ class VerifierPool:
         """Starts the verification of a completion. Returns at once.
 
         Args:
-            key: what :meth:`collect` returns it under; keys are orderable, and unique until then.
+            key: key of the verdict in the result of :meth:`collect`; keys can be sorted, and are unique until then.
             text: the completion.
-            token_ids: its tokens.
-            row: the dataset's columns.
-            place: where the row is, for messages, such as ``problems.jsonl:7``.
+            token_ids: tokens of the completion.
+            row: columns of the dataset for this prompt.
+            place: place of the row, for messages, such as ``problems.jsonl:7``.
         """
         if key in self._items:
             raise ValueError(f"completion {key!r} was submitted already")
@@ -111,7 +113,7 @@ class VerifierPool:
                 item.outcomes[verifier.name] = self._start(index, verifier, item)
 
     def collect(self) -> dict[Hashable, Verdict]:
-        """Waits for the verdicts of everything submitted since the last call, and returns them in the order of keys.
+        """Waits for the verdicts of all completions since the last call, and returns them in the order of keys.
 
         Raises:
             VerifierError: for the first completion that a verifier with ``on_error: stop`` failed on.
@@ -177,7 +179,8 @@ class VerifierPool:
             item.outcomes[verifier.name] = _Element(whole, position)
 
     def _schedule(self, function: Callable[..., Any], arguments: tuple, limit: float | None) -> Future[Any]:
-        if self._processes is not None and not self._processes.active:  # it ends with its workers, idle ones too
+        # The pool ends with its workers, even with idle ones.
+        if self._processes is not None and not self._processes.active:
             self._stop_processes()
         if self._processes is None:
             self._processes = ProcessPool(
@@ -225,7 +228,7 @@ class VerifierPool:
         raise VerifierError(verifier.name, outcome.problem, place, columns, item.text, outcome.trace)
 
     def _settle(self, verifier: Verifier, pending: Outcome | Future[Any] | _Element) -> tuple[Outcome, bool]:
-        """The result of a call, and whether it was stuck: out of time, or its process gone."""
+        """The result of a call, and True if the call was stuck: out of time, or its process gone."""
         if isinstance(pending, _Element):
             whole, stuck = self._settle(verifier, pending.whole)
             return (whole if isinstance(whole, Failed) else whole[pending.position]), stuck  # type: ignore[index]
@@ -241,7 +244,9 @@ class VerifierPool:
         except ProcessExpired as error:
             return Failed(f"ended its worker process (exit code {error.exitcode})"), True
         except BrokenProcessPool:
-            return Failed("lost its worker processes, which ended without a call (killed, for want of memory?)"), False
+            return Failed(
+                "lost its worker processes, which ended without a call (were they killed for lack of memory?)"
+            ), False
         except PICKLING_ERRORS as error:
             return Failed(f"cannot be sent to a worker process: {error}"), False
 
@@ -255,25 +260,25 @@ PICKLING_ERRORS = (AttributeError, TypeError, pickle.PicklingError)
 
 
 def _verifiers(parts: Sequence[Part]) -> tuple[Verifier, ...]:
-    """The parts with their signatures; a name that occurs again gets a number."""
+    """Makes the verifiers of a slot's parts; a name that occurs again gets a number."""
     seen: Counter[str] = Counter()
-    found = []
+    verifiers = []
     for part in parts:
         seen[part.name] += 1
         name = part.name if seen[part.name] == 1 else f"{part.name} ({seen[part.name]})"
         signature = signature_of(part.call, part.options)
         quick, wrong_if_stuck = IN_PROCESS.get(part.target), part.target in WRONG_IF_STUCK
-        found.append(Verifier(name, part, signature, quick, wrong_if_stuck, _source(name, part, signature)))
-    return tuple(found)
+        verifiers.append(Verifier(name, part, signature, quick, wrong_if_stuck, _source(name, part, signature)))
+    return tuple(verifiers)
 
 
 def _source(name: str, part: Part, signature: Signature) -> Source:
     """Everything that a worker needs to find the verifier again.
 
     Raises:
-        TypeError: for one that exists in this process only.
+        TypeError: if it exists in this process only.
     """
-    if part.spec or signature.asynchronous:  # async ones are never called in a worker
+    if part.spec or signature.asynchronous:  # async verifiers are never called in a worker
         return Source(part.spec, part.options, None)
     try:
         pickle.dumps(part.call)

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 BATCH_FIRST = ("completions", "prompts")
-"""First parameters that make a function one of TRL's: ``f(completions, prompts, **columns) -> list``."""
+"""Names of the first parameter of a TRL-style function: ``f(completions, prompts, **columns) -> list``."""
 
 NOT_COLUMNS = frozenset({"completion", "completions", "prompts", "completion_ids"})
+"""Names of arguments that the pool fills itself, which are no columns of the dataset."""
 
 
 @dataclass(frozen=True)
 class Signature:
     """The call signature of a verifier."""
 
-    batch: bool  # TRL's way: lists over the whole batch
+    batch: bool  # True: TRL's style, lists over the whole batch
     asynchronous: bool
     required: tuple[str, ...]  # parameters without default
     optional: tuple[str, ...]
-    all_columns: bool  # takes ``**columns``
+    all_columns: bool  # True: takes ``**columns``
     not_null: frozenset[str]  # columns whose annotation excludes None
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,10 +34,14 @@ class Signature:
 
 
 def signature_of(call: Callable[..., Any], options: Mapping[str, Any]) -> Signature:
-    """Reads a function, a partial one, or an object with ``__call__``; ``options`` are no longer asked for.
+    """Reads the signature of a function, a ``functools.partial`` or an object with ``__call__``.
+
+    Args:
+        call: the verifier.
+        options: arguments from the recipe; the signature leaves them out.
 
     Raises:
-        TypeError: where it has no first parameter to give the completion to.
+        TypeError: if it has no first parameter for the completion.
     """
     bound = set(options)
     while isinstance(call, functools.partial):
@@ -44,18 +49,16 @@ def signature_of(call: Callable[..., Any], options: Mapping[str, Any]) -> Signat
         call = call.func
     parameters = list(inspect.signature(call).parameters.values())
     if not parameters or parameters[0].kind == inspect.Parameter.KEYWORD_ONLY:
-        raise TypeError(
-            f"{call} takes no completion: its first parameter is to be `completion`, or TRL's `completions`"
-        )
+        raise TypeError(f"{call} takes no completion: its first parameter must be `completion`, or TRL's `completions`")
     batch = parameters[0].name in BATCH_FIRST
-    named = [p for p in (parameters if batch else parameters[1:]) if p.kind not in _VARIADIC and p.name not in bound]
+    columns = [p for p in (parameters if batch else parameters[1:]) if p.kind not in _VARIADIC and p.name not in bound]
     return Signature(
         batch=batch,
         asynchronous=_is_async(call),
-        required=tuple(p.name for p in named if p.default is p.empty),
-        optional=tuple(p.name for p in named if p.default is not p.empty),
+        required=tuple(p.name for p in columns if p.default is p.empty),
+        optional=tuple(p.name for p in columns if p.default is not p.empty),
         all_columns=any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters),
-        not_null=frozenset(p.name for p in named if _excludes_none(p.annotation)),
+        not_null=frozenset(p.name for p in columns if _excludes_none(p.annotation)),
     )
 
 
@@ -65,21 +68,21 @@ def batch_arguments(
     token_ids: Sequence[Sequence[int]],
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Keyword arguments of a batch function: lists over completions, which are messages where the prompts are."""
+    """Keyword arguments of a TRL-style function: lists over completions, which are messages if the prompts are."""
     from trl.data_utils import is_conversational  # here, because worker processes have no use for it
 
     prompts = [row.get("prompt") for row in rows]
     texts: list[Any] = list(completions)
     if rows and is_conversational({"prompt": prompts[0]}):
         texts = [[{"role": "assistant", "content": text}] for text in completions]
-    offered: dict[str, Any] = {
+    available: dict[str, Any] = {
         name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name not in NOT_COLUMNS
     }
-    offered.pop("prompt", None)
-    offered |= {"prompts": prompts, "completions": texts, "completion_ids": [list(ids) for ids in token_ids]}
+    available.pop("prompt", None)
+    available |= {"prompts": prompts, "completions": texts, "completion_ids": [list(ids) for ids in token_ids]}
     if signature.all_columns:
-        return offered
-    return {name: offered[name] for name in (*signature.required, *signature.optional) if name in offered}
+        return available
+    return {name: available[name] for name in (*signature.required, *signature.optional) if name in available}
 
 
 def _is_async(call: Callable[..., Any]) -> bool:

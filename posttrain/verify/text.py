@@ -18,18 +18,18 @@ def format(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float:
 
 
 def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float | None:
-    """Fast version of :func:`format` for the default pattern; ``None`` for others, which may backtrack without end."""
+    """Fast version of :func:`format`; ``None`` for any but the default pattern, which may backtrack without end."""
     return format(completion) if pattern == THINK_THEN_ANSWER else None
 
 
 def exact(completion: str, *, answer: str, strip: bool = True, casefold: bool = False) -> float:
     """1 if the completion is the answer, character by character, else 0."""
-    written, wanted = completion, str(answer)
+    text, target = completion, str(answer)
     if strip:
-        written, wanted = written.strip(), wanted.strip()
+        text, target = text.strip(), target.strip()
     if casefold:
-        written, wanted = written.casefold(), wanted.casefold()
-    return float(written == wanted)
+        text, target = text.casefold(), target.casefold()
+    return float(text == target)
 
 
 def length(
@@ -43,10 +43,10 @@ def length(
     """1 if the completion is between ``minimum`` and ``maximum`` units long; falls linearly to 0 over ``margin`` more.
 
     Raises:
-        ValueError: for an unknown unit, or a maximum below the minimum.
+        ValueError: if the unit is unknown, or if the maximum is below the minimum.
     """
     if unit not in ("words", "characters"):
-        raise ValueError(f"length: unit is {unit!r}; it is words or characters")
+        raise ValueError(f"length: unit is {unit!r}; it must be words or characters")
     if maximum is not None and maximum < minimum:
         raise ValueError(f"length: maximum {maximum} is below minimum {minimum}")
     size = len(completion.split()) if unit == "words" else len(completion)
@@ -59,7 +59,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """The regular expression, compiled once.
 
     Raises:
-        ValueError: where it is not one, with the position.
+        ValueError: if it is not a regular expression; the message gives the position.
     """
     try:
         return re.compile(pattern, re.DOTALL)

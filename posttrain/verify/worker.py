@@ -1,6 +1,6 @@
 """Runs inside a worker process: finds verifiers by their spec and calls them one at a time.
 
-Imports little on purpose: this is what every new worker waits for.
+It imports little on purpose, because every new worker waits for these imports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Source:
 
     spec: str  # file.py:name or package.module.name
     options: Mapping[str, Any]
-    call: Callable[..., Any] | None  # where there is no spec
+    call: Callable[..., Any] | None  # the verifier itself, if it has no spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def start(sources: Sequence[Source]) -> None:
 
 
 def ready() -> None:
-    """Does nothing: the pool starts its workers with the first call."""
+    """Does nothing. The pool calls it first, so that its workers start."""
 
 
 def call_one(index: int, completion: str, columns: Mapping[str, Any]) -> Outcome:
@@ -57,7 +57,7 @@ def call_batch(index: int, size: int, arguments: Mapping[str, Any]) -> list[floa
 
 
 def guarded(call: Callable[..., Any] | Failed, use: Callable[[Callable[..., Any]], Any]) -> Any:
-    """``use(call)``, or what went wrong in a form that can be sent anywhere."""
+    """Returns ``use(call)``, or the error as a :class:`Failed`, which can be sent to another process."""
     if isinstance(call, Failed):
         return call
     try:
@@ -67,7 +67,7 @@ def guarded(call: Callable[..., Any] | Failed, use: Callable[[Callable[..., Any]
 
 
 def describe(error: BaseException) -> Failed:
-    """The error with its traceback, without the frames of this module."""
+    """Turns an error into a :class:`Failed` with its traceback, without the frames of this module."""
     if isinstance(error, BadValue):
         return Failed(str(error))
     frames = traceback.extract_tb(error.__traceback__)
@@ -82,10 +82,10 @@ class BadValue(TypeError):
 
 
 def as_value(value: Any) -> float | None:
-    """A verifier's value as a float; None stays None.
+    """Returns a verifier's value as a float; None stays None.
 
     Raises:
-        BadValue: for anything but None and finite numbers, booleans and scalar arrays included.
+        BadValue: if it is neither None nor a finite number (a boolean and a scalar array are numbers).
     """
     if value is None:
         return None
@@ -93,26 +93,26 @@ def as_value(value: Any) -> float | None:
         value.close()
         raise BadValue("returned a coroutine: declare it `async def`")
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise BadValue(f"returned {value!r:.80} ({type(value).__name__}); it is to return a number or None")
+        raise BadValue(f"returned {value!r:.80} ({type(value).__name__}); it must return a number or None")
     number = float(value)
     if not math.isfinite(number):
-        raise BadValue(f"returned {number}; it is to return a finite number or None")
+        raise BadValue(f"returned {number}; it must return a finite number or None")
     return number
 
 
 def as_values(values: Any, size: int) -> list[float | None]:
-    """The values of a batch.
+    """Returns the values of a TRL-style function as floats.
 
     Raises:
-        BadValue: where they are not one number or None a completion.
+        BadValue: if they are not one number or None for each completion.
     """
     try:
-        listed = list(values)
+        elements = list(values)
     except TypeError:
-        raise BadValue(f"returned {values!r:.80} ({type(values).__name__}); it is to return a list") from None
-    if len(listed) != size:
-        raise BadValue(f"returned {len(listed)} values for {size} completions")
-    return [as_value(value) for value in listed]
+        raise BadValue(f"returned {values!r:.80} ({type(values).__name__}); it must return a list") from None
+    if len(elements) != size:
+        raise BadValue(f"returned {len(elements)} values for {size} completions")
+    return [as_value(value) for value in elements]
 
 
 def _find(source: Source) -> Callable[..., Any] | Failed:

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from exact_world import PROMPT, law_of, make_world, table_score
+from exact_world import PROMPT, distribution_of, make_world, table_score
 from runs import write_run
 from served import recipe_file, serving
 from tiny_values import save_random_value
@@ -198,7 +198,7 @@ def test_importance_weights_of_guided_rollouts_turn_means_into_those_of_the_poli
         weight = importance.target(Outputs(logp=logp_old), batch.set(logp_old=logp_old), cap=1e6)
         return string, round(float(weight[batch.mask].double().prod()), 9)
 
-    distribution = law_of(run)
+    distribution = distribution_of(run)
     assert len({string for string, _ in distribution}) == len(world.strings)
     means["one"] = sum(share * weight for (_, weight), share in distribution.items())
     means["reward"] = sum(share * weight * world.reward[string] for (string, weight), share in distribution.items())

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from exact_world import PROMPT, String, World, distance, kl, law_of, make_world, table_score, tokens_of, total_variation
+from exact_world import (
+    PROMPT,
+    String,
+    World,
+    distance,
+    distribution_of,
+    kl,
+    make_world,
+    table_score,
+    tokens_of,
+    total_variation,
+)
 from runs import write_run
 
 from posttrain import load_recipe
@@ -21,7 +32,7 @@ from posttrain.commands.cli import main
 from posttrain.commands.iterate import as_arguments, run_iterate
 from posttrain.commands.iterate_plan import Plan, check_stages
 from posttrain.decoding.context import DecoderContext
-from posttrain.decoding.prefix_scores import weighted_sum
+from posttrain.decoding.prefix_scores import sum_scores
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines.base import Completion
@@ -232,7 +243,7 @@ class Rounds:
 
     def score(self, context: DecoderContext):
         used = self.values if self.adds_up else self.values[-1:]
-        return weighted_sum(*((1.0, table_score(values)) for values in used))
+        return sum_scores(*((1.0, table_score(values)) for values in used))
 
     def guided(self, engine) -> Shaped:
         context = DecoderContext(tokenizer=None, device=torch.device("cpu"))  # type: ignore[arg-type]  # reads tables
@@ -244,14 +255,14 @@ class Rounds:
         if self.values:
             prompts = [PROMPT] * len(self.strings)
             return self.guided(world.engine()).forced(prompts, self.strings, world.sampling)
-        logps = [[math.log(world.next_law(y[:t])[y[t]]) for t in range(len(y))] for y in self.strings]
+        logps = [[math.log(world.next_distribution(y[:t])[y[t]]) for t in range(len(y))] for y in self.strings]
         return [Completion(list(y), row, 1, 0) for y, row in zip(self.strings, logps, strict=True)]  # type: ignore[arg-type]
 
     def batch(self) -> Batch:
         completions = self.completions()
         prompts = Prompts(tokens=[list(PROMPT)], rows=[{}], places=["here"], group=[0], seeds=[0])
         batch = to_batch(prompts, [completions], {(0, j): "" for j in range(len(completions))})
-        reference = [[math.log(self.world.next_law(y[:t])[y[t]]) for t in range(len(y))] for y in self.strings]
+        reference = [[math.log(self.world.next_distribution(y[:t])[y[t]]) for t in range(len(y))] for y in self.strings]
         exact = {
             "logp_sampler": [[0.0, *completion.logps] for completion in completions],
             "logp_ref": [[0.0, *logps] for logps in reference],
@@ -295,7 +306,7 @@ def test_a_fixed_anchor_with_soft_values_reaches_the_tilted_distribution_after_a
     assert rounds.values[-1][()] < WORLD.beta * WORLD.log_z()  # the root is a round behind
     rounds.run()
     assert rounds.values[-1] == pytest.approx(WORLD.soft_values(), abs=1e-9)
-    decoded = law_of(
+    decoded = distribution_of(
         lambda choosers: tokens_of(rounds.guided(WORLD.engine(choosers)).generate([PROMPT], WORLD.sampling))
     )
     assert distance(decoded, WORLD.tilted()) < 1e-9

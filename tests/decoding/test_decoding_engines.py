@@ -90,7 +90,7 @@ LOW = FunctionScore(function=low_tokens)
 
 
 @torch.no_grad()
-def log_laws(model, prompt, tokens, temperature: float = 0.8) -> torch.Tensor:
+def log_distributions(model, prompt, tokens, temperature: float = 0.8) -> torch.Tensor:
     logits = model(torch.tensor([list(prompt) + list(tokens)])).logits[0]
     return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
 
@@ -98,8 +98,8 @@ def log_laws(model, prompt, tokens, temperature: float = 0.8) -> torch.Tensor:
 def check_base_log_probs(model, outputs) -> None:
     for prompt, completions in zip(PROMPTS, outputs, strict=True):
         for completion in completions:
-            law = log_laws(model, prompt, completion.tokens)
-            expected = law.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            distribution = log_distributions(model, prompt, completion.tokens)
+            expected = distribution.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
             assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-4)
             assert completion.finish is Finish.STOPPED or len(completion.tokens) == SAMPLING.max_tokens
 
@@ -114,13 +114,15 @@ def check_repeats(decoder: Engine) -> list:
 
 
 @pytest.mark.parametrize("strength", [1.0, 3.0])
-def test_proxy_tuning_multiplies_laws(engine: Engine, model, tuned, strength: float):
+def test_proxy_tuning_multiplies_distributions(engine: Engine, model, tuned, strength: float):
     score = LogRatio(plus=model_distribution(tuned), minus=model_distribution(model))
     outputs = check_repeats(Shaped(engine, score, strength=strength))
     for prompt, completions in zip(PROMPTS, outputs, strict=True):
         for completion in completions:
-            base = log_laws(model, prompt, completion.tokens)
-            ratio = log_laws(tuned, prompt, completion.tokens, 1.0) - log_laws(model, prompt, completion.tokens, 1.0)
+            base = log_distributions(model, prompt, completion.tokens)
+            ratio = log_distributions(tuned, prompt, completion.tokens, 1.0) - log_distributions(
+                model, prompt, completion.tokens, 1.0
+            )
             shaped = (base + strength * ratio).log_softmax(-1)
             chosen = torch.tensor(completion.tokens)[:, None]
             assert torch.allclose(torch.tensor(completion.logps), shaped.gather(-1, chosen)[:, 0], atol=1e-3)
@@ -135,7 +137,7 @@ def test_a_value_model_shapes_its_top_candidates(engine: Engine, model, tiny_mod
     value = make_value_model(tiny_model_folder)
     outputs = Shaped(engine, value_score(value), k=4, rest=rest).generate(PROMPTS[:2], SAMPLING, seeds=[1, 2])
     for prompt, (completion,) in zip(PROMPTS[:2], outputs, strict=True):
-        base = log_laws(model, prompt, completion.tokens)
+        base = log_distributions(model, prompt, completion.tokens)
         for t, token in enumerate(completion.tokens):
             prefix = [*prompt, *completion.tokens[:t]]
             bonus = base[t].topk(4)
@@ -159,8 +161,8 @@ def test_greedy_decoding_under_a_shaper(engine: Engine, model):
     greedy = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
     outputs = Shaped(engine, score, strength=50.0, k=200, rest="drop").generate(PROMPTS[:2], greedy)
     for prompt, (completion,) in zip(PROMPTS[:2], outputs, strict=True):
-        law = log_laws(model, prompt, completion.tokens, 1.0)
-        assert completion.tokens == law[:, :100].argmax(-1).tolist()
+        distribution = log_distributions(model, prompt, completion.tokens, 1.0)
+        assert completion.tokens == distribution[:, :100].argmax(-1).tolist()
 
 
 def test_a_score_that_raises_is_raised_and_leaves_the_engine_as_it_was(engine: Engine):
@@ -207,7 +209,7 @@ def mean_score(outputs) -> float:
 
 
 def test_smc_with_a_shaped_proposal(engine: Engine, model, tuned):
-    """Twists that are log-ratios of normalised laws, with the same strength: all weights stay 1."""
+    """Twists that are log-ratios of normalised distributions, with the same strength: all weights stay 1."""
     base_at_temperature = model_distribution(model, temperature=SAMPLING.temperature)
     score = LogRatio(plus=model_distribution(tuned), minus=base_at_temperature)
     proposal = Shaped(engine, score)
@@ -258,8 +260,8 @@ def test_searches_over_tokens(engine: Engine, model):
         engine=engine, score=LOW, propose=functools.partial(top_tokens, k=3), select=functools.partial(beam, width=2)
     )
     (tree,) = search.search(PROMPTS[:1], SAMPLING, seeds=[0])[0]
-    law = log_laws(model, PROMPTS[0], [0])[0]
-    assert [child.step[0] for child in tree.root.children] == law.topk(3).indices.tolist()
+    distribution = log_distributions(model, PROMPTS[0], [0])[0]
+    assert [child.step[0] for child in tree.root.children] == distribution.topk(3).indices.tolist()
     check_base_log_probs(model, search.generate(PROMPTS, SAMPLING, 1, seeds=range(4)))
 
 
@@ -313,18 +315,18 @@ def test_per_token_heads_read_only_the_last_token(tiny_model_folder: Path):
             Prefix(tokens=[*prefix.tokens, int(best)], start=2)
             for prefix, best in zip(prefixes, vectors.argmax(-1), strict=True)
         ]
-    assert cached.reader.computed == {"prefixes": 3, "candidates": 3 * 4}
+    assert cached.candidate_cache.computed == {"prefixes": 3, "candidates": 3 * 4}
 
 
-def test_laws_of_models_in_batches(model):
-    law = model_distribution(model, temperature=0.8)
+def test_distributions_of_models_in_batches(model):
+    distribution = model_distribution(model, temperature=0.8)
     prefixes = prefixes_of(3, 9, 5, 2)
-    paths, following = law(prefixes)
+    paths, following = distribution(prefixes)
     for prefix, path, row in zip(prefixes, paths, following, strict=True):
-        laws = log_laws(model, prefix.tokens[:2], [*prefix.generated, 0])
-        expected = laws[:-1].gather(-1, torch.tensor(prefix.generated, dtype=torch.long)[:, None]).sum()
+        distributions = log_distributions(model, prefix.tokens[:2], [*prefix.generated, 0])
+        expected = distributions[:-1].gather(-1, torch.tensor(prefix.generated, dtype=torch.long)[:, None]).sum()
         assert float(path) == pytest.approx(float(expected), abs=1e-4)
-        assert torch.allclose(row, laws[-1], atol=1e-4)
+        assert torch.allclose(row, distributions[-1], atol=1e-4)
 
 
 def test_cached_values_are_those_of_whole_forward_passes(tiny_model_folder: Path):
@@ -344,7 +346,7 @@ def test_cached_values_are_those_of_whole_forward_passes(tiny_model_folder: Path
             prefixes = [prefixes[2], *prefixes_of(4, 70), prefixes[0]]
         if turn == 2:
             prefixes[0] = Prefix(tokens=[*prefixes[0].tokens[:-1], 99], start=2)
-    assert cached.reader.computed == {"prefixes": 3 + 2 + 1, "candidates": 3 * (3 + 3 + 4 + 4)}
+    assert cached.candidate_cache.computed == {"prefixes": 3 + 2 + 1, "candidates": 3 * (3 + 3 + 4 + 4)}
     with torch.no_grad():
         value.head.linear.weight.mul_(2.0)
     expected = next_scores(plain, prefixes, candidates)
@@ -381,8 +383,8 @@ def test_editing_with_a_linear_value_is_a_logit_bias(plain_engine, model):
     bias = 0.1 * 3 * model.get_output_embeddings().weight @ direction / SAMPLING.temperature
     for prompt, completions in zip(PROMPTS, outputs, strict=True):
         for completion in completions:
-            law = (log_laws(model, prompt, completion.tokens) + bias).log_softmax(-1)
-            expected = law.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            distribution = (log_distributions(model, prompt, completion.tokens) + bias).log_softmax(-1)
+            expected = distribution.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
             assert torch.allclose(torch.tensor(completion.logps), expected, atol=1e-4)
     check_base_log_probs(model, plain_engine.generate(PROMPTS, SAMPLING, seeds=range(4)))  # the hook is gone
 

@@ -13,8 +13,8 @@ from exact_world import (
     PROMPT,
     World,
     distance,
+    distribution_of,
     kl,
-    law_of,
     make_world,
     table_score,
     tokens_of,
@@ -38,7 +38,7 @@ from posttrain.decoding.particles import (
     tilted,
     top,
 )
-from posttrain.decoding.population import Outcome, Population
+from posttrain.decoding.population import Population, PopulationResult
 from posttrain.decoding.prefixes import Prefix
 from posttrain.decoding.shaping import GuideWarning, Shaped
 from posttrain.engines.base import Sampling
@@ -48,10 +48,10 @@ TINY = make_world(4, vocabulary=2, length=2)
 ENDING = make_world(5, vocabulary=3, length=2, eos=True)
 
 
-def law(world: World, values, **options) -> dict:
-    """The law of a population's answer."""
+def answer_distribution(world: World, values, **options) -> dict:
+    """The distribution of a population's answer."""
     score = table_score(values, "soft", world.beta)
-    return law_of(
+    return distribution_of(
         lambda choosers: tokens_of(
             Population(world.engine(choosers), score, make_chooser=choosers, **options).generate(
                 [PROMPT], world.sampling
@@ -66,7 +66,7 @@ def law(world: World, values, **options) -> dict:
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("world", [SMALL, ENDING])
 def test_best_of_n_has_its_closed_form_and_its_kl_bound(world: World, n: int):
-    found = law(world, world.reward, branch=n)
+    found = answer_distribution(world, world.reward, branch=n)
     assert distance(found, best_of_n(world, n)) < 1e-9
     assert kl(found, world.strings) <= best_of_n_kl_bound(n) + 1e-9
 
@@ -75,7 +75,7 @@ def test_best_of_n_has_its_closed_form_and_its_kl_bound(world: World, n: int):
 @pytest.mark.parametrize("block", [1, 2])
 def test_blockwise_best_of_n(world: World, block: int):
     values = world.mean_values()
-    found = law(world, values, branch=2, block=block)
+    found = answer_distribution(world, values, branch=2, block=block)
     assert distance(found, select_blockwise(world, values, block=block, count=2, select=argmax)) < 1e-12
     rounds = sum(p * math.ceil(len(y) / block) for y, p in found.items())
     assert kl(found, world.strings) <= blockwise_kl_bound(2, rounds) + 1e-9
@@ -89,7 +89,7 @@ def test_the_bound_that_is_measured_is_the_blockwise_one():
         (completion,) = decoder.generate([PROMPT], world.sampling)[0]
         return tuple(completion.tokens), completion.measured["kl_bound"], completion.measured["generated"]
 
-    outcomes = law_of(run)
+    outcomes = distribution_of(run)
     rounds = sum(p * len(tokens) for (tokens, *_), p in outcomes.items())
     assert sum(p * bound for (_, bound, _), p in outcomes.items()) == pytest.approx(blockwise_kl_bound(2, rounds))
     assert all(generated == 2 * len(tokens) for tokens, _, generated in outcomes)
@@ -121,7 +121,7 @@ def test_the_mean_of_the_bounds_is_above_the_enumerated_kl(name: str, values: st
         (completion,) = decoder.generate([PROMPT], world.sampling)[0]
         return tuple(completion.tokens), completion.measured["kl_bound"]
 
-    outcomes = law_of(run)
+    outcomes = distribution_of(run)
     found: dict = {}
     for (tokens, _), p in outcomes.items():
         found[tokens] = found.get(tokens, 0.0) + p
@@ -131,7 +131,7 @@ def test_the_mean_of_the_bounds_is_above_the_enumerated_kl(name: str, values: st
     assert bound < 3.5 * exact + 0.7  # and it says something
 
 
-def test_a_mean_value_does_not_make_the_tilted_law_and_the_population_says_so():
+def test_a_mean_value_does_not_make_the_tilted_distribution_and_the_population_says_so():
     with pytest.warns(GuideWarning, match="the score is a mean value; only a soft value"):
         Population(TINY.engine(), table_score(TINY.mean_values()), strength=1 / TINY.beta, pick=tilted, tilted=True)
     with warnings.catch_warnings():
@@ -152,16 +152,18 @@ def test_soft_selection_of_blocks(world: World, block: int | None, count: int):
     """Soft best-of-n with whole completions, SVDD with blocks."""
     values = world.soft_values()
     strength = 1 / world.beta
-    found = law(world, values, branch=count, block=block, pick=tilted, strength=strength)
+    found = answer_distribution(world, values, branch=count, block=block, pick=tilted, strength=strength)
     expected = select_blockwise(world, values, block=block or world.length, count=count, select=softmax_at(strength))
     assert distance(found, expected) < 1e-12
 
 
-def test_soft_selection_from_many_blocks_comes_near_the_tilted_law():
-    """TV to the tilted law falls like 1 / M; at M = 1 it is the base law's."""
+def test_soft_selection_from_many_blocks_comes_near_the_tilted_distribution():
+    """TV to the tilted distribution falls like 1 / M; at M = 1 it is the base distribution's."""
     values, strength = TINY.soft_values(), 1 / TINY.beta
     found = [
-        total_variation(law(TINY, values, branch=m, block=1, pick=tilted, strength=strength), TINY.tilted())
+        total_variation(
+            answer_distribution(TINY, values, branch=m, block=1, pick=tilted, strength=strength), TINY.tilted()
+        )
         for m in (1, 2, 3)
     ]
     assert found[0] == pytest.approx(total_variation(TINY.strings, TINY.tilted()), abs=1e-12)
@@ -174,17 +176,17 @@ def test_soft_selection_from_many_blocks_comes_near_the_tilted_law():
     "options",
     [{}, {"pick": tilted}, {"pick": resample}, {"pick": keep}, {"block": 1}, {"block": 2, "pick": resample}],
 )
-def test_one_particle_without_branches_samples_the_base_law(options: dict):
-    assert distance(law(SMALL, SMALL.soft_values(), **options), SMALL.strings) < 1e-12
+def test_one_particle_without_branches_samples_the_base_distribution(options: dict):
+    assert distance(answer_distribution(SMALL, SMALL.soft_values(), **options), SMALL.strings) < 1e-12
 
 
 def test_a_block_as_long_as_the_completion_is_best_of_n():
-    assert distance(law(SMALL, SMALL.max_values(), branch=2, block=3), best_of_n(SMALL, 2)) < 1e-12
+    assert distance(answer_distribution(SMALL, SMALL.max_values(), branch=2, block=3), best_of_n(SMALL, 2)) < 1e-12
 
 
 def test_two_beams_that_branch_twice_are_four_candidates():
     """IVO's beam on strings of one block: the best of P · n independent ones."""
-    found = law(TINY, TINY.reward, particles=2, branch=2)
+    found = answer_distribution(TINY, TINY.reward, particles=2, branch=2)
     assert distance(found, best_of_n(TINY, 4)) < 1e-12
 
 
@@ -207,7 +209,7 @@ def test_distinct_beams_differ():
 def estimates(
     world: World, twists, *, shaped: bool, particles: int = 2, pinned=None, block: int | None = 1, ends=(), **options
 ) -> dict:
-    """The law of log Ẑ."""
+    """The distribution of log Ẑ."""
 
     def run(choosers):
         engine = world.engine(choosers)
@@ -228,7 +230,7 @@ def estimates(
         given = None if pinned is None else [pinned]
         return round(decoder.populations([PROMPT], world.sampling, pinned=given)[0].log_z, 13)
 
-    return law_of(run)
+    return distribution_of(run)
 
 
 TWISTS = {
@@ -310,15 +312,16 @@ def test_branches_share_their_parents_weight():
         )
         return round(decoder.populations([PROMPT], TINY.sampling)[0].log_z, 13)
 
-    found = law_of(run)
+    found = distribution_of(run)
     assert abs(sum(p * math.exp(value) for value, p in found.items()) - math.exp(TINY.log_z())) < 1e-10
 
 
-def test_weighted_samples_come_near_the_tilted_law():
+def test_weighted_samples_come_near_the_tilted_distribution():
     values = dict.fromkeys(TINY.prefixes, 0.0) | dict(TINY.reward)
     options = {"strength": 1 / TINY.beta, "final": weighted, "pick": keep}
     near = [
-        total_variation(law(TINY, values, particles=particles, **options), TINY.tilted()) for particles in (1, 2, 3)
+        total_variation(answer_distribution(TINY, values, particles=particles, **options), TINY.tilted())
+        for particles in (1, 2, 3)
     ]
     assert near[0] > near[1] > near[2]
 
@@ -328,7 +331,7 @@ def test_weighted_samples_come_near_the_tilted_law():
 def test_systematic_draws_take_the_nearest_counts(shares: list[float], count: int):
     shares = [share / sum(shares) for share in shares]
     means = [0.0] * len(shares)
-    for drawn, probability in law_of(lambda choosers: tuple(systematic(shares, count, choosers(0)))).items():
+    for drawn, probability in distribution_of(lambda choosers: tuple(systematic(shares, count, choosers(0)))).items():
         assert len(drawn) == count
         for index, share in enumerate(shares):
             assert abs(drawn.count(index) - count * share) < 1 + 1e-9
@@ -340,7 +343,7 @@ def test_weights_of_zero():
     dead = [[Particle(prefix=Prefix(tokens=[0], start=1), version=0, log_weight=-math.inf)] for _ in range(2)]
     assert [one.log_weight for one in resample(dead, list, threshold=1.0)] == [-math.inf] * 2
     assert effective_size([0.0, -math.inf]) == pytest.approx(1.0)
-    assert Outcome([family[0] for family in dead], 0, 0).log_z == -math.inf
+    assert PopulationResult([family[0] for family in dead], 0, 0).log_z == -math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------- the answer
@@ -380,14 +383,16 @@ def test_a_vote_without_answers_goes_to_the_best_score():
 def test_majority_of_independent_samples():
     """P = 3: token 0 first in two of three or more wins: 3 p² - 2 p³."""
     world = make_world(6, vocabulary=2, length=1)
-    p = world.next_law(())[0]
-    found = law(world, world.reward, particles=3, pick=keep, final=functools.partial(vote, answer=answer), decode=tuple)
+    p = world.next_distribution(())[0]
+    found = answer_distribution(
+        world, world.reward, particles=3, pick=keep, final=functools.partial(vote, answer=answer), decode=tuple
+    )
     assert found[0,] == pytest.approx(3 * p**2 - 2 * p**3)
 
 
 def test_branches_must_be_chosen_among():
     with pytest.raises(ValueError, match="a pick that chooses"):
-        law(TINY, TINY.reward, branch=2, pick=keep)
+        answer_distribution(TINY, TINY.reward, branch=2, pick=keep)
     with pytest.raises(ValueError, match="branch 0"):
         Population(TINY.engine(), table_score({}), branch=0)
 
@@ -436,7 +441,7 @@ def test_blocks_end_at_their_own_tokens_too():
     assert len(set(lengths)) > 1
 
 
-# ------------------------------------------------------------------------- real seeds: sampled laws are the exact ones
+# ------------------------------------------------------------------------ samples of real seeds follow the distribution
 
 
 @pytest.mark.parametrize(
@@ -447,10 +452,10 @@ def test_blocks_end_at_their_own_tokens_too():
     ],
     ids=["shaped", "best of two"],
 )
-def test_samples_follow_the_exact_law(decoder, exact):
+def test_samples_follow_the_exact_distribution(decoder, exact):
     """χ² of 1500 samples in 8 cells: mean 7, standard deviation 3.7; below 30 but once in 10 000 seeds."""
     samples = decoder(SMALL.engine()).generate([PROMPT], SMALL.sampling, 1500, seeds=[17])[0]
     counts = Counter(tuple(completion.tokens) for completion in samples)
-    law = exact()
-    assert set(counts) <= set(law)
-    assert sum((counts[y] - 1500 * p) ** 2 / (1500 * p) for y, p in law.items()) < 30
+    distribution = exact()
+    assert set(counts) <= set(distribution)
+    assert sum((counts[y] - 1500 * p) ** 2 / (1500 * p) for y, p in distribution.items()) < 30

@@ -1,4 +1,4 @@
-"""Rejection sampling on an exact world: exact draws of the tilted law, and log Z bounded from both sides."""
+"""Rejection sampling on an exact world: exact draws of the tilted distribution, and log Z bounded from both sides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 
 import pytest
-from exact_world import PROMPT, World, distance, kl, law_of, make_world, table_score, tokens_of
+from exact_world import PROMPT, World, distance, distribution_of, kl, make_world, table_score, tokens_of
 
 from posttrain.decoding.answers import weighted
 from posttrain.decoding.particles import keep, resample, tilted, top
@@ -33,19 +33,19 @@ def decoder_of(world: World, choosers, *, values=None, width: int = 1, rounds: i
 
 
 def outcomes(world: World, *names: str, **options) -> dict:
-    """The law of an answer with whether it was accepted and what else was measured."""
+    """The distribution of an answer with whether it was accepted and what else was measured."""
 
     def run(choosers):
         ((completion,),) = decoder_of(world, choosers, **options).generate([PROMPT], world.sampling)
         return tuple(completion.tokens), *(completion.measured.get(name) for name in ("accepted", *names))
 
-    return law_of(run)
+    return distribution_of(run)
 
 
-def given_accepted(law: dict) -> dict:
-    share = sum(p for outcome, p in law.items() if outcome[1])
+def given_accepted(distribution: dict) -> dict:
+    share = sum(p for outcome, p in distribution.items() if outcome[1])
     found: dict = {}
-    for outcome, p in law.items():
+    for outcome, p in distribution.items():
         if outcome[1]:
             found[outcome[0]] = found.get(outcome[0], 0.0) + p / share
     return found
@@ -53,19 +53,19 @@ def given_accepted(law: dict) -> dict:
 
 @pytest.mark.parametrize(("world", "width", "rounds"), [(TINY, 1, 1), (TINY, 2, 1), (TINY, 1, 3), (ENDING, 1, 2)])
 @pytest.mark.parametrize("margin", [0.0, 0.3])
-def test_what_is_accepted_has_the_tilted_law(world: World, width: int, rounds: int, margin: float):
+def test_what_is_accepted_has_the_tilted_distribution(world: World, width: int, rounds: int, margin: float):
     """The acceptance rate is Z / exp(λ highest)."""
     highest = max(world.reward.values()) + margin
-    law = outcomes(world, width=width, rounds=rounds, highest=highest, pick=keep)
-    assert distance(given_accepted(law), world.tilted()) < 1e-12
+    distribution = outcomes(world, width=width, rounds=rounds, highest=highest, pick=keep)
+    assert distance(given_accepted(distribution), world.tilted()) < 1e-12
     rate = math.exp(world.log_z() - highest / world.beta)
-    share = sum(p for (_, accepted), p in law.items() if accepted)
+    share = sum(p for (_, accepted), p in distribution.items() if accepted)
     assert share == pytest.approx(1 - (1 - rate) ** (width * rounds), abs=1e-12)
 
 
 def test_where_nothing_is_accepted_the_answer_is_drawn_by_weight():
     """The answer comes from draws that chance has all rejected."""
-    law = outcomes(TINY, "log_z", width=2, pick=keep)
+    distribution = outcomes(TINY, "log_z", width=2, pick=keep)
     refused = {y: 1 - math.exp((r - max(TINY.reward.values())) / TINY.beta) for y, r in TINY.reward.items()}
     expected: dict = {}
     for first, p in TINY.strings.items():
@@ -73,21 +73,21 @@ def test_where_nothing_is_accepted_the_answer_is_drawn_by_weight():
             weights = [math.exp(TINY.reward[y] / TINY.beta) for y in (first, second)]
             for y, weight in zip((first, second), weights, strict=True):
                 expected[y] = expected.get(y, 0.0) + p * q * refused[first] * refused[second] * weight / sum(weights)
-    found = {y: p for (y, accepted, log_z), p in law.items() if not accepted and log_z is None}
+    found = {y: p for (y, accepted, log_z), p in distribution.items() if not accepted and log_z is None}
     assert distance(found, expected) < 1e-12
 
 
 @pytest.mark.parametrize("values", ["mean", "soft"])
 def test_log_z_lies_between_the_estimates_without_and_with_the_draw(values: str):
-    """Their mean difference is no less than both divergences of SMC's answers and the tilted law."""
+    """Their mean difference is no less than both divergences of SMC's answers and the tilted distribution."""
     table = TINY.mean_values() if values == "mean" else TINY.soft_values()
-    law = outcomes(TINY, "log_z", "log_z_upper", "kl_bound", values=table, **SMC)
-    share = sum(p for outcome, p in law.items() if outcome[1])
-    means = [sum(p / share * outcome[i] for outcome, p in law.items() if outcome[1]) for i in (2, 3, 4)]
+    distribution = outcomes(TINY, "log_z", "log_z_upper", "kl_bound", values=table, **SMC)
+    share = sum(p for outcome, p in distribution.items() if outcome[1])
+    means = [sum(p / share * outcome[i] for outcome, p in distribution.items() if outcome[1]) for i in (2, 3, 4)]
     lower, upper, divergence = means
     assert lower < TINY.log_z() < upper
     assert divergence > kl(TINY.tilted(), TINY.strings)
-    answers = law_of(
+    answers = distribution_of(
         lambda choosers: tokens_of(
             Population(
                 TINY.engine(choosers),

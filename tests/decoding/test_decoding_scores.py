@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from exact_world import PROMPT, String, World, distance, kl, law_of, make_world, table_score, tokens_of
+from exact_world import PROMPT, String, World, distance, distribution_of, kl, make_world, table_score, tokens_of
 from function_score import FunctionScore
 from torch import nn
 
@@ -28,6 +28,8 @@ WORLD = make_world(0)
 ENDING = make_world(1, eos=True)
 PAIRS = make_world(3, vocabulary=2, length=3)
 TOLERANCE = 1e-8
+
+tensor_of = functools.partial(torch.tensor, dtype=torch.float64)
 
 
 def prefix_of(string: String, world: World = WORLD) -> Prefix:
@@ -49,12 +51,10 @@ def by_backup(world: World, kind: str, lambda_: float = 0.0) -> dict[String, flo
             if world.ended(string):
                 targets[string] = world.reward[string]
                 continue
-            law = torch.tensor(world.next_law(string), dtype=torch.float64).log()
+            distribution = tensor_of(world.next_distribution(string)).log()
             nexts = [(*string, a) for a in range(world.vocabulary)]
             one, many = (
-                float(
-                    backup(torch.tensor([of[s] for s in nexts], dtype=torch.float64), law, kind=kind, beta=world.beta)
-                )
+                float(backup(tensor_of([of[s] for s in nexts]), distribution, kind=kind, beta=world.beta))
                 for of in (values, targets)
             )
             targets[string] = (1 - lambda_) * one + lambda_ * many
@@ -64,8 +64,8 @@ def by_backup(world: World, kind: str, lambda_: float = 0.0) -> dict[String, flo
 
 def greedy_return(world: World, string: String) -> float:
     while not world.ended(string):
-        law = world.next_law(string)
-        string = (*string, law.index(max(law)))
+        distribution = world.next_distribution(string)
+        string = (*string, distribution.index(max(distribution)))
     return world.reward[string]
 
 
@@ -97,9 +97,9 @@ def test_rewards_come_back_from_greedy_values(world: World):
     greedy = by_backup(world, "greedy")
     for string in world.prefixes:
         if string and not world.ended(string):
-            law = torch.tensor(world.next_law(string)).log()
+            distribution = torch.tensor(world.next_distribution(string)).log()
             nexts = torch.tensor([greedy[*string, a] for a in range(world.vocabulary)], dtype=torch.float64)
-            assert abs(greedy[string] - float(backup(nexts, law, kind="greedy"))) < TOLERANCE
+            assert abs(greedy[string] - float(backup(nexts, distribution, kind="greedy"))) < TOLERANCE
         elif string:
             assert abs(greedy[string] - world.reward[string]) < TOLERANCE
 
@@ -117,7 +117,7 @@ def test_looking_ahead_as_far_as_the_end_makes_any_value_the_best_one():
             else float(
                 backup(
                     torch.tensor([q[*s, a] for a in range(3)], dtype=torch.float64),
-                    torch.tensor(world.next_law(s)).log(),
+                    torch.tensor(world.next_distribution(s)).log(),
                     kind="max",
                 )
             )
@@ -130,29 +130,29 @@ def test_looking_ahead_as_far_as_the_end_makes_any_value_the_best_one():
 # ---------------------------------------------------------------------------------------------- row 10 of the test bed
 
 
-def guided_law(world: World, values, strength: float, anchor: World | None = None) -> dict:
-    """The shaped decoder's law of strings."""
+def guided_distribution(world: World, values, strength: float, anchor: World | None = None) -> dict:
+    """The shaped decoder's distribution of strings."""
     base = anchor or world
     score = table_score(values)
-    return law_of(
+    return distribution_of(
         lambda choosers: tokens_of(
             Shaped(base.engine(choosers), score, strength=strength).generate([PROMPT], world.sampling)
         )
     )
 
 
-def expected(world: World, law, label) -> dict[String, float]:
-    """E[label(y, prefix) | prefix] under a law of strings: what a value fitted to it says."""
+def expected(world: World, distribution, label) -> dict[String, float]:
+    """E[label(y, prefix) | prefix] under a distribution of strings: what a value fitted to it says."""
     values = {}
     for prefix in world.prefixes:
-        through = {y: p for y, p in law.items() if y[: len(prefix)] == prefix}
+        through = {y: p for y, p in distribution.items() if y[: len(prefix)] == prefix}
         values[prefix] = sum(p * label(y, prefix) for y, p in through.items()) / sum(through.values())
     return values
 
 
-def as_world(world: World, law) -> World:
+def as_world(world: World, distribution) -> World:
     """A copy of the world with another base distribution."""
-    mass = {prefix: sum(p for y, p in law.items() if y[: len(prefix)] == prefix) for prefix in world.prefixes}
+    mass = {prefix: sum(p for y, p in distribution.items() if y[: len(prefix)] == prefix) for prefix in world.prefixes}
     logits = {
         PROMPT + s: [math.log(mass[*s, a] / mass[s]) for a in range(world.vocabulary)]
         for s in world.prefixes
@@ -161,45 +161,52 @@ def as_world(world: World, law) -> World:
     return dataclasses.replace(world, logits=logits)
 
 
-def later_kl(world: World, law):
+def later_kl(world: World, distribution):
     """r - β Σ log(π / π_ref) over the tokens after the prefix."""
-    now = as_world(world, law)
+    now = as_world(world, distribution)
 
     def label(y: String, prefix: String) -> float:
-        ratios = [math.log(now.next_law(y[:t])[y[t]] / world.next_law(y[:t])[y[t]]) for t in range(len(prefix), len(y))]
+        ratios = [
+            math.log(now.next_distribution(y[:t])[y[t]] / world.next_distribution(y[:t])[y[t]])
+            for t in range(len(prefix), len(y))
+        ]
         return world.reward[y] - world.beta * sum(ratios)
 
     return label
 
 
-def test_iterated_guidance_with_a_fixed_anchor_and_soft_targets_is_the_tilted_law():
+def test_iterated_guidance_with_a_fixed_anchor_and_soft_targets_is_the_tilted_distribution():
     """After as many rounds as there are tokens. IVO with targets R - β Σ_later log(π / π_ref)."""
-    world, law = PAIRS, PAIRS.strings
+    world, distribution = PAIRS, PAIRS.strings
     for _ in range(world.length):
-        law = guided_law(world, expected(world, law, later_kl(world, law)), 1 / world.beta)
-    assert distance(law, world.tilted()) < 1e-6
+        distribution = guided_distribution(
+            world, expected(world, distribution, later_kl(world, distribution)), 1 / world.beta
+        )
+    assert distance(distribution, world.tilted()) < 1e-6
 
 
 def test_iterated_guidance_with_a_fixed_anchor_and_plain_targets_has_its_own_fixed_point():
-    world, law = PAIRS, PAIRS.strings
-    objectives = [world.objective(law)]
+    world, distribution = PAIRS, PAIRS.strings
+    objectives = [world.objective(distribution)]
     for _ in range(30):
-        after = guided_law(world, expected(world, law, lambda y, prefix: world.reward[y]), 1 / world.beta)
-        step, law = distance(after, law), after
-        objectives.append(world.objective(law))
+        after = guided_distribution(
+            world, expected(world, distribution, lambda y, prefix: world.reward[y]), 1 / world.beta
+        )
+        step, distribution = distance(after, distribution), after
+        objectives.append(world.objective(distribution))
     assert step < 1e-6
-    assert distance(law, world.tilted()) > 1e-3
+    assert distance(distribution, world.tilted()) > 1e-3
     assert objectives[0] < objectives[-1] < world.objective(world.tilted()) - 1e-4
 
 
 def test_iterated_guidance_with_a_moving_anchor_goes_to_the_best_string():
-    world, law = PAIRS, PAIRS.strings
+    world, distribution = PAIRS, PAIRS.strings
     for _ in range(35):
-        values = expected(world, law, lambda y, prefix: world.reward[y])
-        law = guided_law(world, values, 5.0, anchor=as_world(world, law))
+        values = expected(world, distribution, lambda y, prefix: world.reward[y])
+        distribution = guided_distribution(world, values, 5.0, anchor=as_world(world, distribution))
     best = max(world.reward, key=lambda y: world.reward[y])
-    assert law[best] > 1 - 1e-6
-    assert kl(law, world.strings) == pytest.approx(-math.log(world.strings[best]), abs=1e-4)
+    assert distribution[best] > 1 - 1e-6
+    assert kl(distribution, world.strings) == pytest.approx(-math.log(world.strings[best]), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- row 15 of the test bed
@@ -231,8 +238,8 @@ def quarters() -> World:
     """Next-token probabilities 1/4 and 3/4: 64 slices hold every string of three tokens as often as p0 says."""
     world = make_world(5, vocabulary=2, length=3)
     flip = {prefix: index % 2 for index, prefix in enumerate(world.logits)}
-    laws = {p: [math.log(3), 0.0] if flip[p] else [0.0, math.log(3)] for p in world.logits}
-    return dataclasses.replace(world, logits=laws)
+    distributions = {p: [math.log(3), 0.0] if flip[p] else [0.0, math.log(3)] for p in world.logits}
+    return dataclasses.replace(world, logits=distributions)
 
 
 def rollouts(world: World, **options) -> RolloutScore:
@@ -245,7 +252,8 @@ def rollouts(world: World, **options) -> RolloutScore:
 def test_rollouts_with_importance_weights_have_the_tilted_policys_value():
     """TQ*, indirect: rollouts of a policy aligned to r_BL, weighted, give Q under the policy aligned to r.
 
-    The aligned law is ρ_BL ∝ p exp(r_BL / β); Σ w r / Σ w with w = exp((r - r_BL) / β) is E[r] under p exp(r / β) / Z.
+    The aligned policy is ρ_BL ∝ p exp(r_BL / β). With w = exp((r - r_BL) / β), Σ w r / Σ w is E[r] under
+    p exp(r / β) / Z.
     """
     aligned = quarters()
     beta, other = aligned.beta, {y: 0.3 * len(set(y)) - 0.2 * y[0] for y in aligned.reward}
@@ -342,7 +350,7 @@ def test_fudges_cross_entropy_has_no_gradient_at_the_expected_label():
 
 
 @pytest.mark.parametrize("world", [WORLD, ENDING])
-def test_twisted_prefix_laws_are_the_marginals_of_the_tilted_law(world: World):
+def test_twisted_prefix_distributions_are_the_marginals_of_the_tilted_distribution(world: World):
     """π_t(s) ∝ p0(s) exp(V*(s) / β) over prefixes of t tokens, and strings that ended before, is σ's marginal."""
     soft, tilted = world.soft_values(), world.tilted()
     for t in range(1, world.length + 1):
@@ -359,13 +367,13 @@ def test_the_logarithm_of_a_probability_is_a_soft_value():
     chance = dataclasses.replace(WORLD, reward=phi)
     score = Logarithm(table_score(chance.mean_values()))
     assert (score.kind, score.beta) == ("soft", 1.0)
-    law = law_of(
+    distribution = distribution_of(
         lambda choosers: tokens_of(
             Shaped(WORLD.engine(choosers), score, tilted=True).generate([PROMPT], WORLD.sampling)
         )
     )
     total = sum(p * phi[y] for y, p in WORLD.strings.items())
-    assert distance(law, {y: p * phi[y] / total for y, p in WORLD.strings.items()}) < 1e-12
+    assert distance(distribution, {y: p * phi[y] / total for y, p in WORLD.strings.items()}) < 1e-12
     with pytest.raises(ValueError, match="not negative"):
         Logarithm(table_score(WORLD.mean_values())).score([prefix_of(s) for s in WORLD.strings])
 
@@ -373,19 +381,22 @@ def test_the_logarithm_of_a_probability_is_a_soft_value():
 # ---------------------------------------------------------------------------------------------- row 14 of the test bed
 
 
-def table_law(world: World):
-    """The law of a world's table, as :class:`LogRatio` wants it."""
+def table_distribution(world: World):
+    """The distribution of a world's table, as :class:`LogRatio` wants it."""
     engine = world.engine()
 
-    def law(prefixes):
+    def distribution(prefixes):
         following = engine.next_logps([prefix.tokens for prefix in prefixes])
         paths = [
-            sum(math.log(world.next_law(tuple(p.generated[:t]))[p.generated[t]]) for t in range(len(p.generated)))
+            sum(
+                math.log(world.next_distribution(tuple(p.generated[:t]))[p.generated[t]])
+                for t in range(len(p.generated))
+            )
             for p in prefixes
         ]
         return torch.tensor(paths, dtype=torch.float64), following
 
-    return law
+    return distribution
 
 
 def test_proxy_tuning_is_guidance_by_an_autoregressive_reward_model():
@@ -393,42 +404,45 @@ def test_proxy_tuning_is_guidance_by_an_autoregressive_reward_model():
     tuned, plain = make_world(21), make_world(22)
     strength = 0.8
     ratio = {
-        prefix: [math.log(a / b) for a, b in zip(tuned.next_law(prefix[1:]), plain.next_law(prefix[1:]), strict=True)]
+        prefix: [
+            math.log(a / b)
+            for a, b in zip(tuned.next_distribution(prefix[1:]), plain.next_distribution(prefix[1:]), strict=True)
+        ]
         for prefix in WORLD.logits
     }
     reward_model = dataclasses.replace(WORLD, logits=ratio)
-    proxy = LogRatio(plus=table_law(tuned), minus=table_law(plain))
-    autoregressive = LogRatio(plus=table_law(reward_model))
-    laws = [
-        law_of(
+    proxy = LogRatio(plus=table_distribution(tuned), minus=table_distribution(plain))
+    autoregressive = LogRatio(plus=table_distribution(reward_model))
+    distributions = [
+        distribution_of(
             lambda choosers, score=score: tokens_of(
                 Shaped(WORLD.engine(choosers), score, strength=strength).generate([PROMPT], WORLD.sampling)
             )
         )
         for score in (proxy, autoregressive)
     ]
-    assert distance(*laws) < 1e-12
-    powers = [p * math.exp(strength * r) for p, r in zip(WORLD.next_law(()), ratio[PROMPT], strict=True)]
-    first = {a: sum(p for y, p in laws[0].items() if y[0] == a) for a in range(3)}
+    assert distance(*distributions) < 1e-12
+    powers = [p * math.exp(strength * r) for p, r in zip(WORLD.next_distribution(()), ratio[PROMPT], strict=True)]
+    first = {a: sum(p for y, p in distributions[0].items() if y[0] == a) for a in range(3)}
     assert first == pytest.approx({a: power / sum(powers) for a, power in enumerate(powers)}, abs=1e-12)
 
 
-def test_contrastive_decoding_is_a_ratio_on_the_head_of_the_law():
+def test_contrastive_decoding_is_a_ratio_on_the_head_of_the_distribution():
     """Scores log p_expert - log p_amateur over tokens with p >= 0.1 max p: strength 1 with minus the amateur alone."""
     amateur = make_world(23)
-    decoder = Shaped(WORLD.engine(), LogRatio(minus=table_law(amateur)), head=0.1)
+    decoder = Shaped(WORLD.engine(), LogRatio(minus=table_distribution(amateur)), head=0.1)
     logp0 = WORLD.engine().next_logps([PROMPT])
-    law, _ = decoder.distribution(logp0, [prefix_of(())])
+    distribution, _ = decoder.distribution(logp0, [prefix_of(())])
     scores = [
-        math.log(p / q) if p >= 0.1 * max(WORLD.next_law(())) else -math.inf
-        for p, q in zip(WORLD.next_law(()), amateur.next_law(()), strict=True)
+        math.log(p / q) if p >= 0.1 * max(WORLD.next_distribution(())) else -math.inf
+        for p, q in zip(WORLD.next_distribution(()), amateur.next_distribution(()), strict=True)
     ]
-    expected_law = torch.tensor(scores, dtype=torch.float64).log_softmax(-1)
-    assert torch.allclose(law[0], expected_law, atol=1e-12)
+    expected_distribution = torch.tensor(scores, dtype=torch.float64).log_softmax(-1)
+    assert torch.allclose(distribution[0], expected_distribution, atol=1e-12)
 
 
 def test_ratios_of_paths_and_of_next_tokens_agree():
-    ratio = LogRatio(plus=table_law(make_world(21)), minus=table_law(make_world(22)), scale=2.0)
+    ratio = LogRatio(plus=table_distribution(make_world(21)), minus=table_distribution(make_world(22)), scale=2.0)
     state = prefix_of((1,))
     one_by_one = [float(ratio.score([prefix_of((1, a))])[0]) for a in range(3)]
     assert ratio.score_next([state])[0].tolist() == pytest.approx(one_by_one, abs=1e-12)

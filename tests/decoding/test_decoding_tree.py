@@ -132,8 +132,8 @@ def test_statistics_of_a_simulation_by_hand():
     assert (tree.root.visits, tree.root.q) == (2, 3.0)
     assert (at(tree, 1).visits, at(tree, 1).q) == (1, 5.0)
     assert at(tree, 0).visits == 0 and at(tree, 1, 0).visits == 0
-    law = world.next_law(())
-    assert at(tree, 0).prior == pytest.approx(law[0])
+    distribution = world.next_distribution(())
+    assert at(tree, 0).prior == pytest.approx(distribution[0])
 
 
 def test_negamax_over_a_whole_tree_is_minimax():
@@ -217,7 +217,7 @@ def test_moves_drawn_by_visits():
     root = Node(prefix=EMPTY, version=0)
     root.children = [Node(prefix=EMPTY, version=0, parent=root, visits=visits) for visits in (1, 0, 3)]
     asked = []
-    tree = Tree(root=root, seed=0, choose=lambda law: asked.append(law) or 2)
+    tree = Tree(root=root, seed=0, choose=lambda distribution: asked.append(distribution) or 2)
     assert most_visited(tree, temperature=0.5) is root.children[2]
     assert asked[0] == pytest.approx([0.1, 0.0, 0.9])  # 1 : 0 : 9
     assert most_visited(tree) is root.children[2]
@@ -269,7 +269,7 @@ def test_equal_steps_become_one_child():
     assert tree.generated == 60
     assert sum(child.prior for child in tree.root.children) == pytest.approx(1.0)
     for child in tree.root.children:
-        assert child.prior == pytest.approx(WORLD.next_law(())[child.step[0]])
+        assert child.prior == pytest.approx(WORLD.next_distribution(())[child.step[0]])
 
 
 def test_process_rewards_are_aggregated_along_the_path():

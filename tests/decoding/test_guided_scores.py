@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_world import PROMPT, String, World, distance, law_of, make_world, table_score, tokens_of
+from exact_world import PROMPT, String, World, distance, distribution_of, make_world, table_score, tokens_of
 from test_decoding_scores import Strata, as_world, expected, quarters
 from tiny_model import make_tokenizer
 from tiny_values import save_random_value
@@ -48,25 +48,27 @@ def decoder_of(name: str, world: World, tilt: dict[String, float] | None = None,
 
 def shaped_by(world: World, values: dict[String, float]) -> dict[String, float]:
     """Π_t p0 exp(Q / α) / Z_t, string by string."""
-    law = dict.fromkeys(world.strings, 1.0)
-    for y, t in itertools.product(law, range(world.length)):
-        weights = [p * math.exp(values[*y[:t], a] / world.beta) for a, p in enumerate(world.next_law(y[:t]))]
-        law[y] *= weights[y[t]] / sum(weights)
-    return law
+    distribution = dict.fromkeys(world.strings, 1.0)
+    for y, t in itertools.product(distribution, range(world.length)):
+        weights = [p * math.exp(values[*y[:t], a] / world.beta) for a, p in enumerate(world.next_distribution(y[:t]))]
+        distribution[y] *= weights[y[t]] / sum(weights)
+    return distribution
 
 
 def decoded(decoder: Part, world: World, context: DecoderContext) -> dict[String, float]:
-    return law_of(lambda made: tokens_of(decoder(world.engine(made), context).generate([PROMPT], world.sampling)))
+    return distribution_of(
+        lambda made: tokens_of(decoder(world.engine(made), context).generate([PROMPT], world.sampling))
+    )
 
 
 def test_direct_transfer_guides_by_the_mean_reward_of_the_aligned_policys_rollouts() -> None:
     aligned = quarters()
     plain = make_world(8, vocabulary=2, length=3)
     decoder = decoder_of("tq_star", aligned, policy="aligned", completions=64, temperature=1.0, horizon=None)
-    law = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
-    expected_law = shaped_by(World(plain.logits, aligned.reward, 2, 3), aligned.mean_values())
-    assert distance(law, expected_law) < 1e-12
-    assert distance(law, plain.strings) > 0.01
+    distribution = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
+    expected_distribution = shaped_by(World(plain.logits, aligned.reward, 2, 3), aligned.mean_values())
+    assert distance(distribution, expected_distribution) < 1e-12
+    assert distance(distribution, plain.strings) > 0.01
 
 
 def test_indirect_transfer_guides_by_the_value_of_the_policy_aligned_to_the_reward_itself() -> None:
@@ -77,9 +79,9 @@ def test_indirect_transfer_guides_by_the_value_of_the_policy_aligned_to_the_rewa
     plain = as_world(aligned, {y: w / sum(weights.values()) for y, w in weights.items()})
     tilt = {y: (r - other[y]) / beta for y, r in aligned.reward.items()}
     decoder = decoder_of("tq_star_indirect", aligned, tilt, policy="aligned", completions=64)
-    law = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
+    distribution = decoded(decoder, plain, context_of(aligned=aligned.engine(Strata(64))))
     values = expected(plain, plain.tilted(), lambda y, prefix: plain.reward[y])
-    assert distance(law, shaped_by(plain, values)) < 1e-10
+    assert distance(distribution, shaped_by(plain, values)) < 1e-10
 
 
 def test_the_posterior_mean_guess_draws_among_candidates_by_the_reward_of_their_greedy_completions() -> None:
@@ -92,22 +94,22 @@ def test_the_posterior_mean_guess_draws_among_candidates_by_the_reward_of_their_
         population = Population(engine, score, branch=2, block=1, make_chooser=made, **rules)
         return tokens_of(population.generate([PROMPT], world.sampling))
 
-    law = law_of(run)
+    distribution = distribution_of(run)
 
     def guess(string: String) -> float:
         while not world.ended(string):
-            string = (*string, max(range(2), key=lambda a: world.next_law(string)[a]))
+            string = (*string, max(range(2), key=lambda a: world.next_distribution(string)[a]))
         return math.exp(world.reward[string] / world.beta)
 
     exact = dict.fromkeys(world.strings, 1.0)
     for y, t in itertools.product(exact, range(2)):
-        p, chosen = world.next_law(y[:t]), 0.0
+        p, chosen = world.next_distribution(y[:t]), 0.0
         for pair in itertools.product(range(2), repeat=2):
             weights = [guess((*y[:t], a)) for a in pair]
             share = sum(w for a, w in zip(pair, weights, strict=True) if a == y[t]) / sum(weights)
             chosen += p[pair[0]] * p[pair[1]] * share
         exact[y] *= chosen
-    assert distance(law, exact) < 1e-12
+    assert distance(distribution, exact) < 1e-12
 
 
 def test_rollouts_are_no_longer_than_completions(tmp_path: Path) -> None:

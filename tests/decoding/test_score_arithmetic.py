@@ -10,10 +10,10 @@ import torch
 from exact_world import PROMPT, make_world
 from function_score import FunctionScore
 from tabular_engine import TabularEngine
-from test_decoding_scores import WORLD, prefix_of, table_law
+from test_decoding_scores import WORLD, prefix_of, table_distribution
 
 from posttrain.decoding.model_scores import LogRatio
-from posttrain.decoding.prefix_scores import PathLogp, Product, TextScore, next_scores, weighted_sum
+from posttrain.decoding.prefix_scores import PathLogp, Product, TextScore, next_scores, sum_scores
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Sampling
 
@@ -33,9 +33,9 @@ def test_products_and_sums():
     three = FunctionScore(function=lambda prefixes: [3.0] * len(prefixes), scale=2.0, kind="max")
     prefixes = [prefix_of(()), prefix_of((1,))]
     assert Product([(0.5, two), (1.0, three)]).score(prefixes).tolist() == [12.0, 12.0]
-    total = weighted_sum((0.5, two), (-1.0, three))
+    total = sum_scores((0.5, two), (-1.0, three))
     assert total.score(prefixes).tolist() == [-4.0, -4.0]
-    assert total.kind == "other" and weighted_sum((2.0, two)).kind == "mean"
+    assert total.kind == "other" and sum_scores((2.0, two)).kind == "mean"
     with pytest.raises(ValueError, match="not negative"):
         Product([(1.0, FunctionScore(function=lambda prefixes: [-1.0] * len(prefixes)))]).score(prefixes)
     with pytest.raises(ValueError, match=r"2 prefixes has shape \[1\]"):
@@ -43,9 +43,11 @@ def test_products_and_sums():
 
 
 def test_sums_of_ratios_emit_vectors():
-    law = table_law(make_world(21))
-    both = weighted_sum((0.5, LogRatio(plus=law)), (2.0, LogRatio(minus=law)))
-    assert torch.allclose(both.score_next([prefix_of((1,))]), -1.5 * LogRatio(plus=law).score_next([prefix_of((1,))]))
+    distribution = table_distribution(make_world(21))
+    both = sum_scores((0.5, LogRatio(plus=distribution)), (2.0, LogRatio(minus=distribution)))
+    assert torch.allclose(
+        both.score_next([prefix_of((1,))]), -1.5 * LogRatio(plus=distribution).score_next([prefix_of((1,))])
+    )
 
 
 def test_texts_are_those_of_prompt_and_completion():
@@ -80,7 +82,7 @@ def test_the_tables_weights_are_replaced_and_checked():
     tensor = torch.tensor([other.logits[prefix] for prefix in WORLD.logits], dtype=torch.float64)
     engine.load([("logits", tensor)], version=4)
     assert engine.version == 4
-    assert engine.next_logps([PROMPT])[0].exp().tolist() == pytest.approx(other.next_law(()))
+    assert engine.next_logps([PROMPT])[0].exp().tolist() == pytest.approx(other.next_distribution(()))
     with pytest.raises(ValueError, match=r"no prefix \[0, 9\]"):
         engine.next_logps([[0, 9]])
     with pytest.raises(ValueError, match="more than max_model_len 4"):

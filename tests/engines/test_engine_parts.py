@@ -1,4 +1,4 @@
-"""Pieces of engines by themselves: checksums, random numbers, end tokens, and the choice of an engine."""
+"""Tests of single parts of engines: checksums, random numbers, end tokens, and the choice of an engine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_checks import MAX_MODEL_LEN, PROMPTS, SAMPLING, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engines import MAX_MODEL_LEN, PROMPTS, SAMPLING, largest_error
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from posttrain.engines import make_engine
@@ -39,7 +39,7 @@ def test_checksum_depends_on_every_bit_and_its_place(size: int, dtype: torch.dty
     changed.view(bits)[here] ^= 1 << (seed % 15)
     assert checksum(changed) != checksum(tensor)
     assert checksum(tensor.clone()) == checksum(tensor)
-    assert checksum(torch.cat([tensor[:1], tensor])[1:]) == checksum(tensor)  # wherever it lies in memory
+    assert checksum(torch.cat([tensor[:1], tensor])[1:]) == checksum(tensor)  # at another address in memory
     there = (here + 1 + seed) % size
     swapped = tensor.clone()
     swapped[[here, there]] = tensor[[there, here]]
@@ -69,7 +69,7 @@ def test_inverse_cdf_is_the_cumulative_search(size: int, seed: int):
 
 
 def test_tokens_are_drawn_with_their_probabilities():
-    """20000 draws from 5 tokens: each frequency within 5 standard errors."""
+    """Frequencies in 20000 draws from 5 tokens are within 5 standard errors of the probabilities."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0]).expand(20000, 5)
     uniform = uniforms(range(20000), 1)[:, 0]
     tokens, logps = draw(logits, uniform, 0.8, filters(Sampling()))
@@ -94,9 +94,9 @@ def test_sample_seeds_do_not_collide():
 def test_transformers_engine_in_bfloat16(tiny_model_folder: Path):
     engine = TransformersEngine(tiny_model_folder, dtype="bfloat16", max_model_len=MAX_MODEL_LEN)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16).eval()
-    engine.load(model.float().named_parameters(), 1)  # sent in float32: exact, since it was bfloat16 before
+    engine.load(model.float().named_parameters(), 1)  # exact: the float32 numbers were bfloat16 before
     outputs = engine.generate(PROMPTS, SAMPLING, seeds=range(4))
-    assert largest_error(model, outputs, SAMPLING.temperature) < 0.2  # of a float32 forward pass
+    assert largest_error(model, outputs, SAMPLING.temperature) < 0.2  # the model's forward pass is in float32
 
 
 @pytest.mark.parametrize(

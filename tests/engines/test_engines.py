@@ -1,12 +1,9 @@
-"""The contract of an engine, kept by both engines, and what each promises beyond it."""
+"""Tests of the contract of engines, on both engines: sampling, and loads of weights."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy
 import psutil
 import pytest
 import torch
+from engine_checks import MAX_MODEL_LEN, PROMPTS, SAMPLING, largest_error, log_distributions, perturb
 from transformers import AutoModelForCausalLM
 
 from posttrain.batch import Finish
@@ -22,14 +20,11 @@ from posttrain.engines.base import Completion, Engine, Sampling, WeightMismatch
 from posttrain.engines.weights import load_verified
 from posttrain.recipe.sections import EngineSection
 
-MAX_MODEL_LEN = 160
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 90)), [5, 6, 7, 8, 200]]
-SAMPLING = Sampling(max_tokens=24, temperature=0.7)
-EOS = 1  # of the tiny model
+EOS = 1  # end-of-sequence token of the tiny model
 
 
 def ambient_state() -> list:
-    """Everything of the process that an engine shares with a trainer and must leave alone."""
+    """State of the process that an engine shares with a trainer and must not change."""
     return [
         torch.get_rng_state().tolist(),
         random.getstate(),
@@ -52,14 +47,14 @@ def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
         pytest.importorskip("vllm")
     before = ambient_state()
     options = EngineSection(use=request.param, cache_mb=64, max_concurrent=64)
-    made = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=MAX_MODEL_LEN)
-    made.generate(PROMPTS, SAMPLING, seeds=range(4))
+    sampler = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=MAX_MODEL_LEN)
+    sampler.generate(PROMPTS, SAMPLING, seeds=range(4))
     assert ambient_state() == before
-    yield made
-    made.close()
-    made.close()
+    yield sampler
+    sampler.close()
+    sampler.close()
     with pytest.raises(RuntimeError, match="closed"):
-        made.generate(PROMPTS, SAMPLING)
+        sampler.generate(PROMPTS, SAMPLING)
 
 
 @pytest.fixture
@@ -68,30 +63,6 @@ def model(engine: Engine, tiny_model_folder: Path):
     original = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     yield AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     engine.load(original.state_dict().items(), 0)
-
-
-@torch.no_grad()
-def log_distributions(model, prompt: list[int], completion: Completion, temperature: float) -> torch.Tensor:
-    """[tokens, V]: the model's distribution at each token of the completion, by a plain forward pass."""
-    logits = model(torch.tensor([prompt + completion.tokens])).logits[0]
-    return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-
-
-def largest_error(model, outputs: list[list[Completion]], temperature: float) -> float:
-    """Between the engine's log-probs and the model's."""
-    errors = []
-    for prompt, completions in zip(PROMPTS, outputs, strict=True):
-        for completion in completions:
-            expected = log_distributions(model, prompt, completion, temperature)
-            expected = expected.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
-            errors.append((expected - torch.tensor(completion.logps)).abs().max())
-    return float(max(errors))
-
-
-@torch.no_grad()
-def perturb(model, scale: float = 0.02) -> None:
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * scale)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -132,13 +103,13 @@ def test_log_probs_of_a_filtered_distribution_are_renormalised(engine: Engine, m
 
 
 def filtered_logp(row: torch.Tensor, token: int, sampling: Sampling) -> float:
-    """By definition: min-p, then the k most probable, then the smallest set of mass p; renormalised."""
+    """Log-prob by definition: min-p, then the k most probable tokens, then the smallest set of mass p; renormalised."""
     order = sorted(range(len(row)), key=lambda v: -row[v].item())
     order = [v for v in order if row[v] >= row[order[0]] + torch.tensor(max(sampling.min_p, 1e-30)).log()]
     order = order[: sampling.top_k or len(order)]
     mass = row[order].softmax(0).cumsum(0)
-    kept = order[: 1 + int((mass < sampling.top_p).sum())] if sampling.top_p < 1 else order
-    return float(row[token] - row[kept].logsumexp(0)) if token in kept else float("nan")
+    allowed = order[: 1 + int((mass < sampling.top_p).sum())] if sampling.top_p < 1 else order
+    return float(row[token] - row[allowed].logsumexp(0)) if token in allowed else float("nan")
 
 
 def test_seeds_repeat_and_differ(engine: Engine):
@@ -149,7 +120,7 @@ def test_seeds_repeat_and_differ(engine: Engine):
     assert len(set(samples)) > 20  # of 24
 
 
-def test_without_seeds_fresh_ones_are_drawn(engine: Engine):
+def test_without_seeds_fresh_seeds_are_drawn(engine: Engine):
     assert engine.generate(PROMPTS, SAMPLING) != engine.generate(PROMPTS, SAMPLING)
 
 
@@ -173,7 +144,7 @@ def test_more_requests_than_fit_at_once_come_back_in_order(engine: Engine):
 
 
 def test_more_prompt_tokens_than_a_step_computes(engine: Engine):
-    """6,400 tokens of prompts that share no prefix; vLLM would cut some of them into pieces."""
+    """The prompts have 6,400 tokens and share no prefix; by default vLLM would cut some of them into pieces."""
     prompts = [[5 + i, *range(10, 138)] for i in range(50)]
     together = engine.generate(prompts, Sampling(max_tokens=2), seeds=range(50))
     assert [len(group) for group in together] == [1] * 50
@@ -202,17 +173,17 @@ def test_end_of_sequence_can_be_ignored(engine: Engine):
     assert any(EOS in completion.tokens for completion in completions)
 
 
-def test_every_completion_is_announced_once_when_it_ends(engine: Engine):
-    announced: dict[tuple[int, int], Completion] = {}
+def test_every_completion_is_reported_once_when_it_ends(engine: Engine):
+    reported: dict[tuple[int, int], Completion] = {}
 
     def note(i: int, j: int, completion: Completion) -> None:
-        assert (i, j) not in announced
-        announced[i, j] = completion
+        assert (i, j) not in reported
+        reported[i, j] = completion
 
     sampling = Sampling(max_tokens=60, stop_token_ids=tuple(range(150, 170)))
     outputs = engine.generate(PROMPTS, sampling, n=4, seeds=range(4), on_completion=note)
-    assert announced == {(i, j): outputs[i][j] for i in range(4) for j in range(4)}
-    lengths = [len(completion.tokens) for completion in announced.values()]
+    assert reported == {(i, j): outputs[i][j] for i in range(4) for j in range(4)}
+    lengths = [len(completion.tokens) for completion in reported.values()]
     assert lengths[0] < lengths[-1]  # not all at the end
 
 
@@ -236,7 +207,7 @@ def test_a_prompt_that_leaves_no_room_is_named(engine: Engine):
         engine.generate([[5], [6], []], Sampling(max_tokens=24))
 
 
-def test_an_engine_is_an_engine(engine: Engine):
+def test_an_engine_fits_the_protocol(engine: Engine):
     assert isinstance(engine, Engine)
     assert engine.generate([], SAMPLING) == []
 
@@ -257,7 +228,7 @@ def test_log_probs_follow_twenty_weight_loads(engine: Engine, model):
 
 
 def test_a_load_reaches_the_copies_that_vllm_packs_for_its_kernels(engine: Engine, model, monkeypatch):
-    """The checksums are of the plain weights and would not see a copy that stayed behind: the log-probs do."""
+    """Checksums are those of the plain weights, which cannot show an outdated copy. Log-probs can."""
     layers = [layer for layer in engine._model.modules() if hasattr(layer, "cpu_linear")]
     if not layers:
         pytest.skip("nothing is packed: another engine, or a GPU")
@@ -276,16 +247,16 @@ def test_a_load_reaches_the_copies_that_vllm_packs_for_its_kernels(engine: Engin
     assert error() > 0.01
 
 
-def test_weights_under_other_names_are_told_with_what_the_engine_has():
-    held = {f"model.layers.0.mlp.experts.{name}": torch.zeros(2) for name in ("w13_weight", "w2_weight")}
+def test_the_error_for_unknown_names_lists_the_names_of_the_engine():
+    places = {f"model.layers.0.mlp.experts.{name}": torch.zeros(2) for name in ("w13_weight", "w2_weight")}
     sent = [("model.layers.0.mlp.experts.gate_up_proj", torch.zeros(2))]
     with pytest.raises(WeightMismatch) as error:
-        load_verified(sent, held, list)
+        load_verified(sent, places, list)
     assert str(error.value) == (
         "the engine's model has no tensor 'model.layers.0.mlp.experts.gate_up_proj'; in model.layers.0.mlp.experts it "
         "has model.layers.0.mlp.experts.w13_weight, model.layers.0.mlp.experts.w2_weight. The engine arranges these "
-        "weights otherwise than Transformers does, as vLLM does those of a mixture of experts, and then a load cannot "
-        "be checked: set engine.use: transformers"
+        "weights in another way than Transformers, as vLLM does for a mixture of experts, so a load cannot be checked: "
+        "set engine.use: transformers"
     )
 
 
@@ -333,7 +304,7 @@ def test_a_load_of_other_tensors_is_refused(engine: Engine, model, how: str, mes
     ],
 )
 def test_one_changed_bit_of_any_tensor_is_detected(engine: Engine, model, name: str, monkeypatch: pytest.MonkeyPatch):
-    """The last bit of one number is flipped between the copy and the check, or before the copy."""
+    """One bit of the copy in the engine differs from the tensor that was sent."""
     perturb(model)
     altered = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     altered[name].view(torch.int32).view(-1)[-1] ^= 1
@@ -376,92 +347,3 @@ def test_a_streamed_tensor_may_be_freed_after_it_was_used(engine: Engine, model)
     engine.load(stream(), 1)
     outputs = engine.generate(PROMPTS, SAMPLING, seeds=range(4))
     assert largest_error(model, outputs, SAMPLING.temperature) < 1e-4
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-
-
-@pytest.mark.engine
-def test_each_of_two_ranks_has_its_own_vllm(tiny_model_folder: Path):
-    pytest.importorskip("vllm")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_endpoint=localhost:0"]
-    script = Path(__file__).parents[1] / "helpers" / "two_ranks.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(
-        [*command, "--rdzv_backend=c10d", str(script), str(tiny_model_folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    result = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
-    (first_rank, first), (second_rank, second) = result["gathered"]
-    assert (first_rank, second_rank) == (0, 1)
-    assert len(first) == len(second) == 8
-    assert first != second  # other prompts
-    assert result["total"] == 3.0
-    assert result["gradient"] == pytest.approx(3 * 1.5)  # mean over ranks of 1 and 2, over three steps
-
-
-REVISIONS = """
-import sys
-import torch
-from posttrain.engines import make_engine
-from posttrain.engines.base import Sampling
-from posttrain.recipe.sections import EngineSection
-
-def greedy(model, **source):
-    options = EngineSection(use=sys.argv[1], cache_mb=16, max_concurrent=8)
-    engine = make_engine(model, options, dtype="float32", max_model_len=64, **source)
-    [[completion]] = engine.generate([[5, 6, 7, 8]], Sampling(max_tokens=16, temperature=0.0, ignore_eos=True))
-    engine.close()
-    return completion.logps
-
-main, other = greedy("someone/tiny"), greedy("someone/tiny", revision="other")
-assert main != other and other == greedy(sys.argv[2])
-"""
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("use", ["transformers", "vllm"])
-def test_the_revision_that_is_asked_for_is_sampled_from(use: str, tiny_model_folder: Path, tmp_path: Path):
-    """In a cache of the hub, filled by hand with two revisions of a model."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    repository = tmp_path / "models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    for name, commit in (("main", "a" * 40), ("other", "b" * 40)):
-        snapshot = repository / "snapshots" / commit
-        shutil.copytree(tiny_model_folder, snapshot)
-        model.save_pretrained(snapshot)
-        (repository / "refs" / name).write_text(commit, encoding="utf-8")
-        perturb(model)
-    command = [sys.executable, "-c", REVISIONS, use, str(repository / "snapshots" / ("b" * 40))]
-    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-REMOTE = """
-from transformers import Qwen2ForCausalLM
-
-class Ours(Qwen2ForCausalLM):
-    ran = True
-"""
-
-
-def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tiny_model_folder: Path, tmp_path: Path):
-    shutil.copytree(tiny_model_folder, tmp_path / "model")
-    (tmp_path / "model" / "ours.py").write_text(REMOTE, encoding="utf-8")
-    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModelForCausalLM": "ours.Ours"}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for trusted in (False, True):
-        engine = make_engine(
-            tmp_path / "model",
-            EngineSection(use="transformers"),
-            dtype="float32",
-            max_model_len=64,
-            trust_remote_code=trusted,
-        )
-        assert hasattr(engine._model, "ran") == trusted

@@ -1,4 +1,4 @@
-"""Requests that join and leave while others are sampled, on every engine."""
+"""Tests of requests that join and leave while other requests are sampled, on every engine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def engine(request: pytest.FixtureRequest, tiny_model_folder: Path):
     if request.param == "vllm":
         pytest.importorskip("vllm")
     options = EngineSection(use=request.param, cache_mb=64, max_concurrent=64)
-    made = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=96)
-    yield made
-    made.close()
+    sampler = make_engine(tiny_model_folder, options, dtype="float32", max_model_len=96)
+    yield sampler
+    sampler.close()
 
 
 @pytest.fixture
@@ -43,31 +43,31 @@ def sampling(engine) -> Sampling:
     return Sampling(max_tokens=16, temperature=0.8) if hasattr(engine, "library") else WORLD.sampling
 
 
-class Told:
-    """A caller that notes what it is told."""
+class Recorder:
+    """A callback that keeps the updates of a request."""
 
     def __init__(self) -> None:
-        self.news: list[RequestUpdate] = []
+        self.updates: list[RequestUpdate] = []
 
-    def __call__(self, progress: RequestUpdate) -> None:
+    def __call__(self, update: RequestUpdate) -> None:
         assert not self.ended
-        self.news.append(progress)
+        self.updates.append(update)
 
     @property
     def ended(self) -> bool:
-        return bool(self.news) and self.news[-1].ended
+        return bool(self.updates) and self.updates[-1].ended
 
     @property
     def completion(self) -> Completion:
-        found = self.news[-1].completion
-        assert found is not None
-        return found
+        completion = self.updates[-1].completion
+        assert completion is not None
+        return completion
 
 
-def submit(engine, prompt, sampling, seed, *, stream: bool = True, **more) -> tuple[int, Told]:
-    told = Told()
-    terms = {"prompt": prompt, "sampling": sampling, "seed": sample_seed(seed, 0), "on_update": told, "stream": stream}
-    return engine.submit(Request(**terms, **more)), told
+def submit(engine, prompt, sampling, seed, *, stream: bool = True, **more) -> tuple[int, Recorder]:
+    recorder = Recorder()
+    settings = {"sampling": sampling, "seed": sample_seed(seed, 0), "on_update": recorder, "stream": stream}
+    return engine.submit(Request(prompt=prompt, **settings, **more)), recorder
 
 
 def finish(engine) -> None:
@@ -77,37 +77,37 @@ def finish(engine) -> None:
 
 def test_requests_that_join_later_are_sampled_as_if_alone(engine, prompts, sampling):
     expected = [engine.generate([prompt], sampling, seeds=[i])[0][0] for i, prompt in enumerate(prompts)]
-    told = []
+    recorders = []
     for i, prompt in enumerate(prompts):
-        told.append(submit(engine, prompt, sampling, i, stream=i % 2 == 0)[1])
+        recorders.append(submit(engine, prompt, sampling, i, stream=i % 2 == 0)[1])
         engine.step()
     finish(engine)
-    for i, (one, completion) in enumerate(zip(told, expected, strict=True)):
-        assert one.completion.tokens == completion.tokens
-        assert one.completion.logps == pytest.approx(completion.logps, abs=1e-5)
-        assert one.completion.finish == completion.finish
-        assert [token for news in one.news for token in news.tokens] == completion.tokens
-        assert [logp for news in one.news for logp in news.logps] == one.completion.logps
-        assert len(one.news) == (len(completion.tokens) if i % 2 == 0 else 1)
+    for i, (recorder, completion) in enumerate(zip(recorders, expected, strict=True)):
+        assert recorder.completion.tokens == completion.tokens
+        assert recorder.completion.logps == pytest.approx(completion.logps, abs=1e-5)
+        assert recorder.completion.finish == completion.finish
+        assert [token for update in recorder.updates for token in update.tokens] == completion.tokens
+        assert [logp for update in recorder.updates for logp in update.logps] == recorder.completion.logps
+        assert len(recorder.updates) == (len(completion.tokens) if i % 2 == 0 else 1)
 
 
-def test_an_aborted_request_is_told_so_and_the_others_go_on(engine, prompts, sampling):
+def test_an_aborted_request_gets_an_error_and_other_requests_go_on(engine, prompts, sampling):
     (expected,) = engine.generate(prompts[:1], sampling, seeds=[7])[0]
     _, staying = submit(engine, prompts[0], sampling, 7)
     number, leaving = submit(engine, prompts[1], Sampling(max_tokens=sampling.max_tokens, ignore_eos=True), 8)
     engine.step()
     engine.abort([number])
-    assert isinstance(leaving.news[-1].error, Aborted) and leaving.ended
+    assert isinstance(leaving.updates[-1].error, Aborted) and leaving.ended
     engine.abort([number])
     finish(engine)
     assert staying.completion.tokens == expected.tokens
     assert engine.in_flight == []
 
 
-def test_generate_goes_on_beside_requests_in_flight_and_others_join_before_its_steps(engine, prompts, sampling):
+def test_generate_runs_beside_requests_in_flight_and_requests_join_before_its_steps(engine, prompts, sampling):
     expected = engine.generate(prompts, sampling, 2, seeds=range(4))
     _, early = submit(engine, prompts[0], sampling, 0)
-    late: list[Told] = []
+    late: list[Recorder] = []
 
     def join() -> None:
         if not late:
@@ -124,16 +124,16 @@ def test_generate_goes_on_beside_requests_in_flight_and_others_join_before_its_s
     assert late[0].completion.tokens == expected[1][0].tokens
 
 
-def test_what_a_shaper_raises_ends_its_own_requests_alone(engine, prompts, sampling):
+def test_an_error_of_a_shaper_ends_only_its_own_requests(engine, prompts, sampling):
     (expected,) = engine.generate(prompts[:1], sampling, seeds=[3])[0]
 
     def broken(logps: torch.Tensor, rows) -> torch.Tensor:
-        raise ArithmeticError("no law")
+        raise ArithmeticError("no distribution")
 
     _, plain = submit(engine, prompts[0], sampling, 3)
     _, shaped = submit(engine, prompts[1], sampling, 4, shaper=broken)
     finish(engine)
-    assert isinstance(shaped.news[-1].error, ArithmeticError)
+    assert isinstance(shaped.updates[-1].error, ArithmeticError)
     assert plain.completion.tokens == expected.tokens
 
 
@@ -144,17 +144,17 @@ def test_strengths_of_requests_do_not_mix(engine, prompts, sampling):
         score = table_score(WORLD.mean_values())
     decoder = Shaped(engine, score, k=3)
     strengths = [0.5, 1.0, 2.0, 0.5]
-    told = [Told() for _ in prompts]
+    recorders = [Recorder() for _ in prompts]
     for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):
         decoder.submit(
-            Request(prompt=prompt, sampling=sampling, seed=sample_seed(i, 0), on_update=told[i]), strength=strength
+            Request(prompt=prompt, sampling=sampling, seed=sample_seed(i, 0), on_update=recorders[i]), strength=strength
         )
     finish(engine)
     for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):
         alone = Shaped(engine, score, k=3, strength=strength).generate([prompt], sampling, seeds=[i])[0][0]
-        assert told[i].completion.tokens == alone.tokens
-        assert told[i].completion.logps == pytest.approx(alone.logps, abs=1e-5)
-        assert told[i].completion.measured == pytest.approx(alone.measured, abs=1e-4)
+        assert recorders[i].completion.tokens == alone.tokens
+        assert recorders[i].completion.logps == pytest.approx(alone.logps, abs=1e-5)
+        assert recorders[i].completion.measured == pytest.approx(alone.measured, abs=1e-4)
     assert decoder._stream.rows == {}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from exact_world import PROMPT, kl, law_of, make_world, table_score
+from exact_world import PROMPT, distribution_of, kl, make_world, table_score
 
 from posttrain.commands.cli import main
 from posttrain.decoding import decoders
@@ -121,7 +121,7 @@ def test_the_kl_in_the_table_is_the_enumerated_one():
         row = to_row("", completion) | {"score": world.reward[tuple(completion.tokens)]}
         return tuple(completion.tokens), json.dumps(row)
 
-    outcomes = law_of(run)
+    outcomes = distribution_of(run)
     distribution = {tokens: p for (tokens, _), p in outcomes.items()}
     rows = [(json.loads(row), p) for (_, row), p in outcomes.items()]
     points = [to_point(Variant("shaped", "strength", 1.5, part), [([[row]], 1.0)]) for row, _ in rows]

@@ -1,15 +1,10 @@
-"""``posttrain serve``, asked by OpenAI's own client."""
+"""Tests of ``posttrain serve`` with OpenAI's own client: log-probs, streams, clients at once, limits and errors."""
 
 from __future__ import annotations
 
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +12,26 @@ import httpx
 import openai
 import pytest
 import torch
-from exact_world import make_world, table_score
 from function_score import FunctionScore
-from runs import environment
-from served import MESSAGES, Server, recipe_file, serving
-from tiny_values import save_random_value
+from served import MESSAGES, Server, guide, recipe_file, save_scalar_value, serving
 from transformers import AutoModelForCausalLM
 
-from posttrain.commands.cli import main
-from posttrain.decoding.nodes import best_first
-from posttrain.decoding.particles import tilted
-from posttrain.decoding.population import Population
-from posttrain.decoding.shaping import Shaped
-from posttrain.decoding.tree import TreeSearch
-from posttrain.engines.base import Sampling
-from posttrain.models.value import ValueSpec
 from posttrain.models.value_files import load_value
-from posttrain.recipe import sections
-from posttrain.recipe.loading import load_as
-from posttrain.seeds import FreshSeeds
-from posttrain.serving.errors import ApiError
-from posttrain.serving.limits import Limit
-from posttrain.serving.protocol import Guide
-from posttrain.serving.recipe import ServeRecipe
-from posttrain.serving.routing import Served
-from posttrain.serving.server import listening
-from posttrain.serving.worker import Worker
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 LOGPS = {"logprobs": 0, "extra_body": {"return_token_ids": True}}
 
 
 @pytest.fixture(scope="module")
 def value_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A value model on the tiny decoder, with random weights in its head."""
-    spec = ValueSpec(head=sections.HeadSection(type="scalar"), shift=0.5, scale=2.0)
-    return save_random_value(tmp_path_factory.mktemp("value"), tiny_model_folder, spec)
+    return save_scalar_value(tmp_path_factory.mktemp("value"), tiny_model_folder)
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Without a guide, on the transformers engine; one request runs, and two may wait."""
+    """A server without a guide, on the transformers engine; one request runs, and two may wait."""
     server = {"port": 0, "name": "tiny", "requests": 1, "queue": 2}
-    with serving(recipe_file(tmp_path_factory.mktemp("plain"), tiny_model_folder, server=server)) as made:
-        yield made
+    with serving(recipe_file(tmp_path_factory.mktemp("plain"), tiny_model_folder, server=server)) as server:
+        yield server
 
 
 @pytest.fixture(
@@ -71,35 +42,32 @@ def guided(request, tiny_model_folder: Path, value_folder: Path, tmp_path_factor
         pytest.importorskip("vllm")
     decoder = {"use": "shaped", "k": 4, "strength": 2.0, "score": {"use": "value", "model": str(value_folder)}}
     path = recipe_file(tmp_path_factory.mktemp("guided"), tiny_model_folder, decoder=decoder)
-    with serving(path, f"--engine.use={request.param}") as made:
-        yield made
-
-
-def guide(strength: float) -> dict[str, Any]:
-    return {"guide": {"lambda": strength}, "return_token_ids": True}
+    with serving(path, f"--engine.use={request.param}") as server:
+        yield server
 
 
 # ------------------------------------------------------------------------------------------------------- log-probs
 
 
 @torch.no_grad()
-def base_law(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+def base_logps(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """The model's log-probs [tokens, V] at each token, from a plain forward pass."""
     logits = model(torch.tensor([prompt + tokens])).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
 @torch.no_grad()
-def guided_law(model: Any, value: Any, prompt: list[int], tokens: list[int], strength: float) -> torch.Tensor:
-    """By definition: the four most probable tokens, each with the value of the text that it leads to."""
-    laws = []
-    for t, law in enumerate(base_law(model, prompt, tokens)):
-        top = law.topk(4)
+def guided_logps(model: Any, value: Any, prompt: list[int], tokens: list[int], strength: float) -> torch.Tensor:
+    """Guided log-probs by definition: the four most probable tokens, each with the value of the extended text."""
+    rows = []
+    for t, logps in enumerate(base_logps(model, prompt, tokens)):
+        top = logps.topk(4)
         extended = torch.tensor([[*prompt, *tokens[:t], int(token)] for token in top.indices])
         states = torch.zeros_like(extended, dtype=torch.bool)
         states[:, -1] = True
         values = value(extended, states)[0][:, -1]
-        laws.append(torch.full_like(law, -torch.inf).scatter(0, top.indices, top.values + strength * values))
-    return torch.stack(laws).log_softmax(-1)
+        rows.append(torch.full_like(logps, -torch.inf).scatter(0, top.indices, top.values + strength * values))
+    return torch.stack(rows).log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +81,8 @@ def test_log_probs_are_those_of_a_forward_pass(guided: Server, model, value_fold
         (choice,) = guided.complete(seed=1, max_tokens=8, logprobs=0, extra_body=body).choices
         tokens, prompt = choice.token_ids, choice.prompt_token_ids
         strength = {"guide": 2.0}.get("guide", 0) if "guide" not in body else body["guide"] and body["guide"]["lambda"]
-        law = guided_law(model, value, prompt, tokens, strength) if strength else base_law(model, prompt, tokens)
-        expected = law.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+        logps = guided_logps(model, value, prompt, tokens, strength) if strength else base_logps(model, prompt, tokens)
+        expected = logps.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
         assert choice.logprobs.token_logprobs == pytest.approx(expected, abs=1e-3)
         assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(tokens)
         assert choice.logprobs.top_logprobs is None
@@ -126,11 +94,22 @@ def test_log_probs_of_a_chat(guided: Server, model):
     (choice,) = guided.chat(**request, extra_body={"guide": False, "return_token_ids": True}).choices
     tokens, prompt = choice.token_ids, choice.prompt_token_ids
     assert guided.served.tokenizer.decode(prompt) == "<|user|>2+2<|end|><|assistant|>"
-    expected = base_law(model, prompt, tokens).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    expected = base_logps(model, prompt, tokens).gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
     assert [token.logprob for token in choice.logprobs.content] == pytest.approx(expected, abs=1e-3)
     for token, number in zip(choice.logprobs.content, tokens, strict=True):
         assert token.token == guided.served.tokenizer.decode([number])
         assert token.bytes is None or bytes(token.bytes).decode() == token.token
+
+
+@pytest.mark.engine
+def test_values_of_every_beginning(guided: Server, value_folder: Path):
+    reply = httpx.post(f"{guided.url}/values", json={"model": "tiny", "prompt": "Hi", "completion": "abc"}).json()
+    value = load_value(str(value_folder)).eval()
+    tokens = torch.tensor([guided.served.tokenizer("Hiabc")["input_ids"]])
+    with torch.no_grad():
+        expected = value(tokens, torch.ones_like(tokens, dtype=torch.bool))[0][0, 1:]
+    assert reply["values"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert (reply["tokens"], reply["kind"]) == (["a", "b", "c"], "mean")
 
 
 # ------------------------------------------------------------------------------------------------------- streaming
@@ -154,9 +133,9 @@ def test_a_stream_joined_is_the_whole(guided: Server, body: dict[str, Any]):
     assert texts == [choice.text for choice in whole.choices]
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3] and len(set(texts)) > 1
     assert finishes == [choice.finish_reason for choice in whole.choices]
-    for one, choice in zip(logps, whole.choices, strict=True):
-        assert one == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
-    assert pieces == whole.usage.completion_tokens  # one at a time
+    for streamed, choice in zip(logps, whole.choices, strict=True):
+        assert streamed == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
+    assert pieces == whole.usage.completion_tokens  # each event has one token
     assert whole.usage.prompt_tokens == 5
 
 
@@ -164,10 +143,10 @@ def test_a_streamed_chat_joined_is_the_whole(guided: Server):
     whole = guided.chat(seed=5, n=2)
     events = list(guided.chat(seed=5, n=2, stream=True))
     for index, choice in enumerate(whole.choices):
-        own = [event.choices[0] for event in events if event.choices[0].index == index]
-        assert own[0].delta.role == "assistant"
-        assert "".join(piece.delta.content or "" for piece in own) == choice.message.content
-        assert own[-1].finish_reason == choice.finish_reason
+        pieces = [event.choices[0] for event in events if event.choices[0].index == index]
+        assert pieces[0].delta.role == "assistant"
+        assert "".join(piece.delta.content or "" for piece in pieces) == choice.message.content
+        assert pieces[-1].finish_reason == choice.finish_reason
     assert {event.object for event in events} == {"chat.completion.chunk"}
     assert len({event.id for event in events}) == 1
 
@@ -189,18 +168,18 @@ def test_a_stop_string_ends_the_text_before_it(guided: Server):
 
 
 def test_clients_with_different_strengths_at_once_do_not_mix(guided: Server):
-    asked = [{"seed": i, "logprobs": 0, "extra_body": guide(0.5 * (i % 4))} for i in range(8)]
+    requests = [{"seed": i, "logprobs": 0, "extra_body": guide(0.5 * (i % 4))} for i in range(8)]
 
     def answer(request: dict[str, Any]) -> tuple[list[int], list[float]]:
         (choice,) = guided.complete(["Hello", "Hi", "x"][request["seed"] % 3], **request).choices
         return choice.token_ids, choice.logprobs.token_logprobs
 
-    alone = [answer(request) for request in asked]
+    alone = [answer(request) for request in requests]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(answer, asked))
-    for (tokens, logps), (expected, its) in zip(together, alone, strict=True):
+        together = list(pool.map(answer, requests))
+    for (tokens, logps), (expected, expected_logps) in zip(together, alone, strict=True):
         assert tokens == expected
-        assert logps == pytest.approx(its, abs=1e-4)
+        assert logps == pytest.approx(expected_logps, abs=1e-4)
 
 
 def test_prompts_of_a_request(guided: Server):
@@ -213,11 +192,11 @@ def test_prompts_of_a_request(guided: Server):
     assert [choice.prompt_token_ids for choice in both.choices] == [ids, ids, [5, 6], [5, 6]]
     assert [c.text for c in both.choices[:2]] == [c.text for c in single.choices]
     twice = guided.complete(["Hello", "Hello"], **request)
-    assert twice.choices[0].text != twice.choices[2].text  # each prompt has a seed of its own
+    assert twice.choices[0].text != twice.choices[2].text  # each prompt has its own seed
     assert both.usage.prompt_tokens == len(ids) + 2
 
 
-def test_a_client_that_hangs_up_is_sampled_for_no_longer(guided: Server):
+def test_sampling_stops_when_a_client_hangs_up(guided: Server):
     endless = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
     stream = guided.complete(stream=True, **endless)
     next(iter(stream))
@@ -228,7 +207,7 @@ def test_a_client_that_hangs_up_is_sampled_for_no_longer(guided: Server):
     assert guided.idle()
 
 
-def test_a_score_that_fails_is_told_to_its_own_requests(guided: Server, monkeypatch: pytest.MonkeyPatch):
+def test_an_error_of_a_score_reaches_only_its_own_requests(guided: Server, monkeypatch: pytest.MonkeyPatch):
     expected = guided.complete(seed=1, extra_body={"guide": False}).choices[0].text
 
     def broken(prefixes: Any) -> list[float]:
@@ -250,20 +229,20 @@ def test_a_score_that_fails_is_told_to_its_own_requests(guided: Server, monkeypa
 # ------------------------------------------------------------------------------------------------------ the limit
 
 
-def held(server: Server, seed: int) -> Any:
-    """A request that takes a while."""
+def long_answer(server: Server, seed: int) -> Any:
+    """Sends a request that takes a while, and returns the answer."""
     return server.complete(seed=seed, max_tokens=60, extra_body={"ignore_eos": True})
 
 
 @pytest.mark.engine
 def test_requests_over_the_limit_wait_or_are_refused_and_none_is_lost(plain: Server):
-    alone = [held(plain, seed).choices[0].text for seed in range(3)]
+    alone = [long_answer(plain, seed).choices[0].text for seed in range(3)]
     answers: dict[int, str] = {}
     refused: list[openai.RateLimitError] = []
 
     def ask(seed: int) -> None:
         try:
-            answers[seed] = held(plain, seed % 3).choices[0].text
+            answers[seed] = long_answer(plain, seed % 3).choices[0].text
         except openai.RateLimitError as error:
             refused.append(error)
 
@@ -274,12 +253,12 @@ def test_requests_over_the_limit_wait_or_are_refused_and_none_is_lost(plain: Ser
     body: Any = refused[0].body
     assert (refused[0].status_code, body["type"], body["code"]) == (429, "rate_limit_error", "rate_limit_exceeded")
     assert refused[0].response.headers["retry-after"] == "1"
-    assert held(plain, 0).choices[0].text == alone[0]  # the slots are free again
+    assert long_answer(plain, 0).choices[0].text == alone[0]  # the slots are free again
 
 
-def test_who_hangs_up_in_the_queue_frees_the_place(plain: Server):
+def test_a_client_that_hangs_up_in_the_queue_frees_its_place(plain: Server):
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(held, plain, 0)
+        first = pool.submit(long_answer, plain, 0)
         time.sleep(0.05)
         with pytest.raises(openai.APITimeoutError):
             plain.client.with_options(timeout=0.05).completions.create(model="tiny", prompt="x", max_tokens=100)
@@ -298,7 +277,7 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": [7, 100000]}, 400, "prompt", "token 100000"),
     ({"prompt": None}, 400, "prompt", "should be a string"),
     ({"prompt": "x" * 200}, 400, "prompt", "maximum context length is 160 tokens: the prompt has 200"),
-    ({"max_tokens": 156}, 400, "max_tokens", "the prompt has 5, and max_tokens 156"),
+    ({"max_tokens": 156}, 400, "max_tokens", "the prompt has 5, and max_tokens asks for 156"),
     ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     ({"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
@@ -309,7 +288,7 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
     ({"stop": [""]}, 400, "stop", "at least 1 character"),
     ({"stream_options": {"include_usage": True}}, 400, None, "stream: true"),
-    ({"guide": {"strength": 1.0}}, 400, "guide", "its recipe names no decoder"),
+    ({"guide": {"strength": 1.0}}, 400, "guide", "its recipe has no decoder"),
     ({"guide": {"strenght": 1.0}}, 400, "guide", "unknown argument"),
 ]
 
@@ -342,111 +321,3 @@ def test_models_and_health(plain: Server):
     with pytest.raises(openai.NotFoundError):
         plain.client.models.retrieve("other")
     assert httpx.get(plain.url.replace("/v1", "/health")).status_code == 200
-
-
-# --------------------------------------------------------------------------------------------------- other decoders
-
-
-@pytest.mark.engine
-def test_a_population_is_served_in_rounds(tiny_model_folder: Path, value_folder: Path, tmp_path: Path):
-    decoder = {"use": "population", "branch": 4, "block": 4, "pick": {"use": "tilted"}, "strength": 3.0}
-    decoder["score"] = {"use": "value", "model": str(value_folder)}
-    with serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder)) as server:
-        prompt = server.served.tokenizer("Hello")["input_ids"]
-        whole = server.complete(seed=4, n=2)
-        expected = server.served.decoder.generate([prompt], server.served.sampling, 2, seeds=[4])[0]
-        decode = server.served.tokenizer.decode
-        assert [c.text for c in whole.choices] == [decode(c.tokens, skip_special_tokens=True) for c in expected]
-        assert whole.choices[0].measured["scored"] == expected[0].measured["scored"]
-        streamed = ["", ""]
-        for event in server.complete(seed=4, n=2, stream=True):
-            streamed[event.choices[0].index] += event.choices[0].text
-        assert streamed == [choice.text for choice in whole.choices]
-        asked = [{"seed": 4, "extra_body": {"guide": {"strength": s}}} for s in (0.5, 30.0, 3.0)]
-        asked.append({"seed": 4, "extra_body": {"guide": False}})
-        alone = [server.complete(**request).choices[0].text for request in asked]
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(lambda request: server.complete(**request).choices[0].text, asked)) == alone
-        assert alone[2] == whole.choices[0].text
-    with (
-        serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder | {"pick": {"use": "top"}})) as server,
-        pytest.raises(openai.BadRequestError, match="whatever the strength"),
-    ):
-        server.complete(extra_body=guide(1.0))
-
-
-@pytest.mark.engine
-def test_edited_hidden_states_are_not_those_of_plain_requests(
-    tiny_model_folder: Path, value_folder: Path, tmp_path: Path
-):
-    decoder = {"use": "edited", "model": str(value_folder), "step_size": 0.3, "steps": 5}
-    with serving(recipe_file(tmp_path, tiny_model_folder, decoder=decoder), "--engine.max_concurrent=2") as server:
-        asked = [{"seed": i // 2, "extra_body": {"guide": i % 2 == 0}} for i in range(12)]
-        alone = [server.complete(**request).choices[0].text for request in asked]
-        assert alone[0] != alone[1]
-        with ThreadPoolExecutor(12) as pool:
-            together = list(pool.map(lambda request: server.complete(**request).choices[0].text, asked))
-        assert together == alone
-
-
-@pytest.mark.engine
-def test_values_of_every_beginning(guided: Server, value_folder: Path):
-    reply = httpx.post(f"{guided.url}/values", json={"model": "tiny", "prompt": "Hi", "completion": "abc"}).json()
-    value = load_value(str(value_folder)).eval()
-    tokens = torch.tensor([guided.served.tokenizer("Hiabc")["input_ids"]])
-    with torch.no_grad():
-        expected = value(tokens, torch.ones_like(tokens, dtype=torch.bool))[0][0, 1:]
-    assert reply["values"] == pytest.approx(expected.tolist(), abs=1e-4)
-    assert (reply["tokens"], reply["kind"]) == (["a", "b", "c"], "mean")
-
-
-@pytest.mark.engine
-def test_the_command_line_serves_until_it_is_interrupted(tiny_model_folder: Path, tmp_path: Path):
-    path = recipe_file(tmp_path, tiny_model_folder)
-    command = [sys.executable, "-m", "posttrain", "serve", str(path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"tiny: (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C ends\)\n", line)
-        assert found, line + process.stderr.read()
-        client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=20)
-        assert client.completions.create(model="tiny", prompt="Hello").choices[0].finish_reason
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors.strip() == "stopped"
-
-
-def test_a_port_that_is_taken_is_told_before_anything_is_loaded(tmp_path: Path, capsys):
-    path = recipe_file(tmp_path, tmp_path / "nothing")
-    with closing(listening(load_as(ServeRecipe, path).server)) as listener:
-        listener.listen()
-        port = listener.getsockname()[1]
-        assert main(["serve", str(path), f"--server.port={port}"]) == 2
-    assert f"--server.port={port}: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", [*sorted((RECIPES / "serve").glob("*.yaml")), RECIPES / "decode" / "smc.yaml"])
-def test_recipes_are_servable(path: Path):
-    recipe = load_as(ServeRecipe, path)
-    assert recipe.model_name == "Qwen/Qwen2.5-1.5B-Instruct"
-
-
-def test_a_strength_is_refused_where_the_decoder_has_none():
-    world = make_world()
-    score = table_score(world.mean_values())
-    search = TreeSearch(engine=(engine := world.engine()), score=score, select=best_first)
-    shared: dict[str, Any] = {"name": "world", "tokenizer": None, "engine": engine, "sampling": world.sampling}
-    shared |= {"limit": Limit(1, 1), "worker": Worker(engine), "seeds": FreshSeeds(0)}
-    served = Served(decoder=search, **shared)
-    assert served.route(True, world.sampling) == (search, None)
-    assert served.route(False, world.sampling) == served.route(Guide(strength=0.0), world.sampling) == (engine, None)
-    with pytest.raises(ApiError, match="TreeSearch, has no strength"):
-        served.route(Guide(strength=1.0), world.sampling)
-    served = Served(decoder=Population(engine, score, branch=2, pick=tilted), **shared)
-    decoder, _ = served.route(Guide(strength=3.0), world.sampling)
-    assert isinstance(decoder, Population) and decoder.strength == 3.0
-    assert served.route(Guide(strength=3.0), world.sampling)[0] is decoder
-    with pytest.raises(ApiError, match="cut the distribution"):
-        Served(decoder=Shaped(engine, score), **shared).route(True, Sampling(top_p=0.5))

@@ -1,4 +1,4 @@
-"""The worker thread, text that arrives token by token, and how requests are read."""
+"""Tests of the worker thread, of text that arrives token by token, and of request bodies."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ from posttrain.serving.worker import Job, Worker
 # ------------------------------------------------------------------------------------------------------- the worker
 
 
-def test_a_worker_that_is_closed_tells_everyone_who_waits():
+def test_a_closed_worker_ends_all_jobs():
     world = make_world()
     worker = Worker(engine := world.engine())
-    told: list[RequestUpdate] = []
+    updates: list[RequestUpdate] = []
     done = threading.Event()
 
     def on_update(sample: int, update: RequestUpdate) -> None:
-        told.append(update)
+        updates.append(update)
         done.set()
 
-    terms = {"prompt": PROMPT, "sampling": world.sampling, "n": 2, "seed": 0, "on_update": on_update}
+    settings = {"prompt": PROMPT, "sampling": world.sampling, "n": 2, "seed": 0, "on_update": on_update}
     worker.start()
-    worker.submit(Job(**terms, decoder=engine))
+    worker.submit(Job(**settings, decoder=engine))
     assert done.wait(5)
     worker.close()
     expected = engine.generate([PROMPT], world.sampling, 2, seeds=[0])[0]
-    assert sorted(p.completion.tokens for p in told if p.completion) == sorted(c.tokens for c in expected)
+    assert sorted(p.completion.tokens for p in updates if p.completion) == sorted(c.tokens for c in expected)
     assert not worker.alive
 
 
-def test_a_worker_whose_engine_fails_says_so_to_all(monkeypatch: pytest.MonkeyPatch):
+def test_all_jobs_get_the_error_of_the_engine(monkeypatch: pytest.MonkeyPatch):
     world = make_world()
     worker = Worker(engine := world.engine())
-    told: list[RequestUpdate] = []
+    updates: list[RequestUpdate] = []
 
     def fail(self: SteppingEngine) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(type(engine), "_advance", fail)
     job = {"prompt": PROMPT, "sampling": world.sampling, "n": 1, "seed": 0, "decoder": engine}
-    job["on_update"] = lambda sample, update: told.append(update)
+    job["on_update"] = lambda sample, update: updates.append(update)
     worker.submit(Job(**job))
     worker.start()
     until = time.monotonic() + 5
-    while not told and time.monotonic() < until:
+    while not updates and time.monotonic() < until:
         time.sleep(0.01)
     worker.submit(Job(**job))
     worker.close()
-    assert len(told) == 2 and isinstance(told[1].error, MemoryError) and told[0].ended
+    assert len(updates) == 2 and isinstance(updates[1].error, MemoryError) and updates[0].ended
     assert not worker.alive
 
 
@@ -83,11 +83,11 @@ def test_pieces_of_text_joined_are_the_text_of_all_tokens(data: bytes):
 
 @given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4))
 def test_text_ends_before_a_stop_string(text: str, stop: str):
-    stream, found = TextStream(decode, [stop]), ""
+    stream, shown = TextStream(decode, [stop]), ""
     for byte in text.encode():
         if not stream.stopped:
-            found += stream.add(byte)
-    assert found + stream.finish() == text.partition(stop)[0]
+            shown += stream.add(byte)
+    assert shown + stream.finish() == text.partition(stop)[0]
     assert stream.stopped == (stop in text)
 
 
@@ -97,9 +97,9 @@ def test_text_that_might_begin_a_stop_string_is_held_back():
     assert stream.finish() == "EN" and not stream.stopped
 
 
-def test_requests_are_read_as_openai_writes_them():
-    asked = CompletionRequest(model="m", prompt=[[1, 2], [3]], stop="x", guide={"lambda": 2})  # type: ignore[arg-type]
-    assert asked.stop == ["x"] and asked.guide.strength == 2.0  # type: ignore[union-attr]
+def test_request_bodies_are_those_of_openai():
+    request = CompletionRequest(model="m", prompt=[[1, 2], [3]], stop="x", guide={"lambda": 2})  # type: ignore[arg-type]
+    assert request.stop == ["x"] and request.guide.strength == 2.0  # type: ignore[union-attr]
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     chat = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": parts}], "max_completion_tokens": 7}
@@ -119,7 +119,7 @@ def test_requests_are_read_as_openai_writes_them():
     ],
     ids=str,
 )
-def test_what_a_chat_cannot_have_is_refused(change: dict[str, Any]):
+def test_unsupported_settings_of_a_chat_are_refused(change: dict[str, Any]):
     with pytest.raises(ValidationError):
         ChatRequest.model_validate({"model": "m", "messages": MESSAGES} | change)
 

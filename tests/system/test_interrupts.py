@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: nothing that another thread waits for is left half-told."""
+"""Tests of Ctrl-C at any moment: no other thread is left waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from posttrain.system.interrupts import uninterrupted
 
 @pytest.fixture(autouse=True)
 def python_handles_ctrl_c():
-    """Handles the signal as a program of its own does, however the process that runs the tests handles it."""
+    """Installs Python's usual handler of Ctrl-C, whichever handler the test runner has."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -53,7 +53,7 @@ def test_a_second_ctrl_c_does_not_wait():
     assert done == ["first"]
 
 
-def test_an_error_of_the_block_is_told_where_no_ctrl_c_came():
+def test_an_error_of_the_block_is_raised_without_ctrl_c():
     with pytest.raises(ZeroDivisionError), uninterrupted():
         print(1 / 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,4 +1,4 @@
-"""Processes: launches that would silently be one process are refused, and errors reach other processes whole."""
+"""Tests of processes: a launch that would silently be one process is refused, and errors reach other processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_ranks_that_would_train_alone_are_refused():
 
 
 def test_errors_reach_other_processes_whole():
-    """Or, where they cannot be rebuilt there, with their type and message."""
+    """An error that cannot be rebuilt in another process arrives with its type and message."""
     error = VerifierError("math", "raised ValueError: no", "data.jsonl:3", {"answer": 1}, "text", "trace")
     copied = pickle.loads(pickle.dumps(_portable(error)))
     assert type(copied) is VerifierError and str(copied) == str(error) and copied.place == "data.jsonl:3"

@@ -1,4 +1,4 @@
-"""The ``math`` verifier: a table of answers, agreement with math-verify, and no way to make the quick path slow."""
+"""Tests of the ``math`` verifier: a table of answers, agreement with math-verify, and quick paths that stay quick."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_quick_path_compares_fractions_exactly(a: Fraction, b: Fraction) -> None
     "filling", [" ", "answer ", "\\boxed{", "}", "9", "9,", "a ", "#", "</think>", "<think>", "\n"]
 )
 def test_quick_paths_are_quick_on_any_text(filling: str) -> None:
-    """They run in the process that trains, with no time limit."""
+    """Quick paths run in the process that trains, without a time limit."""
     for text in (filling * 20_000, f"#### a{filling * 20_000}b", f"\\boxed{{1{filling * 20_000}2}}"):
         start = time.process_time()
         math_quick(text, answer="72")

@@ -1,4 +1,4 @@
-"""Verifiers, and the pool that runs them: real worker processes, real time limits."""
+"""Tests of verifiers and of the pool that runs them, with real worker processes and real time limits."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ async def waits(completion, *, seconds=0.2):
 async def blocks(completion):
     time.sleep(30)
 
-def batch(completions, prompts, completion_ids, word, scale=1.0, **others):
+def batch(completions, prompts, completion_ids, word, scale=1.0, **columns):
     if completions[0] == "short":
         return [1.0]
     if completions[0] == "bad":
         raise RuntimeError("a whole batch")
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    assert len(prompts) == len(completion_ids) == len(word) == len(others["answer"]) and "prompt" not in others
+    assert len(prompts) == len(completion_ids) == len(word) == len(columns["answer"]) and "prompt" not in columns
     return [None if text == "skip" else scale * len(ids) for text, ids in zip(texts, completion_ids)]
 
 async def async_batch(prompts, completions, **columns):
@@ -104,7 +104,7 @@ def user_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def part(user_file: Path):
-    """``part(name, weight=..., time_limit=..., on_error=..., **options)`` of a function in the user's file."""
+    """Makes parts: ``part(name, weight=..., time_limit=..., on_error=..., **options)`` of the user's file."""
 
     def make(name: str, *, weight=1.0, time_limit=10.0, on_error="stop", **options) -> Part:
         spec = f"{user_file}:{name}"
@@ -173,15 +173,15 @@ def test_built_in_verifiers_need_no_process() -> None:
 
 def test_columns_options_weights_and_names(part) -> None:
     parts = [part("counts", weight=0.5), part("counts", weight_of_word=3.0), part("sees_everything"), part("tokens")]
-    found, failures = verdicts(parts, ["banana"])
-    assert found[0].values == {"counts": 3.0, "counts (2)": 9.0, "sees_everything": 1.0, "tokens": 6.0}
-    assert found[0].score == 0.5 * 3 + 9 + 1 + 6
+    results, failures = verdicts(parts, ["banana"])
+    assert results[0].values == {"counts": 3.0, "counts (2)": 9.0, "sees_everything": 1.0, "tokens": 6.0}
+    assert results[0].score == 0.5 * 3 + 9 + 1 + 6
     assert not failures
 
 
 def test_none_does_not_apply(part) -> None:
-    found, _ = verdicts([part("absent")], ["x"])
-    assert maths.isnan(found[0].score) and found[0].values == {"absent": None}
+    results, _ = verdicts([part("absent")], ["x"])
+    assert maths.isnan(results[0].score) and results[0].values == {"absent": None}
     assert scores([part("absent"), part("counts", weight=2.0)], ["aa"]) == [4.0]
 
 
@@ -194,10 +194,10 @@ def test_symbolic_answers_go_to_a_worker() -> None:
 @pytest.mark.engine
 def test_a_completion_that_sympy_cannot_settle_is_wrong_and_counted() -> None:
     verifier = Part.of(verifiers.math, settings={"time_limit": 1.5})
-    found, failures = verdicts(
+    results, failures = verdicts(
         [verifier], ["\\boxed{(a+b+c+d)^{60}}", "\\boxed{(a+b+c+e)^{60}}"], {"answer": "(a+b+c+e)^{60}"}
     )
-    assert [verdict.score for verdict in found] == [0.0, 1.0]
+    assert [verdict.score for verdict in results] == [0.0, 1.0]
     assert failures == {"math": 1}
 
 
@@ -235,17 +235,17 @@ def test_a_verifier_that_raises_stops_with_everything_one_needs(part) -> None:
 
 
 def test_on_error_skip_leaves_the_completion_unscored(part) -> None:
-    found, failures = verdicts([part("picky", on_error="skip"), part("counts")], ["bad", "a good one"])
-    assert maths.isnan(found[0].score) and found[0].values == {"picky": None, "counts": 1.0}
-    assert found[1].score == 1.0 + 1.0
+    results, failures = verdicts([part("picky", on_error="skip"), part("counts")], ["bad", "a good one"])
+    assert maths.isnan(results[0].score) and results[0].values == {"picky": None, "counts": 1.0}
+    assert results[1].score == 1.0 + 1.0
     assert failures == {"picky": 1}
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("text", r"returned 'yes' \(str\); it is to return a number or None"),
-        ("nan", "returned nan; it is to return a finite number"),
+        ("text", r"returned 'yes' \(str\); it must return a number or None"),
+        ("nan", "returned nan; it must return a finite number"),
         ("list", r"returned \[1\] \(list\)"),
         ("coroutine", "returned a coroutine: declare it `async def`"),
     ],
@@ -262,8 +262,8 @@ def test_booleans_are_numbers(part) -> None:
 @pytest.mark.parametrize("name", ["hangs", "swallows"])
 def test_time_limit_kills_what_never_ends(part, name: str) -> None:
     start = time.perf_counter()
-    found, failures = verdicts([part(name, time_limit=0.5, on_error="skip")], ["hang", "fine"])
-    assert [verdict.values[name] for verdict in found] == [None, 1.0]
+    results, failures = verdicts([part(name, time_limit=0.5, on_error="skip")], ["hang", "fine"])
+    assert [verdict.values[name] for verdict in results] == [None, 1.0]
     assert failures == {name: 1} and time.perf_counter() - start < 10
 
 
@@ -278,8 +278,8 @@ def test_a_dead_worker_is_an_error_not_a_hang(part) -> None:
         verdicts([part("dies")], ["die"])
     with pytest.raises(VerifierError, match="verifier 'dies' raised SystemExit: enough"):
         verdicts([part("dies")], ["exit"])
-    found, failures = verdicts([part("dies", on_error="skip")], ["die", "live", "live"])
-    assert found[1].score == found[2].score != os.getpid()
+    results, failures = verdicts([part("dies", on_error="skip")], ["die", "live", "live"])
+    assert results[1].score == results[2].score != os.getpid()
     assert failures == {"dies": 1}
 
 
@@ -319,11 +319,11 @@ def test_async_verifiers_wait_together(part) -> None:
     assert time.perf_counter() - start < 3, "60 waits of 0.3 s take 18 s one by one"
 
 
-def test_async_verifiers_fail_like_others(part) -> None:
+def test_async_verifiers_fail_like_synchronous_ones(part) -> None:
     with pytest.raises(VerifierError, match="verifier 'waits' raised ValueError: the judge is out"):
         verdicts([part("waits", seconds=0.0)], ["fine", "bad"])
-    found, failures = verdicts([part("waits", seconds=5.0, time_limit=0.2, on_error="skip")], ["x", "y"])
-    assert all(maths.isnan(verdict.score) for verdict in found) and failures == {"waits": 2}
+    results, failures = verdicts([part("waits", seconds=5.0, time_limit=0.2, on_error="skip")], ["x", "y"])
+    assert all(maths.isnan(verdict.score) for verdict in results) and failures == {"waits": 2}
 
 
 @pytest.mark.engine
@@ -336,9 +336,9 @@ def test_an_async_verifier_that_blocks_its_thread_is_an_error_not_a_hang(part, m
 
 
 def test_batch_functions_of_trl(part) -> None:
-    found, _ = verdicts([part("batch", scale=2.0), part("counts")], ["ab", "skip", "abc"])
-    assert [verdict.values["batch"] for verdict in found] == [4.0, None, 6.0]
-    assert [verdict.score for verdict in found] == [5.0, 0.0, 7.0]
+    results, _ = verdicts([part("batch", scale=2.0), part("counts")], ["ab", "skip", "abc"])
+    assert [verdict.values["batch"] for verdict in results] == [4.0, None, 6.0]
+    assert [verdict.score for verdict in results] == [5.0, 0.0, 7.0]
     assert scores([part("async_batch")], ["ab", "c"]) == [2.0, 1.0]
 
 
@@ -353,8 +353,8 @@ def test_batch_functions_get_messages_where_the_prompt_is_a_chat() -> None:
 def test_batch_functions_that_fail(part) -> None:
     with pytest.raises(VerifierError, match="verifier 'batch' returned 1 values for 2 completions"):
         verdicts([part("batch")], ["short", "x"])
-    found, failures = verdicts([part("batch", on_error="skip"), part("counts")], ["bad", "x"])
-    assert all(maths.isnan(verdict.score) for verdict in found) and failures == {"batch": 2}
+    results, failures = verdicts([part("batch", on_error="skip"), part("counts")], ["bad", "x"])
+    assert all(maths.isnan(verdict.score) for verdict in results) and failures == {"batch": 2}
 
 
 def test_a_function_of_this_process_alone_is_refused() -> None:
@@ -438,8 +438,8 @@ def test_examples_of_own_verifiers() -> None:
         file, _, name = spec.partition(":")
         full = f"{EXAMPLES / file}:{name}"
         parts.append(Part.of(resolve(full), settings={"name": spec, "spec": full}))
-    found, _ = verdicts([*parts, Part.of(verifiers.math)], ["It covers\n#### 195 km", "far " * 50], row)
-    assert [list(verdict.values.values()) for verdict in found] == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    results, _ = verdicts([*parts, Part.of(verifiers.math)], ["It covers\n#### 195 km", "far " * 50], row)
+    assert [list(verdict.values.values()) for verdict in results] == [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
     no_unit, _ = verdicts(parts[:1], ["#### 195"], {**row, "unit": None})
     assert maths.isnan(no_unit[0].score)
 

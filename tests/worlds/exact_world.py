@@ -1,4 +1,4 @@
-"""A world small enough to enumerate: every string, every value, and the law of any decoder.
+"""A world small enough to enumerate: every string, every value, and the distribution of any decoder.
 
 A decoder is run once for every sequence of choices that it, or the engine below it, can make; the probability of a
 sequence is the product of its choices' probabilities. The code that runs is the one that runs on vLLM.
@@ -18,7 +18,7 @@ import torch
 from function_score import FunctionScore
 from tabular_engine import TabularEngine
 
-from posttrain.decoding.prefixes import Kind, Prefix
+from posttrain.decoding.prefixes import Prefix, ScoreKind
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.choice import MakeChooser, seeded_chooser
 
@@ -29,7 +29,7 @@ String = tuple[int, ...]
 
 @dataclass(frozen=True)
 class World:
-    """A law of strings of at most ``length`` tokens, which end early with ``eos``, and a reward for each."""
+    """A distribution of strings of at most ``length`` tokens, which end early with ``eos``, and a reward for each."""
 
     logits: Mapping[String, list[float]]  # by prefix, the prompt included
     reward: Mapping[String, float]  # by whole string, the prompt not included
@@ -50,7 +50,7 @@ class World:
             make_chooser=make_chooser,
         )
 
-    def next_law(self, string: String) -> list[float]:
+    def next_distribution(self, string: String) -> list[float]:
         """Scalar softmax of the table."""
         powers = [math.exp(logit) for logit in self.logits[PROMPT + string]]
         return [power / sum(powers) for power in powers]
@@ -70,7 +70,10 @@ class World:
         level: list[String] = [()]
         while level:
             following = {
-                (*s, a): found[s] * p for s in level if not self.ended(s) for a, p in enumerate(self.next_law(s))
+                (*s, a): found[s] * p
+                for s in level
+                if not self.ended(s)
+                for a, p in enumerate(self.next_distribution(s))
             }
             found |= following
             level = list(following)
@@ -83,21 +86,25 @@ class World:
             if self.ended(string):
                 values[string] = self.reward[string]
             else:
-                law = self.next_law(string)
-                values[string] = backup([values[(*string, a)] for a in range(self.vocabulary)], law)
+                distribution = self.next_distribution(string)
+                values[string] = backup([values[(*string, a)] for a in range(self.vocabulary)], distribution)
         return values
 
     def mean_values(self) -> dict[String, float]:
-        return self.recursive(lambda values, law: sum(p * v for v, p in zip(values, law, strict=True)))
+        return self.recursive(
+            lambda values, distribution: sum(p * v for v, p in zip(values, distribution, strict=True))
+        )
 
     def soft_values(self, beta: float | None = None) -> dict[String, float]:
         b = beta or self.beta
         return self.recursive(
-            lambda values, law: b * math.log(sum(p * math.exp(v / b) for v, p in zip(values, law, strict=True)))
+            lambda values, distribution: (
+                b * math.log(sum(p * math.exp(v / b) for v, p in zip(values, distribution, strict=True)))
+            )
         )
 
     def max_values(self) -> dict[String, float]:
-        return self.recursive(lambda values, law: max(values))
+        return self.recursive(lambda values, distribution: max(values))
 
     def tilted(self, beta: float | None = None) -> dict[String, float]:
         """p0(y) exp(r(y) / β) / Z."""
@@ -107,9 +114,11 @@ class World:
     def log_z(self, beta: float | None = None) -> float:
         return math.log(sum(p * math.exp(self.reward[y] / (beta or self.beta)) for y, p in self.strings.items()))
 
-    def objective(self, law: Mapping[String, float], beta: float | None = None) -> float:
+    def objective(self, distribution: Mapping[String, float], beta: float | None = None) -> float:
         """E[r] - β KL to p0."""
-        return sum(p * self.reward[y] for y, p in law.items()) - (beta or self.beta) * kl(law, self.strings)
+        return sum(p * self.reward[y] for y, p in distribution.items()) - (beta or self.beta) * kl(
+            distribution, self.strings
+        )
 
 
 def make_world(seed: int = 0, *, vocabulary: int = 3, length: int = 3, eos: bool = False) -> World:
@@ -123,12 +132,12 @@ def make_world(seed: int = 0, *, vocabulary: int = 3, length: int = 3, eos: bool
     return World(logits, {s: draw.gauss(0, 1) for s in whole}, vocabulary, length, end)
 
 
-def kl(law: Mapping[String, float], base: Mapping[String, float]) -> float:
-    return sum(p * math.log(p / base[y]) for y, p in law.items() if p > 0)
+def kl(distribution: Mapping[String, float], base: Mapping[String, float]) -> float:
+    return sum(p * math.log(p / base[y]) for y, p in distribution.items() if p > 0)
 
 
 def distance(one: Mapping[Outcome, float], other: Mapping[Outcome, float]) -> float:
-    """Largest difference of two laws."""
+    """Largest difference of two distributions."""
     return max(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other})
 
 
@@ -156,21 +165,21 @@ class Script:
         return index
 
 
-def law_of(run: Callable[[MakeChooser], Outcome]) -> dict[Outcome, float]:
-    """The law of what ``run`` returns, by running it once for every sequence of choices.
+def distribution_of(run: Callable[[MakeChooser], Outcome]) -> dict[Outcome, float]:
+    """The distribution of what ``run`` returns, by running it once for every sequence of choices.
 
     Args:
         run: given the maker of all choosers, returns an outcome; whatever is random in it comes from them.
     """
-    law: dict[Outcome, float] = {}
+    distribution: dict[Outcome, float] = {}
     waiting: list[list[int]] = [[]]
     while waiting:
         script = Script(waiting.pop())
         outcome = run(functools.partial(_same, script))
-        law[outcome] = law.get(outcome, 0.0) + script.probability
+        distribution[outcome] = distribution.get(outcome, 0.0) + script.probability
         waiting += script.alternatives
-    assert abs(sum(law.values()) - 1) < 1e-9
-    return law
+    assert abs(sum(distribution.values()) - 1) < 1e-9
+    return distribution
 
 
 def _same(script: Script, seed: int) -> Script:
@@ -183,7 +192,7 @@ def tokens_of(completions: list[list[Completion]]) -> String:
     return tuple(completions[0][0].tokens)
 
 
-def table_score(values: Mapping[String, float], kind: Kind = "mean", beta: float | None = None) -> FunctionScore:
+def table_score(values: Mapping[String, float], kind: ScoreKind = "mean", beta: float | None = None) -> FunctionScore:
     """A score that looks values up by what was generated."""
     return FunctionScore(
         function=lambda prefixes: [values[tuple(prefix.generated)] for prefix in prefixes], kind=kind, beta=beta
@@ -196,7 +205,7 @@ class TableOfNext:
 
     values: Mapping[String, float]
     vocabulary: int
-    kind: Kind = "mean"
+    kind: ScoreKind = "mean"
     beta: float | None = None
     scale: float = 1.0
 

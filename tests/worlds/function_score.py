@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.decoding.prefixes import Kind, Prefix
+from posttrain.decoding.prefixes import Prefix, ScoreKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class FunctionScore:
     """
 
     function: Callable[[Sequence[Prefix]], Sequence[float] | Tensor]
-    kind: Kind = "mean"
+    kind: ScoreKind = "mean"
     beta: float | None = None
     scale: float = 1.0
 

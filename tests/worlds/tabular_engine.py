@@ -1,4 +1,4 @@
-"""An exact world behind the interface of an engine: the next-token law of every prefix stands in a table.
+"""An exact world behind the interface of an engine: the next-token distribution of every prefix stands in a table.
 
 For tests of decoders and of training: whatever runs on it can be compared with what enumeration says.
 """
@@ -52,7 +52,7 @@ class TabularEngine(SteppingEngine):
         self._running: dict[int, _Sampled] = {}
 
     def next_logps(self, prefixes: Sequence[Sequence[int]], temperature: float = 1.0) -> Float[Tensor, "M V"]:
-        """The law of the next token after each prefix.
+        """The distribution of the next token after each prefix.
 
         Raises:
             ValueError: for a prefix that is not in the table.
@@ -92,7 +92,7 @@ class TabularEngine(SteppingEngine):
             groups.setdefault((row.request.sampling, id(row.request.shaper)), {})[number] = row
         for (sampling, _), group in groups.items():
             try:
-                logps = self._law([*group.values()], sampling)
+                logps = self._sampling_logps([*group.values()], sampling)
             except Exception as error:  # told to those who asked
                 for number in group:
                     del self._running[number]
@@ -100,7 +100,7 @@ class TabularEngine(SteppingEngine):
                 continue
             self._draw(group, sampling, logps)
 
-    def _law(self, rows: Sequence[_Sampled], sampling: Sampling) -> Float[Tensor, "M V"]:
+    def _sampling_logps(self, rows: Sequence[_Sampled], sampling: Sampling) -> Float[Tensor, "M V"]:
         logits = self._next_logits([row.tokens for row in rows])
         if sampling.temperature > 0:
             logits = filters(sampling)(None, logits / sampling.temperature)  # type: ignore[arg-type]
@@ -111,8 +111,10 @@ class TabularEngine(SteppingEngine):
 
     def _draw(self, rows: Mapping[int, _Sampled], sampling: Sampling, logps: Float[Tensor, "M V"]) -> None:
         probabilities, best = logps.exp().tolist(), logps.argmax(-1).tolist()
-        for (number, row), law, token, values in zip(rows.items(), probabilities, best, logps.tolist(), strict=True):
-            drawn = row.choose(law) if sampling.temperature > 0 else token
+        for (number, row), distribution, token, values in zip(
+            rows.items(), probabilities, best, logps.tolist(), strict=True
+        ):
+            drawn = row.choose(distribution) if sampling.temperature > 0 else token
             row.tokens.append(drawn)
             row.logps.append(values[drawn])
             finish = self._finish(row, sampling)

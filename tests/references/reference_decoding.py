@@ -26,23 +26,15 @@ def softmax_at(strength: float) -> Select:
 
 
 def blocks_from(world: World, string: String, block: int) -> dict[String, float]:
-<<<<<<< HEAD
     """Distribution over strings that are one block longer."""
-=======
-    """Law of the string one block later."""
->>>>>>> english
     distribution = {string: 1.0}
     for _ in range(block):
         distribution = {
             after: probability * p
             for s, probability in distribution.items()
-<<<<<<< HEAD
-            for after, p in ([(s, 1.0)] if world.ended(s) else [((*s, a), p) for a, p in enumerate(world.next_law(s))])
-=======
             for after, p in (
                 [(s, 1.0)] if world.ended(s) else [((*s, a), p) for a, p in enumerate(world.next_distribution(s))]
             )
->>>>>>> english
         }
     return distribution
 
@@ -50,11 +42,7 @@ def blocks_from(world: World, string: String, block: int) -> dict[String, float]
 def select_blockwise(
     world: World, values: Mapping[String, float], *, block: int, count: int, select: Select
 ) -> dict[String, float]:
-<<<<<<< HEAD
     """Draws ``count`` blocks from the base distribution, keeps one of them, and repeats this until the string ends."""
-=======
-    """Draw ``count`` blocks from the base distribution, take one of them, go on until the string ends."""
->>>>>>> english
     ended: dict[String, float] = {}
     going = {(): 1.0}
     while going:
@@ -72,11 +60,7 @@ def select_blockwise(
 
 
 def best_of_n(world: World, n: int) -> dict[String, float]:
-<<<<<<< HEAD
     """Distribution of best-of-n: P(y) = F(r(y))^n - F(< r(y))^n (no ties); F: distribution of the reward under p0."""
-=======
-    """P(y) = F(r(y))^n - F(< r(y))^n for rewards without ties, F the distribution of the reward under p0."""
->>>>>>> english
     distribution = {}
     for y in world.strings:
         upto = sum(p for z, p in world.strings.items() if world.reward[z] <= world.reward[y])
@@ -103,11 +87,7 @@ def best_first(world: World, alpha: float, count: int) -> list[String]:
         popped.append(string)
         if world.ended(string):
             continue
-<<<<<<< HEAD
-        distribution = world.next_law(string)
-=======
         distribution = world.next_distribution(string)
->>>>>>> english
         for a in sorted(range(world.vocabulary), key=lambda a: -distribution[a]):
             after = (*string, a)
             logp = sum(math.log(world.next_distribution(after[:n])[after[n]]) for n in range(len(after)))

@@ -57,6 +57,8 @@ class Facts:
     """The loss learns from preferences and needs no ``advantage``."""
     ranks_completions: bool = False
     """The loss has the options ``score`` and ``beta``, by which metrics rank the completions."""
+    compares_values: bool = False
+    """The value loss compares values with each other, so that they need not explain any target."""
     needs_mismatched: bool = False
     """The part reads completions that were written for other prompts; ``examples: {mismatched: true}`` adds them."""
     gives_mismatched: bool | Callable[[Option], bool] = False

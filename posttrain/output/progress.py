@@ -25,17 +25,19 @@ class Column(NamedTuple):
     form: str  # format of the number
 
 
-COLUMNS = (
-    Column("reward/mean", "reward", "{:.3f}"),
-    Column("accuracy", "accuracy", "{:.3f}"),
-    Column("preference/accuracy", "preferred", "{:.3f}"),
-    Column("eval/preference/accuracy", "held-out", "{:.3f}"),
-    Column("eval/score", "eval", "{:.3f}"),
-    Column("loss", "loss", "{:.4g}"),
-    Column("length/mean", "tokens", "{:.1f}"),
+LENGTH_COLUMN = Column("length/mean", "tokens", "{:.1f}")
+COST_COLUMNS = (
     Column("time/tokens_per_second", "tokens/s", "{:,.0f}"),
     Column("time/step", "s/step", "{:.2f}"),
     Column("time/peak_memory_mb", "memory MB", "{:,.0f}"),
+)
+COLUMNS = (
+    Column("reward/mean", "reward", "{:.3f}"),
+    Column("accuracy", "accuracy", "{:.3f}"),
+    Column("eval/score", "eval", "{:.3f}"),
+    Column("loss", "loss", "{:.4g}"),
+    LENGTH_COLUMN,
+    *COST_COLUMNS,
 )
 TABLE_WIDTH = 160  # width of tables with many columns, on any terminal: a cell that is cut off says nothing
 ROWS = 8  # number of steps in the live table

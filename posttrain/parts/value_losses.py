@@ -196,6 +196,7 @@ def bce(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 # ---- losses of steps, completions and groups ------------------------------------------------------------------------
 
 
+@facts(compares_values=True)
 def q_ranking(outputs: Outputs, batch: Batch, *, margin: float = 4.0) -> Float[Tensor, "N L"]:
     """Ranks a completion's steps: values of correct steps rise from 0, one above the other; wrong ones are ζ below 0.
 
@@ -222,6 +223,7 @@ def q_ranking(outputs: Outputs, batch: Batch, *, margin: float = 4.0) -> Float[T
     return terms * learned.sum(-1, keepdim=True) / ranked.clamp(min=1)
 
 
+@facts(compares_values=True)
 def bradley_terry(
     outputs: Outputs, batch: Batch, *, margin: str | None = None, label_smoothing: BelowHalf = 0.0
 ) -> Float[Tensor, "N L"]:

@@ -1,4 +1,4 @@
-"""Evaluation of the policy: accuracy on held-out prompts, and ranking of held-out completions."""
+"""Evaluation: the policy's accuracy on held-out prompts, and the trained models on held-out completions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from posttrain.recipe.sections import EvaluationSection
 from posttrain.rollout.collect import CompletionSource, generate_and_verify, index_chunks, make_prompts
 from posttrain.seeds import prompt_seeds
 from posttrain.system.processes import Processes
+from posttrain.training.held_out_values import evaluate_values
 from posttrain.training.learner import Learner, policy_logp, reference_logp
-from posttrain.training.metrics import add_sums, mean_sums, preference_sums
+from posttrain.training.metrics import PolicyMetrics, mean_sums
 
 
 def evaluate_completions(
@@ -52,24 +53,36 @@ def evaluate_completions(
 
 
 @torch.no_grad()
-def evaluate_ranking(learner: Learner, examples: Examples) -> dict[str, float]:
-    """Measures how the policy ranks held-out completions, which are shared over the ranks.
+def evaluate_examples(learner: Learner, examples: Examples) -> dict[str, float]:
+    """Measures the trained models on held-out completions, which are shared over the ranks.
 
     Returns:
-        ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, for a loss of preferences (see
-        :func:`posttrain.training.metrics.preference_sums`); for another loss ``eval/nll``, in nats a token.
+        Of the policy, if it is trained: ``eval/preference/accuracy``, ``eval/preference/margin`` and the like, for a
+        loss of preferences (see :class:`posttrain.training.metrics.PolicyMetrics`); for another loss ``eval/nll``, in
+        nats a token. Of the value model, if it is trained: ``eval/value/loss``, and the quality of its values (see
+        :func:`posttrain.training.held_out_values.evaluate_values`).
     """
-    start, processes = time.perf_counter(), learner.processes
-    sums = []
+    start = time.perf_counter()
+    metrics = evaluate_policy(learner, examples) if learner.recipe.loss else {}
+    if learner.recipe.value_loss:
+        metrics |= evaluate_values(learner, examples)
+    return {f"eval/{name}": value for name, value in metrics.items()} | {
+        "time/evaluate_examples": time.perf_counter() - start
+    }
+
+
+def evaluate_policy(learner: Learner, examples: Examples) -> dict[str, float]:
+    """Measures how the policy ranks held-out completions, or how likely they are, over all ranks."""
+    measured = PolicyMetrics(learner.recipe.loss)
     for index in index_chunks(len(examples), learner.recipe.prompts_per_step):
-        if own_index := processes.share_of(index):
+        if own_index := learner.processes.share_of(index):
             batch = examples.batch(own_index)
             if learner.required.logp_ref and batch.logp_ref is None:
                 batch = batch.set(logp_ref=reference_logp(learner, batch))
             outputs = Outputs(logp=policy_logp(learner, batch))
             batch = batch.set(logp_old=outputs.logp)
-            nll = {"nll": mean_sums(-outputs.logp[batch.mask & ~batch.baseline_only[:, None]])}
-            sums.append(preference_sums(learner.recipe.loss, outputs, batch) or nll)
-    shared = [rank_sums for rank_sums in processes.gather(add_sums(sums)) if rank_sums]
-    means = {f"eval/{name}": float(total / count) for name, (total, count) in add_sums(shared).items() if count}
-    return means | {"time/evaluate_ranking": time.perf_counter() - start}
+            if measured.ranks_completions:
+                measured.add_preferences(outputs, batch)
+            else:
+                measured.add({"nll": mean_sums(-outputs.logp[batch.mask & ~batch.baseline_only[:, None]])})
+    return measured.reduced(learner.processes)

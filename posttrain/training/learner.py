@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.batch import Batch
+from posttrain.batch import Author, Batch
 from posttrain.micro_batches import blank_row, length_groups, micro_batches
 from posttrain.models.joint import forward
 from posttrain.models.policy import Policy
@@ -19,7 +19,7 @@ from posttrain.recipe.sections import OptimizerSection, ValueSection
 from posttrain.seeds import sample_seed
 from posttrain.system.processes import Processes
 from posttrain.training.apply_parts import taught_states, total_loss, total_value_loss, value_target
-from posttrain.training.metrics import add_sums, preference_sums, reduce_means, update_sums
+from posttrain.training.metrics import PolicyMetrics, update_sums
 from posttrain.training.optimiser import Optimiser, Update, learning_rate
 from posttrain.training.other_policies import OtherPolicies
 from posttrain.training.recipe import Recipe
@@ -149,14 +149,14 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
     if policy_waits:
         rates[0] = 0.0
     trained = batch[kept] if bool(kept.any()) else blank_row(batch)
-    sums: list[dict[str, Tensor]] = []
+    measured = PolicyMetrics(recipe.loss)
     losses: dict[str, Tensor] = {}
     updates: list[Update] = []
     for rows in minibatches(learner, trained, step):
         mini = with_shares(recipe, trained[rows] if len(rows) else blank_row(trained))
 
         def loss_of(micro: Batch) -> Tensor:
-            loss, terms = losses_of(learner, micro.to(processes.device), sums, policy_waits)
+            loss, terms = losses_of(learner, micro.to(processes.device), measured, policy_waits)
             for name, value in {"loss": loss.detach(), **terms}.items():
                 losses[name] = losses.get(name, 0) + value.double()
             return loss
@@ -167,7 +167,7 @@ def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = Fa
         if learner.slow_value is not None and learner.value is not None and recipe.value is not None:
             polyak(learner.slow_value, learner.value, recipe.value.target_rate or 1.0)
     totals = (processes.all_sum(torch.stack(list(losses.values()))) / len(updates)).tolist()
-    metrics = dict(zip(losses, totals, strict=True)) | reduce_means(add_sums(sums), processes)
+    metrics = dict(zip(losses, totals, strict=True)) | measured.reduced(processes)
     return metrics | update_metrics(learner, updates, rates)
 
 
@@ -182,9 +182,9 @@ def with_shares(recipe: Recipe, mini: Batch) -> Batch:
 
 
 def losses_of(
-    learner: Learner, micro: Batch, sums: list[dict[str, Tensor]], policy_waits: bool
+    learner: Learner, micro: Batch, measured: PolicyMetrics, policy_waits: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch and its terms. Sums that compare the policies are appended to ``sums``.
+    """The loss of a micro-batch and its terms. Comparisons of the policies are added to ``measured``.
 
     Each member of the value model has a loss of its own; the losses are added up.
     """
@@ -208,7 +208,9 @@ def losses_of(
         # Times 0, not left out: data-parallel wrappers wait for the gradient of everything they wrap.
         loss = loss + (0.0 * policy_loss if policy_waits else policy_loss)
         terms |= {f"loss/{name}": value for name, value in parts.items()}
-        sums.append(update_sums(outputs, micro) | preference_sums(recipe.loss, outputs, micro))
+        given = micro.by(Author.GIVEN) if recipe.examples is None else torch.ones_like(micro.baseline_only)
+        measured.add(update_sums(outputs, micro, given))
+        measured.add_preferences(outputs, micro)
     for member in members if recipe.value_loss else ():
         value_loss, parts = total_value_loss(recipe.value_loss, member, micro)
         loss = loss + value_loss

@@ -29,8 +29,10 @@ from posttrain.seeds import sample_seed
 from posttrain.system.processes import Processes
 from posttrain.training.apply_parts import add_advantages, add_baselines, add_rewards, compare_completions
 from posttrain.training.checkpoints import load_checkpoint, run_state, save_checkpoint
-from posttrain.training.evaluate import evaluate_completions, evaluate_ranking
+from posttrain.training.display import columns_of
+from posttrain.training.evaluate import evaluate_completions, evaluate_examples
 from posttrain.training.learner import add_value_targets, score, update
+from posttrain.training.ranking import ranking_by_value
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_required_passes
 from posttrain.training.results import dump_batch, save_models, start_message, stop_message, store_rollouts
@@ -139,7 +141,7 @@ def loop(run: TrainingRun) -> None:
             start=run.step,
             active=processes.is_main,
         ) as trackers,
-        Progress(recipe.steps, run.step, active=processes.is_main) as progress,
+        Progress(recipe.steps, run.step, active=processes.is_main, columns=columns_of(recipe)) as progress,
     ):
         if processes.is_main:
             write_left_out(run.folder, run.material.dropped)
@@ -223,6 +225,8 @@ def value_quality(run: TrainingRun, batch: Batch) -> dict[str, float]:
     """Metrics of the values before the update. The policy stops waiting once they are good enough."""
     support = run.learner.value.support if run.learner.value is not None else None
     quality = value_metrics(batch, run.processes, support=support)
+    if run.recipe.examples is not None:
+        quality |= ranking_by_value([batch], run.processes)
     run.policy_waits = run.policy_waits and not critic_is_ready(run.recipe, quality)
     return quality
 
@@ -276,7 +280,7 @@ def load_policy_into_engine(run: TrainingRun) -> None:
 def evaluate_run(run: TrainingRun) -> dict[str, float]:
     """Evaluates the policy as it is now, on the evaluation prompts and on the held-out examples."""
     rows, examples = run.material.evaluation_rows, run.material.evaluation_examples
-    metrics = {} if examples is None else evaluate_ranking(run.learner, examples)
+    metrics = {} if examples is None else evaluate_examples(run.learner, examples)
     if rows is None:
         return metrics
     assert run.recipe.evaluate is not None

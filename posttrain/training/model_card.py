@@ -67,7 +67,7 @@ def write_model_card(
         f"# {recipe.name}",
         f"{'A value model on ' if of_value else ''}{_model_link(base)}, "
         f"trained with posttrain, recipe `{recipe.name}`.",
-        *_section("Evaluation", "" if of_value else evaluation_table(before or {}, after or {})),
+        *_section("Evaluation", evaluation_table(before or {}, after or {}, of_value=of_value)),
         *_section("Training", "\n".join(f"- {name}: {fact}" for name, fact in facts if fact)),
         *_section("Papers", "\n".join(f"- {line}" for line in cited)),
         *_section("Use", VALUE_USAGE if of_value else USAGE),
@@ -132,9 +132,14 @@ def papers(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(found.values()))
 
 
-def evaluation_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """A Markdown table of the metrics before and after training; empty if there are none."""
+def evaluation_table(before: Mapping[str, float], after: Mapping[str, float], *, of_value: bool = False) -> str:
+    """A Markdown table of the metrics before and after training; empty if there are none.
+
+    Args:
+        of_value: the metrics of the value model, whose names start with ``eval/value/``; otherwise all others.
+    """
     names = [name for name in dict.fromkeys([*before, *after]) if not name.startswith(TIMING)]
+    names = [name for name in names if name.startswith("eval/value/") == of_value]
     if not names:
         return ""
 

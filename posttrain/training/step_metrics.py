@@ -10,7 +10,7 @@ import torch
 
 from posttrain.batch import Batch
 from posttrain.rollout.collect import Collected, verifier_means
-from posttrain.training.metrics import peak_memory_mb, rollout_metrics
+from posttrain.training.metrics import example_metrics, peak_memory_mb, rollout_metrics
 from posttrain.training.setup import TrainingRun
 
 
@@ -45,7 +45,8 @@ def step_metrics(
         clock: holds the seconds of the stages.
     """
     processes = run.processes
-    metrics = rollout_metrics(batch, processes) | dict(learned) | verifier_means(collected.values, processes)
+    data = example_metrics if run.recipe.examples is not None else rollout_metrics
+    metrics = data(batch, processes) | dict(learned) | verifier_means(collected.values, processes)
     if run.recipe.value and run.recipe.value.ready_at is not None:
         metrics["policy/waits"] = float(run.policy_waits)
     metrics |= {"prompts/drawn": float(collected.prompts_drawn), "prompts/rounds": float(collected.rounds)}

@@ -20,18 +20,22 @@ from posttrain.parts.preference.groups import find_pairs, labelled
 def summarise(
     outputs: Outputs, batch: Batch, score: Callable[..., Tensor], beta: float
 ) -> dict[str, Float[Tensor, " X"]]:
-    """Numbers by the metric's name, to take the mean of; empty if there are no pairs or completions.
+    """Numbers by the metric's name, to take the mean of.
 
-    ``accuracy``: 1 if the better completion of a pair has the higher implicit reward, ½ if both are equal, 0 else.
-    ``margin``: the difference of the implicit rewards. ``chosen_`` and ``rejected_``: implicit rewards and log-probs of
-    the two sides. Without pairs, the sides are the completions with a label above 0 and all other labelled ones.
+    Of the pairs within groups (empty if there are none): ``accuracy``, 1 if the better completion has the higher
+    implicit reward, ½ if both are equal, 0 else; ``margin``, the difference of the implicit rewards; ``chosen_reward``,
+    ``rejected_reward``, ``chosen_logp`` and ``rejected_logp``, implicit rewards and log-probs of the two sides.
+
+    Of labelled completions, paired or not, under ``by_label/``: the same rewards and log-probs, where the chosen ones
+    have a label above 0.
     """
     reward = beta * score(outputs, batch)
     logp = seq_sum(outputs.logp, batch.mask)
     chosen, rejected = find_pairs(batch)
     gap = reward[chosen] - reward[rejected]
     metrics = {"accuracy": 0.5 + 0.5 * gap.sign(), "margin": gap}
-    sides = {"chosen": chosen, "rejected": rejected} if len(chosen) else by_label(batch)
+    sides = {"chosen": chosen, "rejected": rejected}
+    sides |= {f"by_label/{side}": rows for side, rows in by_label(batch).items()}
     for side, rows in sides.items():
         metrics |= {f"{side}_reward": reward[rows], f"{side}_logp": logp[rows]}
     return metrics

@@ -1,0 +1,51 @@
+"""The columns of a run's display: what the recipe learns, in the order in which it is read."""
+
+from __future__ import annotations
+
+from posttrain.output.progress import COST_COLUMNS, LENGTH_COLUMN, Column
+from posttrain.training.recipe import Recipe
+
+LOSS = Column("loss", "loss", "{:.4g}")
+SAMPLED = (
+    Column("reward/mean", "reward", "{:.3f}"),
+    Column("accuracy", "accuracy", "{:.3f}"),
+)
+HELD_OUT_SCORE = Column("eval/score", "eval", "{:.3f}")
+PREFERENCES = (
+    Column("preference/accuracy", "preferred", "{:.3f}"),
+    Column("preference/auc", "AUC", "{:.3f}"),
+    Column("preference/margin", "margin", "{:.3f}"),
+    Column("eval/preference/accuracy", "held-out preferred", "{:.3f}"),
+    Column("eval/preference/auc", "held-out AUC", "{:.3f}"),
+    Column("eval/preference/margin", "held-out margin", "{:.3f}"),
+)
+LIKELIHOOD = (Column("nll", "NLL", "{:.3f}"), Column("eval/nll", "held-out NLL", "{:.3f}"))
+RANKING = (
+    Column("value/pair_accuracy", "pairs right", "{:.3f}"),
+    Column("value/auc", "AUC", "{:.3f}"),
+    Column("eval/value/pair_accuracy", "held-out pairs right", "{:.3f}"),
+    Column("eval/value/auc", "held-out AUC", "{:.3f}"),
+)
+EXPLAINED = (
+    Column("value/explained_variance", "explained", "{:.3f}"),
+    Column("eval/value/explained_variance", "held-out explained", "{:.3f}"),
+)
+VALUE_LOSS = Column("eval/value/loss", "held-out loss", "{:.4g}")
+
+
+def columns_of(recipe: Recipe) -> tuple[Column, ...]:
+    """The columns that say what a recipe learns; one whose metric a run does not have is left out.
+
+    Over completions from a dataset these are not their labels, which do not change: preferences show how the policy
+    ranks the two sides, other losses the negative log-likelihood, and value models their ranking of completions and
+    the share of the targets' variance that they explain. A model that is trained to rank pairs explains no targets.
+    """
+    sampled = recipe.examples is None
+    ranks = any(term.fact("ranks_completions") for term in recipe.loss)
+    columns: tuple[Column, ...] = SAMPLED if sampled else ()
+    if recipe.loss:
+        columns += PREFERENCES if ranks else () if sampled else LIKELIHOOD
+    if recipe.value_loss:
+        compares = any(term.fact("compares_values") for term in recipe.value_loss)
+        columns += (() if sampled else RANKING) + (() if compares else EXPLAINED) + (VALUE_LOSS,)
+    return (*columns, HELD_OUT_SCORE, LOSS, LENGTH_COLUMN, *COST_COLUMNS)

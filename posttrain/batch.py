@@ -172,6 +172,20 @@ class Batch:
         """Sum of ``values`` over all entries on all ranks: the only reduction that a normaliser may use."""
         return self.all_sum(values.sum())
 
+    def largest(self, values: Tensor) -> float:
+        """Largest of non-negative ``values`` on all ranks, as float32; 0 if there are none.
+
+        Ranks share sums alone. So the number is found a byte at a time, from the first to the last, in counts of the
+        values whose leading bytes are those found so far: the order of non-negative floats is that of their bits.
+        """
+        bits = values.float().flatten().view(torch.int32).long()
+        top = 0
+        for shift in (24, 16, 8, 0):
+            leading = bits[bits >> (shift + 8) == top >> (shift + 8)]
+            counts = self.all_sum(torch.bincount(leading >> shift & 255, minlength=256).double())
+            top |= int(counts.nonzero().max()) << shift if bool(counts.any()) else 0
+        return float(torch.tensor(top, dtype=torch.int32).view(torch.float32))
+
     @staticmethod
     def concatenate(batches: Iterable[Batch]) -> Batch:
         """Joins batches into one, padded to the longest row. A field must be filled in all of them or in none.

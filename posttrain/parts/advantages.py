@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, broadcast, group_max, group_mean, group_std, group_sum, seq_mean, seq_sum
-from posttrain.option_types import Count, Fraction, NonNegative, Option, Positive, facts
+from posttrain.batch import Batch, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
+from posttrain.option_types import Count, Fraction, NonNegative, Option, Positive, PositiveCount, facts
 from posttrain.parts.credit import (
     Truncated,
     accumulate,
@@ -86,6 +86,7 @@ def returns(
     gamma: Fraction = 1.0,
     center: Center = "none",
     step_center: Literal["none", "leave_one_out"] = "none",
+    step_sum: Literal["to_go", "own"] = "to_go",
 ) -> Float[Tensor, "N L"]:
     """Advantage of each token: the sum of the rewards from it on, discounted per token that the policy chose.
 
@@ -101,14 +102,18 @@ def returns(
         center: the baseline b of ``reward`` alone, as in ``outcome``.
         step_center: ``leave_one_out`` subtracts from each token's ``step_reward`` the mean over the group's other
             completions of their mean over tokens. Cui et al. 2025 (PRIME), eq. 5, arXiv:2502.01456.
+        step_sum: ``own`` gives each token its own ``step_reward`` alone, and the sum of later ones to none. For a KL
+            penalty as in the code of Li et al. 2023 (ReMax), arXiv:2310.10505.
     """
     outcome_reward = _scored(batch.reward.double(), batch)
     outcome_reward = outcome_reward - _baseline(outcome_reward, batch.trained, batch, center)
     process = batch.step_reward.double().where(batch.mask, 0.0)
     if step_center == "leave_one_out":
         process = process - broadcast(_others_mean(seq_mean(process, batch.mask), batch), batch.mask)
-    rewards = process + broadcast(outcome_reward, last_chosen(batch.mask))
-    return _trained(accumulate(rewards, batch.mask, gamma), batch)
+    final = broadcast(outcome_reward, last_chosen(batch.mask))
+    if step_sum == "own":
+        return _trained(process + accumulate(final, batch.mask, gamma), batch)
+    return _trained(accumulate(process + final, batch.mask, gamma), batch)
 
 
 def gae(
@@ -117,7 +122,8 @@ def gae(
     gamma: Fraction = 1.0,
     lambda_: Fraction = 0.95,
     alpha: Positive | None = None,
-    truncated: Truncated = "bootstrap",
+    truncated: Truncated = "end",
+    last: Literal["reward", "value", "zero"] = "reward",
 ) -> Float[Tensor, "N L"]:
     """Generalised advantage estimate: decayed sum of the critic's one-step errors from each token on.
 
@@ -129,14 +135,20 @@ def gae(
 
     Args:
         gamma: discount per chosen token.
-        alpha: λ = max(0, 1 - 1 / (α · tokens)) instead: 0.05 in Yue et al. 2025 (VAPO), eq. 10, arXiv:2504.05118.
-        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off in place of the
-            rewards that would have followed; ``end`` treats the cut as an ending.
+        alpha: λ = max(0, 1 - 1 / (α · tokens)) instead: 0.05 in Yue et al. 2025 (VAPO), section 4.2, arXiv:2504.05118.
+        truncated: ``end`` treats the cut of a completion at the length limit as its ending, as Huang et al. 2024, verl
+            and OpenRLHF do. ``bootstrap`` takes the value at its last token in place of the rewards that would have
+            followed.
+        last: what an ending is worth. ``reward``: ``reward``. Without a reward, for a value model that was trained
+            beforehand: ``value``, its value of the whole completion, or ``zero``, as in the code of Huang et al. 2025
+            (DVPO), arXiv:2502.16944, where the last token's advantage does not depend on that token.
     """
-    value, is_cut_off = _value(batch), open_ended(batch, truncated)
+    value, ends = _value(batch), last_chosen(batch.mask)
     value_now = at_state(value, batch.mask)
-    value_next = torch.where(is_cut_off, value, at_following(value_now, batch.mask))
-    delta = (token_rewards(batch) + gamma * value_next - value_now).where(batch.mask, 0.0)
+    beyond = ends if last == "value" else open_ended(batch, truncated)
+    value_next = torch.where(beyond, value, at_following(value_now, batch.mask))
+    rewards = token_rewards(batch) if last == "reward" else batch.step_reward.double()
+    delta = (rewards + gamma * value_next - value_now).where(batch.mask, 0.0)
     return _trained(accumulate(delta, batch.mask, gamma * row_lambda(batch, lambda_, alpha)), batch)
 
 
@@ -147,14 +159,13 @@ def value_change(
 
     A_t = V(s_t') - V(s_t), with t' the next chosen token; these add up to V of the whole completion minus V(s_0)
 
-    Huang et al. 2025 (DVPO), arXiv:2502.16944, with a frozen value model.
-    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2025 (VinePPO), section 4, arXiv:2410.01679.
+    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2024 (VinePPO), section 4, arXiv:2410.01679.
 
     Args:
         level: ``step`` gives each token the change that its whole reasoning step caused. It reads the values only at
             the states before steps and at the end.
         last: what follows the last chosen token: the model's ``value`` of the whole completion, or its ``reward``.
-            Taking 0 instead, as a critic's bootstrap does, would punish every ending that was worth something.
+            Taking 0 instead would punish every ending that was worth something.
     """
     value, ends = _value(batch), last_chosen(batch.mask)
     final = value if last == "value" else _scored(batch.reward.double(), batch)[:, None]
@@ -178,11 +189,11 @@ def static_q(batch: Batch) -> Float[Tensor, "N L"]:
     return _trained(_value(batch), batch)
 
 
-def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True) -> Float[Tensor, "N L"]:
+def min_form(batch: Batch, *, length: PositiveCount, temperature: Positive = 0.1) -> Float[Tensor, "N L"]:
     """Advantage of each token: a return in which the completion's worst step outweighs all its other steps.
 
     G_t = Σ_k>=t r*_k + R,  r*_k = softmax_k(-r_k / T) r_k over the completion's steps
-    A_it = G_it - b_i,  b_i = Σ_j≠i Σ_t G_jt / ((G - 1) max_j |o_j|) over the group
+    A_it = G_it - b_i,  b_i = Σ_j≠i Σ_t G_jt / ((G - 1) length) over the group
 
     Cheng et al. 2025 (PURE), arXiv:2504.15275. Goes with the shaper ``whiten``.
 
@@ -190,14 +201,15 @@ def min_form(batch: Batch, *, temperature: Positive = 0.1, baseline: bool = True
     other tokens is added unchanged.
 
     Args:
+        length: the longest completion that can be sampled, ``sampling.max_tokens``. A constant, so that the baseline of
+            a token does not depend on the lengths of its group's completions.
         temperature: T; near 0 only the worst step counts, for the tokens up to its end.
-        baseline: subtract b_i, a constant over the completion's tokens.
     """
     ends, process = step_ends(batch), batch.step_reward.double()
     share = torch.softmax((-process / temperature).where(ends, -torch.inf), -1).where(ends, 0.0)
     rewards = token_rewards(batch) + (share * process - process).where(ends, 0.0)
     gains = accumulate(rewards, batch.mask, 1.0).where(batch.mask, 0.0)
-    return _trained(gains - _token_baseline(gains, batch)[:, None] if baseline else gains, batch)
+    return _trained(gains - _token_baseline(gains, batch, length)[:, None], batch)
 
 
 def whiten(
@@ -241,13 +253,12 @@ def _others_mean(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N
     return torch.where(other_count > 0, (group_sum(counted, batch.group) - counted) / other_count.clamp(min=1), values)
 
 
-def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch) -> Float[Tensor, " N"]:
-    """Baseline of ``min_form``: the other completions' gain per token of the group's longest; 0 if there are none."""
+def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch, length: int) -> Float[Tensor, " N"]:
+    """Baseline of ``min_form``: the sum of the other completions' gains over ``length``; 0 if there are none."""
     valid = batch.trained
     total = gains.sum(-1).where(valid, 0.0)
     other_count = group_sum(valid.double(), batch.group) - 1
-    longest = group_max(batch.tokens_chosen.double(), batch.group, valid)
-    return (group_sum(total, batch.group) - total) / (other_count * longest).clamp(min=1)
+    return (group_sum(total, batch.group) - total) / (other_count.clamp(min=1) * length)
 
 
 def _scored(reward: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N"]:

@@ -2,8 +2,9 @@
 
 The state in which chosen token t was chosen is the prefix that ends with column t - 1. Its next state is the one in
 which the next chosen token t' was chosen, column t' - 1: tool output in between is stepped over, without a discount.
-After the last chosen token nothing follows a completion that stopped; what would have followed a truncated one is
-unknown, and its value at the last chosen token's column is used in its place. Sums are taken in float64.
+After the last chosen token nothing follows a completion that stopped. What would have followed one that was cut off is
+unknown: ``truncated: end`` takes the cut as its ending, ``bootstrap`` puts the value at the last chosen token's column
+in place of it. Sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def token_rewards(batch: Batch) -> Float[Tensor, "N L"]:
 def row_lambda(batch: Batch, lambda_: float, alpha: float | None) -> Float[Tensor, " N"]:
     """λ of each completion: ``lambda_``, or with ``alpha`` max(0, 1 - 1 / (α l)), where l tokens were chosen.
 
-    Yue et al. 2025 (VAPO, length-adaptive GAE), eq. 10, arXiv:2504.05118.
+    Yue et al. 2025 (VAPO, length-adaptive GAE), section 4.2, arXiv:2504.05118.
     """
     if alpha is None:
         return torch.full_like(batch.reward, lambda_, dtype=torch.float64)

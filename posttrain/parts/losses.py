@@ -137,7 +137,12 @@ def geometric(
 
 
 def kl(
-    outputs: Outputs, batch: Batch, *, estimator: Estimator = "k3", importance: bool = False
+    outputs: Outputs,
+    batch: Batch,
+    *,
+    estimator: Estimator = "k3",
+    importance: bool = False,
+    cap: Positive | None = None,
 ) -> Float[Tensor, "N L"]:
     """KL divergence from the reference policy, estimated at the sampled token from x = log π(y_t) - log π_ref(y_t).
 
@@ -154,6 +159,7 @@ def kl(
         importance: DeepSeek-AI 2025 (DeepSeek-V3.2, unbiased KL estimate), section 3.1, arXiv:2512.02556.
             Multiplies by ρ_t, for samples of π_old; the expected gradient is then ∇KL(π ‖ π_ref) with every estimator,
             because ρ_t carries gradient with k1 and k3 and does not with k2 and k3_k2.
+        cap: largest estimate of a token; a token beyond it has no gradient.
     """
     x = log_ratio(outputs.logp, needed(batch, "logp_ref"), batch.mask)
     k2, k3 = 0.5 * x.square(), torch.expm1(-x) + x
@@ -161,7 +167,7 @@ def kl(
     if importance:
         ratio = log_ratio(outputs.logp, needed(batch, "logp_old"), batch.mask).exp()
         value = value * (ratio if estimator in ("k1", "k3") else ratio.detach())
-    return value
+    return value if cap is None else value.clamp(max=cap)
 
 
 def entropy(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from posttrain.batch import Batch, group_max, group_min, seq_sum
 from posttrain.option_types import PositiveCount
-from posttrain.parts.credit import at_state
-from posttrain.parts.ratio import needed
+from posttrain.parts.credit import accumulate, at_state
+from posttrain.parts.ratio import log_ratio, needed
 
 
 def overlong(batch: Batch, *, limit: PositiveCount, buffer: PositiveCount) -> Float[Tensor, " N"]:
@@ -55,21 +55,29 @@ def length(batch: Batch, *, threshold: float = 0.0) -> Float[Tensor, " N"]:
     return favour.where(valid & (spread > 0), 0.0)
 
 
-def kl_penalty(batch: Batch, *, level: Literal["token", "sequence"] = "token") -> Tensor:
-    """KL penalty: minus the log-ratio of the policy before the update to the reference, whose mean is minus their KL.
+def kl_penalty(
+    batch: Batch, *, level: Literal["token", "sequence"] = "token", estimator: Literal["k1", "k3"] = "k1"
+) -> Tensor:
+    """KL penalty: minus an estimate of the KL divergence of the policy before the update from the reference.
 
-    r_t = -(log π_old(y_t) - log π_ref(y_t))
+    r_t = -x (k1) or -(e^-x - 1 + x) (k3), with x = log π_old(y_t) - log π_ref(y_t)
 
     Stiennon et al. 2020, arXiv:2009.01325; a token at a time: Ouyang et al. 2022, arXiv:2203.02155.
+    k3: Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
 
     Args:
         level: ``token`` gives r_t, ``[N, L]``; ``sequence`` its sum over the completion, ``[N]``.
+        estimator: ``k3`` never rewards a token; its log-ratio is clamped to ±20.
     """
-    penalty = (needed(batch, "logp_ref") - needed(batch, "logp_old")).where(batch.mask, 0.0)
+    if estimator == "k1":
+        penalty = (needed(batch, "logp_ref") - needed(batch, "logp_old")).where(batch.mask, 0.0)
+    else:
+        x = log_ratio(needed(batch, "logp_old"), needed(batch, "logp_ref"), batch.mask)
+        penalty = -(torch.expm1(-x) + x)
     return penalty if level == "token" else seq_sum(penalty, batch.mask)
 
 
-def value_gain(batch: Batch) -> Float[Tensor, "N L"]:
+def value_gain(batch: Batch, *, scale: Literal["none", "largest_return"] = "none") -> Float[Tensor, "N L"]:
     """Reward of each token: the change of the value that it caused, before the update.
 
     r_t = V_t - V(s_t), with s_t the prefix in which token t was chosen
@@ -78,6 +86,14 @@ def value_gain(batch: Batch) -> Float[Tensor, "N L"]:
     arXiv:2412.01981; online: Cui et al. 2025 (PRIME), arXiv:2502.01456.
 
     A completion's rewards sum to the value of the whole completion, less that of the prompt.
+
+    Args:
+        scale: ``largest_return`` divides all rewards by max_it |Σ_k>=t r_ik| + 1e-6, the largest sum of rewards from a
+            token on, over the trained completions of all ranks: as in the code of PRIME, where it is over one rank's.
     """
     value = needed(batch, "value").where(batch.states, 0.0)
-    return (value - at_state(value, batch.mask)).where(batch.mask, 0.0)
+    gain = (value - at_state(value, batch.mask)).where(batch.mask, 0.0)
+    if scale == "none":
+        return gain
+    sums = accumulate(gain.double(), batch.mask, 1.0).where(batch.mask & batch.trained[:, None], 0.0)
+    return gain / (batch.largest(sums.abs()) + 1e-6)

@@ -75,7 +75,7 @@ def lambda_return(
     alpha: Positive | None = None,
     backup: Backup = "mean",
     beta: Positive = 1.0,
-    truncated: Truncated = "bootstrap",
+    truncated: Truncated = "end",
 ) -> Float[Tensor, "N L"]:
     """Target of each state: the λ-return, a mixture of the sampled rewards and the value model's own values.
 
@@ -91,12 +91,13 @@ def lambda_return(
 
     Args:
         gamma: discount per chosen token.
-        alpha: λ = max(0, 1 - 1 / (α · tokens)) instead. Yue et al. 2025 (VAPO), eq. 10, arXiv:2504.05118.
+        alpha: λ = max(0, 1 - 1 / (α · tokens)) instead. Yue et al. 2025 (VAPO), section 4.2, arXiv:2504.05118.
         backup: kind of B, by which the loop fills ``batch.value_next``. Sampled returns estimate means, so kinds other
             than ``mean`` need λ = 0. B does not include ``step_reward``: use it with outcome rewards.
         beta: temperature of ``soft``, in units of reward.
-        truncated: ``bootstrap`` takes the value at the last token of a completion that was cut off in place of the
-            rewards that would have followed; ``end`` treats the cut as an ending.
+        truncated: ``end`` treats the cut of a completion at the length limit as its ending, as most code of RLHF does.
+            ``bootstrap`` takes the value at its last token in place of the rewards that would have followed; that
+            token itself then has no target.
 
     Raises:
         ValueError: for λ > 0 with a kind other than mean, γ < 1 with B, or values that the loop did not fill.

@@ -126,9 +126,7 @@ def two_hot(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     return _cross_entropy(categorical.two_hot_target(target, support), logits, learned)
 
 
-def c51(
-    outputs: Outputs, batch: Batch, *, gamma: Fraction = 1.0, truncated: Truncated = "bootstrap"
-) -> Float[Tensor, "N L"]:
+def c51(outputs: Outputs, batch: Batch, *, gamma: Fraction = 1.0, truncated: Truncated = "end") -> Float[Tensor, "N L"]:
     """Cross-entropy with the reward plus the next state's distribution, so that the return's distribution is learned.
 
     loss_t = -Σ_i p_i log softmax_i,  p = projection of r_t' + γ Z(s_t'') on the bins, without gradient

@@ -102,6 +102,23 @@ def against(
     return batch.set(author=torch.tensor(([int(Author.POLICY)] * n + [int(author)] * opponents) * len(prompts)))
 
 
+@facts(others_write=True, plays_opponent=True)
+def from_opponent(engine: Engine, prompts: Prompts, n: int, context: Context) -> Batch:
+    """Samples all completions of each prompt from the recipe's ``opponent``, for off-policy methods.
+
+    Calandriello et al. 2024 (IPO-MD), arXiv:2403.08635: both completions of a pair come from the mixture of policy and
+    reference.
+
+    Raises:
+        ValueError: if there is no opponent.
+    """
+    if context.opponent is None:
+        raise ValueError("from_opponent: there is no opponent; the recipe's section `opponent` sets one")
+    texts: dict[tuple[int, int], str] = {}
+    batch = to_batch(prompts, _sampled(context.opponent, prompts, n, context, texts), texts)
+    return batch.set(author=torch.full_like(batch.group, int(Author.OPPONENT)))
+
+
 @facts(others_write=True)
 def beside_given(engine: Engine, prompts: Prompts, n: int, context: Context, *, given: str = "completion") -> Batch:
     """Samples ``n`` completions of each prompt from the policy, and adds the completion from the dataset.

@@ -23,11 +23,13 @@ from posttrain.training.ranking import area_over_ranks
 def rollout_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
     """Length, score and reward statistics of the policy's own completions (no opponents, baselines or padding rows).
 
+    Where the opponent writes all completions, as in IPO-MD, they are of the opponent's.
     ``groups/mixed`` is the share of groups whose scores differ: a group-centred method learns from no other.
     ``groups/equal`` is the share of groups with two scores or more that are all the same; ``groups/spread`` the mean
     standard deviation of the scores in a group.
     """
-    batch = batch[~batch.baseline_only & batch.mask.any(-1) & batch.by(Author.POLICY)]
+    author = Author.POLICY if bool(batch.by(Author.POLICY).any()) else Author.OPPONENT
+    batch = batch[~batch.baseline_only & batch.mask.any(-1) & batch.by(author)]
     scored, mixed = batch.scored, mixed_groups(batch)
     reward, score = batch.reward[scored], batch.score[scored]
     first = _first_of_group(batch.group)

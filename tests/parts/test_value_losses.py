@@ -57,7 +57,7 @@ ALONE: dict[str, tuple[Loss, Callable[[Rows, Outputs, int, int], float]]] = {
     "c51": (
         functools.partial(value_losses.c51, gamma=0.9),
         lambda rows, out, i, c: reference_values.c51(
-            rows, out.value_logits.tolist(), out.support.tolist(), i, c, 0.9, "bootstrap"
+            rows, out.value_logits.tolist(), out.support.tolist(), i, c, 0.9, "end"
         ),
     ),
     "quantile": (

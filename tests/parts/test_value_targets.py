@@ -28,17 +28,18 @@ endings = st.sampled_from(["bootstrap", "end"])
 
 ADVANTAGES: dict[str, Part] = {
     "gae": advantages.gae,
-    "gae-adaptive": functools.partial(advantages.gae, alpha=0.5, gamma=0.9, truncated="end"),
+    "gae-adaptive": functools.partial(advantages.gae, alpha=0.5, gamma=0.9, truncated="bootstrap"),
+    "gae-value": functools.partial(advantages.gae, last="value"),
     "value_change": advantages.value_change,
     "value_change-step": functools.partial(advantages.value_change, level="step", last="reward"),
     "static_q": advantages.static_q,
-    "min_form": advantages.min_form,
+    "min_form": functools.partial(advantages.min_form, length=1024),
     "returns-process": functools.partial(advantages.returns, center="leave_one_out", step_center="leave_one_out"),
 }
 TARGETS: dict[str, Part] = {
     "monte_carlo": targets.lambda_return,
     "td": functools.partial(targets.lambda_return, lambda_=0.0),
-    "td_lambda": functools.partial(targets.lambda_return, lambda_=0.9, truncated="end"),
+    "td_lambda": functools.partial(targets.lambda_return, lambda_=0.9, truncated="bootstrap"),
     "soft_return": targets.soft_return,
     "outcome_label": targets.outcome_label,
     "outcome_label-end": functools.partial(targets.outcome_label, at="end"),
@@ -126,13 +127,13 @@ def test_value_changes_equal_the_scalar_loops(level, last, seed: int) -> None:
     close(found, reference.value_change(reference.read(batch), level, last))
 
 
-@given(seed=seeds, temperature=st.sampled_from([0.1, 1.0, 30.0]), baseline=st.booleans())
+@given(seed=seeds, temperature=st.sampled_from([0.1, 1.0, 30.0]), length=st.sampled_from([4, 1024]))
 @examples(10)
-def test_the_other_advantages_equal_the_scalar_loops(seed: int, temperature: float, baseline: bool) -> None:
+def test_the_other_advantages_equal_the_scalar_loops(seed: int, temperature: float, length: int) -> None:
     batch = value_batch(seed)
     rows = reference.read(batch)
-    found = advantages.min_form(batch, temperature=temperature, baseline=baseline)
-    close(found, reference.min_form(rows, temperature, baseline), 1e-5)
+    found = advantages.min_form(batch, temperature=temperature, length=length)
+    close(found, reference.min_form(rows, temperature, length), 1e-5)
     close(advantages.static_q(batch), reference.static_q(rows))
     process = advantages.returns(batch, center="leave_one_out", step_center="leave_one_out")
     close(process, reference.implicit_returns(rows), 1e-5)
@@ -167,13 +168,15 @@ def test_tool_output_is_stepped_over() -> None:
 def test_truncation_bootstraps_and_an_ending_does_not() -> None:
     """γ = 0.9, V = .8 at the last token of a completion that was cut off with reward .1: G = .1 + .9 · .8 = .82."""
     cut = line([0.5, 0.6, 0.8], [0, 1, 1], 0.1, finish=Finish.LENGTH)
-    assert chosen(advantages.gae(cut, gamma=0.9, lambda_=0.0), cut)[1] == pytest.approx(0.82 - 0.6)
-    returns = targets.lambda_return(cut, gamma=0.9)[0]
+    bootstrapped = advantages.gae(cut, gamma=0.9, lambda_=0.0, truncated="bootstrap")
+    assert chosen(bootstrapped, cut)[1] == pytest.approx(0.82 - 0.6)
+    assert chosen(advantages.gae(cut, gamma=0.9, lambda_=0.0), cut)[1] == pytest.approx(0.1 - 0.6)
+    returns = targets.lambda_return(cut, gamma=0.9, truncated="bootstrap")[0]
     assert returns[:2].tolist() == pytest.approx([0.738, 0.82]) and returns[2].isnan()
-    ended = targets.lambda_return(cut, gamma=0.9, truncated="end")[0]
+    ended = targets.lambda_return(cut, gamma=0.9)[0]
     assert ended.tolist() == pytest.approx([0.09, 0.1, 0.1])
     aborted = cut.set(finish=torch.tensor([int(Finish.ABORTED)]))
-    identical(targets.lambda_return(aborted, gamma=0.9)[0], returns)
+    identical(targets.lambda_return(aborted, gamma=0.9, truncated="bootstrap")[0], returns)
 
 
 def test_golden_numbers_of_the_length_adaptive_weight() -> None:
@@ -187,11 +190,11 @@ def test_golden_numbers_of_the_length_adaptive_weight() -> None:
 def test_golden_numbers_of_the_min_form() -> None:
     """r = [.8, .2, -.5]: T = 0.1 leaves the worst step, T = 1 weighs softly, T -> ∞ is the mean form of the sum."""
     batch = line([0.0] * 4, [0, 1, 1, 1], 0.0).set(step_reward=torch.tensor([[0.0, 0.8, 0.2, -0.5]]))
-    sharp = advantages.min_form(batch, temperature=0.1, baseline=False)
+    sharp = advantages.min_form(batch, temperature=0.1, length=4)
     assert chosen(sharp, batch) == pytest.approx([-0.499359, -0.499361, -0.499543], abs=1e-6)
-    soft = advantages.min_form(batch, temperature=1.0, baseline=False)
+    soft = advantages.min_form(batch, temperature=1.0, length=4)
     assert chosen(soft, batch) == pytest.approx([-0.103248, -0.226488, -0.282627], abs=1e-6)
-    flat = advantages.min_form(batch, temperature=1e9, baseline=False)
+    flat = advantages.min_form(batch, temperature=1e9, length=4)
     assert chosen(flat, batch) == pytest.approx([0.5 / 3, -0.3 / 3, -0.5 / 3], abs=1e-6)
 
 

@@ -283,6 +283,22 @@ def test_the_opponent_s_completions_stand_beside_the_policy_s(role: Any) -> None
         against(TabularEngine(TREE), prompts, 1, Context(sampling=Sampling(), decode=str))
 
 
+def test_all_completions_of_ipo_md_are_the_mixture_s() -> None:
+    """The policy and the opponent each write one token alone, so that it shows who wrote a completion."""
+    recipe = shipped("ipo_md")
+    assert recipe.opponent is not None and (recipe.opponent.share, recipe.completions) == (0.125, 2)
+    policy, opponent = (
+        TabularEngine(dict.fromkeys(TREE, probabilities), max_model_len=3)
+        for probabilities in ([-99.0, 99.0, -99.0], [-99.0, -99.0, 99.0])
+    )
+    context = Context(sampling=Sampling(max_tokens=2), decode=str, opponent=opponent)
+    batch = recipe.rollout(policy, prompts_of({}, {}), recipe.completions, context)
+    assert batch.tokens[batch.mask].unique().tolist() == [2]
+    assert batch.by(Author.OPPONENT).all() and not batch.baseline_only.any() and batch.group.tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="there is no opponent"):
+        recipe.rollout(policy, prompts_of({}), 2, Context(sampling=Sampling(), decode=str))
+
+
 def test_a_given_completion_stands_beside_the_policy_s(tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     encode, eos = ids_of(tokenizer), tokenizer.eos_token_id

@@ -277,7 +277,7 @@ def sampled_groups(sampler: Tensor, size: int, centre: Tensor = REFERENCE) -> Ba
 
 @cache
 def options_of_egpo() -> dict[str, Any]:
-    """Options of the loss term in the recipe, which is also that of IPO-MD."""
+    """Options of the loss term in the recipe; those of IPO-MD differ in ``eta`` alone."""
     (term,) = shipped("egpo").loss
     return dict(term.options)
 
@@ -297,6 +297,24 @@ def test_win_rates_that_count_a_tie_with_itself_give_online_ipo_in_groups_of_any
     logits = torch.randn(3, generator=torch.Generator().manual_seed(size)).double()
     found = regression_slope(logits, logits.softmax(-1), 0.2, size)
     close(found, gradient_of_online_ipo(logits, 0.2, GAME))
+
+
+def test_the_equilibrium_of_ipo_md_is_a_fixed_point_with_both_completions_from_the_mixture() -> None:
+    """Calandriello et al. 2024: π* ~ ref e^(P(y > mixture of π* and ref) / τ); τ = 0.2, half of each.
+
+    With one completion of the policy instead, as the recipe once had it, the gradient there is far from 0.
+    """
+    (term,) = shipped("ipo_md").loss
+    same_but_eta = dict(options_of_egpo()) | {"target": term.options["target"]}
+    assert str(term.options) == str(same_but_eta)
+    policy = REFERENCE
+    for _ in range(400):
+        mixture = mixed(policy.log(), REFERENCE.log(), 0.5).exp()
+        policy = (0.9 * policy.log() + 0.1 * (REFERENCE.log() + GAME @ mixture / 0.2)).softmax(-1)
+    close(policy, (0.594, 0.098, 0.308), 1e-3)
+    mixture = mixed(policy.log(), REFERENCE.log(), 0.5).exp()
+    close(regression_slope(policy.log(), mixture, 0.2), torch.zeros(3), 1e-6)
+    assert regression_slope(policy.log(), policy, 0.2).abs().max() > 0.1
 
 
 def test_extragradient_converges_where_self_play_diverges() -> None:

@@ -238,7 +238,9 @@ def estimate(x: float, estimator: str) -> float:
     return {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x}[estimator]
 
 
-def kl(rows: Rows, logp: Matrix, fixed: Matrix, estimator: str, importance: bool = False) -> Term:
+def kl(
+    rows: Rows, logp: Matrix, fixed: Matrix, estimator: str, importance: bool = False, cap: float = math.inf
+) -> Term:
     def term(i: int, t: int) -> float:
         x, still = log_ratio(logp, rows.logp_ref, i, t), log_ratio(fixed, rows.logp_ref, i, t)
         if estimator == "k3_k2":
@@ -246,9 +248,9 @@ def kl(rows: Rows, logp: Matrix, fixed: Matrix, estimator: str, importance: bool
         else:
             value = estimate(x, estimator)
         if not importance:
-            return value
+            return min(value, cap)
         moving = logp if estimator in ("k1", "k3") else fixed
-        return value * math.exp(log_ratio(moving, rows.logp_old, i, t))
+        return min(value * math.exp(log_ratio(moving, rows.logp_old, i, t)), cap)
 
     return term
 
@@ -313,10 +315,10 @@ def length_reward(rows: Rows, i: int, threshold: float = 0.0) -> float:
     return favour if rows.score[i] > threshold else min(0.0, favour)
 
 
-def add_kl_to_step_reward(rows: Rows, weight: float) -> None:
+def add_kl_to_step_reward(rows: Rows, weight: float, estimator: str = "k1") -> None:
     for i, row in enumerate(rows.step_reward):
         for t in rows.tokens(i):
-            row[t] -= weight * (rows.logp_old[i][t] - rows.logp_ref[i][t])
+            row[t] -= weight * estimate(rows.logp_old[i][t] - rows.logp_ref[i][t], estimator)
 
 
 def add_kl_to_reward(rows: Rows, weight: float) -> None:

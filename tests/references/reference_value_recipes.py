@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import reference
 import reference_values
-from reference import Loss, Matrix, clip, kl, plus, token_mean, whiten
+from reference import Loss, Matrix, clip, kl, plus, seq_mean_of_token_sum, token_mean, whiten
 from reference_values import bce, gae, lambda_return, mse, value_change
 
 ValueLoss = Callable[[Matrix, Matrix], float]
@@ -109,12 +109,18 @@ def vapo(case: Case, alpha: float = 0.05) -> Losses:
 
 
 def vineppo(case: Case) -> Losses:
-    return Losses(clipped(case, value_change(case.rows, "step", "reward"), penalty=1e-4))
+    core = case.core
+    surrogate = clipped(case, whiten(core, value_change(case.rows, "step", "reward"), ddof=1))
+
+    def policy(logp: Matrix, fixed: Matrix) -> float:
+        return surrogate(logp, fixed) + 1e-4 * seq_mean_of_token_sum(core, kl(core, logp, fixed, "k3", cap=10.0))
+
+    return Losses(policy)
 
 
 def dvpo(case: Case) -> Losses:
-    a = whiten(case.core, value_change(case.rows, "token", "value"))
-    return Losses(clipped(case, a, penalty=0.2))
+    reference.add_kl_to_step_reward(case.core, 0.2)
+    return Losses(clipped(case, whiten(case.core, gae(case.rows, 1.0, 0.95, last="value"), ddof=1)))
 
 
 def dvpo_static_q(case: Case) -> Losses:
@@ -135,7 +141,7 @@ def sao(case: Case) -> Losses:
 def oreo(case: Case, level: str) -> Losses:
     """Losses of OREO: means over completions of the mean over their terms."""
     rows, beta = case.rows, 0.03
-    rows.target = lambda_return(rows, truncated="end")
+    rows.target = lambda_return(rows)
     states = taught(case, rows.target)
 
     def policy(logp: Matrix, fixed: Matrix) -> float:
@@ -166,8 +172,8 @@ def oreo_response(case: Case) -> Losses:
 
 def pure(case: Case) -> Losses:
     add_judgements(case)
-    a = whiten(case.core, reference_values.min_form(case.rows, 0.1, baseline=True))
-    return Losses(clipped(case, a, penalty=1e-3))
+    reference.add_kl_to_step_reward(case.core, 1e-3, "k3")
+    return Losses(clipped(case, whiten(case.core, reference_values.min_form(case.rows, 0.1, length=1024), ddof=1)))
 
 
 def psgpo(case: Case) -> Losses:

@@ -104,7 +104,7 @@ def mixed_return(r: Vector, after: Vector, k: int, gamma: float, lambda_: float)
 
 
 def lambda_return(
-    rows: Rows, gamma: float = 1.0, lambda_: float = 1.0, alpha: float | None = None, truncated: str = "bootstrap"
+    rows: Rows, gamma: float = 1.0, lambda_: float = 1.0, alpha: float | None = None, truncated: str = "end"
 ) -> Matrix:
     result = rows.zeros(NAN)
     for i in range(len(rows.mask)):
@@ -143,13 +143,24 @@ def expected_return(rows: Rows, i: int, later: list[int], weight: float, truncat
     return sum(weight**j * term for j, term in enumerate(terms)) + weight ** len(later) * rest
 
 
-def gae(rows: Rows, gamma: float, lambda_: float, alpha: float | None = None, truncated: str = "bootstrap") -> Matrix:
+def gae(
+    rows: Rows,
+    gamma: float,
+    lambda_: float,
+    alpha: float | None = None,
+    truncated: str = "end",
+    last: str = "reward",
+) -> Matrix:
     result = rows.zeros()
     for i in range(len(rows.mask)):
         tokens = rows.tokens(i)
         if not tokens or not rows.trained(i):
             continue
         after, r = next_values(rows, i, rows.value, truncated), rewards(rows, i)
+        if last != "reward":
+            r[-1] -= rows.reward[i]
+        if last == "value":
+            after[-1] = rows.value[i][tokens[-1]]
         errors = [r[k] + gamma * after[k] - rows.value[i][t - 1] for k, t in enumerate(tokens)]
         decay = gamma * lam(rows, i, lambda_, alpha)
         for k, t in enumerate(tokens):
@@ -190,14 +201,13 @@ def min_form_gains(rows: Rows, i: int, temperature: float) -> dict[int, float]:
     return {t: sum(r[u] for u in r if u >= t) + rows.reward[i] for t in r}
 
 
-def min_form(rows: Rows, temperature: float, baseline: bool) -> Matrix:
+def min_form(rows: Rows, temperature: float, length: int) -> Matrix:
     result = rows.zeros()
     gains = {i: min_form_gains(rows, i, temperature) for i in range(len(rows.mask)) if rows.trained(i)}
     for i, mine in gains.items():
         members = [j for j in gains if rows.group[j] == rows.group[i]]
-        longest = max(len(gains[j]) for j in members)
         others = [sum(gains[j].values()) for j in members if j != i]
-        base = sum(others) / (len(others) * longest) if baseline and others and longest else 0.0
+        base = sum(others) / (len(others) * length) if others else 0.0
         for t, gain in mine.items():
             result[i][t] = gain - base
     return result

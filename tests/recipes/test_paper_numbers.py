@@ -1,0 +1,180 @@
+"""Numbers of papers that shipped recipes once missed: each is computed with the recipe's own parts, and by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from random_batch import make_random_batch
+from test_rl_recipes import with_judge
+from torch import Tensor
+
+from posttrain.batch import Batch, Finish, Outputs
+from posttrain.training.apply_parts import add_rewards, advantages_of, total_loss, value_target
+from posttrain.training.learner import with_shares
+from posttrain.training.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+ALL = {path.stem: path for folder in ("rl", "value") for path in (ROOT / "recipes" / folder).glob("*.yaml")}
+
+
+def shipped(name: str) -> Recipe:
+    return load_recipe(ROOT / "recipes" / f"{name}.yaml")
+
+
+def completions(*lengths: int, reward: list[float] | None = None, finish: Finish = Finish.STOPPED) -> Batch:
+    """Completions of these lengths behind a prompt of one token, in one group, each token a step; log-probs are -1."""
+    count, columns = len(lengths), 1 + max(lengths)
+    place = torch.arange(columns)
+    mask = (place >= 1) & (place <= torch.tensor(lengths)[:, None])
+    blank, rewards = (
+        make_random_batch(0, groups=1, size=count, columns=columns, prompt=1),
+        torch.tensor(reward or [0.0]),
+    )
+    return blank.set(
+        mask=mask,
+        length=torch.tensor(lengths) + 1,
+        finish=torch.full((count,), int(finish)),
+        step_id=torch.where(mask, place, -1),
+        reward=rewards.expand(count).clone(),
+        score=rewards.expand(count).clone(),
+        step_reward=torch.zeros(mask.shape),
+        value=torch.zeros(mask.shape),
+        value_next=None,
+        **{name: torch.where(mask, -1.0, 0.0) for name in ("logp_old", "logp_ref", "logp_sampler")},
+    )
+
+
+def judged(batch: Batch) -> Tensor:
+    """Reward in place of a process model's: nothing."""
+    return torch.zeros(batch.mask.shape)
+
+
+def slope(recipe: Recipe, term: int, batch: Batch) -> Tensor:
+    """Gradient of one loss term of a recipe, its coefficient and normaliser included."""
+    logp = torch.where(batch.mask, -1.0, 0.0).requires_grad_()
+    batch = with_shares(recipe, batch)
+    loss, _ = total_loss(recipe.loss, Outputs(logp=logp), batch)
+    others = [part for i, part in enumerate(recipe.loss) if i != term and part.normaliser is None]
+    if others:
+        loss = loss - total_loss(others, Outputs(logp=logp), batch.set(term_share=None))[0]
+    return torch.autograd.grad(loss, logp)[0]
+
+
+# ---- truncation -----------------------------------------------------------------------------------------------------
+
+
+def names(slot: str, part: str) -> list[str]:
+    loaded = {name: getattr(load_recipe(path), slot) for name, path in ALL.items()}
+    return sorted(name for name, chosen in loaded.items() if chosen is not None and chosen.name == part)
+
+
+@pytest.mark.parametrize("name", [name for name in names("advantage", "gae") if name != "dvpo"])
+def test_a_cut_is_an_ending_for_advantages(name: str) -> None:
+    """V = 0.6 at every state, score 0, cut off: the last token's advantage is -0.6, not 0."""
+    batch = completions(4, finish=Finish.LENGTH)
+    batch = batch.set(value=torch.where(batch.states, 0.6, 0.0))
+    recipe = load_recipe(ALL[name])
+    assert recipe.advantage is not None
+    advantage = recipe.advantage(add_rewards(with_judge(recipe, judged), batch))[0, 1:].tolist()
+    assert advantage[-1] == pytest.approx(-0.6)
+    if name in ("ppo", "vc_ppo", "psgpo"):  # λ = 0.95
+        assert advantage == pytest.approx([-0.514425, -0.5415, -0.57, -0.6])
+
+
+@pytest.mark.parametrize("name", names("target", "lambda_return"))
+def test_a_cut_is_an_ending_for_the_value_model(name: str) -> None:
+    """Every state has a target, and that of the whole completion is its score."""
+    batch = completions(4, reward=[0.25], finish=Finish.LENGTH)
+    batch = batch.set(value=torch.where(batch.states, 0.6, 0.0))
+    if name in ("cd_q", "soft"):
+        batch = batch.set(value_next=batch.value)
+    target = value_target(load_recipe(ALL[name]), batch)[0]
+    assert not target.isnan().any() and target[-1] == 0.25
+    recipe_target = load_recipe(ALL[name]).target
+    assert recipe_target is not None
+    if recipe_target.options.get("lambda_", 1.0) == 1.0:
+        assert target.tolist() == pytest.approx([0.25] * 5)
+
+
+# ---- coefficients and normalisers -----------------------------------------------------------------------------------
+
+
+def test_the_likelihood_of_rpo_has_the_coefficient_eta_beta() -> None:
+    """Liu et al. 2024: η β = 0.005 · 0.01 at each chosen token, a hundredth of DPO's β σ(0) at the start."""
+    batch = completions(100, 7).set(reward=torch.tensor([1.0, 0.0]))
+    found = slope(shipped("preference/rpo"), 1, batch)
+    assert found[0, 1:].tolist() == pytest.approx([-5e-5] * 100, rel=1e-4)
+    assert not found[1].any()
+    dpo = slope(shipped("preference/rpo"), 0, batch)
+    assert dpo[0, 1:].tolist() == pytest.approx([-0.005] * 100, rel=1e-2)
+
+
+def test_vineppo_sums_the_kl_over_a_completion_and_caps_it_at_each_token() -> None:
+    """1e-4 · mean over completions of Σ_t k3: at 200 tokens that is 200 times its mean over tokens."""
+    recipe = shipped("rl/vineppo")
+    batch = completions(200, 200).set(advantage=torch.zeros(2, 201))
+    apart = batch.mask * torch.tensor([0.1] * 101 + [-20.0] * 100)  # log π_ref - log π
+    batch = batch.set(logp_ref=torch.where(batch.mask, -1.0, 0.0) + apart)
+    found = slope(recipe, 1, batch.set(step_id=batch.step_id))
+    expected = 1e-4 / 2 * (1 - math.exp(0.1))  # derivative of e^-x - 1 + x at x = -0.1, of two completions
+    assert found[0, 1:101].tolist() == pytest.approx([expected] * 100, rel=1e-4)
+    assert not found[0, 101:].any()  # k3 of 19 is above the cap of 10
+    value, terms = total_loss(recipe.loss, Outputs(logp=torch.where(batch.mask, -1.0, 0.0)), with_shares(recipe, batch))
+    total = 100 * (math.exp(0.1) - 1.1) + 100 * 10.0
+    assert float(terms["kl"]) == pytest.approx(total, rel=1e-4)
+    assert float(value) == pytest.approx(1e-4 * total, rel=1e-4)
+
+
+def test_vineppo_whitens_with_the_unbiased_variance() -> None:
+    """Branch values .2, .6 and .4 with a right answer: changes .4, -.2 and .6, of mean 4/15 and variance .5067/3."""
+    batch = completions(3, 3, reward=[1.0]).set(baseline_only=torch.tensor([False, True]))
+    batch = batch.set(value=torch.tensor([[0.2, 0.6, 0.4, 0.0]] * 2))
+    found = advantages_of(shipped("rl/vineppo"), batch)[0, 1:].tolist()
+    changes = [0.4, -0.2, 0.6]
+    mean = sum(changes) / 3
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in changes) / 2)
+    assert found == pytest.approx([(x - mean) / deviation for x in changes], rel=1e-5)
+
+
+# ---- process rewards ------------------------------------------------------------------------------------------------
+
+
+def test_the_baseline_of_pure_divides_by_the_longest_completion_that_can_be_sampled() -> None:
+    """Gains of 4 tokens of a right answer add up to 4; the other completion's baseline is 4 / 1024, not 4 / 4."""
+    recipe = shipped("rl/pure")
+    assert recipe.advantage is not None and recipe.advantage.options["length"] == recipe.sampling.max_tokens == 1024
+    batch = completions(4, 2).set(reward=torch.tensor([1.0, 0.0]))
+    found = recipe.advantage(batch)
+    assert found[0, 1:].tolist() == pytest.approx([1.0] * 4)
+    assert found[1, 1:3].tolist() == pytest.approx([-4 / 1024] * 2)
+
+
+def test_pure_takes_the_kl_from_the_reward() -> None:
+    """-0.001 k3 at each token, with k3 = e^-x - 1 + x of x = log π_old - log π_ref; no loss term."""
+    recipe = with_judge(shipped("rl/pure"), judged)
+    assert [part.name for part in recipe.loss] == ["clip"]
+    batch = completions(3)
+    batch = batch.set(logp_ref=batch.mask * torch.tensor([0.0, -1.5, -0.5, -1.0]))
+    found = add_rewards(recipe, batch).step_reward[0, 1:].tolist()
+    k3 = [math.exp(-x) - 1 + x for x in (0.5, -0.5, 0.0)]
+    assert found == pytest.approx([-0.001 * k for k in k3], abs=1e-9)
+
+
+# ---- DVPO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("last", "ending"), [(None, 0.9), ("zero", 0.0)])
+def test_dvpo_is_gae_on_the_frozen_values_with_the_kl_in_the_reward(last: str | None, ending: float) -> None:
+    """λ = 0.95 and -0.2 x at each token. No score is read; ``last: zero`` is the authors' code to the letter."""
+    recipe = load_recipe(ROOT / "recipes/rl/dvpo.yaml", [f"--advantage.last={last}"] if last else [])
+    assert [part.name for part in recipe.loss] == ["clip"] and recipe.value is not None and recipe.value.frozen
+    batch = completions(3, reward=[1.0]).set(value=torch.tensor([[0.3, 0.5, 0.4, 0.9]]))
+    batch = batch.set(logp_ref=batch.mask * torch.tensor([0.0, -1.5, -0.5, -1.0]))
+    values, penalty = [0.3, 0.5, 0.4, ending], [-0.2 * 0.5, 0.2 * 0.5, 0.0]
+    errors = [penalty[t] + values[t + 1] - values[t] for t in range(3)]
+    expected = [sum(0.95 ** (k - t) * errors[k] for k in range(t, 3)) for t in range(3)]
+    assert recipe.advantage is not None
+    assert recipe.advantage(add_rewards(recipe, batch))[0, 1:].tolist() == pytest.approx(expected, abs=1e-6)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from posttrain.decoding.model_scores import NextTokenValueScore, ValueScore, head_value, padded
 from posttrain.decoding.prefix_cache import BesideLayer, Memory, PrefixCache, forward_hidden, visible
 from posttrain.decoding.prefixes import Prefix, ScoreKind
+from posttrain.models.attention import sees_all_before
 
 ROOM = 32
 """Spare columns of a new cache."""
@@ -33,8 +34,8 @@ def value_score(model: Any) -> ValueScore | CachedValueScore | CachedNextTokenVa
             "an implicit value guides as what it is, the log-ratio of two language models: "
             "posttrain.decoding.model_scores.LogRatio(plus=model_distribution(trained), minus=model_distribution(base))"
         )
-    full, per_token = {"full_attention"}, model.spec.head.type == "per_token"
-    if set(getattr(model.decoder.config.get_text_config(), "layer_types", None) or full) == full:
+    per_token = model.spec.head.type == "per_token"
+    if sees_all_before(model.decoder.config):
         return CachedNextTokenValueScore(model) if per_token else CachedValueScore(model)
     score = NextTokenValueScore if per_token else ValueScore
     return score(model, kind=model.spec.kind, beta=model.spec.beta, scale=model.spec.scale)

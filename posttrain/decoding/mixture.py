@@ -21,6 +21,7 @@ from posttrain.decoding.model_scores import last_token, padded
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
 from posttrain.models.adapters import active_adapter
+from posttrain.models.attention import sees_all_before
 from posttrain.models.policy import Policy
 
 
@@ -76,9 +77,8 @@ class NextToken:
 
     def __init__(self, policy: Policy, *, without_adapters: bool) -> None:
         self.policy, self.without_adapters = policy, without_adapters
-        full = {"full_attention"}
-        layers = set(getattr(policy.base.config.get_text_config(), "layer_types", None) or full)
-        self._reader = CandidateCache(_Backbone(policy, without_adapters)) if layers == full else None
+        cached = sees_all_before(policy.base.config)
+        self._reader = CandidateCache(_Backbone(policy, without_adapters)) if cached else None
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[Sequence[int]], temperature: float) -> Float[Tensor, "B V"]:

@@ -46,9 +46,18 @@ def forward_hidden(model: Any, **inputs: Any) -> Float[Tensor, "M columns H"]:
     adapter: AbstractContextManager[None] = nullcontext()
     if model.adapter is not None:
         adapter = active_adapter(model.backbone, model.adapter)
-    grouped = _grouped(model.decoder.config) if "attention_mask" in inputs else nullcontext()
+    grouped: AbstractContextManager[None] = nullcontext()
+    if "attention_mask" in inputs:
+        grouped = _grouped(model.decoder.config)
+        if model.decoder.config._attn_implementation == "eager":
+            inputs["attention_mask"] = added_to_logits(inputs["attention_mask"], next(model.parameters()).dtype)
     with adapter, grouped:
         return model.decoder(**inputs).last_hidden_state
+
+
+def added_to_logits(mask: Bool[Tensor, "*B all"], dtype: torch.dtype) -> Float[Tensor, "*B all"]:
+    """The mask as numbers that the eager kernel adds to attention logits: to a mask of booleans it would add 0 and 1."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @contextmanager

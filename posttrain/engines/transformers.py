@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from posttrain.batch import Finish
 from posttrain.engines.base import Request, Row, Sampling, Shaper
@@ -19,6 +19,7 @@ from posttrain.engines.requests import end_of_sequence_ids, stop_ids
 from posttrain.engines.sampling import draw, filters, uniforms
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
+from posttrain.models.attention import kernel_for
 
 KEEP_WIDTH = 7 / 8  # ended rows are removed when at most this share of the rows is still running
 
@@ -61,7 +62,10 @@ class TransformersEngine(SteppingEngine):
         self._rounds: list[Round] = []  # unfinished rounds, the newest last
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are random
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **source)
+            kernel = kernel_for(AutoConfig.from_pretrained(model, **source), "sdpa")
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype=getattr(torch, dtype), attn_implementation=kernel, **source
+            )
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, UserError
+from posttrain.models.attention import kernel_for
+from posttrain.models.dropout import keep_rates, switch_off
+from posttrain.models.logit_map import logit_map
 from posttrain.recipe.sections import PolicySection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,21 +73,46 @@ def context_length(options: PolicySection) -> int | None:
 def load_model(
     options: PolicySection, *, dtype: torch.dtype, model: str | None = None, place: str = "policy.model"
 ) -> PreTrainedModel:
-    """Loads a causal language model in the Hugging Face format, on the CPU. Its dropout is not changed.
+    """Loads a causal language model in the Hugging Face format, on the CPU.
 
     Args:
         options: the policy section of a recipe.
         dtype: dtype of the weights in memory.
         model: another model with the same settings, such as the reference.
         place: key of the recipe that names the model.
+
+    Raises:
+        RecipeError: if it cannot be loaded, or if log-probs of its family are not known.
     """
+    source = options if model is None else replace(options, model=model, revision=None)
+    loaded = pretrained(AutoModelForCausalLM, source, dtype, place)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model or options.model,
-            dtype=dtype,
-            attn_implementation=options.attention,
-            revision=options.revision if model is None else None,
-            trust_remote_code=options.trust_remote_code,
+        logit_map(loaded)
+    except UserError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    return loaded
+
+
+def pretrained(auto_class: Any, source: PolicySection, dtype: torch.dtype, place: str) -> Any:
+    """Loads a model of one of Transformers' auto classes, with an attention kernel that has all of its features.
+
+    Its dropout is switched off unless ``source.dropout``.
+
+    Args:
+        place: key of the recipe that names the model.
+
+    Raises:
+        RecipeError: if there is no such model, or if it is damaged.
+    """
+    origin = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.model, **origin)
+        kernel = kernel_for(config, source.attention)
+        rates = {} if source.dropout else switch_off(config)
+        model = auto_class.from_pretrained(
+            source.model, config=config, dtype=dtype, attn_implementation=kernel, **origin
         )
     except UNLOADABLE as error:
-        raise RecipeError(not_found(place, model or options.model, error)) from error
+        raise RecipeError(not_found(place, source.model, error)) from error
+    keep_rates(model, rates)
+    return model

@@ -18,9 +18,10 @@ SMALLEST_BLOCK = 64  # columns; narrower blocks cost more in calls than they sav
 
 
 class Shape(NamedTuple):
-    """Settings of the map from hidden states to logits: z = cap tanh((h Wᵀ + b) / cap) / temperature."""
+    """Settings of the map from hidden states to logits: z = cap tanh(scale (h Wᵀ + b) / cap) / temperature."""
 
     temperature: float = 1.0
+    scale: float = 1.0
     softcap: float | None = None
     elements: int = 2**22  # number of logits held at once
 
@@ -112,6 +113,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, sto
     """Logits of one block of the vocabulary, in float32; the caller may overwrite them."""
     block_bias = None if bias is None else bias[start:stop].to(hidden.dtype)
     z = torch.nn.functional.linear(hidden, weight[start:stop].to(hidden.dtype), block_bias).float()
+    if shape.scale != 1.0:
+        z = z.mul_(shape.scale)
     if shape.softcap:
         z = shape.softcap * torch.tanh(z / shape.softcap)
     return z if shape.temperature == 1.0 else z.div_(shape.temperature)
@@ -119,9 +122,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, sto
 
 def _slope(z: Tensor, shape: Shape) -> Tensor | float | None:
     """The derivative dz/du of the scaled and capped logits z by the products u; None stands for 1."""
+    factor = shape.scale / shape.temperature
     if shape.softcap:
-        return (1 - (z * (shape.temperature / shape.softcap)).square()) / shape.temperature
-    return None if shape.temperature == 1.0 else 1 / shape.temperature
+        slope = 1 - (z * (shape.temperature / shape.softcap)).square()
+        return slope / shape.temperature if shape.scale == 1.0 else slope * factor
+    return None if factor == 1.0 else factor
 
 
 def _gradient(logp: Tensor, of_logp: Tensor | None, of_entropy: Tensor | None, entropies: Tensor | None) -> Tensor:

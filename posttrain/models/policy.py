@@ -6,6 +6,7 @@ at column ``t``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.models.adapters import POLICY_ADAPTER, active_adapter, enable_checkpointing, merged, with_adapter
+from posttrain.models.dropout import restore
 from posttrain.models.load import DTYPES, load_model
+from posttrain.models.logit_map import LogitMap, logit_map
 from posttrain.models.output_layer import Shape, log_probs
 from posttrain.recipe.sections import PolicySection
 
@@ -146,15 +149,13 @@ class Policy(nn.Module):
     def next_logits(self, hidden: Float[Tensor, "m H"], temperature: float = 1.0) -> Float[Tensor, "m V"]:
         """Logits of the token after each hidden state, in float32, at ``temperature``."""
         head: Any = self.base.get_output_embeddings()
-        logits = head(hidden).float()
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = self.logit_map(head(hidden).float())
         return logits if temperature == 1.0 else logits / temperature
 
     @property
-    def softcap(self) -> float | None:
-        """The bound c of the logits, c tanh(z / c), in models that have one."""
-        return getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+    def logit_map(self) -> LogitMap:
+        """The scale and the cap of the logits, in models that have them."""
+        return logit_map(self.base)
 
     def _statistics(self, hidden: list[Tensor], target: Int[Tensor, " M"], request: _Request) -> list[Tensor | None]:
         """Log-probs, entropies, divergences and collisions, each ``[M]`` or None.
@@ -167,7 +168,8 @@ class Policy(nn.Module):
         head: Any = self.base.get_output_embeddings()
         if type(head) is not nn.Linear:
             return self._chunked(hidden, target, request)
-        shape = Shape(request.temperature, self.softcap, chunk_elements(target.device))
+        scale, softcap = self.logit_map
+        shape = Shape(request.temperature, scale, softcap, chunk_elements(target.device))
         logp, entropy = log_probs(hidden[0], head.weight, head.bias, target, shape, entropy=request.entropy)
         divergence = collision = None
         if request.collision or request.reference is not None:
@@ -237,8 +239,10 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path,
     """Saves a policy in the Hugging Face format, adapter merged in. The adapter alone goes to ``folder/adapter``."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in policy.weights()}
+    config = copy.deepcopy(policy.base.config)
+    restore(config, policy.base)
     with torch.device("meta"):  # no memory: the policy's own weights are assigned below
-        model = AutoModelForCausalLM.from_config(policy.base.config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     saved = model.state_dict().keys()
     state |= {name: buffer.cpu() for name, buffer in policy.base.named_buffers() if name in saved}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)

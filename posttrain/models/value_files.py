@@ -22,18 +22,21 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from posttrain.errors import RecipeError, UserError
 from posttrain.models.adapters import enable_checkpointing, merged, with_adapter
+from posttrain.models.dropout import restore
 from posttrain.models.heads import Head
 from posttrain.models.implicit_value import ImplicitValue
-from posttrain.models.load import DTYPES, load_model, not_found
+from posttrain.models.load import DTYPES, load_model, not_found, pretrained
 from posttrain.models.policy import Policy
 from posttrain.models.value import VALUE_ADAPTER, ValueKind, ValueModel, ValueSpec
 from posttrain.recipe import sections
+
+PLAIN_LOGITS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0}
+"""Entries of configurations that scale or cap logits, and the values with which they do nothing."""
 
 PLACE = "value.model"
 """Key of the recipe that names the value model, for messages."""
@@ -280,10 +283,10 @@ def _load_with_head(
     name = (getattr(config, "architectures", None) or [""])[0]
     spec = _read_spec(config, source.model, place)
     if name.endswith("ForTokenClassification"):
-        model = _load(AutoModelForTokenClassification, source, dtype, place)
+        model = pretrained(AutoModelForTokenClassification, source, dtype, place)
         layer = _classifier(model)
     elif name.endswith("ForSequenceClassification"):
-        model = _load(AutoModelForSequenceClassification, source, dtype, place)
+        model = pretrained(AutoModelForSequenceClassification, source, dtype, place)
         layer = _classifier(model)
         if layer.out_features != 1:
             raise RecipeError(f"{place}: {source.model!r} has {layer.out_features} labels; a reward model has 1")
@@ -309,19 +312,6 @@ def _base_of(spec: ValueSpec, source: sections.PolicySection, dtype: torch.dtype
         raise RecipeError(f"{where} is not named: the entry `posttrain` in its config.json has no `base`")
     base = dataclasses.replace(source, model=spec.base, revision=spec.base_revision)
     return Policy(load_model(base, dtype=dtype, place=where))
-
-
-def _load(auto_class: Any, source: sections.PolicySection, dtype: torch.dtype, place: str) -> PreTrainedModel:
-    try:
-        return auto_class.from_pretrained(
-            source.model,
-            dtype=dtype,
-            attn_implementation=source.attention,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-        )
-    except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(not_found(place, source.model, error)) from error
 
 
 def _read_spec(config: Any, model: str, place: str) -> ValueSpec | None:
@@ -398,11 +388,13 @@ def save_value(
     config = copy.deepcopy(
         model.language_model.base.config if isinstance(model, ImplicitValue) else model.decoder.config
     )
+    restore(config, model.language_model.base if isinstance(model, ImplicitValue) else model.decoder)
     config.update({"posttrain": TypeAdapter(ValueSpec).dump_python(spec, mode="json"), "use_cache": True})
     if spec.head.type == "per_token":
         config.tie_word_embeddings = False
-        if hasattr(config, "final_logit_softcapping"):
-            config.final_logit_softcapping = None  # Q has no cap
+        for name, plain in PLAIN_LOGITS.items():
+            if hasattr(config, name):
+                setattr(config, name, plain)  # Q has no cap and no scale
     is_language_model = spec.head.type in ("per_token", "implicit")
     if not is_language_model:
         config.update({"num_labels": len(model.head.linear.weight), "classifier_dropout": 0.0})

@@ -32,6 +32,10 @@ class PolicySection:
     """Low-rank adapters to train instead of all weights; the reference policy is then the model without them."""
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Kernel of the attention. Models with a feature that sdpa lacks, such as Gemma 2, get eager in place of sdpa."""
+    dropout: bool = False
+    """Keep the dropout of the model's configuration in passes with gradients. Then they differ from the passes without
+    gradients that they are compared with: ratios and KL terms of equal policies are not exactly 1 and 0."""
     revision: str | None = None
     trust_remote_code: bool = False
 

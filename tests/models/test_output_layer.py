@@ -20,7 +20,7 @@ def case(seed: int, *, scale: float = 1.0) -> dict[str, Tensor]:
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    z = hidden @ weight.T + (0 if bias is None else bias)
+    z = shape.scale * (hidden @ weight.T + (0 if bias is None else bias))
     if shape.softcap:
         z = shape.softcap * torch.tanh(z / shape.softcap)
     logp = (z / shape.temperature).log_softmax(-1)
@@ -30,13 +30,14 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, s
 @pytest.mark.parametrize("elements", [1, 7 * 90, 10**9])  # blocks of 64 columns (the smallest), of 90, or one block
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_values_and_gradients_are_those_of_log_softmax(elements, temperature, softcap, with_bias):
+def test_values_and_gradients_are_those_of_log_softmax(elements, temperature, scale, softcap, with_bias):
     inputs = case(0)
     if not with_bias:
         inputs["bias"] = None  # type: ignore[assignment]
     learned = [tensor for tensor in inputs.values() if tensor is not None and tensor.requires_grad]
-    shape = Shape(temperature, softcap, elements)
+    shape = Shape(temperature, scale, softcap, elements)
     up = torch.linspace(-1, 2, M)
     results = log_probs(**inputs, shape=shape, entropy=True)
     expected_results = plain(**inputs, shape=shape)

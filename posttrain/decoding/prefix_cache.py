@@ -56,7 +56,7 @@ def forward_hidden(model: Any, **inputs: Any) -> Float[Tensor, "M columns H"]:
 
 
 def added_to_logits(mask: Bool[Tensor, "*B all"], dtype: torch.dtype) -> Float[Tensor, "*B all"]:
-    """The mask as numbers that the eager kernel adds to attention logits: to a mask of booleans it would add 0 and 1."""
+    """The mask as numbers that the eager kernel adds to attention logits, where it would add booleans as 0 and 1."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 

@@ -166,9 +166,7 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
         module.training = before
 
 
-def _fitted(
-    products: Float[Tensor, "rows V"], logits: Float[Tensor, "rows V"], numbers: set[float]
-) -> LogitMap | None:
+def _fitted(products: Float[Tensor, "rows V"], logits: Float[Tensor, "rows V"], numbers: set[float]) -> LogitMap | None:
     """The scale and cap that make these logits of these products; None if no such numbers do.
 
     The cap is the bound that the largest products reach. The scale is the slope at the smallest. Both are replaced by
@@ -199,7 +197,9 @@ def _numbers(model: Any) -> set[float]:
     """Numbers other than 0 in the configuration and on the model itself."""
     holders = (vars(model.config.get_text_config()), vars(model))
     values = [value for holder in holders for value in holder.values()]
-    return {float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v and math.isfinite(v)}
+    return {
+        float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v and math.isfinite(v)
+    }
 
 
 def _unknown(family: str, reason: str) -> UserError:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import tiny_language_model
 
 from posttrain.batch import Finish
-from posttrain.decoding.candidate_cache import CachedValueScore
+from posttrain.decoding.candidate_cache import CachedValueScore, value_score
 from posttrain.decoding.model_scores import ValueScore
 from posttrain.decoding.prefix_cache import PrefixCache
 from posttrain.decoding.prefixes import Prefix
+from posttrain.models.heads import Head
+from posttrain.models.value import ValueModel, ValueSpec
 from posttrain.models.value_files import build_value
-from posttrain.recipe.sections import PolicySection, ValueSection
+from posttrain.recipe.sections import HeadSection, PolicySection, ValueSection
 
 
 @pytest.fixture
@@ -82,3 +85,20 @@ def test_values_of_other_weights_are_forgotten(value):
             parameter.mul_(1.1)
     after = [grown(before[0], 3, rng)]
     assert torch.allclose(score.score(after), plain.score(after), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "eager"), ("mistral", "sdpa"), ("bloom", "eager"), ("mpt", "eager")]
+)
+def test_kernels_and_windows_that_caches_do_not_fit(family, attention):
+    """The eager kernel adds its mask; sliding windows and ALiBi see columns, so they are read without a cache."""
+    changes = {"sliding_window": 8} if family == "mistral" else {}
+    model = tiny_language_model(family, **changes)
+    model.set_attn_implementation(attention)
+    value = ValueModel(model.get_decoder(), Head(HeadSection(), 64, 261), ValueSpec()).eval()
+    torch.nn.init.normal_(value.head.linear.weight, std=0.3)
+    score, plain, rng = value_score(value), ValueScore(value), random.Random(0)
+    prefixes = [Prefix(tokens=[rng.randrange(5, 250) for _ in range(9 + i)], start=9 + i) for i in range(3)]
+    for _ in range(3):
+        assert torch.allclose(score.score(prefixes), plain.score(prefixes), atol=1e-5)
+        prefixes = [grown(prefix, 3, rng) for prefix in prefixes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from parts_cases import on_ranks
 
 from posttrain.batch import Batch, Finish, broadcast, group_mean, group_std, group_sum, seq_mean, seq_sum
 from posttrain.micro_batches import blank_row
@@ -86,3 +87,12 @@ def test_shapes_are_checked_in_tests(random_batch):
         batch.set(reward=torch.zeros(len(batch) + 1))
     with pytest.raises(TypeCheckError):
         seq_sum(batch.advantage, batch.mask[:, 1:])
+
+
+@pytest.mark.parametrize("values", [[0.0, 3.5, 1e-30, 3.4999998], [0.0], [], [1e30, 2.0], [1e-44, 0.0]])
+def test_the_largest_number_of_all_ranks_is_found_to_the_bit(values, random_batch):
+    first, second = random_batch(0), random_batch(1, groups=2)
+    numbers = {len(first): torch.tensor(values), len(second): torch.tensor([7.25, 7.2499995])}
+    assert first.largest(numbers[len(first)]) == max([0.0, *numbers[len(first)].tolist()])
+    found = on_ranks([first, second], lambda batch: batch.largest(numbers[len(batch)]))
+    assert found == [max([7.25, *numbers[len(first)].tolist()])] * 2

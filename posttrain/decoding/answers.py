@@ -59,7 +59,7 @@ def vote(
 ) -> int:
     """The best-scored completion with the answer that gets most votes: majority, or votes weighted by scores.
 
-    Majority (self-consistency): Wang et al. 2023, arXiv:2203.11171; votes weighted by scores: Feng et al. 2024
+    Majority (self-consistency): Wang et al. 2022, arXiv:2203.11171; votes weighted by scores: Feng et al. 2023
     (TS-LLM), arXiv:2309.17179. See :func:`posttrain.decoding.particles.most_voted`.
 
     Args:

@@ -32,7 +32,7 @@ def best_of_n_kl_bound(n: int) -> float:
 def blockwise_kl_bound(n: int, blocks: float) -> float:
     """Upper bound of the KL of best-of-n blocks: (log n - (n - 1) / n) · E[number of blocks]; loose for short blocks.
 
-    Mudgal et al. 2024, arXiv:2310.17022.
+    Mudgal et al. 2023, arXiv:2310.17022.
     """
     return best_of_n_kl_bound(n) * blocks
 

@@ -31,9 +31,9 @@ HiddenValue = Callable[[Float[Tensor, "*S H"]], Float[Tensor, "*S"]]
 class LogRatio:
     """Σ_t log p⁺(token_t) - log p⁻(token_t) over what was generated, under two language models or one of them.
 
-    GenARM: p⁺ = an autoregressive reward model (Xu et al. 2025, arXiv:2410.08193).
+    GenARM: p⁺ = an autoregressive reward model (Xu et al. 2024, arXiv:2410.08193).
     Proxy tuning: a small tuned model and the same untuned (Liu et al. 2024, arXiv:2401.08565).
-    Contrastive decoding: p⁻ = a small model (Li et al. 2023, arXiv:2210.15097).
+    Contrastive decoding: p⁻ = a small model (Li et al. 2022, arXiv:2210.15097).
     Implicit reward: a tuned policy and its reference (Rafailov et al. 2023, eq. 5, arXiv:2305.18290).
     """
 

@@ -140,7 +140,7 @@ def best_first(tree: Tree, *, key: Key = value_key, count: int = 1) -> list[Node
 def beam(tree: Tree, *, key: Key = value_key, width: int = 4) -> list[Node]:
     """The ``width`` nodes with the highest keys, ended nodes included; the rest is dropped.
 
-    BFS-V of TS-LLM (Feng et al. 2024, arXiv:2309.17179) with values; Tree of Thoughts (Yao et al. 2023,
+    BFS-V of TS-LLM (Feng et al. 2023, arXiv:2309.17179) with values; Tree of Thoughts (Yao et al. 2023,
     arXiv:2305.10601).
     """
     kept = best_first(tree, key=key, count=width)
@@ -154,7 +154,7 @@ def beam(tree: Tree, *, key: Key = value_key, width: int = 4) -> list[Node]:
 def depth_first(tree: Tree, *, threshold: float = -math.inf, drop: float = 0.0) -> list[Node]:
     """The child with the highest value of the node expanded last; goes back up if no child is left.
 
-    DFS-V of TS-LLM (Feng et al. 2024, arXiv:2309.17179).
+    DFS-V of TS-LLM (Feng et al. 2023, arXiv:2309.17179).
 
     Args:
         threshold: nodes of lower value are given up.
@@ -177,7 +177,7 @@ def puct(tree: Tree, *, c_init: float = 3.0, c_base: float = 19652.0, uniform: f
         Q + P · (log((N + c_base + 1) / c_base) + c_init) · √N / (1 + n)
 
     with N visits of the parent, n of the child; Q of a child without visits is its value. Silver et al. 2018
-    (AlphaZero), doi:10.1126/science.aar6404; with these constants Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
+    (AlphaZero), doi:10.1126/science.aar6404; with these constants Feng et al. 2023 (TS-LLM), arXiv:2309.17179.
 
     Args:
         uniform: share of a uniform distribution in the priors where the search stands.

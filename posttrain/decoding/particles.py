@@ -111,7 +111,8 @@ def resample(
     log_weights = [particle.log_weight for particle in pool]
     total = logsumexp(log_weights)
     full = len(pool) == count
-    if full and (effective_size(log_weights) > threshold * count or all(one.ended for one in pool)):
+    rounded = threshold * count * (1 + 1e-9)  # equal weights have a size of count, give or take the last bit
+    if full and (effective_size(log_weights) > rounded or all(one.ended for one in pool)):
         return pool
     if total == -math.inf:
         return pool[:count]
@@ -158,8 +159,8 @@ def most_voted(
 ) -> int | None:
     """Index of the best-scored entry with the answer that gets most votes; ``None`` if there is no answer.
 
-    Majority (``count``): Wang et al. 2023, arXiv:2203.11171. ``sum`` of scores scaled to [0, 1] by their smallest and
-    largest, and ``max``: Feng et al. 2024 (TS-LLM), arXiv:2309.17179.
+    Majority (``count``): Wang et al. 2022, arXiv:2203.11171. ``sum`` of scores scaled to [0, 1] by their smallest and
+    largest, and ``max``: Feng et al. 2023 (TS-LLM), arXiv:2309.17179.
 
     Args:
         answers: ``None`` for an entry without an answer, which has no vote.

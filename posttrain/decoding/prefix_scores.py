@@ -74,7 +74,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Sum:
-    """Weighted sum Σ_i weight_i · score_i: several rewards at once (Mudgal et al. 2024, arXiv:2310.17022).
+    """Weighted sum Σ_i weight_i · score_i: several rewards at once (Mudgal et al. 2023, arXiv:2310.17022).
 
     A sum of means is the mean of the sum. A sum of soft values is no soft value, so its kind is ``other``.
     """

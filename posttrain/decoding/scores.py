@@ -72,7 +72,7 @@ def process(
 ) -> PrefixScore:
     """A process model's values of the steps so far, each read at its last token, as one number.
 
-    Lightman et al. 2024, arXiv:2305.20050 (product: the probability that all are right); Wang et al. 2024
+    Lightman et al. 2023, arXiv:2305.20050 (product: the probability that all are right); Wang et al. 2023
     (Math-Shepherd), arXiv:2312.08935 (min); Snell et al. 2024, arXiv:2408.03314 (last).
 
     Args:
@@ -90,8 +90,8 @@ def log_ratio(
 ) -> PrefixScore:
     """Log-ratio of two language models, scale · Σ_t (log p⁺(token_t) - log p⁻(token_t)), over the generated tokens.
 
-    GenARM, Xu et al. 2025, arXiv:2410.08193 (plus: an autoregressive reward model); proxy tuning, Liu et al. 2024,
-    arXiv:2401.08565 (a tuned and an untuned model); contrastive decoding, Li et al. 2023, arXiv:2210.15097 (minus: an
+    GenARM, Xu et al. 2024, arXiv:2410.08193 (plus: an autoregressive reward model); proxy tuning, Liu et al. 2024,
+    arXiv:2401.08565 (a tuned and an untuned model); contrastive decoding, Li et al. 2022, arXiv:2210.15097 (minus: an
     amateur). Vocabularies must be the policy's.
 
     Raises:
@@ -215,7 +215,7 @@ logarithm = score_part(prefix_scores.Logarithm, "logarithm", __name__)
 def weighted_sum(
     context: DecoderContext, *, terms: tuple[ScoreMaker, ...], weights: tuple[float, ...] | None = None
 ) -> PrefixScore:
-    """Weighted sum Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2024, arXiv:2310.17022.
+    """Weighted sum Σ_i weight_i · score_i: several rewards at once. Mudgal et al. 2023, arXiv:2310.17022.
 
     Args:
         weights: one for each of ``terms``; default: all 1.

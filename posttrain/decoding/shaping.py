@@ -2,7 +2,7 @@
 
     log π(a | s) = log p0(a | s) / T + strength · score(s a) - log Z(s)
 
-Mudgal et al. 2024 (CD), arXiv:2310.17022; Yang and Klein 2021 (FUDGE), arXiv:2104.05218. With a soft value of
+Mudgal et al. 2023 (CD), arXiv:2310.17022; Yang and Klein 2021 (FUDGE), arXiv:2104.05218. With a soft value of
 temperature β and strength 1/β the product of the π's is the tilted distribution p0(y) exp(r(y)/β) / Z (Zhao et al.
 2024, proposition 3.3, arXiv:2404.17546); with a mean value it is not.
 """
@@ -53,7 +53,7 @@ class Shaped(Decoder):
 
     log π(a | s) = log p0(a | s) + strength · score(s a) - log Z(s)
 
-    Mudgal et al. 2024, arXiv:2310.17022. The equation is for candidates; ``rest`` says what other tokens get.
+    Mudgal et al. 2023, arXiv:2310.17022. The equation is for candidates; ``rest`` says what other tokens get.
 
     Log-probs of its completions are those of the shaped distribution that they were drawn from. ``measured`` holds
     ``base_logp`` (log-prob of the completion under the engine's own distribution), ``kl`` (exact KL(π ‖ p0) of each
@@ -61,7 +61,7 @@ class Shaped(Decoder):
     ``scored`` (prefixes that were scored; a vocabulary vector counts as one).
 
     Candidates are all tokens, or the ``k`` most probable ones, or those with p0 >= ``head`` · max p0 (contrastive
-    decoding, Li et al. 2023, arXiv:2210.15097). With ``rest`` the other tokens get
+    decoding, Li et al. 2022, arXiv:2210.15097). With ``rest`` the other tokens get
 
     * ``drop``: probability 0 (FUDGE; ARGS, Khanov et al. 2024, arXiv:2402.01694; TQ*);
     * ``mean``: the unweighted mean of the candidates' scores (VAS, Han et al. 2024, arXiv:2405.06639, its code);

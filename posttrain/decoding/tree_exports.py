@@ -40,7 +40,7 @@ class PreferencePair(NamedTuple):
 def value_targets(tree: Tree, *, kind: Backup = "mean", beta: float = 1.0) -> list[ValueTarget]:
     """Value targets of all nodes: the backup of their children's targets by their priors; leaves keep their values.
 
-    mean: Feng et al. 2024 (TS-LLM), arXiv:2309.17179; max: Wang et al. 2024 (Q*), arXiv:2406.14283;
+    mean: Feng et al. 2023 (TS-LLM), arXiv:2309.17179; max: Wang et al. 2024 (Q*), arXiv:2406.14283;
     soft: β log Σ p exp(v / β).
     """
     targets = backed_up_values(tree, kind=kind, beta=beta)

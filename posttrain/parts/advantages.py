@@ -129,7 +129,7 @@ def gae(
 
     A_t = δ_t + γ λ A_t',  δ_t = r_t + γ V(s_t') - V(s_t), with t' the next chosen token
 
-    Schulman et al. 2016 (GAE), eq. 16, arXiv:1506.02438; λ of 0.95 and γ of 1: Ouyang et al. 2022, arXiv:2203.02155.
+    Schulman et al. 2015 (GAE), eq. 16, arXiv:1506.02438; λ of 0.95 and γ of 1: Ouyang et al. 2022, arXiv:2203.02155.
 
     r_t is ``step_reward``, and at the last chosen token ``reward`` too. λ = 1 gives the return minus V(s_t).
 

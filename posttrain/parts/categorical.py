@@ -35,7 +35,7 @@ def hl_gauss_target(
 def two_hot_target(values: Float[Tensor, "*S"], support: Float[Tensor, " K"]) -> Float[Tensor, "*S K"]:
     """Probabilities of the two bins around each value, larger for the nearer one: their mean is the value itself.
 
-    Schrittwieser et al. 2020 (MuZero), appendix F, arXiv:1911.08265.
+    Schrittwieser et al. 2019 (MuZero), appendix F, arXiv:1911.08265.
 
     Args:
         values: those beyond the outer centres are taken as the outer centre.

@@ -75,7 +75,7 @@ def clip(
             The geometric mean of a completion's ratios, s = exp(mean_t log ρ_t), replaces each of them, in the form
             whose gradient reaches every token: sg[s] · π(y_t) / sg[π(y_t)]. Use it with the normaliser
             ``seq_mean_of_token_mean``.
-        dual: Ye et al. 2020 (dual-clip PPO), arXiv:1912.09729.
+        dual: Ye et al. 2019 (dual-clip PPO), arXiv:1912.09729.
             c > 1 bounds the loss of A < 0 by -c A: a ratio beyond c gives no gradient.
         cap: Prime Intellect 2025 (INTELLECT-2, two-sided clipping), section 4.1, arXiv:2505.07291.
             δ > 1 + ``high`` replaces the first ρ_t by min(ρ_t, δ). This has the same effect as ``dual``: the bound

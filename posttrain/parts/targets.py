@@ -45,10 +45,10 @@ def backup(
 
     mean: Σ_z p(z) v_z;  soft: β log Σ_z p(z) exp(v_z / β);  max: max_z v_z over p(z) > 0;  greedy: v at argmax_z p(z)
 
-    mean: Mudgal et al. 2024 (CD-Q), arXiv:2310.17022.
+    mean: Mudgal et al. 2023 (CD-Q), arXiv:2310.17022.
     soft: Zhao et al. 2024 (twisted SMC, soft Bellman equation), arXiv:2404.17546.
     max: Wang et al. 2024 (Q*), arXiv:2406.14283.
-    greedy: Yu et al. 2024 (B-Coder), arXiv:2310.03173.
+    greedy: Yu et al. 2023 (B-Coder), arXiv:2310.03173.
 
     Args:
         values: value of each next token; those of probability 0 are ignored, NaN and infinities included.
@@ -84,7 +84,7 @@ def lambda_return(
 
     Sutton and Barto 2018, section 12.1; λ = 1 is Monte Carlo, λ = 0 one-step temporal differences.
     λ = 1 for the critic alone: Yuan et al. 2025 (VC-PPO, decoupled GAE), arXiv:2503.01491.
-    λ = 0 with B: Mudgal et al. 2024 (CD-Q), arXiv:2310.17022.
+    λ = 0 with B: Mudgal et al. 2023 (CD-Q), arXiv:2310.17022.
 
     The target at a column is G of the chosen token that follows. r_t is ``step_reward``, and at the last chosen token
     ``reward`` too. The values are read only where λ < 1 or a completion is bootstrapped.
@@ -149,7 +149,7 @@ def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> F
 
     target_t = R
 
-    Yang and Klein 2021 (FUDGE), arXiv:2104.05218; as a squared error: Mudgal et al. 2024 (CD-FUDGE), arXiv:2310.17022.
+    Yang and Klein 2021 (FUDGE), arXiv:2104.05218; as a squared error: Mudgal et al. 2023 (CD-FUDGE), arXiv:2310.17022.
     At the end alone: Cobbe et al. 2021 (solution-level verifiers), arXiv:2110.14168.
 
     Args:
@@ -162,7 +162,7 @@ def outcome_label(batch: Batch, *, at: Literal["states", "end"] = "states") -> F
 def step_labels(batch: Batch) -> Float[Tensor, "N L"]:
     """Process labels: ``step_reward`` at the last chosen token of each step; NaN means no label.
 
-    Lightman et al. 2024 (PRM800K), arXiv:2305.20050.
+    Lightman et al. 2023 (PRM800K), arXiv:2305.20050.
     """
     return _labels(batch.step_reward.double(), step_ends(batch), batch)
 
@@ -172,8 +172,8 @@ def branch_estimate(rewards: Float[Tensor, "*S K"], *, how: Literal["mean", "any
 
     mean: Σ_k r_k / K;  any: 1 if max_k r_k > 0, 0 else
 
-    mean: Kazemnejad et al. 2025 (VinePPO), section 4, arXiv:2410.01679.
-    Both, as soft and hard estimation: Wang et al. 2024 (Math-Shepherd), arXiv:2312.08935.
+    mean: Kazemnejad et al. 2024 (VinePPO), section 4, arXiv:2410.01679.
+    Both, as soft and hard estimation: Wang et al. 2023 (Math-Shepherd), arXiv:2312.08935.
     """
     if how == "mean":
         return rewards.nanmean(-1)
@@ -190,7 +190,7 @@ def reduce_members(
     mean_minus_std: mean - deviations · std, with the biased standard deviation
 
     min: Fujimoto et al. 2018 (clipped double Q-learning), arXiv:1802.09477.
-    min and mean - deviations · variance of reward models: Coste et al. 2024, arXiv:2310.02743.
+    min and mean - deviations · variance of reward models: Coste et al. 2023, arXiv:2310.02743.
     """
     match how:
         case "mean":

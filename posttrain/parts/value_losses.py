@@ -68,7 +68,7 @@ def expectile(outputs: Outputs, batch: Batch, *, tau: OpenFraction = 0.7) -> Flo
 
     loss_t = |τ - 1[u < 0]| u², with u = T_t - V_t
 
-    Kostrikov et al. 2022 (IQL), eq. 5, arXiv:2110.06169. With one-step targets and τ -> 1 it learns the value of the
+    Kostrikov et al. 2021 (IQL), eq. 5, arXiv:2110.06169. With one-step targets and τ -> 1 it learns the value of the
     best token in the data; τ = ½ is ``mse``.
     """
     target, learned = _targets(batch)
@@ -119,7 +119,7 @@ def hl_gauss(outputs: Outputs, batch: Batch, *, sigma: Positive = categorical.SI
 def two_hot(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
     """Cross-entropy with the target as probabilities of the two bins around it.
 
-    Schrittwieser et al. 2020 (MuZero), appendix F, arXiv:1911.08265.
+    Schrittwieser et al. 2019 (MuZero), appendix F, arXiv:1911.08265.
     """
     target, learned = _targets(batch)
     logits, support = _bins(outputs, learned)
@@ -149,7 +149,7 @@ def quantile(outputs: Outputs, batch: Batch, *, kappa: NonNegative = 1.0) -> Flo
 
     loss_t = Σ_i |τ_i - 1[u_i < 0]| H_κ(u_i), with u_i = T_t - q_i and H_κ Huber's loss over κ
 
-    Dabney et al. 2018 (QR-DQN), eq. 10, arXiv:1710.10044.
+    Dabney et al. 2017 (QR-DQN), eq. 10, arXiv:1710.10044.
 
     Args:
         kappa: error at which H_κ turns linear; 0 gives exact quantiles.
@@ -175,7 +175,7 @@ def bce(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 
     loss_t = -T_t log σ(x_t) - (1 - T_t) log(1 - σ(x_t)), with x_t the head's logit
 
-    Yang and Klein 2021 (FUDGE), arXiv:2104.05218; process labels: Lightman et al. 2024, arXiv:2305.20050.
+    Yang and Klein 2021 (FUDGE), arXiv:2104.05218; process labels: Lightman et al. 2023, arXiv:2305.20050.
 
     Raises:
         ValueError: for a target outside [0, 1].
@@ -201,7 +201,7 @@ def q_ranking(outputs: Outputs, batch: Batch, *, margin: float = 4.0) -> Float[T
     loss = -1/(|C| + 1[W]) (1[W] log(1 / (1 + E_W)) + Σ_c∈C log(e^Q_c / (1 + Σ_c'<c e^Q_c' + e^Q_c + E_W)))
     E_W = Σ_w∈W e^(Q_w + ζ), with 1[W] = 1 if there is a wrong step
 
-    Li and Li 2025 (PQM), arXiv:2410.11287.
+    Li and Li 2024 (PQM), arXiv:2410.11287.
 
     Steps are the states with a target, in order; those with a target above ½ are correct. Each term is at its own step,
     the term of the wrong steps at the first of them, scaled so that the mean over the steps is the loss.

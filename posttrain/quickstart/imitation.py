@@ -32,7 +32,7 @@ def fit(
     seed: int = 0,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Minimises the negative log-likelihood of the completions with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """Minimises the negative log-likelihood of the completions with AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
 
     Args:
         policy: the policy, trained in place, on its device.

@@ -19,7 +19,7 @@ def best_of_n(
 
     E_n = Σ_i C(i - 1, n - 1) / C(N, n) · gold_(i), with gold_(i) of the sample whose proxy reward is the i-th lowest
 
-    Nakano et al. 2021 (WebGPT), appendix I, arXiv:2112.09332; Gao et al. 2023, section 2, arXiv:2210.10760.
+    Nakano et al. 2021 (WebGPT), appendix I, arXiv:2112.09332; Gao et al. 2022, section 2, arXiv:2210.10760.
     With ``gold = proxy`` it is the expected maximum of n. Samples of equal proxy reward share their gold rewards.
 
     Args:
@@ -81,7 +81,7 @@ def overoptimisation(kl: Sequence[float], gold: Sequence[float], *, method: str 
 
     d = sqrt(KL);  best_of_n: gold - gold_0 = d (α - β d);  rl: gold - gold_0 = d (α - β log d)
 
-    Gao et al. 2023, section 3.1, arXiv:2210.10760. gold_0 is the reward at KL = 0, which must be among the points.
+    Gao et al. 2022, section 3.1, arXiv:2210.10760. gold_0 is the reward at KL = 0, which must be among the points.
 
     Args:
         kl: divergences from the initial policy, in nats; one of them 0.

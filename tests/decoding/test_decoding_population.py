@@ -339,6 +339,16 @@ def test_systematic_draws_take_the_nearest_counts(shares: list[float], count: in
     assert means == pytest.approx([count * share for share in shares], abs=1e-9)
 
 
+def test_a_threshold_of_one_draws_from_equal_weights_too():
+    """Their effective size is 2 give or take the last bit: -0.9 and its neighbour once gave 2.0000000000000004."""
+    weights = [-0.9, -0.9 + 1e-16]
+    families = [[Particle(prefix=Prefix(tokens=[0], start=1), version=0, log_weight=weight)] for weight in weights]
+    assert effective_size(weights) > 2
+    survivors = resample(families, lambda shares: 1, threshold=1.0, scheme="multinomial")
+    assert all(one.prefix is families[1][0].prefix for one in survivors)
+    assert resample(families, lambda shares: 0, threshold=0.5) == [family[0] for family in families]
+
+
 def test_weights_of_zero():
     dead = [[Particle(prefix=Prefix(tokens=[0], start=1), version=0, log_weight=-math.inf)] for _ in range(2)]
     assert [one.log_weight for one in resample(dead, list, threshold=1.0)] == [-math.inf] * 2

@@ -75,7 +75,7 @@ def value(term: Term, batch: Batch, outputs: Outputs) -> Tensor:
         (partial(pairwise, margin=(partial(margins.chosen_loss, lam=0.0),)), pairwise),
         (partial(pairwise, margin=(partial(margins.token_kl, alpha=0.0),)), pairwise),
         (
-            partial(pairwise, score=partial(scores.f_divergence, divergence="alpha", alpha=1 + 1e-9)),
+            partial(pairwise, score=partial(scores.f_divergence, divergence="alpha", alpha=1e-9)),
             pairwise,
         ),
         (
@@ -168,7 +168,7 @@ def test_wrong_numbers_are_named(call: Callable[..., Tensor], message: str) -> N
         (partial(pairwise, margin=(margins.token_kl,)), "outputs.kl_ref"),
         (partial(pairwise, pair_weight=(pair_weights.on_policy,)), "outputs.collision"),
         (partial(pairwise, margin=(margins.baseline,)), "slot `baseline`"),
-        (partial(pairwise, score=partial(scores.f_divergence, divergence="alpha", alpha=1.0)), "log_ratio"),
+        (partial(pairwise, score=partial(scores.f_divergence, divergence="alpha", alpha=0.0)), "log_ratio"),
         (partial(pairwise, score=partial(scores.power, alpha=0.0)), "log_prob"),
         (partial(listwise, link=list_links.reverse_kl, target=list_targets.best), "give the target best an `eps`"),
         (regularisers.reference_kl, "outputs.kl_ref"),

@@ -157,7 +157,7 @@ PAIRS: dict[str, tuple[Term, Scalar]] = {
     "Jensen-Shannon": pair(partial(pairwise, score=scores.f_divergence), of_ratio(lambda z: math.log(2 * z / (1 + z)))),
     "alpha": pair(
         partial(pairwise, score=partial(scores.f_divergence, divergence="alpha", alpha=0.3)),
-        of_ratio(lambda z: (z**-0.7 - 1) / -0.7),
+        of_ratio(lambda z: (1 - z**-0.3) / 0.3),
     ),
     "chi-squared": pair(
         partial(pairwise, score=partial(scores.f_divergence, divergence="chi_squared")),

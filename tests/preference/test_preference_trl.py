@@ -90,8 +90,8 @@ DPO: dict[str, tuple[dict[str, Any], Weighted]] = {
     "LD-DPO": ({"ld_alpha": 0.5}, [(1.0, partial(pairwise, score=partial(scores.log_ratio, tail=0.5)))]),
     **{
         f"f-DPO, {ours_}": (
-            {"f_divergence_type": theirs},
-            [(1.0, partial(pairwise, score=partial(scores.f_divergence, divergence=ours_)))],
+            {"f_divergence_type": theirs, "f_alpha_divergence_coef": 0.3},
+            [(1.0, partial(pairwise, score=partial(scores.f_divergence, divergence=ours_, alpha=0.3)))],
         )
         for theirs, ours_ in (
             ("forward_kl", "forward_kl"),

@@ -135,6 +135,25 @@ def test_the_row_says_what_the_recipe_runs(path):
     assert path.endswith(row["link"])
 
 
+CITED = re.compile(r"(?:arXiv:|arxiv\.org/abs/)(\d\d)\d\d\.\d{4,5}")
+YEAR = re.compile(r"(?<![\d.])(?:19|20)\d\d(?!\d|\.\d)")
+SOURCES = [ROOT / "METHODS.md", ROOT / "README.md"]
+for pattern in ("posttrain/**/*.py", "reward_models/*.py", "recipes/**/*.yaml", "eval/*.yaml"):
+    SOURCES += sorted(ROOT.glob(pattern))
+
+
+def test_years_are_those_of_the_first_version_on_arxiv():
+    """The year before an id is the id's own."""
+    wrong = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        for cited in CITED.finditer(text):
+            years = YEAR.findall(text[max(0, cited.start() - 170) : cited.start()])
+            if years and years[-1] != f"20{cited[1]}":
+                wrong.append(f"{path.relative_to(ROOT)}: {years[-1]} beside {cited[0]}")
+    assert not wrong, wrong
+
+
 def test_every_part_without_a_recipe_has_a_row():
     """The rows have the part, its slot, the first sentence of its docstring, and a source that the docstring names."""
     section = (ROOT / "METHODS.md").read_text(encoding="utf-8").partition("## Parts without a recipe of their own")[2]

@@ -139,6 +139,72 @@ def test_vineppo_whitens_with_the_unbiased_variance() -> None:
     assert found == pytest.approx([(x - mean) / deviation for x in changes], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "term", "per_token"),
+    [
+        ("cpo", 1, 1 / 100),  # mean over tokens, as in the authors' code
+        ("slic", 1, 1.0),
+        ("aot", 0, 0.01 / 2),  # β σ(0) at the start
+        ("aot_unpaired", 0, 0.01 / 2),
+        ("hinge", 0, 0.05),  # γ
+        ("cal_dpo", 1, 0.5 * 2 * 500.0),  # half the slope of (s - 1 / (2 · 0.001))²
+    ],
+)
+def test_the_slope_at_each_token_of_the_chosen_answer(name: str, term: int, per_token: float) -> None:
+    recipe = shipped(f"preference/{name}")
+    batch = completions(100, 7).set(reward=torch.tensor([1.0, 0.0]))
+    batch = batch.set(baseline=recipe.baseline(batch)) if recipe.baseline is not None else batch
+    found = slope(recipe, term, batch)[0, 1:]
+    assert found.tolist() == pytest.approx([-per_token] * 100, rel=2e-2 if term == 0 else 1e-4)
+
+
+def test_cpl_discounts_nothing() -> None:
+    """-0.1 σ(-h) at all 100 tokens of the chosen answer, and half of it at those of the rejected one."""
+    batch = completions(100, 7).set(reward=torch.tensor([1.0, 0.0]))
+    found = slope(shipped("preference/cpl"), 0, batch)
+    wrong = 1 / (1 + math.exp(0.1 * (-100 + 0.5 * 7)))
+    assert found[0, 1:].tolist() == pytest.approx([-0.1 * wrong] * 100, rel=1e-4)
+    assert found[1, 1:8].tolist() == pytest.approx([0.05 * wrong] * 7, rel=1e-4)
+
+
+def test_the_targets_of_infonca_are_those_of_its_temperature() -> None:
+    """Ratings that differ by 0.1 leave nothing for the lower one; equal ones share."""
+    (term,) = shipped("preference/infonca").loss
+    target = term.options["target"]
+    ratings, valid = torch.tensor([[7.0, 6.9], [7.0, 7.0]]), torch.ones(2, 2, dtype=torch.bool)
+    assert target(ratings, valid).exp().tolist() == [[1.0, 0.0], [0.5, 0.5]]
+
+
+RATES = {
+    "preference/dpo": 1e-6,
+    "preference/exo": 1e-6,
+    "preference/tr_dpo": 1e-6,
+    "preference/alpha_po": 7e-7,
+    "rl/intellect2": 3e-7,
+    "rl/prime": 5e-7,
+    "rl/dvpo": 1.41e-5,
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_learning_rate_is_the_paper_s(name: str) -> None:
+    assert shipped(name).optimizer.learning_rate == RATES[name]
+
+
+def test_the_kl_of_reinforce_plus_plus_with_baseline_is_that_of_its_scripts() -> None:
+    kl = shipped("rl/reinforce_plus_plus_baseline").loss[1]
+    assert (kl.name, kl.options["estimator"], kl.coef) == ("kl", "k2", 1e-5)
+
+
+def test_the_kl_penalty_of_remax_counts_for_its_own_token_alone() -> None:
+    """Reward 1 against a greedy 0, and -0.05 x at each token; a sum to go would give .925, .95, .975 at x = 0.5."""
+    recipe = shipped("rl/remax")
+    batch = completions(3, 3).set(reward=torch.tensor([1.0, 0.0]), baseline_only=torch.tensor([False, True]))
+    batch = batch.set(logp_ref=batch.mask * torch.tensor([0.0, -1.5, -1.5, -1.0]))
+    assert recipe.advantage is not None
+    assert recipe.advantage(add_rewards(recipe, batch))[0, 1:].tolist() == pytest.approx([0.975, 0.975, 1.0])
+
+
 # ---- process rewards ------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +227,22 @@ def test_pure_takes_the_kl_from_the_reward() -> None:
     found = add_rewards(recipe, batch).step_reward[0, 1:].tolist()
     k3 = [math.exp(-x) - 1 + x for x in (0.5, -0.5, 0.0)]
     assert found == pytest.approx([-0.001 * k for k in k3], abs=1e-9)
+
+
+def test_prime_divides_by_the_largest_return_of_the_batch() -> None:
+    """Values fall by 0.01 a token: the largest sum from a token on is that of 8 tokens, so that the first is -1."""
+    recipe = shipped("rl/prime")
+    batch = completions(8, 2)
+    batch = batch.set(value=-0.01 * torch.arange(9.0) * torch.ones(2, 1))
+    rewards = add_rewards(recipe, batch).step_reward
+    assert rewards[0, 1:].tolist() == pytest.approx([-1 / 8] * 8, rel=1e-4)
+    assert rewards[1, 1:3].tolist() == pytest.approx([-1 / 8] * 2, rel=1e-4)
+
+
+def test_psgpo_rates_steps_from_minus_one_to_one() -> None:
+    """Labels of the paper are -1, 0 and 1: a step that is surely wrong costs something."""
+    model = shipped("rl/psgpo").reward[0]
+    assert model.options["signed"] and model.options["shared"]
 
 
 # ---- DVPO -----------------------------------------------------------------------------------------------------------

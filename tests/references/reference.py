@@ -133,7 +133,7 @@ def outcome(rows: Rows, center: str, scale: str = "none", ddof: int = 1, eps: fl
     return advantage
 
 
-def returns(rows: Rows, gamma: float = 1.0, center: str = "none") -> Matrix:
+def returns(rows: Rows, gamma: float = 1.0, center: str = "none", own: bool = False) -> Matrix:
     advantage = rows.zeros()
     for i in rows.trained():
         if not rows.scored(i):
@@ -142,7 +142,8 @@ def returns(rows: Rows, gamma: float = 1.0, center: str = "none") -> Matrix:
         final = 0.0 if base is None else rows.reward[i] - base
         tokens = rows.tokens(i)
         for k, t in enumerate(tokens):
-            later = sum(gamma**n * rows.step_reward[i][u] for n, u in enumerate(tokens[k:]))
+            counted = tokens[k : k + 1] if own else tokens[k:]
+            later = sum(gamma**n * rows.step_reward[i][u] for n, u in enumerate(counted))
             advantage[i][t] = later + gamma ** (len(tokens) - 1 - k) * final
     return advantage
 
@@ -375,7 +376,7 @@ def reinforce_plus_plus(rows: Rows) -> Loss:
 
 def reinforce_plus_plus_baseline(rows: Rows) -> Loss:
     a = whiten(rows, outcome(rows, "group"))
-    return lambda logp, fixed: token_mean(rows, plus(clip(rows, a, logp, 0.2, 0.2), 0.001, kl(rows, logp, fixed, "k2")))
+    return lambda logp, fixed: token_mean(rows, plus(clip(rows, a, logp, 0.2, 0.2), 1e-5, kl(rows, logp, fixed, "k2")))
 
 
 def gspo(rows: Rows) -> Loss:
@@ -395,8 +396,8 @@ def gmpo(rows: Rows) -> Loss:
 
 
 def remax(rows: Rows) -> Loss:
-    add_kl_to_step_reward(rows, 0.01)
-    a = returns(rows, center="greedy")
+    add_kl_to_step_reward(rows, 0.05)
+    a = returns(rows, center="greedy", own=True)
     return lambda logp, fixed: seq_mean_of_token_sum(rows, reinforce(a, logp))
 
 

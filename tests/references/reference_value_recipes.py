@@ -186,11 +186,16 @@ def prime(case: Case) -> Losses:
     """Losses of PRIME: the value of a prefix is β times its log-ratio, so a token's reward is its change."""
     core, rows = case.core, case.rows
     core.kept = reference.mixed_groups(core)
-    for i in range(len(core.mask)):
-        for t in core.tokens(i):
-            before = 0.0 if t - 1 not in rows.states(i) else rows.value[i][t - 1]
-            core.step_reward[i][t] += rows.value[i][t] - before
-    a = whiten(core, reference_values.implicit_returns(rows))
+    gains = {
+        i: [rows.value[i][t] - (rows.value[i][t - 1] if t - 1 in rows.states(i) else 0.0) for t in core.tokens(i)]
+        for i in range(len(core.mask))
+    }
+    trained = [i for i in core.trained() if core.scored(i)]
+    largest = max((abs(sum(gains[i][k:])) for i in trained for k in range(len(gains[i]))), default=0.0)
+    for i, mine in gains.items():
+        for t, gain in zip(core.tokens(i), mine, strict=True):
+            core.step_reward[i][t] += gain / (largest + 1e-6)
+    a = whiten(core, reference_values.implicit_returns(rows), ddof=1)
     ends = [(i, rows.tokens(i)[-1]) for i in core.counted() if core.scored(i)]
 
     def value(v: Matrix, logp: Matrix) -> float:

@@ -70,23 +70,26 @@ def f_divergence(
 ) -> Float[Tensor, " N"]:
     """Derivative of an f-divergence at the ratio of policy and reference, in place of its logarithm.
 
-    With z = e^s: forward_kl: 1 - 1/z; jensen_shannon: log(2z / (1 + z)); alpha: (z^(α-1) - 1) / (α - 1);
+    With z = e^s: forward_kl: 1 - 1/z; jensen_shannon: log(2z / (1 + z)); alpha: (1 - z^-α) / α;
     chi_squared: z - 1 + log z
 
     Wang et al. 2023 (f-DPO), arXiv:2309.16240. chi_squared, with a KL part: Huang et al. 2024 (χPO),
     arXiv:2407.13399. Constants make a score of 0 at the reference; they cancel in a pair. Exponents are cut at 80.
 
+    Args:
+        alpha: α of the paper; 1 is ``forward_kl``, and towards 0 it becomes ``log_ratio``.
+
     Raises:
-        ValueError: if ``alpha`` is 1, whose limit is ``log_ratio``.
+        ValueError: if ``alpha`` is 0.
     """
     s = log_ratio(outputs, batch)
     if divergence == "jensen_shannon":
         return math.log(2) + logsigmoid(s)
     if divergence == "chi_squared":
         return torch.expm1(s.clamp(max=MAX_EXPONENT)) + s
-    power = -1.0 if divergence == "forward_kl" else alpha - 1
+    power = -1.0 if divergence == "forward_kl" else -alpha
     if power == 0:
-        raise ValueError("f_divergence: the limit of alpha = 1 is the score log_ratio; use that one")
+        raise ValueError("f_divergence: the limit of alpha = 0 is the score log_ratio; use that one")
     return torch.expm1((power * s).clamp(max=MAX_EXPONENT)) / power
 
 

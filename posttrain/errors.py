@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -28,7 +29,10 @@ class DataError(UserError):
 
 
 class NothingSelected(UserError):
-    """No prompt of a step passed ``select``: data, policy and verifiers do not fit together."""
+    """No prompt of a step passed ``select``, or too few: data, policy and verifiers do not fit together."""
+
+    drawn: tuple[Any, dict[str, list[float | None]]] | None = None
+    """This rank's completions, as a batch, and the values of each verifier; they are worth a look."""
 
 
 class Stopped(KeyboardInterrupt):

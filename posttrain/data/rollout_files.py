@@ -1,10 +1,11 @@
 """Rollouts as Parquet files with a row for each completion: to look at with pandas, and to train on again later.
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
-verifier, ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row`` (columns
-of the dataset, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and
-whichever of ``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch
-has. A list has one element for each token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
+verifier, ``used_for`` (``training``, ``dropped`` or ``evaluation``), ``length`` (tokens the policy chose), ``finish``
+(its name), ``baseline_only``, ``version``, ``row`` (columns of the dataset, as JSON), and the lists ``tokens``,
+``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever of ``logp_old``, ``logp_ref``, ``entropy``,
+``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list has one element for each token, prompt
+included: element ``t`` belongs to token ``t``, as everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,10 @@ from posttrain.data.read import find
 from posttrain.errors import DataError
 from posttrain.system.files import atomic_write
 
+RolloutKind = Literal["training", "dropped", "evaluation"]
+"""Use of a completion: the update learned from it, ``select`` or ``keep`` dropped it, or it is of an evaluation."""
+OTHER_FOLDERS = ("dump", "dropped", "evaluation")
+"""Folders of completions that no update learned from; they are read only if a path names them."""
 _NUMBERS = ("group", "version", "baseline_only", "score", "reward")
 _LISTS = {
     "tokens": torch.int32,
@@ -49,7 +54,8 @@ def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") ->
 
     The path may be a file; a run's folder, of which the files in ``rollouts`` are taken; that folder itself; or any
     folder with such folders below it. In folders the files are called ``step-*.parquet``, as a run names them. The
-    batch that a broken run left in ``dump`` is taken only if the path names it.
+    batch that a broken run left in ``dump``, and the completions in ``dropped`` and ``evaluation``, are taken only if
+    the path names their folder.
 
     Args:
         base: the recipe's folder, in which the path is looked up first, and then in the current folder.
@@ -64,7 +70,8 @@ def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") ->
     if place.is_file():
         return [place]
     folder = place / "rollouts" if (place / "rollouts").is_dir() else place
-    files = sorted(f for f in folder.glob("**/step-*.parquet") if "dump" not in f.relative_to(folder).parts)
+    below = ((path, path.relative_to(folder).parts) for path in folder.glob("**/step-*.parquet"))
+    files = sorted(path for path, parts in below if not set(parts) & set(OTHER_FOLDERS))
     if not files:
         raise DataError(
             f"{setting}: no rollouts (step-*.parquet) in {folder}. Name a file, a run's folder or a folder of them; "
@@ -74,7 +81,11 @@ def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") ->
 
 
 def write_rollouts(
-    path: Path | str, batch: Batch, prompts: Sequence[str], values: Mapping[str, Sequence[float | None]] | None = None
+    path: Path | str,
+    batch: Batch,
+    prompts: Sequence[str],
+    values: Mapping[str, Sequence[float | None]] | None = None,
+    used_for: Sequence[str] | None = None,
 ) -> None:
     """Writes a batch to a Parquet file (zstd), atomically, and flushes it to disk.
 
@@ -83,12 +94,14 @@ def write_rollouts(
         batch: the completions, on any device.
         prompts: the prompt of each completion as text.
         values: the values of each verifier, one a completion; None or NaN where it did not apply.
+        used_for: what each completion was used for. Default: training.
     """
     batch = batch.to("cpu").trim()
     columns: dict[str, Any] = {
         "step": np.full(len(batch), batch.step),
         "prompt": list(prompts),
         "completion": list(batch.texts),
+        "used_for": list(used_for) if used_for is not None else ["training"] * len(batch),
         "length": batch.tokens_chosen.numpy(),
         "finish": [Finish(code).name.lower() for code in batch.finish.tolist()],
         "row": [json.dumps(row, default=str, ensure_ascii=False) for row in batch.rows],

@@ -6,7 +6,8 @@
       recipe.yaml                    the resolved recipe
       left_out.json                  rows of the data that are not used, and why
       metrics.jsonl                  a line for each step (posttrain.output.tracking)
-      rollouts/step-000010.parquet   a row for each completion
+      rollouts/step-000010.parquet   a row for each completion; those that were drawn and not kept are in
+                                     rollouts/dropped/, those of evaluations in rollouts/evaluation/
       tensorboard/
       checkpoints/step-000050/       everything that an exact resume needs
       model/                         the final model, in the Hugging Face format
@@ -27,6 +28,7 @@ from typing import Any
 import yaml
 
 from posttrain.data.left_out import LeftOut, as_plain
+from posttrain.data.rollout_files import RolloutKind
 from posttrain.errors import UserError
 from posttrain.output.tracking import truncate_metrics
 from posttrain.system.files import atomic_write, sync, sync_tree
@@ -66,9 +68,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def rollouts(self, step: int, rank: int = 0) -> Path:
+    def rollouts(self, step: int, rank: int = 0, kind: RolloutKind = "training") -> Path:
         """File of one process's completions of a step; a run of one process has ``step-000010.parquet``."""
-        return self.path / "rollouts" / f"{step_name(step)}{f'-rank-{rank}' if rank else ''}.parquet"
+        folder = self.path / "rollouts" / ("" if kind == "training" else kind)
+        return folder / f"{step_name(step)}{f'-rank-{rank}' if rank else ''}.parquet"
 
     def latest_checkpoint(self) -> Path | None:
         """Returns the complete checkpoint of the highest step, if there is one."""
@@ -177,8 +180,8 @@ def rewind(folder: RunFolder, step: int) -> None:
     """Drops the metrics and rollouts of all steps after ``step``, and files that a kill left half written."""
     if folder.metrics.exists():
         truncate_metrics(folder.metrics, step)
-    for path in (folder.path / "rollouts").iterdir():
-        if not path.name.startswith("step-") or step_of(path) > step:
+    for path in (folder.path / "rollouts").rglob("*"):
+        if path.is_file() and (not path.name.startswith("step-") or step_of(path) > step):
             path.unlink()
     for path in folder.checkpoints.iterdir():
         if path.name.startswith("."):

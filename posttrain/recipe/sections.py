@@ -233,6 +233,8 @@ class RunSection:
     """Number of checkpoints that are kept."""
     rollouts_every: int = Field(default=1, ge=0)
     """Number of steps between stored rollouts (Parquet); 0 stores none."""
+    rollouts_of: tuple[Literal["training", "dropped", "evaluation"], ...] = ("training", "dropped", "evaluation")
+    """Completions that are stored: those of the updates, those that ``select`` dropped, those of evaluations."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     project: str = "posttrain"
     max_bad_steps: int = Field(default=5, ge=0)

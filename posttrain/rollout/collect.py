@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from posttrain.micro_batches import blank_row
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.sections import SamplingSection
+from posttrain.rollout.refills import first_groups, prompts_to_draw, selected
 from posttrain.rollout.rollouts import Context, Prompts
 from posttrain.seeds import prompt_seeds
 from posttrain.system.processes import Processes
@@ -53,6 +54,8 @@ class StepSettings(Protocol):
     @property
     def max_refills(self) -> int: ...
     @property
+    def short_steps(self) -> Literal["warn", "error"]: ...
+    @property
     def seed(self) -> int: ...
 
 
@@ -62,7 +65,10 @@ class Collected:
 
     batch: Batch
     values: dict[str, list[float | None]]  # values of each verifier, one a completion
+    dropped: Batch | None  # completions that were drawn and not kept; None: there are none on this rank
+    dropped_values: dict[str, list[float | None]]  # values of each verifier for these
     prompts_drawn: int  # on all ranks together
+    prompts_missing: int  # prompts by which the step falls short of ``prompts_per_step``, on all ranks together
     rounds: int
     tokens: int  # tokens generated on this rank, discarded ones included; of dataset completions with their prompts
     seconds: dict[str, float]
@@ -134,42 +140,69 @@ def collect(
 ) -> Collected:
     """Collects completions of ``prompts_per_step`` prompts that ``select`` keeps, on all ranks together.
 
-    Every rank draws the same list of rows and takes its share. Rounds of generation go on until all ranks have their
-    share of prompts, or ``max_refills`` is used up. Prompts beyond the share are dropped.
+    Every rank draws the same list of rows and takes its share. Rounds of generation go on until enough prompts are
+    kept, or until ``max_refills`` rounds or as many times ``prompts_per_step`` prompts were drawn in addition. The
+    first prompts that pass, in the order of drawing, are kept; what passes beyond them is dropped.
 
     Raises:
-        NothingSelected: if not one prompt was kept on any rank.
+        NothingSelected: if not one prompt was kept on any rank, or fewer than asked for under ``short_steps: error``.
     """
     sampling = Sampling.of(recipe.sampling)
     guided = replace(source, engine=source.decoder or source.engine)
-    missing = recipe.prompts_per_step // processes.world
-    batches: list[Batch] = []
-    values: dict[str, list[float | None]] = {name: [] for name in source.verifiers.names}
+    asked, refills = recipe.prompts_per_step, recipe.max_refills if recipe.select else 0
+    most = asked * (1 + refills)
+    parts: list[tuple[Batch, dict[str, list[float | None]], Tensor]] = []  # completions, values, True where kept
     seconds: dict[str, float] = {}
-    drawn = tokens = rounds = 0
-    while (size := processes.all_max(missing)) and rounds <= (recipe.max_refills if recipe.select else 0):
-        index = sampler.draw(size * processes.world)
-        own_index = index[processes.rank * size : (processes.rank + 1) * size]
-        positions = range(drawn + processes.rank * size, drawn + (processes.rank + 1) * size)
+    drawn = kept = tokens = rounds = 0
+    while (size := prompts_to_draw(asked, kept, drawn, most)) and rounds <= (
+        recipe.max_refills if recipe.select else 0
+    ):
+        index, order = sampler.draw(size), range(drawn, drawn + size)
+        own = processes.share_of(range(size)) if not rounds else list(range(processes.rank, size, processes.world))
+        own_index, positions = [index[i] for i in own], [order[i] for i in own]
         prompts = make_prompts(rows, own_index, positions, prompt_seeds(recipe.seed, step, rounds, positions))
-        batch, verdicts = processes.together(
-            partial(generate_and_verify, guided, prompts, recipe.completions, sampling, seconds)
+        batch, values = processes.together(
+            partial(generate_round, guided, prompts, recipe.completions, sampling, seconds, parts)
         )
         batch = batch.set(step=step, all_sum=processes.all_sum)
         update_sampler(sampler, processes, own_index, batch)
-        chosen = _first_groups(batch.group, _select(recipe.select, batch), missing)
-        missing -= len(batch.group[chosen].unique())
-        batches.append(batch[chosen])
-        for name, column in verdicts.items():
-            values[name] += [column[i] for i in chosen.nonzero().squeeze(-1).tolist()]
-        drawn, tokens, rounds = drawn + len(index), tokens + int(batch.mask.sum()), rounds + 1
-    collected = Batch.concatenate(batches)
-    if processes.all_max(len(collected)) == 0:
-        raise NothingSelected(_nothing_selected(recipe, drawn, rounds))
-    if not len(collected):
-        collected = blank_row(batch)
-        values = {name: [None] for name in source.verifiers.names}
-    return Collected(collected, values, drawn, rounds, tokens, seconds)
+        chosen, count = first_groups(batch.group, selected(recipe.select, batch), asked - kept, processes)
+        parts.append((batch, values, chosen))
+        drawn, kept = drawn + size, kept + count
+        tokens, rounds = tokens + int(batch.mask.sum()), rounds + 1
+    if not kept or (kept < asked and recipe.short_steps == "error"):
+        error = NothingSelected(_too_few_selected(recipe, kept, drawn, rounds))
+        error.drawn = _joined([(batch, values, torch.ones_like(chosen)) for batch, values, chosen in parts])
+        raise error
+    batch, values = _joined(parts)
+    dropped, dropped_values = _joined([(batch, values, ~chosen) for batch, values, chosen in parts])
+    if not len(batch):
+        batch, values = blank_row(parts[0][0]), {name: [None] for name in source.verifiers.names}
+    return Collected(
+        batch=batch,
+        values=values,
+        dropped=dropped if len(dropped) else None,
+        dropped_values=dropped_values,
+        prompts_drawn=drawn,
+        prompts_missing=asked - kept,
+        rounds=rounds,
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def generate_round(
+    source: CompletionSource,
+    prompts: Prompts,
+    n: int,
+    sampling: Sampling,
+    seconds: dict[str, float],
+    earlier: Sequence[tuple[Batch, dict[str, list[float | None]], Tensor]],
+) -> tuple[Batch, dict[str, list[float | None]]]:
+    """Like :func:`generate_and_verify`; a rank without prompts in a small refill gives no rows and calls no engine."""
+    if not len(prompts):
+        return earlier[0][0][[]], {name: [] for name in source.verifiers.names}
+    return generate_and_verify(source, prompts, n, sampling, seconds)
 
 
 def draw_examples(
@@ -185,9 +218,18 @@ def draw_examples(
     batch = processes.together(lambda: examples.batch(own_index))
     group = batch.group.unique(return_inverse=True)[1] + processes.rank * len(own_index)
     batch = batch.set(group=group, step=step, all_sum=processes.all_sum)
-    chosen = _select(recipe.select, batch)
-    selected = batch[chosen] if bool(chosen.any()) else blank_row(batch)
-    return Collected(selected, {}, len(index), 1, int(batch.length.sum()), {"read": time.perf_counter() - start})
+    chosen = selected(recipe.select, batch)
+    return Collected(
+        batch=batch[chosen] if bool(chosen.any()) else blank_row(batch),
+        values={},
+        dropped=None if bool(chosen.all()) else batch[~chosen],
+        dropped_values={},
+        prompts_drawn=len(index),
+        prompts_missing=0,
+        rounds=1,
+        tokens=int(batch.length.sum()),
+        seconds={"read": time.perf_counter() - start},
+    )
 
 
 def index_chunks(size: int, length: int) -> list[list[int]]:
@@ -203,25 +245,31 @@ def update_sampler(sampler: PromptSampler, processes: Processes, index: Sequence
         sampler.update(rank_index, rank_outcomes)
 
 
-def _select(parts: Sequence[Part], batch: Batch) -> Tensor:
-    chosen = torch.ones(len(batch), dtype=torch.bool)
-    for part in parts:
-        chosen &= part(batch)
-    return chosen
+def _joined(
+    parts: Sequence[tuple[Batch, dict[str, list[float | None]], Tensor]],
+) -> tuple[Batch, dict[str, list[float | None]]]:
+    """Joins the chosen completions of all rounds, with the values of each verifier."""
+    batches, joined = [], {name: [] for name in parts[0][1]}
+    for batch, values, chosen in parts:
+        rows = chosen.nonzero().squeeze(-1)
+        batches.append(batch[rows])
+        for name, column in values.items():
+            joined[name] += [column[i] for i in rows.tolist()]
+    return Batch.concatenate(batches), joined
 
 
-def _first_groups(group: Tensor, chosen: Tensor, limit: int) -> Tensor:
-    """Narrows ``chosen`` to the first ``limit`` groups that have a chosen completion."""
-    first = group[chosen].unique()[:limit]
-    return chosen & torch.isin(group, first)
-
-
-def _nothing_selected(recipe: StepSettings, drawn: int, rounds: int) -> str:
+def _too_few_selected(recipe: StepSettings, kept: int, drawn: int, rounds: int) -> str:
     parts = ", ".join(part.name for part in recipe.select) or "none"
+    if kept:
+        return (
+            f"only {kept} of the {recipe.prompts_per_step} prompts of a step passed `select` ({parts}), of {drawn} "
+            f"drawn in {rounds} rounds, and `short_steps` is `error`. Raise `max_refills`, take problems of another "
+            "difficulty, or go on with smaller steps by `short_steps: warn`; --resume continues."
+        )
     return (
         f"not one of {drawn} prompts passed `select` ({parts}) in {rounds} rounds. Are the problems too hard or too "
         "easy for this policy, so that all completions of a prompt have the same score? Or does the verifier not "
-        "recognise its answers? The rollouts of earlier steps show its completions. After a fix, --resume continues."
+        "recognise its answers? The completions are in `rollouts/dropped` of the run. After a fix, --resume continues."
     )
 
 

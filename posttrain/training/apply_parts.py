@@ -100,6 +100,14 @@ def add_baselines(recipe: Recipe, batch: Batch) -> Batch:
     return batch
 
 
+def kept_for_update(recipe: Recipe, batch: Batch) -> Bool[Tensor, " N"]:
+    """True for the completions that the update learns from: no baselines, and none that ``keep`` leaves out."""
+    kept = ~batch.baseline_only
+    for part in recipe.keep:
+        kept = kept & part(batch)
+    return kept
+
+
 def value_target(recipe: Recipe, batch: Batch) -> Float[Tensor, "N L"]:
     """The target of the value model at each state, float32; NaN where there is nothing to learn.
 

@@ -10,6 +10,8 @@ SAMPLED = (
     Column("reward/mean", "reward", "{:.3f}"),
     Column("accuracy", "accuracy", "{:.3f}"),
 )
+SCORE = Column("score/mean", "score", "{:.3f}")
+KEPT = Column("kept/reward/mean", "kept reward", "{:.3f}")
 HELD_OUT_SCORE = Column("eval/score", "eval", "{:.3f}")
 PREFERENCES = (
     Column("preference/accuracy", "preferred", "{:.3f}"),
@@ -42,10 +44,20 @@ def columns_of(recipe: Recipe) -> tuple[Column, ...]:
     """
     sampled = recipe.examples is None
     ranks = any(term.fact("ranks_completions") for term in recipe.loss)
-    columns: tuple[Column, ...] = SAMPLED if sampled else ()
+    columns: tuple[Column, ...] = sampled_columns(recipe) if sampled else ()
     if recipe.loss:
         columns += PREFERENCES if ranks else () if sampled else LIKELIHOOD
     if recipe.value_loss:
         compares = any(term.fact("compares_values") for term in recipe.value_loss)
         columns += (() if sampled else RANKING) + (() if compares else EXPLAINED) + (VALUE_LOSS,)
     return (*columns, HELD_OUT_SCORE, LOSS, LENGTH_COLUMN, *COST_COLUMNS)
+
+
+def sampled_columns(recipe: Recipe) -> tuple[Column, ...]:
+    """Reward and accuracy of what was drawn and, if the recipe drops completions, the reward of what was kept."""
+    if not recipe.select and not recipe.keep:
+        return SAMPLED
+    reward, accuracy = SAMPLED
+    # Rewards are computed after `select`, so the score alone is known of all that was drawn.
+    unknown = recipe.select and (recipe.reward or recipe.compare is not None)
+    return (SCORE if unknown else reward, accuracy, KEPT)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from posttrain.batch import Finish, Outputs
+from posttrain.batch import Batch, Finish, Outputs
 from posttrain.data import Rows
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.engines.base import Sampling
@@ -21,11 +22,20 @@ from posttrain.training.metrics import PolicyMetrics, mean_sums
 
 
 def evaluate_completions(
-    options: EvaluationSection, processes: Processes, source: CompletionSource, rows: Rows, *, seed: int
+    options: EvaluationSection,
+    processes: Processes,
+    source: CompletionSource,
+    rows: Rows,
+    *,
+    seed: int,
+    store: Callable[[Batch, dict[str, list[float | None]]], None] = lambda batch, values: None,
 ) -> dict[str, float]:
     """Completes and verifies every row ``options.completions`` times; the rows are shared over the ranks.
 
     Every call uses the same seeds, so two evaluations differ only by the policy.
+
+    Args:
+        store: function that stores this rank's completions, with the values of each verifier.
 
     Returns:
         ``eval/score`` (mean of the scored completions), ``eval/accuracy`` (share with a positive score),
@@ -35,7 +45,9 @@ def evaluate_completions(
     indices = range(processes.rank, len(rows), processes.world)
     prompts = make_prompts(rows, indices, indices, prompt_seeds(seed, 0, 1, indices))
     sampling = Sampling.of(options.sampling)
-    batch, _ = processes.together(partial(generate_and_verify, source, prompts, options.completions, sampling, {}))
+    batch, values = processes.together(partial(generate_and_verify, source, prompts, options.completions, sampling, {}))
+    if len(batch):
+        store(batch, values)
     sums = torch.zeros(6, dtype=torch.float64)
     if len(batch):
         score = batch.score[batch.scored].double()

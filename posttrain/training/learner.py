@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.batch import Author, Batch
@@ -135,16 +135,16 @@ def add_value_targets(learner: Learner, batch: Batch) -> Batch:
     return batch.set(target=target)
 
 
-def update(learner: Learner, batch: Batch, step: int, *, policy_waits: bool = False) -> dict[str, float]:
-    """Takes all optimiser steps on a batch, without the completions that ``keep`` drops or that are baselines only.
+def update(
+    learner: Learner, batch: Batch, kept: Bool[Tensor, " N"], step: int, *, policy_waits: bool = False
+) -> dict[str, float]:
+    """Takes all optimiser steps on the kept completions of a batch.
 
     Args:
+        kept: completions to learn from: see :func:`posttrain.training.apply_parts.kept_for_update`.
         policy_waits: train the value model alone; the policy keeps its weights.
     """
     recipe, processes = learner.recipe, learner.processes
-    kept = ~batch.baseline_only
-    for part in recipe.keep:
-        kept &= part(batch)
     rates = [learning_rate(options, step, recipe.steps) for options in learner.optimizers]
     if policy_waits:
         rates[0] = 0.0

@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
 from posttrain.engines.base import Sampling
@@ -27,7 +30,13 @@ from posttrain.rollout.collect import Collected, CompletionSource, collect, draw
 from posttrain.rollout.rollouts import single_turn
 from posttrain.seeds import sample_seed
 from posttrain.system.processes import Processes
-from posttrain.training.apply_parts import add_advantages, add_baselines, add_rewards, compare_completions
+from posttrain.training.apply_parts import (
+    add_advantages,
+    add_baselines,
+    add_rewards,
+    compare_completions,
+    kept_for_update,
+)
 from posttrain.training.checkpoints import load_checkpoint, run_state, save_checkpoint
 from posttrain.training.display import columns_of
 from posttrain.training.evaluate import evaluate_completions, evaluate_examples
@@ -35,7 +44,15 @@ from posttrain.training.learner import add_value_targets, score, update
 from posttrain.training.ranking import ranking_by_value
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_required_passes
-from posttrain.training.results import dump_batch, save_models, start_message, stop_message, store_rollouts
+from posttrain.training.results import (
+    dump_batch,
+    save_models,
+    start_message,
+    stop_message,
+    store_others,
+    store_rollouts,
+    write_batch,
+)
 from posttrain.training.setup import (
     TrainingRun,
     build_learner,
@@ -47,6 +64,7 @@ from posttrain.training.setup import (
     with_cached_reference,
 )
 from posttrain.training.step_metrics import Clock, step_metrics
+from posttrain.training.step_warnings import StepWarnings
 from posttrain.training.value_metrics import value_metrics
 from posttrain.verify import VerifierPool
 
@@ -56,6 +74,7 @@ class StepResult(NamedTuple):
 
     metrics: dict[str, float]
     batch: Batch  # as the update saw it
+    kept: Bool[Tensor, " N"]  # completions that the update learned from
     collected: Collected
 
 
@@ -146,15 +165,15 @@ def loop(run: TrainingRun) -> None:
         if processes.is_main:
             write_left_out(run.folder, run.material.dropped)
             progress.note(start_message(run))
+        warnings = StepWarnings(recipe, progress.note)
         if recipe.evaluate is not None and run.step == 0:
             run.evaluations["before"] = evaluate_run(run)
             trackers.log(0, run.evaluations["before"])
             progress.update(0, run.evaluations["before"])
         while run.step < recipe.steps:
-            metrics, batch, collected = guarded_step(run)
+            metrics, batch, kept, collected = guarded_step(run)
             last = run.step == recipe.steps
-            if recipe.run.rollouts_every and run.step % recipe.run.rollouts_every == 0:
-                store_rollouts(run, batch, collected)
+            store_rollouts(run, batch, kept, collected)
             if recipe.evaluate and (last or run.step % recipe.evaluate.every == 0):
                 try:
                     run.evaluations["after"] = evaluate_run(run)
@@ -165,9 +184,11 @@ def loop(run: TrainingRun) -> None:
                 metrics |= run.evaluations["after"]
             trackers.log(run.step, metrics)
             progress.update(run.step, metrics)
+            warnings.look(run.step, metrics)
             stop_if_broken(run, metrics, batch, collected)
             if last or run.step % recipe.run.save_every == 0:
                 save_checkpoint(run, run_state(run))
+        warnings.summarise()
 
 
 def guarded_step(run: TrainingRun) -> StepResult:
@@ -175,7 +196,10 @@ def guarded_step(run: TrainingRun) -> StepResult:
     state_before = run_state(run)
     try:
         return run_step(run)
-    except (VerifierError, NothingSelected):
+    except (VerifierError, NothingSelected) as error:
+        if isinstance(error, NothingSelected) and error.drawn is not None:
+            path = run.folder.rollouts(run.step + 1, run.processes.rank, "dropped")
+            write_batch(run, path, *error.drawn, ["dropped"] * len(error.drawn[0]))
         latest = run.folder.latest_checkpoint()
         if latest is None or step_of(latest) != run.step:
             save_checkpoint(run, state_before)
@@ -194,12 +218,14 @@ def run_step(run: TrainingRun) -> StepResult:
         batch = add_advantages(recipe, batch)
         batch = add_baselines(recipe, batch)
         batch = add_value_targets(run.learner, batch)
+        kept = kept_for_update(recipe, batch)
         quality = value_quality(run, batch)
     with clock("update"):
-        learned = update_models(run, batch)
+        learned = update_models(run, batch, kept)
     with clock("load"):
         load_policy_into_engine(run)
-    return StepResult(step_metrics(run, batch, collected, quality | learned, clock), batch, collected)
+    metrics = step_metrics(run, batch, kept, collected, quality | learned, clock)
+    return StepResult(metrics, batch, kept, collected)
 
 
 def next_completions(run: TrainingRun) -> Collected:
@@ -237,10 +263,10 @@ def critic_is_ready(recipe: Recipe, quality: dict[str, float]) -> bool:
     return threshold is None or quality["value/explained_variance"] >= threshold
 
 
-def update_models(run: TrainingRun, batch: Batch) -> dict[str, float]:
+def update_models(run: TrainingRun, batch: Batch, kept: Bool[Tensor, " N"]) -> dict[str, float]:
     """Takes the optimiser steps on a batch, and moves the reference and the opponent where they follow the policy."""
     with undo_first_of_pair(run):
-        metrics = update(run.learner, batch, run.step, policy_waits=run.policy_waits)
+        metrics = update(run.learner, batch, kept, run.step, policy_waits=run.policy_waits)
         run.step += 1
     run.learner.other_policies.after(run.step)
     run.bad_steps = run.bad_steps + 1 if metrics["skipped"] else 0
@@ -287,7 +313,12 @@ def evaluate_run(run: TrainingRun) -> dict[str, float]:
     source = replace(run.source, rollout=Part.of(single_turn)) if run.recipe.others_write else run.source
     if run.recipe.evaluate.guided:
         source = replace(source, engine=source.decoder)
-    return metrics | evaluate_completions(run.recipe.evaluate, run.processes, source, rows, seed=run.recipe.seed)
+
+    def store(batch: Batch, values: dict[str, list[float | None]]) -> None:
+        store_others(run, "evaluation", batch.set(step=run.step), values)
+
+    options, seed = run.recipe.evaluate, run.recipe.seed
+    return metrics | evaluate_completions(options, run.processes, source, rows, seed=seed, store=store)
 
 
 def stop_if_broken(run: TrainingRun, metrics: dict[str, float], batch: Batch, collected: Collected) -> None:

@@ -39,6 +39,7 @@ def rollout_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
         "reward/square": mean_sums(reward.square()),
         "reward/per_token": mean_sums(batch.step_reward.sum(-1)),
         "score/mean": mean_sums(score),
+        "score/square": mean_sums(score.double().square()),
         "accuracy": mean_sums(score > 0),
         "unscored": mean_sums(~scored),
         "groups/mixed": mean_sums(mixed[first]),
@@ -46,7 +47,8 @@ def rollout_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
         "groups/spread": mean_sums(group_std(batch.score, batch.group, scored)[first]),
     }
     means = reduce_means(sums, processes)
-    means["reward/std"] = max(0.0, means.pop("reward/square") - means["reward/mean"] ** 2) ** 0.5
+    for name in ("reward", "score"):
+        means[f"{name}/std"] = max(0.0, means.pop(f"{name}/square") - means[f"{name}/mean"] ** 2) ** 0.5
     return means | length_metrics(batch, processes)
 
 

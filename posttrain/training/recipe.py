@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -96,6 +96,7 @@ class Recipe(Checked):
     micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass
     extragradient: bool = False  # every other step only looks ahead; the next one samples there and counts
     max_refills: PositiveCount = 10  # rounds of generation in which `select` may find enough prompts
+    short_steps: Literal["warn", "error"] = "warn"  # what happens if `select` keeps too few prompts all the same
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's limit, in vLLM
 
     name: str = "recipe"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from posttrain.batch import Batch
-from posttrain.data.rollout_files import write_rollouts
+from posttrain.data.rollout_files import RolloutKind, write_rollouts
 from posttrain.models.load import DTYPES
 from posttrain.models.policy import describe, save_model
 from posttrain.models.value_files import save_value
@@ -16,22 +20,47 @@ from posttrain.training.model_card import write_model_card
 from posttrain.training.setup import TrainingRun
 
 
-def store_rollouts(run: TrainingRun, batch: Batch, collected: Collected) -> None:
-    """Writes the step's completions to a Parquet file, one file a rank."""
-    write_batch(run, run.folder.rollouts(run.step, run.processes.rank), batch, collected)
+def store_rollouts(run: TrainingRun, batch: Batch, kept: Bool[Tensor, " N"], collected: Collected) -> None:
+    """Writes the step's completions to Parquet files, one file a rank for each kind that ``run.rollouts_of`` names.
+
+    Args:
+        kept: completions that the update learned from.
+    """
+    every, kinds = run.recipe.run.rollouts_every, run.recipe.run.rollouts_of
+    if not every or run.step % every:
+        return
+    if "training" in kinds:
+        used = (kept | batch.baseline_only).tolist()
+        used_for = ["training" if each else "dropped" for each in used]
+        write_batch(run, run.folder.rollouts(run.step, run.processes.rank), batch, collected.values, used_for)
+    if "dropped" in kinds and collected.dropped is not None:
+        store_others(run, "dropped", collected.dropped, collected.dropped_values)
+
+
+def store_others(run: TrainingRun, kind: RolloutKind, batch: Batch, values: dict[str, list[float | None]]) -> None:
+    """Writes completions that no update learns from to a folder of their own, unless ``run`` says to store none."""
+    if run.recipe.run.rollouts_every and kind in run.recipe.run.rollouts_of:
+        path = run.folder.rollouts(run.step, run.processes.rank, kind)
+        write_batch(run, path, batch, values, [kind] * len(batch))
 
 
 def dump_batch(run: TrainingRun, batch: Batch, collected: Collected) -> None:
     """Writes the batch of a step that went wrong to the run's dump folder, one file a rank."""
     path = run.folder.dump / f"{step_name(run.step)}-rank-{run.processes.rank}.parquet"
-    write_batch(run, path, batch, collected)
+    write_batch(run, path, batch, collected.values)
 
 
-def write_batch(run: TrainingRun, path: Path, batch: Batch, collected: Collected) -> None:
-    """Writes a batch with its prompts as text and the values of each verifier."""
+def write_batch(
+    run: TrainingRun,
+    path: Path,
+    batch: Batch,
+    values: dict[str, list[float | None]],
+    used_for: Sequence[str] | None = None,
+) -> None:
+    """Writes a batch with its prompts as text, the values of each verifier, and what each completion was used for."""
     lengths = batch.prompt_length.tolist()
     prompts = [run.tokenizer.decode(row[:length].tolist()) for row, length in zip(batch.tokens, lengths, strict=True)]
-    write_rollouts(path, batch, prompts, collected.values)
+    write_rollouts(path, batch, prompts, values, used_for)
 
 
 def start_message(run: TrainingRun) -> str:

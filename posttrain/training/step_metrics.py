@@ -7,10 +7,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.rollout.collect import Collected, verifier_means
-from posttrain.training.metrics import example_metrics, peak_memory_mb, rollout_metrics
+from posttrain.system.processes import Processes
+from posttrain.training.metrics import (
+    example_metrics,
+    mean_sums,
+    peak_memory_mb,
+    reduce_means,
+    rollout_metrics,
+)
+from posttrain.training.recipe import Recipe
 from posttrain.training.setup import TrainingRun
 
 
@@ -35,21 +45,31 @@ class Clock:
 
 
 def step_metrics(
-    run: TrainingRun, batch: Batch, collected: Collected, learned: Mapping[str, float], clock: Clock
+    run: TrainingRun,
+    batch: Batch,
+    kept: Bool[Tensor, " N"],
+    collected: Collected,
+    learned: Mapping[str, float],
+    clock: Clock,
 ) -> dict[str, float]:
     """All metrics of a step, over all ranks.
 
     Args:
         batch: the batch as the update saw it.
+        kept: completions that the update learned from.
         learned: metrics of the values and of the update.
         clock: holds the seconds of the stages.
     """
     processes = run.processes
-    data = example_metrics if run.recipe.examples is not None else rollout_metrics
-    metrics = data(batch, processes) | dict(learned) | verifier_means(collected.values, processes)
+    metrics = completion_metrics(run.recipe, batch, kept, collected, processes) | dict(learned)
     if run.recipe.value and run.recipe.value.ready_at is not None:
         metrics["policy/waits"] = float(run.policy_waits)
     metrics |= {"prompts/drawn": float(collected.prompts_drawn), "prompts/rounds": float(collected.rounds)}
+    if run.recipe.select and run.recipe.examples is None:
+        metrics["prompts/missing"] = float(collected.prompts_missing)
+    if batch.advantage is not None:
+        idle = ~(batch.advantage != 0).any(-1)
+        metrics |= reduce_means({"advantage/zero": mean_sums(idle[kept & batch.mask.any(-1)])}, processes)
     metrics |= failure_counts(run)
     tokens = float(processes.all_sum(torch.tensor(collected.tokens)))
     whole = clock.whole
@@ -57,6 +77,31 @@ def step_metrics(
     seconds |= {"other": whole - sum(seconds.values()), "step": whole}
     metrics |= {f"time/{stage}": value for stage, value in seconds.items()}
     return metrics | {"time/tokens_per_second": tokens / whole, "time/peak_memory_mb": peak_memory_mb()}
+
+
+def completion_metrics(
+    recipe: Recipe, batch: Batch, kept: Bool[Tensor, " N"], collected: Collected, processes: Processes
+) -> dict[str, float]:
+    """Statistics of all completions that were drawn; under ``kept/`` of those that the update learned from.
+
+    ``kept/`` is there only if the recipe has ``select`` or ``keep``. Rewards are computed after ``select``: the metrics
+    of what was drawn have no ``reward/`` if the recipe adds rewards to the score or compares completions.
+    """
+    of_batch = example_metrics if recipe.examples is not None else rollout_metrics
+    if not recipe.select and not recipe.keep:
+        return of_batch(batch, processes) | verifier_means(collected.values, processes)
+    drawn, values = batch, collected.values
+    if recipe.select:
+        dropped = collected.dropped
+        drawn = collected.batch if dropped is None else Batch.concatenate([collected.batch, dropped])
+        values = {name: [*column, *collected.dropped_values[name]] for name, column in values.items()}
+    metrics = of_batch(drawn, processes) | verifier_means(values, processes)
+    if recipe.select and (recipe.reward or recipe.compare is not None):
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("reward/")}
+    rows = kept.nonzero().squeeze(-1).tolist()
+    kept_values = {name: [column[i] for i in rows] for name, column in collected.values.items()}
+    of_kept = of_batch(batch[kept], processes) | verifier_means(kept_values, processes)
+    return metrics | {f"kept/{name}": value for name, value in of_kept.items()}
 
 
 def failure_counts(run: TrainingRun) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What runs over completions from a dataset report: what is learned, and not the labels."""
+"""Runs over completions from a dataset report what is learned, and not the labels."""
 
 from __future__ import annotations
 

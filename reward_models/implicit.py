@@ -30,7 +30,7 @@ class ImplicitModel:
     r_t = β (log π(y_t | y_<t) - log π_ref(y_t | y_<t)), [N, L];  summed over the completion, [N]
 
     Sum: Rafailov et al. 2023 (DPO), eq. 5, arXiv:2305.18290, up to a constant of the prompt.
-    Per token, as process rewards: Yuan et al. 2024, eq. 3, arXiv:2412.01981; Cui et al. 2025 (PRIME), eq. 3,
+    Per token, as process rewards: Yuan et al. 2024, arXiv:2412.01981; Cui et al. 2025 (PRIME),
     arXiv:2502.01456, both with β = 0.05.
 
     Args:

@@ -34,7 +34,7 @@ class ProcessModel:
     r_t = V(prompt, steps up to k) at the end of step k, 0 elsewhere;  signed: 2 V - 1;  shared: divided by the steps
 
     Lightman et al. 2023, arXiv:2305.20050. Signed, p(right) - p(wrong): Cheng et al. 2025 (PURE), arXiv:2504.15275.
-    Shared, so that more steps bring no more reward: Dai et al. 2024 (PSGPO), section 3.3, arXiv:2410.17621.
+    Shared, so that more steps bring no more reward: Dai et al. 2024 (PSGPO), arXiv:2410.17621.
 
     Args:
         model: folder or hub name of a ``...ForTokenClassification`` with labels wrong and right, or with one label, or

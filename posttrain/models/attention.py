@@ -39,7 +39,7 @@ def sees_all_before(config: Any) -> bool:
     """True if every layer attends to all tokens before a token, with positions that are told apart by ids alone.
 
     Caches that put keys of several rows beside each other rely on it. Not so: sliding windows, chunks, recurrent
-    layers, and ALiBi, whose distances are columns (Press et al. 2022, arXiv:2108.12409).
+    layers, and ALiBi, whose distances are columns (Press et al. 2021, arXiv:2108.12409).
     """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)

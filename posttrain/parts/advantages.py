@@ -101,7 +101,7 @@ def returns(
     Args:
         center: the baseline b of ``reward`` alone, as in ``outcome``.
         step_center: ``leave_one_out`` subtracts from each token's ``step_reward`` the mean over the group's other
-            completions of their mean over tokens. Cui et al. 2025 (PRIME), eq. 5, arXiv:2502.01456.
+            completions of their mean over tokens. Cui et al. 2025 (PRIME), arXiv:2502.01456.
         step_sum: ``own`` gives each token its own ``step_reward`` alone, and the sum of later ones to none. For a KL
             penalty as in the code of Li et al. 2023 (ReMax), arXiv:2310.10505.
     """

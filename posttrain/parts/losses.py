@@ -68,7 +68,7 @@ def clip(
     loss_t = -min(ρ_t A_t, clip(ρ_t, 1 - low, 1 + high) A_t)
 
     Schulman et al. 2017 (PPO), eq. 7, arXiv:1707.06347.
-    ``high`` above ``low``: Yu et al. 2025 (DAPO), eq. 10, arXiv:2503.14476.
+    ``high`` above ``low``: Yu et al. 2025 (DAPO, clip-higher), arXiv:2503.14476.
 
     Args:
         level: ``sequence``: Zheng et al. 2025 (GSPO), section 4.3, arXiv:2507.18071.

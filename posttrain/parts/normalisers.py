@@ -29,7 +29,7 @@ def token_mean(batch: Batch, *, of: Literal["all", "positive"] = "all") -> Float
 
     Args:
         of: ``positive`` counts only completions with a positive score, for a term that is about them alone.
-            Yue et al. 2025 (VAPO), section 4.3.2, arXiv:2504.05118.
+            Yue et al. 2025 (VAPO), section 4.3, arXiv:2504.05118.
     """
     mask = _counted(batch)
     if of == "positive":

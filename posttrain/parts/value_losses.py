@@ -230,7 +230,7 @@ def bradley_terry(
     loss_ij = -(1 - ε) log σ(V_i - V_j - m_i) - ε log σ(V_j - V_i + m_i), for all i, j of a group with R_i > R_j
 
     Ouyang et al. 2022, eq. 1, arXiv:2203.02155 (mean over a group's pairs); Bradley and Terry 1952.
-    Margin: Touvron et al. 2023 (Llama 2), eq. 2, arXiv:2307.09288.
+    Margin: Touvron et al. 2023 (Llama 2), arXiv:2307.09288.
     Label smoothing: Mitchell 2023, "A note on DPO with noisy preferences"; ε is the share of pairs with swapped
     labels.
 

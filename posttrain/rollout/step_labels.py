@@ -116,7 +116,7 @@ def each_step(solutions: Sequence[Solution], branch: Branch, options: StepLabels
 
     hard: y_i = 1 if any branch of step i is right, else 0;  soft: y_i = MC(s_i)
 
-    Wang et al. 2023 (Math-Shepherd), eq. 3 and 4, arXiv:2312.08935, with 8 branches and hard labels.
+    Wang et al. 2023 (Math-Shepherd), arXiv:2312.08935, with 8 branches and hard labels.
     """
     states = [(i, count) for i, solution in enumerate(solutions) for count in range(1, len(solution.ends))]
     measured = _estimates(solutions, states, branch, options.threshold)

@@ -280,7 +280,7 @@ def undo_first_of_pair(run: TrainingRun) -> Iterator[None]:
     Extragradient steps come in pairs. The first only looks ahead: afterwards the weights and the optimiser state are
     restored, and the next completions are sampled from the policy that it led to. The second one counts.
 
-    Korpelevich 1976. For preferences: Zhou et al. 2025 (EGPO), algorithm 1, arXiv:2503.08942.
+    Korpelevich 1976. For preferences: Zhou et al. 2025 (EGPO), arXiv:2503.08942.
     """
     other_policies, optimizer = run.learner.other_policies, run.learner.optimiser.optimizer
     if not run.recipe.extragradient or run.step % 2:

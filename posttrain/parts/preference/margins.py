@@ -28,7 +28,7 @@ def given(pairs: Pairs, *, name: str = "margin", scale: float = 1.0) -> Float[Te
 
     m = scale · margin
 
-    Touvron et al. 2023 (Llama 2), eq. 2, arXiv:2307.09288, with the annotator's rating of how much better it is.
+    Touvron et al. 2023 (Llama 2), arXiv:2307.09288, with the annotator's rating of how much better it is.
     Zhou et al. 2023 (MODPO), arXiv:2310.03708, with the difference of the other objectives' weighted rewards,
     ``scale`` of 1 / w_0 and the term's ``beta`` over w_0.
     """

@@ -200,6 +200,10 @@ class EngineSection:
     """Memory of vLLM's key-value cache on CPU."""
     max_concurrent: int = Field(default=256, ge=1)
     """Most completions that are generated at the same time."""
+    max_difference: float | None = Field(default=None, gt=0)
+    """Largest mean difference of the engine's log-probs from the trainer's, in nats, on a short batch before the first
+    step and on the completions of the first step; more is an error. Default: 0.01, or 0.2 where policy or engine
+    computes in bfloat16."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm.LLM``."""
 

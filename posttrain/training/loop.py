@@ -53,6 +53,7 @@ from posttrain.training.results import (
     store_rollouts,
     write_batch,
 )
+from posttrain.training.self_check import check_engine, check_first_step, check_models
 from posttrain.training.setup import (
     TrainingRun,
     build_learner,
@@ -106,6 +107,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         folder, checkpoint = processes.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify) as pool:
             learner = build_learner(recipe, required, processes)
+            check_models(learner)
             material = with_cached_reference(learner, material)
             with engine_for(recipe, material) as engine:
                 run = TrainingRun(
@@ -151,6 +153,8 @@ def loop(run: TrainingRun) -> None:
     """Goes through the steps that the recipe still has, with evaluations, metrics and checkpoints between them."""
     recipe, processes = run.recipe, run.processes
     load_policy_into_engine(run)
+    check_engine(run)
+    first = run.step + 1
     with (
         Trackers(
             recipe.run.trackers,
@@ -172,6 +176,8 @@ def loop(run: TrainingRun) -> None:
             progress.update(0, run.evaluations["before"])
         while run.step < recipe.steps:
             metrics, batch, kept, collected = guarded_step(run)
+            if run.step == first:
+                check_first_step(run, metrics)
             last = run.step == recipe.steps
             store_rollouts(run, batch, kept, collected)
             if recipe.evaluate and (last or run.step % recipe.evaluate.every == 0):

@@ -19,7 +19,7 @@ def share_of_digits(completion, *, answer):
 
 
 def write_run(folder: Path, model: Path, **changes: Any) -> Path:
-    """A folder with data, a verifier and ``recipe.yaml``; returns the recipe's path."""
+    """A folder with data, a verifier and ``recipe.yaml``; returns the recipe's path. None leaves a key out."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": f"{a}+{b}", "answer": str(a + b)} for a in range(1, 7) for b in range(1, 7)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -38,7 +38,7 @@ def write_run(folder: Path, model: Path, **changes: Any) -> Path:
         "optimizer": {"learning_rate": 0.003},
         "run": {"folder": str(folder / "run"), "save_every": 2},
     }
-    recipe |= changes
+    recipe = {key: value for key, value in (recipe | changes).items() if value is not None}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path

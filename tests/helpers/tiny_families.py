@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
 }
 """Values of the entries that configurations have for sizes; a family takes those that it knows."""
 
-LATENT = {"head_dim": 16}  # of the rotary part
+LATENT = {"head_dim": 16, "num_key_value_heads": 2}  # the size of the rotary part
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["starcoder2", "smollm3", "mixtral", "glm", "glm4", "glm4_moe", "persimmon", "gpt_bigcode"], {}),
     **dict.fromkeys(["helium", "ernie4_5", "ernie4_5_moe", "exaone4", "minimax", "minimax_m2", "arcee", "apertus"], {}),
     **dict.fromkeys(["seed_oss", "hy_v3", "olmoe", "flex_olmo", "granitemoe", "granitemoeshared"], {}),
-    **dict.fromkeys(["ministral3", "nanochat", "doge", "afmoe", "bitnet", "jais2", "mellum", "minicpm3"], {}),
+    **dict.fromkeys(["ministral3", "nanochat", "doge", "afmoe", "bitnet", "jais2", "mellum"], {}),
     **dict.fromkeys(["gpt_oss", "hyperclovax", "recurrent_gemma", "mamba", "lfm2", "vaultgemma"], {}),
     **dict.fromkeys(["openai-gpt", "ctrl", "xglm", "biogpt", "bert", "roberta", "llama4_text", "rwkv"], {}),
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 32},
@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.25, "sliding_window": 8},
     "falcon": {"head_dim": None, "ffn_hidden_size": 128},
     "codegen": {"n_head": 4, "num_attention_heads": 4, "rotary_dim": 8},
+    "minicpm3": {"num_key_value_heads": 2},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, **LATENT},
     "deepseek_v3": LATENT,
     "glm4_moe_lite": LATENT,
@@ -67,19 +68,27 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return kind(**{name: value for name, value in entries.items() if value is not None or name not in special})
 
 
-def tiny_language_model(family: str, std: float = 0.1, **changes: Any) -> PreTrainedModel:
-    """A tiny model with random weights, in evaluation mode; distributions are far from uniform."""
+def tiny_language_model(
+    family: str, std: float = 0.1, *, of_queries_and_keys: float | None = None, **changes: Any
+) -> PreTrainedModel:
+    """A tiny model with random weights, in evaluation mode; distributions are far from uniform.
+
+    Args:
+        std: standard deviation of the weights.
+        of_queries_and_keys: another one for the projections to queries and keys; large ones make attention sharp.
+    """
     config = tiny_config(family, **changes)
     torch.manual_seed(0)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=std)
+            sharp = of_queries_and_keys is not None and ("q_proj" in name or "k_proj" in name)
+            torch.nn.init.normal_(parameter, std=of_queries_and_keys if sharp else std)
     return model.eval()
 
 
-def save_tiny(family: str, folder: Path, std: float = 0.1, **changes: Any) -> Path:
+def save_tiny(family: str, folder: Path, **options: Any) -> Path:
     """Saves a tiny model of the family with the tests' tokenizer, and returns its folder."""
-    tiny_language_model(family, std, **changes).save_pretrained(folder)
+    tiny_language_model(family, **options).save_pretrained(folder)
     make_tokenizer(folder)
     return folder

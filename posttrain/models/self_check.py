@@ -159,8 +159,8 @@ class Comparison:
                     expected = hidden_of(rows.tokens)
                 except Exception as error:
                     raise RecipeError(
-                        f"{self.place}: {type(self.model).__name__}: Transformers' eager attention, with which {kernel} "
-                        f"is compared, failed: {type(error).__name__}: {error}"
+                        f"{self.place}: {type(self.model).__name__}: {kernel} cannot be compared with Transformers' "
+                        f"eager attention, which failed: {type(error).__name__}: {error}"
                     ) from error
             self.relative(hidden, expected, f"hidden states with attention: {kernel} and with eager", KERNEL)
 

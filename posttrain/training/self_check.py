@@ -26,7 +26,7 @@ EXACT = 0.01
 """Largest mean difference of the engine's log-probs from the trainer's where both compute in float32, in nats."""
 
 ROUNDED = 0.2
-"""The same where one of them computes in bfloat16. Dense models differ by 0.01 to 0.05, mixtures of experts by more."""
+"""The largest where one of them computes in bfloat16, whose rounding differs from kernel to kernel."""
 
 SAMPLED = 8
 """Tokens that the engine samples for the check, for each of two prompts."""
@@ -110,13 +110,15 @@ def _joined(prompts: list[list[int]], completions: list[Completion]) -> tuple[Te
 def check_first_step(run: TrainingRun, metrics: Mapping[str, float]) -> None:
     """Checks ``sampler/difference`` of the first step, where it compares the sampler with the same policy.
 
-    It does not where a decoder or an opponent writes, or where the trainer's pass has dropout.
+    It does not where a decoder or an opponent writes, where the trainer's pass has dropout, and with ``extragradient``,
+    whose second steps learn from completions of the policy one step ahead.
 
     Raises:
         RecipeError: if it is more than ``engine.max_difference``.
     """
     recipe, measured = run.recipe, metrics.get("sampler/difference", float("nan"))
-    if run.source.engine is None or recipe.decoder is not None or recipe.others_write or recipe.policy.dropout:
+    other_sampler = recipe.decoder is not None or recipe.others_write or recipe.extragradient
+    if run.source.engine is None or other_sampler or recipe.policy.dropout:
         return
     if measured == measured:  # not NaN, which completions of a dataset have
         _judge(recipe, run.learner.policy, measured, "the completions of the first step")
@@ -133,13 +135,12 @@ def largest_difference(recipe: Recipe) -> float:
 def _judge(recipe: Recipe, policy: Policy, measured: float, where: str) -> None:
     limit = largest_difference(recipe)
     if not measured <= limit:  # NaN too
-        family = type(policy.base).__name__
         adapter = (
-            " If it comes from an adapter, take other layers (policy.lora.targets)." if policy.has_adapters else ""
+            " Or it comes from an adapter: take other layers (policy.lora.targets)." if policy.has_adapters else ""
         )
         raise RecipeError(
-            f"engine: {family}: on {where} the log-probs of the engine differ from the trainer's by {measured:.3g} nats "
-            f"on average; at most {limit:g} are allowed. The engine does not compute this family as Transformers does: "
-            f"set engine.use: transformers, or the same dtype for policy and engine.{adapter} A difference that you "
-            "accept: engine.max_difference"
+            f"engine: {type(policy.base).__name__}: on {where} the log-probs of the engine differ from the trainer's by "
+            f"{measured:.3g} nats on average; at most {limit:g} are allowed. The engine does not compute this family as "
+            f"Transformers does: set engine.use: transformers, or the same dtype for policy and engine.{adapter} To "
+            "accept the difference, set engine.max_difference"
         )

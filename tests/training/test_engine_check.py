@@ -27,9 +27,7 @@ def start(folder: Path, model: Path, **changes) -> list[dict]:
 def test_an_engine_without_a_feature_of_the_model_stops_the_run(tmp_path, monkeypatch):
     model = save_tiny("gemma2", tmp_path / "gemma2", of_queries_and_keys=1.0)
     monkeypatch.setattr(engines, "kernel_for", lambda config, asked: asked)
-    with pytest.raises(
-        RecipeError, match=r"engine: Gemma2ForCausalLM: .* nats on average; at most 0.01 .*max_difference"
-    ):
+    with pytest.raises(RecipeError, match=r"engine: Gemma2ForCausalLM: .* nats .*; at most 0.01 .*max_difference"):
         start(tmp_path / "refused", model)
     assert not (tmp_path / "refused" / "run" / "metrics.jsonl").exists()
     accepted = {"use": "transformers", "max_difference": 100.0}

@@ -135,12 +135,11 @@ def largest_difference(recipe: Recipe) -> float:
 def _judge(recipe: Recipe, policy: Policy, measured: float, where: str) -> None:
     limit = largest_difference(recipe)
     if not measured <= limit:  # NaN too
-        adapter = (
-            " Or it comes from an adapter: take other layers (policy.lora.targets)." if policy.has_adapters else ""
-        )
+        family = type(policy.base).__name__
+        targets = " Or an adapter is the cause: take other layers (policy.lora.targets)." if policy.has_adapters else ""
         raise RecipeError(
-            f"engine: {type(policy.base).__name__}: on {where} the log-probs of the engine differ from the trainer's by "
-            f"{measured:.3g} nats on average; at most {limit:g} are allowed. The engine does not compute this family as "
-            f"Transformers does: set engine.use: transformers, or the same dtype for policy and engine.{adapter} To "
-            "accept the difference, set engine.max_difference"
+            f"engine: {family}: on {where} the log-probs of the engine differ from the trainer's by {measured:.3g} "
+            f"nats on average; at most {limit:g} are allowed. The engine does not compute this family as Transformers "
+            f"does: set engine.use: transformers, or the same dtype for policy and engine.{targets} To accept the "
+            "difference, set engine.max_difference"
         )

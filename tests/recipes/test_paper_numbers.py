@@ -175,6 +175,28 @@ def test_the_targets_of_infonca_are_those_of_its_temperature() -> None:
     assert target(ratings, valid).exp().tolist() == [[1.0, 0.0], [0.5, 0.5]]
 
 
+TEMPERATURES = {
+    "rl/vineppo": 0.6,
+    "rl/lite_ppo": 0.99,
+    "preference/dno": 0.7,
+    "preference/iterative_dpo": 0.7,
+    "preference/sppo_online": 0.7,
+    "preference/comal": 0.8,
+}
+
+
+@pytest.mark.parametrize("name", TEMPERATURES)
+def test_completions_are_sampled_at_the_paper_s_temperature_from_the_whole_distribution(name: str) -> None:
+    sampling = shipped(name).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (TEMPERATURES[name], 1.0, 0)
+
+
+def test_the_kl_of_rloo_is_the_paper_s() -> None:
+    batch = completions(3, 3).set(reward=torch.tensor([1.0, 0.0]))
+    batch = batch.set(logp_ref=batch.mask * torch.tensor([0.0, -1.5, -1.5, -1.0]))
+    assert add_rewards(shipped("rl/rloo"), batch).reward.tolist() == pytest.approx([1 - 0.03, -0.03])
+
+
 RATES = {
     "preference/dpo": 1e-6,
     "preference/exo": 1e-6,

@@ -358,7 +358,7 @@ def dapo(rows: Rows, limit: int = 1024, buffer: int = 204) -> Loss:
 
 
 def rloo(rows: Rows) -> Loss:
-    add_kl_to_reward(rows, 0.05)
+    add_kl_to_reward(rows, 0.03)
     a = outcome(rows, "leave_one_out")
     return lambda logp, fixed: seq_mean_of_token_sum(rows, reinforce(a, logp))
 

@@ -124,7 +124,7 @@ def dvpo(case: Case) -> Losses:
 
 
 def dvpo_static_q(case: Case) -> Losses:
-    a = whiten(case.core, reference_values.static_q(case.rows))
+    a = whiten(case.core, reference_values.static_q(case.rows), ddof=1)
     return Losses(clipped(case, a, penalty=0.2))
 
 

@@ -97,7 +97,7 @@ class VllmEngine(SteppingEngine):
         }
         with _surroundings_kept(), engine_world():
             self._llm: Any = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
-        self._model: Any = self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        self._model: Any = served_model(self._llm)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
@@ -164,6 +164,7 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    from posttrain.engines.vllm_classes import classes_kept, use_twins
     from posttrain.engines.vllm_executor import LocalExecutor
 
     # vLLM's own clean-up would destroy the trainer's default process group, and the groups of other engines.
@@ -175,10 +176,17 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     _check_options(options)
     processors = [vllm_shaping().ShapingProcessor, *options.get("logits_processors", ())]
     arguments = {**arguments, **device_arguments, **options, "logits_processors": processors}
-    llm = LLM(model, distributed_executor_backend=LocalExecutor, **arguments)
+    with classes_kept() as twins:
+        llm = LLM(model, distributed_executor_backend=LocalExecutor, **arguments)
+    use_twins(served_model(llm), twins)
     if current_platform.is_cpu():
         vllm_cpu.check_head_size(llm.llm_engine.model_config.get_head_size())
     return llm
+
+
+def served_model(llm: Any) -> Any:
+    """The model inside a ``vllm.LLM`` of this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.get_model()
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -10,11 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from engine_checks import perturb
+from tiny_families import save_tiny
 from transformers import AutoModelForCausalLM
 
 from posttrain.engines import make_engine
-from posttrain.recipe.sections import EngineSection
+from posttrain.engines.base import Sampling
+from posttrain.models.load import load_tokenizer
+from posttrain.models.policy import build_policy, save_model
+from posttrain.recipe.sections import EngineSection, PolicySection
 
 
 @pytest.mark.engine
@@ -101,3 +106,28 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(tiny_model_f
             trust_remote_code=trusted,
         )
         assert hasattr(engine._model, "ran") == trusted
+
+
+@pytest.mark.engine
+def test_vllm_leaves_the_trainers_class_alone_for_a_family_that_it_has_no_code_for(tmp_path: Path):
+    """vLLM decorates the class of SmolLM3's layers: a model from before, and one from after, work all the same."""
+    pytest.importorskip("vllm")
+    options = PolicySection(model=str(save_tiny("smollm3", tmp_path)))
+    before = build_policy(options).eval()
+    engine = make_engine(
+        tmp_path, EngineSection(use="vllm", cache_mb=16, max_concurrent=8), dtype="float32", max_model_len=64
+    )
+    try:
+        perturb(before.base)
+        engine.load(before.weights(), version=1)
+        [[completion]] = engine.generate([[5, 6, 7, 8]], Sampling(max_tokens=16, ignore_eos=True), seeds=[1])
+        tokens = torch.tensor([[5, 6, 7, 8, *completion.tokens]])
+        mask = torch.arange(20)[None] >= 4
+        with torch.no_grad():
+            logp = before(tokens, mask)[0][0, 4:]
+            build_policy(options)(tokens, mask)
+        torch.testing.assert_close(logp, torch.tensor(completion.logps), atol=1e-4, rtol=0)
+        save_model(before, load_tokenizer(options), tmp_path / "saved", torch.float32)
+        assert (tmp_path / "saved" / "model.safetensors").exists()
+    finally:
+        engine.close()

@@ -13,7 +13,8 @@ from posttrain.batch import Batch
 from posttrain.data.steps import cut, steps_by_text
 from posttrain.errors import UserError
 from posttrain.models.load import text_of
-from posttrain.parts.credit import step_ends
+from posttrain.option_types import Positive
+from posttrain.parts.credit import step_ends, weigh_worst
 from reward_models.loading import (
     Dtype,
     Input,
@@ -32,8 +33,10 @@ class ProcessModel:
     """Scores of a process reward model for each step, as ``step_reward`` at the step's last token.
 
     r_t = V(prompt, steps up to k) at the end of step k, 0 elsewhere;  signed: 2 V - 1;  shared: divided by the steps
+    temperature T: softmax_k(-r_k / T) r_k over the completion's steps, so that the worst one dominates
 
-    Lightman et al. 2023, arXiv:2305.20050. Signed, p(right) - p(wrong): Cheng et al. 2025 (PURE), arXiv:2504.15275.
+    Lightman et al. 2023, arXiv:2305.20050. Signed, p(right) - p(wrong), and temperature: Cheng et al. 2025 (PURE),
+    arXiv:2504.15275.
     Shared, so that more steps bring no more reward: Dai et al. 2024 (PSGPO), arXiv:2410.17621.
 
     Args:
@@ -47,6 +50,7 @@ class ProcessModel:
         tokenizer: folder or hub name of the policy's tokenizer, which ``separator`` needs if the model reads text.
         signed: maps values that are probabilities to rewards between -1 and 1.
         shared: divides the rewards by the number of steps.
+        temperature: T; near 0 the worst step alone has a reward. Default: every step has its own.
         dtype: dtype of the weights.
         micro_batch_tokens: padded tokens in one forward pass.
     """
@@ -61,12 +65,13 @@ class ProcessModel:
         tokenizer: str | None = None,
         signed: bool = False,
         shared: bool = False,
+        temperature: Positive | None = None,
         dtype: Dtype = "float32",
         micro_batch_tokens: int = 16384,
     ) -> None:
         self.model, self.separator, self.marker = model, separator, marker
         self.input: Input = input
-        self.tokenizer, self.signed, self.shared = tokenizer, signed, shared
+        self.tokenizer, self.signed, self.shared, self.temperature = tokenizer, signed, shared, temperature
         self.dtype, self.micro_batch_tokens = dtype, micro_batch_tokens
 
     def needs(self) -> set[str]:
@@ -88,7 +93,7 @@ class ProcessModel:
         values = self._by_tokens(batch, ends) if by_tokens else self._by_text(batch, ends)
         values = 2 * values - 1 if self.signed else values
         values = values / ends.sum(-1, keepdim=True).clamp(min=1) if self.shared else values
-        return values.where(ends, 0.0)
+        return values.where(ends, 0.0) if self.temperature is None else weigh_worst(values, ends, self.temperature)
 
     def _steps(self, batch: Batch, tokenizer: str) -> Int[Tensor, "N L"]:
         """The number of each token's step, with steps that end at the separator."""

@@ -25,7 +25,6 @@ from posttrain.parts.credit import (
     last_chosen,
     open_ended,
     row_lambda,
-    step_ends,
     step_starts,
     token_rewards,
 )
@@ -37,7 +36,8 @@ Scale = Literal["none", "group", "batch"]
 
 def _by_group(options: Option) -> bool:
     """True if the baseline or the scale comes from the completions of the same prompt."""
-    return bool({options["center"], options.get("scale")} & {"group", "leave_one_out", "length"})
+    compared = {"group", "leave_one_out", "length"}
+    return bool({options["center"], options.get("scale")} & compared or options.get("token_center"))
 
 
 @facts(compares_group=_by_group)
@@ -87,6 +87,7 @@ def returns(
     center: Center = "none",
     step_center: Literal["none", "leave_one_out"] = "none",
     step_sum: Literal["to_go", "own"] = "to_go",
+    token_center: PositiveCount | None = None,
 ) -> Float[Tensor, "N L"]:
     """Advantage of each token: the sum of the rewards from it on, discounted per token that the policy chose.
 
@@ -104,6 +105,9 @@ def returns(
             completions of their mean over tokens. Cui et al. 2025 (PRIME), arXiv:2502.01456.
         step_sum: ``own`` gives each token its own ``step_reward`` alone, and the sum of later ones to none. For a KL
             penalty as in the code of Li et al. 2023 (ReMax), arXiv:2310.10505.
+        token_center: N, the most tokens that a completion can have (``sampling.max_tokens``): subtracts
+            Σ_j≠i Σ_t A_jt / ((G - 1) N) from each token of completion i, over its group of G. Cheng et al. 2025 (PURE),
+            arXiv:2504.15275. A constant N keeps short groups from large baselines. Completions alone have none.
     """
     outcome_reward = _scored(batch.reward.double(), batch)
     outcome_reward = outcome_reward - _baseline(outcome_reward, batch.trained, batch, center)
@@ -112,8 +116,12 @@ def returns(
         process = process - broadcast(_others_mean(seq_mean(process, batch.mask), batch), batch.mask)
     final = broadcast(outcome_reward, last_chosen(batch.mask))
     if step_sum == "own":
-        return _trained(process + accumulate(final, batch.mask, gamma), batch)
-    return _trained(accumulate(process + final, batch.mask, gamma), batch)
+        gains = process + accumulate(final, batch.mask, gamma)
+    else:
+        gains = accumulate(process + final, batch.mask, gamma)
+    if token_center is not None:
+        gains = gains - _token_baseline(gains, batch, token_center)[:, None]
+    return _trained(gains, batch)
 
 
 def gae(
@@ -189,29 +197,6 @@ def static_q(batch: Batch) -> Float[Tensor, "N L"]:
     return _trained(_value(batch), batch)
 
 
-def min_form(batch: Batch, *, length: PositiveCount, temperature: Positive = 0.1) -> Float[Tensor, "N L"]:
-    """Advantage of each token: a return in which the completion's worst step outweighs all its other steps.
-
-    G_t = Σ_k>=t r*_k + R,  r*_k = softmax_k(-r_k / T) r_k over the completion's steps
-    A_it = G_it - b_i,  b_i = Σ_j≠i Σ_t G_jt / ((G - 1) length) over the group
-
-    Cheng et al. 2025 (PURE), arXiv:2504.15275. Goes with the shaper ``whiten``.
-
-    r_k is ``step_reward`` at the last token of step k, and R ``reward``, at the last token. ``step_reward`` at all
-    other tokens is added unchanged.
-
-    Args:
-        length: the longest completion that can be sampled, ``sampling.max_tokens``. A constant, so that the baseline of
-            a token does not depend on the lengths of its group's completions.
-        temperature: T; near 0 only the worst step counts, for the tokens up to its end.
-    """
-    ends, process = step_ends(batch), batch.step_reward.double()
-    share = torch.softmax((-process / temperature).where(ends, -torch.inf), -1).where(ends, 0.0)
-    rewards = token_rewards(batch) + (share * process - process).where(ends, 0.0)
-    gains = accumulate(rewards, batch.mask, 1.0).where(batch.mask, 0.0)
-    return _trained(gains - _token_baseline(gains, batch, length)[:, None], batch)
-
-
 def whiten(
     advantage: Float[Tensor, "N L"], batch: Batch, *, shift: bool = True, ddof: Count = 0, eps: NonNegative = 1e-8
 ) -> Float[Tensor, "N L"]:
@@ -254,9 +239,9 @@ def _others_mean(values: Float[Tensor, " N"], batch: Batch) -> Float[Tensor, " N
 
 
 def _token_baseline(gains: Float[Tensor, "N L"], batch: Batch, length: int) -> Float[Tensor, " N"]:
-    """Baseline of ``min_form``: the sum of the other completions' gains over ``length``; 0 if there are none."""
+    """Mean over the group's other completions of their gains' sum over ``length``; 0 if there are none."""
     valid = batch.trained
-    total = gains.sum(-1).where(valid, 0.0)
+    total = seq_sum(gains, batch.mask).where(valid, 0.0)
     other_count = group_sum(valid.double(), batch.group) - 1
     return (group_sum(total, batch.group) - total) / (other_count.clamp(min=1) * length)
 

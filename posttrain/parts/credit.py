@@ -75,6 +75,16 @@ def open_ended(batch: Batch, truncated: Truncated) -> Bool[Tensor, "N L"]:
     return last_chosen(batch.mask) & cut[:, None]
 
 
+def weigh_worst(rewards: Float[Tensor, "N L"], ends: Bool[Tensor, "N L"], temperature: float) -> Float[Tensor, "N L"]:
+    """Step rewards r*_k = softmax_k(-r_k / T) r_k, of which a completion's worst dominates; 0 off the ends of steps.
+
+    Cheng et al. 2025 (PURE, min-form credit assignment), arXiv:2504.15275. T near 0 leaves the worst step alone, a
+    large T the mean of all steps.
+    """
+    share = torch.softmax((-rewards / temperature).where(ends, -torch.inf), -1)
+    return (share * rewards).where(ends, 0.0)
+
+
 def accumulate(
     terms: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], decay: float | Float[Tensor, " N"]
 ) -> Float[Tensor, "N L"]:

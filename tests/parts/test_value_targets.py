@@ -18,7 +18,7 @@ from value_cases import pad_values, value_batch
 from posttrain.batch import Batch, Finish
 from posttrain.micro_batches import blank_row
 from posttrain.parts import advantages, targets
-from posttrain.parts.credit import row_lambda, step_ends, step_starts
+from posttrain.parts.credit import row_lambda, step_ends, step_starts, weigh_worst
 
 Part = Callable[[Batch], Tensor]
 lambdas = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -33,7 +33,7 @@ ADVANTAGES: dict[str, Part] = {
     "value_change": advantages.value_change,
     "value_change-step": functools.partial(advantages.value_change, level="step", last="reward"),
     "static_q": advantages.static_q,
-    "min_form": functools.partial(advantages.min_form, length=1024),
+    "returns-token": functools.partial(advantages.returns, token_center=1024),
     "returns-process": functools.partial(advantages.returns, center="leave_one_out", step_center="leave_one_out"),
 }
 TARGETS: dict[str, Part] = {
@@ -127,13 +127,12 @@ def test_value_changes_equal_the_scalar_loops(level, last, seed: int) -> None:
     close(found, reference.value_change(reference.read(batch), level, last))
 
 
-@given(seed=seeds, temperature=st.sampled_from([0.1, 1.0, 30.0]), length=st.sampled_from([4, 1024]))
+@given(seed=seeds, length=st.sampled_from([4, 1024]))
 @examples(10)
-def test_the_other_advantages_equal_the_scalar_loops(seed: int, temperature: float, length: int) -> None:
+def test_the_other_advantages_equal_the_scalar_loops(seed: int, length: int) -> None:
     batch = value_batch(seed)
     rows = reference.read(batch)
-    found = advantages.min_form(batch, temperature=temperature, length=length)
-    close(found, reference.min_form(rows, temperature, length), 1e-5)
+    close(advantages.returns(batch, token_center=length), reference.token_centred(rows, length), 1e-5)
     close(advantages.static_q(batch), reference.static_q(rows))
     process = advantages.returns(batch, center="leave_one_out", step_center="leave_one_out")
     close(process, reference.implicit_returns(rows), 1e-5)
@@ -187,15 +186,28 @@ def test_golden_numbers_of_the_length_adaptive_weight() -> None:
     assert row_lambda(batch, 1.0, 0.05).tolist() == pytest.approx([0, 0, 0.5, 0.8, 0.98])
 
 
-def test_golden_numbers_of_the_min_form() -> None:
+@given(seed=seeds, temperature=st.sampled_from([0.1, 1.0, 30.0]))
+@examples(10)
+def test_the_worst_step_weighs_most_as_in_the_scalar_loops(seed: int, temperature: float) -> None:
+    batch = value_batch(seed)
+    ends = step_ends(batch)
+    found = weigh_worst(batch.step_reward, ends, temperature)
+    assert not found[~ends].any()
+    for row in range(len(batch)):
+        steps = batch.step_reward[row][ends[row]].tolist()
+        close(found[row][ends[row]], reference.worst_weighed(steps, temperature) if steps else [], 1e-5)
+
+
+def test_golden_numbers_of_the_worst_step() -> None:
     """r = [.8, .2, -.5]: T = 0.1 leaves the worst step, T = 1 weighs softly, T -> ∞ is the mean form of the sum."""
-    batch = line([0.0] * 4, [0, 1, 1, 1], 0.0).set(step_reward=torch.tensor([[0.0, 0.8, 0.2, -0.5]]))
-    sharp = advantages.min_form(batch, temperature=0.1, length=4)
-    assert chosen(sharp, batch) == pytest.approx([-0.499359, -0.499361, -0.499543], abs=1e-6)
-    soft = advantages.min_form(batch, temperature=1.0, length=4)
-    assert chosen(soft, batch) == pytest.approx([-0.103248, -0.226488, -0.282627], abs=1e-6)
-    flat = advantages.min_form(batch, temperature=1e9, length=4)
-    assert chosen(flat, batch) == pytest.approx([0.5 / 3, -0.3 / 3, -0.5 / 3], abs=1e-6)
+    rewards, ends = torch.tensor([[0.8, 0.2, -0.5]]).double(), torch.ones(1, 3, dtype=torch.bool)
+
+    def sums(temperature: float) -> list[float]:
+        return weigh_worst(rewards, ends, temperature).flip(-1).cumsum(-1).flip(-1)[0].tolist()
+
+    assert sums(0.1) == pytest.approx([-0.499359, -0.499361, -0.499543], abs=1e-6)
+    assert sums(1.0) == pytest.approx([-0.103248, -0.226488, -0.282627], abs=1e-6)
+    assert sums(1e9) == pytest.approx([0.5 / 3, -0.3 / 3, -0.5 / 3], abs=1e-6)
 
 
 def test_golden_numbers_of_backups() -> None:

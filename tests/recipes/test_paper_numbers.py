@@ -233,7 +233,8 @@ def test_the_kl_penalty_of_remax_counts_for_its_own_token_alone() -> None:
 def test_the_baseline_of_pure_divides_by_the_longest_completion_that_can_be_sampled() -> None:
     """Gains of 4 tokens of a right answer add up to 4; the other completion's baseline is 4 / 1024, not 4 / 4."""
     recipe = shipped("rl/pure")
-    assert recipe.advantage is not None and recipe.advantage.options["length"] == recipe.sampling.max_tokens == 1024
+    assert recipe.advantage is not None
+    assert recipe.advantage.options["token_center"] == recipe.sampling.max_tokens == 1024
     batch = completions(4, 2).set(reward=torch.tensor([1.0, 0.0]))
     found = recipe.advantage(batch)
     assert found[0, 1:].tolist() == pytest.approx([1.0] * 4)
@@ -241,7 +242,10 @@ def test_the_baseline_of_pure_divides_by_the_longest_completion_that_can_be_samp
 
 
 def test_pure_takes_the_kl_from_the_reward() -> None:
-    """-0.001 k3 at each token, with k3 = e^-x - 1 + x of x = log π_old - log π_ref; no loss term."""
+    """-0.001 k3 at each token, with k3 = e^-x - 1 + x of x = log π_old - log π_ref; no loss term.
+
+    The penalty of a step's last token stays outside the softmax over the ratings of the steps.
+    """
     recipe = with_judge(shipped("rl/pure"), judged)
     assert [part.name for part in recipe.loss] == ["clip"]
     batch = completions(3)
@@ -249,6 +253,10 @@ def test_pure_takes_the_kl_from_the_reward() -> None:
     found = add_rewards(recipe, batch).step_reward[0, 1:].tolist()
     k3 = [math.exp(-x) - 1 + x for x in (0.5, -0.5, 0.0)]
     assert found == pytest.approx([-0.001 * k for k in k3], abs=1e-9)
+    ratings = torch.tensor([0.0, 0.5, -0.5, 0.5])
+    rated = add_rewards(with_judge(shipped("rl/pure"), lambda batch: ratings.expand(1, 4)), batch).step_reward
+    worst = math.exp(5) / (math.exp(5) + 2 * math.exp(-5))
+    assert float(rated[0, 2]) == pytest.approx(-0.5 * worst - 0.001 * k3[1], abs=1e-6)
 
 
 def test_prime_divides_by_the_largest_return_of_the_batch() -> None:

@@ -21,7 +21,8 @@ from reference_value_recipes import RECIPES, Case, Losses, read, vapo, without_v
 from torch import Tensor
 
 from posttrain.batch import Batch, Outputs
-from posttrain.parts.credit import step_ends
+from posttrain.parts.credit import step_ends, weigh_worst
+from posttrain.recipe.part import Part
 from posttrain.training.apply_parts import add_rewards, advantages_of, total_loss, total_value_loss, value_target
 from posttrain.training.learner import with_shares
 from posttrain.training.recipe import Recipe, load_recipe
@@ -44,12 +45,22 @@ def load(name: str) -> Recipe:
 
 
 def with_judge(recipe: Recipe, judge: Callable[[Batch], Tensor]) -> Recipe:
-    """The recipe with another reward part where a saved model is one; its weight stays."""
-    parts = [
-        dataclasses.replace(part, call=judge) if part.name == "reward_models.process" else part
-        for part in recipe.reward
-    ]
-    return dataclasses.replace(recipe, reward=tuple(parts))
+    """The recipe with another judge where a saved model is one; its weight and its temperature stay."""
+
+    def judged_by(part: Part) -> Part:
+        temperature = part.options.get("temperature")
+        if part.name != "reward_models.process":
+            return part
+        if temperature is None:
+            return dataclasses.replace(part, call=judge)
+        weighed = partial(_weighed, judge=judge, temperature=temperature)
+        return dataclasses.replace(part, call=weighed)
+
+    return dataclasses.replace(recipe, reward=tuple(map(judged_by, recipe.reward)))
+
+
+def _weighed(batch: Batch, judge: Callable[[Batch], Tensor], temperature: float) -> Tensor:
+    return weigh_worst(judge(batch), step_ends(batch), temperature)
 
 
 class Inputs(NamedTuple):

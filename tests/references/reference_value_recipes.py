@@ -171,9 +171,13 @@ def oreo_response(case: Case) -> Losses:
 
 
 def pure(case: Case) -> Losses:
-    add_judgements(case)
+    for i in range(len(case.core.mask)):
+        ends = [step[-1] for step in case.rows.steps(i)]
+        worst = reference_values.worst_weighed([case.judged[i][t] for t in ends], 0.1) if ends else []
+        for t, judgement in zip(ends, worst, strict=True):
+            case.core.step_reward[i][t] += judgement
     reference.add_kl_to_step_reward(case.core, 1e-3, "k3")
-    return Losses(clipped(case, whiten(case.core, reference_values.min_form(case.rows, 0.1, length=1024), ddof=1)))
+    return Losses(clipped(case, whiten(case.core, reference_values.token_centred(case.rows, 1024), ddof=1)))
 
 
 def psgpo(case: Case) -> Losses:

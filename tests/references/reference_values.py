@@ -191,24 +191,24 @@ def static_q(rows: Rows) -> Matrix:
     return result
 
 
-def min_form_gains(rows: Rows, i: int, temperature: float) -> dict[int, float]:
-    ends = [step[-1] for step in rows.steps(i)]
-    r = {t: rows.step_reward[i][t] for t in rows.tokens(i)}
-    worst = min((r[t] for t in ends), default=0.0)
-    mass = sum(math.exp(-(r[t] - worst) / temperature) for t in ends)
-    for t in ends:
-        r[t] *= math.exp(-(r[t] - worst) / temperature) / mass
-    return {t: sum(r[u] for u in r if u >= t) + rows.reward[i] for t in r}
+def worst_weighed(rewards: Vector, temperature: float) -> Vector:
+    """Rewards of a completion's steps, each times its share in the softmax of -r / T."""
+    weights = softmax([-r / temperature for r in rewards])
+    return [w * r for w, r in zip(weights, rewards, strict=True)]
 
 
-def min_form(rows: Rows, temperature: float, length: int) -> Matrix:
+def token_centred(rows: Rows, length: int) -> Matrix:
+    """Returns against the other completions' sum of returns over a constant number of tokens."""
     result = rows.zeros()
-    gains = {i: min_form_gains(rows, i, temperature) for i in range(len(rows.mask)) if rows.trained(i)}
+    gains = {}
+    for i in range(len(rows.mask)):
+        if rows.trained(i):
+            r = rewards(rows, i) if rows.tokens(i) else []
+            gains[i] = [sum(r[k:]) for k in range(len(r))]
     for i, mine in gains.items():
-        members = [j for j in gains if rows.group[j] == rows.group[i]]
-        others = [sum(gains[j].values()) for j in members if j != i]
+        others = [sum(gains[j]) for j in gains if rows.group[j] == rows.group[i] and j != i]
         base = sum(others) / (len(others) * length) if others else 0.0
-        for t, gain in mine.items():
+        for t, gain in zip(rows.tokens(i), mine, strict=True):
             result[i][t] = gain - base
     return result
 

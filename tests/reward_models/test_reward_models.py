@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -163,6 +164,16 @@ def test_process_model_scores_each_step_where_it_ends(folders, batch, tokenizer)
     assert (rewards[0] != 0).sum() == (rewards[2] != 0).sum() == 1
     signed = reward_models.process(model=folders["process"], separator="\n", input="tokens", signed=True, shared=True)
     torch.testing.assert_close(signed(batch)[1, ends], (2 * expected[ends] - 1) / 3, atol=2e-5, rtol=0)
+
+
+def test_process_model_with_a_temperature_lets_the_worst_step_dominate(folders, batch):
+    rewards = reward_models.process(model=folders["process"], input="tokens")(batch)
+    worst = reward_models.process(model=folders["process"], input="tokens", temperature=0.1)(batch)
+    for row, weighed in zip(rewards, worst, strict=True):
+        steps = row[row != 0]
+        share = [math.exp(-float(r) / 0.1) for r in steps]
+        expected = [w / sum(share) * float(r) for w, r in zip(share, steps, strict=True)]
+        assert weighed[row != 0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_process_model_without_separator_uses_the_rollouts_steps(folders, batch):

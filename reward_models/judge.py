@@ -17,6 +17,7 @@ from torch import Tensor
 from posttrain.batch import Batch
 from posttrain.errors import RecipeError
 from posttrain.parts.preference.games import Rivals
+from posttrain.system.long_work import LongWork
 from reward_models.comparing import Comparer
 from reward_models.loading import prompts_of
 
@@ -93,8 +94,9 @@ class Endpoint:
             ThreadPoolExecutor(max_workers=self.concurrent) as threads,
         ):
             futures = [threads.submit(self._verdict, client, question, read) for question in questions]
+            work = LongWork("judge, answers", len(questions))
             try:
-                return [future.result() for future in futures]
+                return [_counted(future.result(), work) for future in futures]
             except JudgeError:
                 threads.shutdown(cancel_futures=True)  # the remaining answers would not be used
                 raise
@@ -140,6 +142,12 @@ class Endpoint:
             return str(response.json()["choices"][0]["message"]["content"] or ""), ""
         except (ValueError, LookupError, TypeError):
             return None, f"its answer has not the format of a chat completion: {response.text[:200]!r}"
+
+
+def _counted(verdict: float, work: LongWork) -> float:
+    """Returns the verdict, and counts it."""
+    work.count()
+    return verdict
 
 
 class Judge:

@@ -18,6 +18,7 @@ from posttrain.micro_batches import length_groups
 from posttrain.models.load import DTYPES, not_found, text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
+from posttrain.system.long_work import LongWork
 
 Input = Literal["auto", "tokens", "text"]
 """Input of a model. ``tokens``: the policy's own token ids. ``text``: prompt and completion, encoded by the model's
@@ -107,6 +108,7 @@ def values_at(
         )
     values: list[Tensor] = [torch.empty(0)] * len(tokens)
     model_device = next(model.parameters()).device
+    work = LongWork("reward model, texts", len(tokens))
     for rows in length_groups(lengths, micro_batch_tokens):
         ids = pad([tokens[row] for row in rows], dtype=torch.long)
         states = torch.zeros(ids.shape, dtype=torch.bool)
@@ -115,6 +117,7 @@ def values_at(
         value = model(ids.to(model_device), states.to(model_device))[0].float().cpu()
         for i, row in enumerate(rows):
             values[row] = value[i, list(columns[row])]
+        work.count(len(rows))
     return values
 
 

@@ -98,10 +98,13 @@ class _RecipeReader(PartReader):
         fields: dict[str, Any] = {}
         hints = typing.get_type_hints(self.kind, include_extras=True)
         known = [f.name for f in dataclasses.fields(self.kind) if f.name not in ("name", "path")]
+        optional = [f.name for f in dataclasses.fields(self.kind) if not _has_no_default(f)]
         self._check_required()
         for name, value in self.document.data.items():
             if name not in known:
                 self.problems.append(((name,), f"unknown key; {hint_for((), self.kind)(name, known)}"))
+            elif name in self.kind.modules and value is None and name in optional:
+                continue  # null: the default of the slot
             elif name in self.kind.modules:
                 fields[name] = self.parts((name,), value) if SLOTS[name].several else self.part((name,), value)
             else:

@@ -73,6 +73,7 @@ class PartReader:
         slot, module = (Slot(inner.takes), inner.module) if inner else (SLOTS[slot_name], self.kind.modules[slot_name])
         if not isinstance(entry, dict) or not isinstance(entry.get("use"), str):
             got = "`use` is missing" if isinstance(entry, dict) and "use" not in entry else f"got {entry!r}"
+            got = "got null, but this kind of recipe cannot go without" if entry is None else got
             self.problems.append((location, f"a part is written as {{use: name, option: value}} ({got})"))
             return None
         folders = self.folders((*location, "use"))

@@ -16,7 +16,7 @@ from posttrain.data.rollout_files import find_rollouts, read_rollouts
 from posttrain.errors import DataError, RecipeError
 from posttrain.recipe.part import Part
 from posttrain.reports.metrics_file import write_metrics
-from posttrain.reports.reward_accuracy import accuracy, compare_pairs, read_pairs, score_pairs
+from posttrain.reports.reward_accuracy import accuracy, compare_pairs, read_pairs, reward_statistics, score_pairs
 from posttrain.reports.reward_curves import best_of_n_curve, draw_curve, moments, overoptimisation
 from posttrain.reports.reward_suite import RewardSuite
 
@@ -59,7 +59,8 @@ def measure_pairs(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> dict
     def total(prompts: Sequence[Any], completions: Sequence[str]) -> Float[Tensor, " M"]:
         return torch.stack([weight * scorer(prompts, completions) for weight, scorer in scorers]).sum(0)
 
-    return accuracy(rows, score_pairs(rows, total))
+    results = score_pairs(rows, total)
+    return accuracy(rows, results) | {"rewards": reward_statistics(results)}
 
 
 def _text_scorer(part: Part) -> Callable[[Sequence[Any], Sequence[str]], Float[Tensor, " M"]]:
@@ -134,6 +135,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         parts = pairs["sections"] or pairs["subsets"]
         lines.append(f"accuracy {pairs['all']:.3f} of {sum(pairs['counts'].values())} pairs")
         lines += [f"  {name}: {value:.3f}" for name, value in parts.items()]
+        lines += [
+            f"  reward of {side}: mean {of['mean']:.3f}, standard deviation {of['std']:.3f}, {of['missing']} missing"
+            for side, of in pairs.get("rewards", {}).items()
+        ]
     if best := report.get("best_of_n"):
         curve = best["curve"]
         lines.append(f"best of n by the reward, {best['prompts']} prompts of {best['completions']} completions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from posttrain.data.examples.columns import clean, converted, explicit_prompt
 from posttrain.data.problems import Problems, shown
 from posttrain.data.read import RawRows, read
 from posttrain.data.rows import with_columns
@@ -61,19 +63,26 @@ Comparer = Callable[[Sequence[tuple[Any, str, str]]], Float[Tensor, " P"]]
 
 
 def read_pairs(data: sections.DataSection, base: Path | None = None) -> list[dict[str, Any]]:
-    """Reads pairs in RewardBench's format. Rows without a ``subset`` get the subset ``all``.
+    """Reads pairs in RewardBench's format, or in TRL's formats of preferences.
+
+    ``chosen`` and ``rejected`` are text or the assistant's messages; without a ``prompt`` both begin with it, as whole
+    texts or conversations. Rows without a ``subset`` get the subset ``all``.
 
     Raises:
-        DataError: if a column is missing or is not text; the message names file, row and column.
+        DataError: if a column is missing or is neither text nor one answer; the message names file, row and column.
     """
     source = with_columns(read(data, base), data.columns)
     _check_columns(source)
+    source = converted(source, explicit_prompt)
     problems, rows = Problems(), []
-    for i, row in enumerate(source.rows):
-        row = dict(row)
+    for i in range(len(source.rows)):
+        row: dict[str, Any] = dict(source.rows[i])
+        row["prompt"] = clean(row["prompt"])
         for name in ("chosen", "rejected"):
-            if not isinstance(row[name], str):
-                problems.add(source.place(i), f"column {name!r} is {shown(row[name])}; it must be text")
+            if (text := _answer(clean(row[name]))) is None:
+                problem = f"column {name!r} is {shown(row[name])}; it must be text, or one message of the assistant"
+                problems.add(source.place(i), problem)
+            row[name] = text
         rows.append({**row, "subset": row.get("subset") or "all"})
     problems.raise_if_any()
     return rows
@@ -81,18 +90,28 @@ def read_pairs(data: sections.DataSection, base: Path | None = None) -> list[dic
 
 def _check_columns(source: RawRows) -> None:
     columns = source.rows.column_names
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in columns]
+    missing = [name for name in ("chosen", "rejected") if name not in columns]
     if missing:
         raise DataError(f"{source.name}: no column {missing[0]!r}; {suggestion(missing[0], columns)}")
 
 
+def _answer(side: Any) -> str | None:
+    """The text of a side that is text or a single message of the assistant; None if it is something else."""
+    if isinstance(side, list) and len(side) == 1 and isinstance(side[0], dict) and side[0].get("role") == "assistant":
+        side = side[0].get("content")
+    return side if isinstance(side, str) else None
+
+
 def score_pairs(rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> list[dict[str, float]]:
-    """Scores both completions of each pair: ``chosen``, ``rejected``, and ``correct`` (1, for a tie 1/2, or 0)."""
+    """Scores both completions of each pair: ``chosen``, ``rejected``, and ``correct`` (1, for a tie 1/2, or 0).
+
+    ``correct`` is NaN if a reward is NaN: such a pair is left out of every accuracy, and counted.
+    """
     prompts = [_messages(row["prompt"]) for row in rows]
     chosen = scorer(prompts, [row["chosen"] for row in rows]).double().tolist()
     rejected = scorer(prompts, [row["rejected"] for row in rows]).double().tolist()
     return [
-        {"chosen": c, "rejected": r, "correct": 0.5 if c == r else float(c > r)}
+        {"chosen": c, "rejected": r, "correct": math.nan if math.isnan(c + r) else 0.5 if c == r else float(c > r)}
         for c, r in zip(chosen, rejected, strict=True)
     ]
 
@@ -123,9 +142,15 @@ def accuracy(
     Returns:
         ``subsets`` and ``sections`` (name -> accuracy), ``counts`` (subset -> pairs), ``all``, and ``score`` if
         there are sections.
+
+    Raises:
+        DataError: if no pair has a reward for both of its completions.
     """
     by_subset: dict[str, list[float]] = defaultdict(list)
-    for row, result in zip(rows, results, strict=True):
+    known = [(row, result) for row, result in zip(rows, results, strict=True) if not math.isnan(result["correct"])]
+    if not known:
+        raise DataError("no pair has a reward for both of its completions")
+    for row, result in known:
         by_subset[row["subset"]].append(result["correct"])
     subsets = {name: sum(correct) / len(correct) for name, correct in by_subset.items()}
     by_section = {}
@@ -135,12 +160,24 @@ def accuracy(
             total = sum(subsets[name] * weight for name, weight in present.items())
             by_section[section] = total / sum(present.values())
     accuracies = {
-        "all": sum(result["correct"] for result in results) / len(results),
+        "all": sum(result["correct"] for _, result in known) / len(known),
         "subsets": subsets,
         "counts": {name: len(correct) for name, correct in by_subset.items()},
         "sections": by_section,
     }
     return accuracies | ({"score": sum(by_section.values()) / len(by_section)} if by_section else {})
+
+
+def reward_statistics(results: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean, standard deviation and missing number of the rewards of the two sides; empty for a judge that compares."""
+    sides = [side for side in ("chosen", "rejected") if results and side in results[0]]
+    statistics = {}
+    for side in sides:
+        known = [result[side] for result in results if math.isfinite(result[side])]
+        mean = sum(known) / len(known) if known else math.nan
+        spread = math.sqrt(sum((value - mean) ** 2 for value in known) / len(known)) if known else math.nan
+        statistics[side] = {"mean": mean, "std": spread, "missing": len(results) - len(known)}
+    return statistics
 
 
 def _messages(prompt: Any) -> Any:

@@ -20,6 +20,7 @@ from posttrain.parts.targets import branch_estimate
 from posttrain.recipe.sections import BranchesSection
 from posttrain.rollout.collect import CompletionSource
 from posttrain.seeds import derived_seed, sample_seed
+from posttrain.system.long_work import LongWork
 
 BUCKETS = 8
 """Number of calls of the engine; prefixes that have about equally many tokens left share a call."""
@@ -81,6 +82,7 @@ def branch_scores(
         left = sampling.max_tokens - len(point.chosen)
         if left > 0:
             buckets.setdefault(min(sampling.max_tokens, -(-left // width) * width), []).append(number)
+    work = LongWork("branches", n * sum(map(len, buckets.values())))
     for limit, numbers in sorted(buckets.items()):
         in_bucket = [points[i] for i in numbers]
         source.engine.generate(
@@ -88,7 +90,7 @@ def branch_scores(
             replace(sampling, max_tokens=limit),
             n,
             seeds=[point.seed for point in in_bucket],
-            on_completion=_verifying(source, in_bucket, numbers, sampling.max_tokens),
+            on_completion=_verifying(source, in_bucket, numbers, sampling.max_tokens, work),
         )
     verdicts = source.verifiers.collect()
     scores = torch.full((len(points), n), math.nan)
@@ -98,19 +100,21 @@ def branch_scores(
 
 
 def _verifying(
-    source: CompletionSource, points: Sequence[BranchPoint], numbers: Sequence[int], max_tokens: int
+    source: CompletionSource, points: Sequence[BranchPoint], numbers: Sequence[int], max_tokens: int, work: LongWork
 ) -> Callable[[int, int, Completion], None]:
     """Returns a function that submits a prefix with its continuation to the verifiers as soon as it ends.
 
     Args:
         numbers: number of each point among all points.
         max_tokens: tokens of prefix and continuation together; the rest is cut off.
+        work: counts the continuations.
     """
 
     def submit(position: int, sample: int, completion: Completion) -> None:
         point, number = points[position], numbers[position]
         tokens = (point.chosen + completion.tokens)[:max_tokens]
         source.verifiers.submit((number, sample), source.decode(tokens), tokens, point.row, place=f"branch {number}")
+        work.count()
 
     return submit
 

@@ -23,6 +23,7 @@ from posttrain.recipe.sections import SamplingSection
 from posttrain.rollout.refills import first_groups, prompts_to_draw, selected
 from posttrain.rollout.rollouts import Context, Prompts
 from posttrain.seeds import prompt_seeds
+from posttrain.system.long_work import LongWork
 from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
@@ -75,12 +76,19 @@ class Collected:
 
 
 def generate_and_verify(
-    source: CompletionSource, prompts: Prompts, n: int, sampling: Sampling, seconds: dict[str, float]
+    source: CompletionSource,
+    prompts: Prompts,
+    n: int,
+    sampling: Sampling,
+    seconds: dict[str, float],
+    *,
+    work: LongWork | None = None,
 ) -> tuple[Batch, dict[str, list[float | None]]]:
     """Samples a batch and scores it. Other processes verify completions while further ones are still generated.
 
     Args:
         seconds: the times of ``generate`` and ``verify`` (the wait after the last token) are added here.
+        work: counts the completions, for the person who waits.
 
     Returns:
         The batch, and the values of each verifier, one a completion.
@@ -89,6 +97,8 @@ def generate_and_verify(
 
     def on_text(prompt: int, sample: int, text: str, tokens: list[int]) -> None:
         source.verifiers.submit((prompt, sample), text, tokens, prompts.rows[prompt], place=prompts.places[prompt])
+        if work is not None:
+            work.count()
 
     context = Context(
         sampling=sampling,
@@ -125,8 +135,9 @@ def complete_all(recipe: SamplingRecipe, rows: Rows, source: CompletionSource, p
     """Completes and scores this rank's share of all rows."""
     prompts = share_of_prompts(rows, recipe.seed, processes)
     sampling = Sampling.of(recipe.sampling)
-    batch, _ = processes.together(partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}))
-    return batch
+    work = LongWork("completions", len(prompts) * recipe.completions)
+    generate = partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}, work=work)
+    return processes.together(generate)[0]
 
 
 def share_of_prompts(rows: Rows, seed: int, processes: Processes) -> Prompts:
@@ -177,7 +188,8 @@ def collect(
     batch, values = _joined(parts)
     dropped, dropped_values = _joined([(batch, values, ~chosen) for batch, values, chosen in parts])
     if not len(batch):
-        batch, values = blank_row(parts[0][0]), {name: [None] for name in source.verifiers.names}
+        batch, unknown = blank_row(parts[0][0]), list[float | None]([None])
+        values = dict.fromkeys(source.verifiers.names, unknown)
     return Collected(
         batch=batch,
         values=values,

@@ -17,6 +17,7 @@ from posttrain.models.load import load_tokenizer, text_of
 from posttrain.rollout.collect import share_of_prompts
 from posttrain.rollout.rollouts import Prompts
 from posttrain.system.files import json_number
+from posttrain.system.long_work import LongWork
 from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
@@ -60,11 +61,13 @@ def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict
     """
     prompts, decode = on.prompts, text_of(on.tokenizer)
     texts: dict[tuple[int, int], str] = {}
+    work = LongWork("completions", len(prompts) * recipe.completions)
 
     def ended(prompt: int, sample: int, completion: Completion) -> None:
         texts[prompt, sample] = text = decode(completion.tokens)
         row, place = prompts.rows[prompt], prompts.places[prompt]
         on.verifiers.submit((prompt, sample), text, completion.tokens, row, place=place)
+        work.count()
 
     sampling = Sampling.of(recipe.sampling)
     groups = decoder.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)

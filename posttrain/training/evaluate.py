@@ -15,6 +15,7 @@ from posttrain.engines.base import Sampling
 from posttrain.recipe.sections import EvaluationSection
 from posttrain.rollout.collect import CompletionSource, generate_and_verify, index_chunks, make_prompts
 from posttrain.seeds import prompt_seeds
+from posttrain.system.long_work import LongWork
 from posttrain.system.processes import Processes
 from posttrain.training.held_out_values import evaluate_values
 from posttrain.training.learner import Learner, policy_logp, reference_logp
@@ -45,7 +46,9 @@ def evaluate_completions(
     indices = range(processes.rank, len(rows), processes.world)
     prompts = make_prompts(rows, indices, indices, prompt_seeds(seed, 0, 1, indices))
     sampling = Sampling.of(options.sampling)
-    batch, values = processes.together(partial(generate_and_verify, source, prompts, options.completions, sampling, {}))
+    work = LongWork("evaluation, completions", len(prompts) * options.completions)
+    generate = partial(generate_and_verify, source, prompts, options.completions, sampling, {}, work=work)
+    batch, values = processes.together(generate)
     if len(batch):
         store(batch, values)
     sums = torch.zeros(6, dtype=torch.float64)

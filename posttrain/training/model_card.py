@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,12 +11,10 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from posttrain.output.tracking import TIMING
-from posttrain.recipe.part import Part
 from posttrain.recipe.sections import ValueSection
 from posttrain.system.versions import versions
+from posttrain.training.citations import ARXIV, papers
 from posttrain.training.recipe import Recipe
-
-ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,7 +56,7 @@ def write_model_card(
         engine: the engine that sampled, as ``vllm 0.32.0``.
         of_value: the folder holds the run's value model, not its policy.
     """
-    cited, facts = papers(recipe), _facts(recipe, steps, engine, of_value)
+    cited, facts = papers(recipe, of_value=of_value), _facts(recipe, steps, engine, of_value)
     base = (recipe.value.model if of_value and recipe.value else None) or recipe.policy.model
     body = [
         f"# {recipe.name}",
@@ -103,33 +98,6 @@ def front_matter(recipe: Recipe, cited: list[str], library: str, of_value: bool 
 def is_hub_name(name: str) -> bool:
     """True if a name can only be one of the hub: it reads ``owner/name``, and no local file has that name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists() and name[0] not in "./"
-
-
-def parts_of(recipe: Recipe) -> Iterator[Part]:
-    """All parts of a recipe, including the weights and normalisers of loss terms."""
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Part):
-                yield part
-                yield from part.weights
-                yield from [part.normaliser] if part.normaliser is not None else []
-
-
-def papers(recipe: Recipe) -> list[str]:
-    """The sources named in the recipe file's comments and in the docstrings of its parts: lines with a number."""
-    comments = recipe.path.read_text(encoding="utf-8").splitlines() if recipe.path else []
-    lines = [line.partition("#")[2] for line in comments if "#" in line]
-    for part in parts_of(recipe):
-        call = part.call
-        while isinstance(call, functools.partial):
-            call = call.func
-        lines += (inspect.getdoc(call) or "").splitlines()
-    found: dict[str, str] = {}
-    for line in lines:
-        for identifier in ARXIV.findall(line):
-            found.setdefault(identifier, line.strip().removeprefix("- "))
-    return list(dict.fromkeys(found.values()))
 
 
 def evaluation_table(before: Mapping[str, float], after: Mapping[str, float], *, of_value: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.engines.for_policy import LengthBudget, policy_engine
-from posttrain.errors import UserError
+from posttrain.errors import DataError, UserError
 from posttrain.models.joint import JointModel
 from posttrain.models.load import DTYPES, load_model
 from posttrain.models.policy import Policy, build_policy
@@ -96,11 +97,28 @@ def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -
         for name in numbers:
             read_numbers(rows, name)
     if recipe.evaluate is not None and recipe.evaluate.data is not None:
-        held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
-        check_columns(held_out, recipe.verify)
+        with errors_of("evaluate.data"):
+            held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
+            check_columns(held_out, recipe.verify)
     if recipe.evaluate is not None and recipe.evaluate.examples is not None and recipe.examples is not None:
-        held_out_examples = load_examples(recipe.examples, recipe.evaluate.examples, tokenizer, base, numbers)
+        with errors_of("evaluate.examples"):
+            held_out_examples = load_examples(recipe.examples, recipe.evaluate.examples, tokenizer, base, numbers)
     return Material(rows, examples, held_out, held_out_examples)
+
+
+@contextmanager
+def errors_of(section: str) -> Iterator[None]:
+    """Names the section that a dataset was read for in its errors, which call every section ``data``.
+
+    Raises:
+        DataError: the same error, with ``evaluate.data.path`` in place of ``data.path`` and the like.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            re.sub(r"(?<![\w.])data\.(?=[a-z_]+\b)", f"{section}.", text) for text in error.problems
+        ) from error
 
 
 def load_examples(

@@ -23,7 +23,8 @@ from posttrain.output.progress import Column, Progress, duration
 from posttrain.output.tracking import Trackers, check_trackers, read_metrics, truncate_metrics
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
-from posttrain.training.model_card import papers, write_model_card
+from posttrain.training.citations import papers
+from posttrain.training.model_card import write_model_card
 from posttrain.training.recipe import Recipe
 
 # ---------------------------------------------------------------------------------------------------- metrics.jsonl

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from recipe_texts import GOOD, edit
 
+from posttrain import load_recipe
 from posttrain.commands.cli import main
 
 BROKEN = {
@@ -184,3 +186,11 @@ def test_a_real_process_ends_with_code_2_and_no_traceback(command, recipe):
         f"{path}:8:5: loss.0: a part is written as {{use: name, option: value}} (`use` is missing)",
         f"{path}:9:5: loss.1: a part is written as {{use: name, option: value}} (`use` is missing)",
     ]
+
+
+def test_null_takes_an_optional_part_away():
+    """``--decoder=null`` is how the part of a base file or of a recipe is left out on the command line."""
+    path = Path(__file__).parents[2] / "recipes" / "rl" / "grpo.yaml"
+    assert load_recipe(path, ["--decoder={use: best_of_n}", "--decoder=null"]).decoder is None
+    assert load_recipe(path, ["--prompts=null"]).prompts.name == "uniform"
+    assert load_recipe(path, ["--evaluate=null", "--verify=[]", "--reward=[{use: kl_penalty}]"]).evaluate is None

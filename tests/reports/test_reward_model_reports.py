@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from posttrain.errors import DataError
 from posttrain.recipe import sections
-from posttrain.reports.reward_accuracy import SECTIONS, accuracy, compare_pairs, read_pairs, score_pairs
+from posttrain.reports.reward_accuracy import (
+    SECTIONS,
+    accuracy,
+    compare_pairs,
+    read_pairs,
+    reward_statistics,
+    score_pairs,
+)
 from posttrain.reports.reward_curves import (
     best_of_n,
     best_of_n_curve,
@@ -151,8 +158,43 @@ def test_pairs_are_scored_and_compared(tmp_path):
     compared = compare_pairs(rows, lambda pairs: torch.tensor([0.9, 0.2, 0.5]))
     assert [result["correct"] for result in compared] == [1.0, 0.0, 0.5]
     path.write_text(json.dumps({"prompt": "p", "chosen": 3, "rejected": "x"}) + "\n")
-    with pytest.raises(DataError, match=r"pairs.jsonl:1: column 'chosen' is 3 \(a number\)"):
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: columns 'chosen' and 'rejected' are 3 \(a number\) and"):
         read_pairs(sections.DataSection(path=str(path)))
     path.write_text(json.dumps({"prompt": "p", "chosen_text": "x", "rejected": "x"}) + "\n")
     with pytest.raises(DataError, match="no column 'chosen'"):
         read_pairs(sections.DataSection(path=str(path)))
+
+
+def test_pairs_may_be_messages_with_or_without_a_prompt(tmp_path):
+    """All of TRL's forms of a preference read alike; a side of several messages is no single answer."""
+    question, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "1+1="), ("assistant", "2"), ("assistant", "3"))
+    )
+    rows = [
+        {"prompt": [question], "chosen": [good], "rejected": [bad]},
+        {"chosen": [question, good], "rejected": [question, bad]},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    explicit = read_pairs(sections.DataSection(path=str(path)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert read_pairs(sections.DataSection(path=str(path))) == explicit
+    assert explicit == [{"prompt": [question], "chosen": "2", "rejected": "3", "subset": "all"}]
+    path.write_text(json.dumps({"prompt": [question], "chosen": [good, question, good], "rejected": [bad]}) + "\n")
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: column 'chosen' is .* one message of the assistant"):
+        read_pairs(sections.DataSection(path=str(path)))
+
+
+def test_missing_rewards_are_counted_and_not_taken_for_wrong():
+    rows = [{"prompt": "a", "chosen": "1", "rejected": "2", "subset": "all"}] * 3
+
+    def scorer(prompts, completions):
+        return torch.tensor([1.0, math.nan, 3.0] if completions[0] == "1" else [0.0, 0.0, 4.0])
+
+    results = score_pairs(rows, scorer)
+    assert accuracy(rows, results)["all"] == 0.5
+    assert reward_statistics(results)["chosen"] == {"mean": 2.0, "std": 1.0, "missing": 1}
+    assert reward_statistics(results)["rejected"]["missing"] == 0
+    assert reward_statistics([{"probability": 0.5, "correct": 0.5}]) == {}
+    with pytest.raises(DataError, match="no pair has a reward"):
+        accuracy(rows[:1], results[1:2])

@@ -13,6 +13,7 @@ import torch
 
 from posttrain import load_recipe, load_value
 from posttrain.batch import Author, Batch, Outputs
+from posttrain.errors import DataError
 from posttrain.output.tracking import read_metrics
 from posttrain.parts.preference.terms import pointwise
 from posttrain.recipe.part import Part
@@ -20,6 +21,7 @@ from posttrain.training.display import columns_of
 from posttrain.training.loop import train
 from posttrain.training.metrics import PolicyMetrics, example_metrics, update_sums
 from posttrain.training.ranking import area_under_curve, ranking_by_value
+from posttrain.training.setup import load_material
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALONE: Any = SimpleNamespace(all_sum=lambda tensor: tensor, all_max=lambda number: number, gather=lambda value: [value])
@@ -176,6 +178,19 @@ def test_held_out_pairs_measure_the_reward_model_that_is_trained(tmp_path, tiny_
     assert after["eval/value/loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
     assert after["eval/value/margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
     assert after["eval/value/pair_accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "rows"),
+    [("preference/dpo", "examples", PAIRS), ("rl/grpo", "data", [{"prompt": "1", "answer": "1"}])],
+)
+def test_a_held_out_dataset_is_named_by_its_own_key(name, section, rows, tmp_path, tiny_model_folder) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = [f"--data={{path: {data}}}", f"--evaluate={{{section}: {{path: nowhere.jsonl}}}}"]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", changes)
+    with pytest.raises(DataError, match=rf"^evaluate\.{section}\.path 'nowhere.jsonl': no such file"):
+        load_material(recipe, _tokenizer(tiny_model_folder))
 
 
 def _tokenizer(folder: Path) -> Any:

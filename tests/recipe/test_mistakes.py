@@ -11,6 +11,7 @@ from recipe_texts import GOOD, edit
 
 from posttrain import load_recipe
 from posttrain.commands.cli import main
+from posttrain.errors import RecipeError
 
 BROKEN = {
     # name: (text, overrides, what the message says); a tuple is one of several messages
@@ -188,9 +189,12 @@ def test_a_real_process_ends_with_code_2_and_no_traceback(command, recipe):
     ]
 
 
-def test_null_takes_an_optional_part_away():
-    """``--decoder=null`` is how the part of a base file or of a recipe is left out on the command line."""
-    path = Path(__file__).parents[2] / "recipes" / "rl" / "grpo.yaml"
-    assert load_recipe(path, ["--decoder={use: best_of_n}", "--decoder=null"]).decoder is None
-    assert load_recipe(path, ["--prompts=null"]).prompts.name == "uniform"
-    assert load_recipe(path, ["--evaluate=null", "--verify=[]", "--reward=[{use: kl_penalty}]"]).evaluate is None
+def test_null_takes_an_optional_part_away(tmp_path):
+    """``--decoder=null`` leaves out the decoder of the file; a slot with a default gets the default."""
+    base, path = Path(__file__).parents[2] / "recipes" / "base" / "math.yaml", tmp_path / "guided.yaml"
+    slots = "decoder: {use: best_of_n}\nprompts: {use: sequential}\nadvantage: {use: outcome}\nloss: [{use: clip}]\n"
+    path.write_text(f"base: {base}\n{slots}", encoding="utf-8")
+    assert load_recipe(path, ["--decoder=null"]).decoder is None
+    assert load_recipe(path, ["--decoder=null", "--prompts=null"]).prompts.name == "uniform"
+    with pytest.raises(RecipeError, match="advantage"):
+        load_recipe(path, ["--decoder=null", "--advantage=null"])

@@ -201,10 +201,10 @@ def q_ranking(outputs: Outputs, batch: Batch, *, margin: float = 4.0) -> Float[T
     loss = -1/(|C| + 1[W]) (1[W] log(1 / (1 + E_W)) + Σ_c∈C log(e^Q_c / (1 + Σ_c'<c e^Q_c' + e^Q_c + E_W)))
     E_W = Σ_w∈W e^(Q_w + ζ), with 1[W] = 1 if there is a wrong step
 
-    Li and Li 2024 (PQM), arXiv:2410.11287.
+    Li and Li 2024 (PQM), eq. 10, arXiv:2410.11287, with the normaliser ``seq_mean_of_token_mean``.
 
     Steps are the states with a target, in order; those with a target above ½ are correct. Each term is at its own step,
-    the term of the wrong steps at the first of them, scaled so that the mean over the steps is the loss.
+    the term of the wrong steps at the first of them, scaled so that the mean over a completion's steps is its loss.
 
     Args:
         margin: ζ.

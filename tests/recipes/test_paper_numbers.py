@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from random_batch import make_random_batch
+from reference_values import q_ranking
 from test_rl_recipes import with_judge
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish, Outputs
-from posttrain.training.apply_parts import add_rewards, advantages_of, total_loss, value_target
+from posttrain.training.apply_parts import add_rewards, advantages_of, total_loss, total_value_loss, value_target
 from posttrain.training.learner import with_shares
 from posttrain.training.recipe import Recipe, load_recipe
 
@@ -273,6 +274,20 @@ def test_psgpo_rates_steps_from_minus_one_to_one() -> None:
     """Labels of the paper are -1, 0 and 1: a step that is surely wrong costs something."""
     model = shipped("rl/psgpo").reward[0]
     assert model.options["signed"] and model.options["shared"]
+
+
+def test_pqm_is_a_mean_over_solutions_and_not_over_their_steps() -> None:
+    """A solution of five steps weighs as much as one of two."""
+    batch = completions(5, 2)
+    labels = batch.mask * torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+    recipe = shipped("value/pqm")
+    batch = batch.set(step_reward=labels, logp_ref=None)
+    batch = with_shares(recipe, batch.set(target=value_target(recipe, batch)))
+    value = torch.tensor([[0.0, 0.3, -0.4, 0.8, 1.1, 0.2]]).expand(2, 6)
+    found, _ = total_value_loss(recipe.value_loss, Outputs(logp=torch.zeros(2, 6), value=value), batch)
+    right = labels > 0
+    each = [q_ranking(value[i, 1 : n + 1].tolist(), right[i, 1 : n + 1].tolist(), 4.0) for i, n in ((0, 5), (1, 2))]
+    assert float(found) == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
 # ---- DVPO -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from posttrain.decoding.candidate_cache import CandidateCache
 from posttrain.decoding.model_scores import last_token, padded
 from posttrain.decoding.prefixes import Prefix
 from posttrain.engines.base import Completion, OnCompletion, Row, Sampling, ShapingEngine
-from posttrain.models.adapters import active_adapter
 from posttrain.models.attention import sees_all_before
 from posttrain.models.policy import Policy
 
@@ -90,7 +89,8 @@ class NextToken:
             prefixes = [Prefix(tokens=list(tokens), start=0) for tokens in sequences]
             tokens, lengths = padded(prefixes, next(self.policy.parameters()).device)
             hidden = self.policy.hidden_states(tokens, reference=self.without_adapters)[last_token(tokens, lengths)]
-        return self.policy.next_logits(hidden, temperature).log_softmax(-1)
+        logits = self.policy.next_logits(hidden, temperature, reference=self.without_adapters)
+        return logits.log_softmax(-1)
 
 
 class _Backbone:
@@ -114,7 +114,5 @@ class _Backbone:
 
     def __call__(self, **inputs: Any) -> Any:
         decoder: nn.Module = self.policy.base.get_decoder()
-        if not self.policy.has_adapters:
-            return decoder(**inputs)
-        with active_adapter(self.policy.model, None if self.without_adapters else self.policy.adapter):
+        with self.policy.switched(reference=self.without_adapters):
             return decoder(**inputs)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from posttrain.errors import RecipeError
 from posttrain.recipe.sections import LoraSection
 
 POLICY_ADAPTER = "default"
@@ -19,6 +20,9 @@ def with_adapter(model: Any, lora: LoraSection, name: str) -> Any:
     """Adds an adapter in float32, to be trained, and returns the model.
 
     A model without adapters is wrapped for PEFT first.
+
+    Raises:
+        RecipeError: if the targets name no layer, a layer that cannot have an adapter, or a layer with tied weights.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -30,10 +34,14 @@ def with_adapter(model: Any, lora: LoraSection, name: str) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION",
     )
-    if hasattr(model, "peft_config"):
-        add_adapter(model, config, name)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
+    try:
+        if hasattr(model, "peft_config"):
+            add_adapter(model, config, name)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    except ValueError as error:
+        raise RecipeError(f"lora.targets: {targets}: {str(error).strip()}") from error
+    refuse_tied_layers(model)
     for parameter in adapter_parameters(model, name).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -49,10 +57,36 @@ def add_adapter(model: Any, config: Any, name: str) -> None:
         parameter.requires_grad_(True)
 
 
+def refuse_tied_layers(model: nn.Module) -> None:
+    """Checks that no layer with an adapter shares its weights with another layer.
+
+    An adapter changes one of the two layers. Merged into the shared weights, as for an engine or on disk, it would
+    change both: the policy that samples and the one that is saved would not be the one that is trained.
+
+    Raises:
+        RecipeError: if one does; names both layers.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".lora_" not in name:
+            layer = name.removeprefix("base_model.model.").replace(".base_layer.", ".").rpartition(".")[0]
+            names.setdefault(id(parameter), []).append(layer)
+    for adapted in _adapted_layers(model):
+        weight = getattr(adapted.get_base_layer(), "weight", None)
+        tied = names.get(id(weight), [])
+        if len(tied) > 1:
+            raise RecipeError(
+                f"lora.targets: {' and '.join(tied)} are tied: they share one matrix of weights. An adapter on one of "
+                "them would train another policy than the one that is sampled and saved. Name other layers; "
+                "`targets: all-linear` takes every linear layer but the output layer"
+            )
+
+
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The weights of one adapter. The adapter's name is left out of their names."""
-    mark = f".{name}."
-    return {key.replace(mark, "."): p for key, p in model.named_parameters() if ".lora_" in key and mark in key}
+    mark = f".{name}."  # between dots in the name of a linear layer's adapter, at the end in that of an embedding's
+    of_adapters = ((f"{key}.", p) for key, p in model.named_parameters() if ".lora_" in key)
+    return {key.replace(mark, ".").rstrip("."): p for key, p in of_adapters if mark in key}
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -58,6 +58,7 @@ class _Request(NamedTuple):
     entropy: bool
     collision: bool
     reference: Policy | None  # policy whose output layer reads the reference's hidden states; None: no divergence
+    without_adapters: bool  # log-probs, entropies and collisions are of the model without its adapters
 
 
 class Policy(nn.Module):
@@ -128,7 +129,7 @@ class Policy(nn.Module):
         if kl_from is not None:
             with torch.no_grad():
                 hidden.append(kl_from.hidden_states(tokens, reference=True)[:, :-1][chosen])
-        request = _Request(temperature, True, entropy, collision, kl_from)
+        request = _Request(temperature, True, entropy, collision, kl_from, without_adapters)
         statistics = self._statistics(hidden, tokens[:, 1:][chosen], request)
         logp, *optional = (value if value is None else _scatter(value, mask) for value in statistics)
         assert logp is not None
@@ -140,17 +141,27 @@ class Policy(nn.Module):
         Args:
             reference: switch the adapters off.
         """
-        adapter: AbstractContextManager[None] = nullcontext()
-        if self.has_adapters:
-            adapter = active_adapter(self.model, None if reference else self.adapter)
-        with adapter:
+        with self.switched(reference=reference):
             return self.base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
 
-    def next_logits(self, hidden: Float[Tensor, "m H"], temperature: float = 1.0) -> Float[Tensor, "m V"]:
-        """Logits of the token after each hidden state, in float32, at ``temperature``."""
+    def next_logits(
+        self, hidden: Float[Tensor, "m H"], temperature: float = 1.0, *, reference: bool = False
+    ) -> Float[Tensor, "m V"]:
+        """Logits of the token after each hidden state, in float32, at ``temperature``.
+
+        Args:
+            reference: switch the adapter of the output layer off, as in the pass that gave the hidden states.
+        """
         head: Any = self.base.get_output_embeddings()
-        logits = self.logit_map(head(hidden).float())
+        with self.switched(reference=reference):
+            logits = self.logit_map(head(hidden).float())
         return logits if temperature == 1.0 else logits / temperature
+
+    def switched(self, *, reference: bool) -> AbstractContextManager[None]:
+        """Switches to the policy's adapter for the block, in every layer and the head; or to none, as a reference."""
+        if not self.has_adapters:
+            return nullcontext()
+        return active_adapter(self.model, None if reference else self.adapter)
 
     @property
     def logit_map(self) -> LogitMap:
@@ -195,7 +206,7 @@ class Policy(nn.Module):
         self, request: _Request, target: Int[Tensor, " m"], hidden: Float[Tensor, "m H"], *reference_hidden: Tensor
     ) -> list[Any]:
         """Log-probs, entropies, divergences and collisions of some positions: each ``[m]``, or None."""
-        logits = self.next_logits(hidden, request.temperature)
+        logits = self.next_logits(hidden, request.temperature, reference=request.without_adapters)
         logp = entropy = collision = divergence = None
         if request.logp:
             logp = -nn.functional.cross_entropy(logits, target, reduction="none")
@@ -205,7 +216,9 @@ class Policy(nn.Module):
             collision = (2 * logits.log_softmax(-1)).logsumexp(-1)
         if request.reference is not None:
             with torch.no_grad():
-                logp_ref = request.reference.next_logits(reference_hidden[0], request.temperature).log_softmax(-1)
+                of_reference, temperature = request.reference, request.temperature
+                logits_ref = of_reference.next_logits(reference_hidden[0], temperature, reference=True)
+                logp_ref = logits_ref.log_softmax(-1)
             divergence = (logp_ref.exp() * (logp_ref - logits.log_softmax(-1))).sum(-1)
         return [logp, entropy, divergence, collision]
 

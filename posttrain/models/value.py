@@ -256,7 +256,7 @@ def backed_up(
     chunks = [
         backup(
             value.next_values(value_chunk),
-            policy.next_logits(policy_chunk, temperature).log_softmax(-1),
+            policy.next_logits(policy_chunk, temperature, reference=policy.has_adapters).log_softmax(-1),
             kind=kind,
             beta=1.0 if beta is None else beta,
         )

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
@@ -33,9 +32,9 @@ class AdaptedCopy(Policy):
     Used as a reference, its adapter stays switched on.
     """
 
-    def hidden_states(self, tokens: Int[Tensor, "N L"], *, reference: bool = False) -> Float[Tensor, "N L H"]:
-        """Hidden states before the output layer, always with the snapshot's adapter."""
-        return super().hidden_states(tokens)
+    def switched(self, *, reference: bool) -> AbstractContextManager[None]:
+        """Switches to the snapshot's adapter for the block, in every layer and the head, also for a reference."""
+        return super().switched(reference=False)
 
 
 def weights_of(policy: Policy) -> dict[str, nn.Parameter]:

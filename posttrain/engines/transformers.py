@@ -17,6 +17,7 @@ from posttrain.engines.base import Request, Row, Sampling, Shaper
 from posttrain.engines.cache import growing_cache
 from posttrain.engines.requests import end_of_sequence_ids, stop_ids
 from posttrain.engines.sampling import draw, filters, uniforms
+from posttrain.engines.sampling_check import check_sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.models.attention import kernel_for
@@ -38,6 +39,9 @@ class TransformersEngine(SteppingEngine):
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
         device: device of the model. Default: the current CUDA device, or else the CPU.
+
+    Raises:
+        RecipeError: if the model's family cannot be sampled from in this way.
     """
 
     library = "transformers"  # for model cards
@@ -67,6 +71,7 @@ class TransformersEngine(SteppingEngine):
                 model, dtype=getattr(torch, dtype), attn_implementation=kernel, **source
             )
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        check_sampling(self, self._model, max_model_len)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""

@@ -61,7 +61,7 @@ class VllmEngine(SteppingEngine):
         options: further arguments of ``vllm.LLM``.
 
     Raises:
-        RecipeError: if ``vllm.LLM`` does not have an option, or if the engine sets it.
+        RecipeError: if ``vllm.LLM`` does not have an option, if the engine sets it, or if vLLM cannot start.
     """
 
     library = "vllm"  # for model cards
@@ -176,8 +176,16 @@ def _start(model: str, arguments: dict[str, Any], options: dict[str, Any], *, ca
     _check_options(options)
     processors = [vllm_shaping().ShapingProcessor, *options.get("logits_processors", ())]
     arguments = {**arguments, **device_arguments, **options, "logits_processors": processors}
-    with classes_kept() as twins:
-        llm = LLM(model, distributed_executor_backend=LocalExecutor, **arguments)
+    try:
+        with classes_kept() as twins:
+            llm = LLM(model, distributed_executor_backend=LocalExecutor, **arguments)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {' '.join(lines[:3])}"
+        raise RecipeError(
+            f"engine.use: vllm: vLLM cannot start {model!r}: {reason}. Look at the engine's settings, or set "
+            "engine.use: transformers"
+        ) from error
     use_twins(served_model(llm), twins)
     if current_platform.is_cpu():
         vllm_cpu.check_head_size(llm.llm_engine.model_config.get_head_size())

@@ -152,8 +152,7 @@ def ids_of(tokenizer: Any) -> Callable[[str], list[int]]:
 def loop(run: TrainingRun) -> None:
     """Goes through the steps that the recipe still has, with evaluations, metrics and checkpoints between them."""
     recipe, processes = run.recipe, run.processes
-    load_policy_into_engine(run)
-    check_engine(run)
+    check_engine(run, lambda: load_policy_into_engine(run))
     first = run.step + 1
     with (
         Trackers(

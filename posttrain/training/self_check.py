@@ -7,13 +7,13 @@ a second for a small model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from posttrain.batch import pad
-from posttrain.engines.base import Completion, Engine, Sampling
+from posttrain.engines.base import Completion, Engine, Sampling, WeightMismatch
 from posttrain.errors import RecipeError
 from posttrain.models.policy import Policy
 from posttrain.models.self_check import Rows, check_policy, check_value, random_states_kept, stirred
@@ -55,21 +55,35 @@ def _check_models(learner: Learner) -> None:
         check_value(learner.value, trained=bool(recipe.value_loss), random_modes=drops)
 
 
-def check_engine(run: TrainingRun) -> None:
-    """Compares the log-probs of tokens that the engine samples with the trainer's. Called on all ranks.
+def check_engine(run: TrainingRun, load: Callable[[], None]) -> None:
+    """Loads the policy into the engine and compares log-probs of tokens that it samples. Called on all ranks.
 
-    The engine must hold the policy's weights, and holds them afterwards. Where there is an adapter, which does nothing
-    when it is new, weights with a random one are loaded meanwhile.
+    Where there is an adapter, which does nothing when it is new, weights with a random one are loaded meanwhile.
+
+    Args:
+        load: loads the policy's weights, for the first time in this run.
 
     Raises:
-        RecipeError: if they differ by more than ``engine.max_difference``.
+        RecipeError: if the engine cannot hold the weights or fails, or if log-probs differ by more than
+            ``engine.max_difference``.
     """
-    if run.source.engine is not None:
-        run.processes.together(lambda: _check_engine(run, run.source.engine))
+    engine = run.source.engine
+    if engine is not None:
+        run.processes.together(lambda: _check_engine(run, engine, load))
 
 
-def _check_engine(run: TrainingRun, engine: Engine | None) -> None:
-    assert engine is not None
+def _check_engine(run: TrainingRun, engine: Engine, load: Callable[[], None]) -> None:
+    policy = run.learner.policy
+    try:
+        load()
+        measured = _differences(run, engine)
+    except WeightMismatch as error:
+        raise RecipeError(f"engine: {type(policy.base).__name__}: its weights cannot be loaded: {error}") from error
+    _judge(run.recipe, policy, measured, "a short batch before the first step")
+
+
+def _differences(run: TrainingRun, engine: Engine) -> float:
+    """The largest of :func:`sampled_difference`, with the policy's own adapter and with a random one."""
     policy = run.learner.policy
     with run.learner.other_policies.one_step_ahead():
         measured = sampled_difference(policy, engine, run)
@@ -78,7 +92,7 @@ def _check_engine(run: TrainingRun, engine: Engine | None) -> None:
                 engine.load(policy.weights(), version=run.step)
                 measured = max(measured, sampled_difference(policy, engine, run))
             engine.load(policy.weights(), version=run.step)
-    _judge(run.recipe, policy, measured, "a short batch before the first step")
+    return measured
 
 
 @torch.no_grad()

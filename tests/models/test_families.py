@@ -8,8 +8,10 @@ from tiny_families import FAMILIES, save_tiny, tiny_language_model
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import RecipeError
+from posttrain.models.attention import kernel_for
 from posttrain.models.logit_map import LogitMap, logit_map
 from posttrain.models.policy import Policy, build_policy
+from posttrain.models.self_check import check_policy
 from posttrain.recipe.sections import PolicySection
 
 REFUSED = {
@@ -42,6 +44,8 @@ def own_logps(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in REFUSED])
 def test_log_probs_are_those_of_the_models_own_forward_pass(family):
     model = tiny_language_model(family)
+    model.set_attn_implementation(kernel_for(model.config, model.config._attn_implementation))
+    check_policy(Policy(model), trained=False)
     tokens, mask = tokens_and_mask()
     with torch.no_grad():
         logp, entropy = Policy(model)(tokens, mask, entropy=True)

@@ -49,7 +49,7 @@ def test_an_adapter_that_does_not_reach_the_engine_stops_the_run(tmp_path, tiny_
 
 
 def test_the_completions_of_the_first_step_are_compared_too(tmp_path, tiny_model_folder, monkeypatch):
-    monkeypatch.setattr(loop, "check_engine", lambda run: None)
+    monkeypatch.setattr(loop, "check_engine", lambda run, load: load())
     monkeypatch.setattr(self_check, "EXACT", 1e-12)
     with pytest.raises(RecipeError, match="on the completions of the first step"):
         start(tmp_path, tiny_model_folder)

@@ -1,8 +1,8 @@
 """Keeps the model classes of Transformers as they are, which vLLM changes for families that it has no own code for.
 
 Such families run through vLLM's Transformers backend. It decorates the class of the layers in place: the constructor
-asks for vLLM's configuration, and calls look for attributes that only vLLM's model has. The trainer uses the same class,
-for its model before the engine starts and for the model that it saves.
+asks for vLLM's configuration, and calls look for attributes that only vLLM's model has. The trainer uses the same
+class, for its model before the engine starts and for the model that it saves.
 """
 
 from __future__ import annotations

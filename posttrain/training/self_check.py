@@ -78,7 +78,9 @@ def _check_engine(run: TrainingRun, engine: Engine, load: Callable[[], None]) ->
         load()
         measured = _differences(run, engine)
     except WeightMismatch as error:
-        raise RecipeError(f"engine: {type(policy.base).__name__}: its weights cannot be loaded: {error}") from error
+        remedy = "" if "engine.use" in str(error) else "; set engine.use: transformers"
+        family = type(policy.base).__name__
+        raise RecipeError(f"engine: {family}: its weights cannot be loaded: {error}{remedy}") from error
     _judge(run.recipe, policy, measured, "a short batch before the first step")
 
 

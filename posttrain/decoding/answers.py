@@ -12,7 +12,8 @@ from posttrain.data.steps import Decode
 from posttrain.decoding.particles import Particle, highest, most_voted, softmax
 from posttrain.engines.choice import Chooser
 from posttrain.option_types import Inner
-from posttrain.verify.mathematics import marked_answer, read_number, said_answer, tidy
+from posttrain.verify.final_answer import final_answer
+from posttrain.verify.numbers import read_number, tidy
 
 Answer = Annotated[Callable[[str], Hashable], Inner("posttrain.decoding.answers", ("text",))]
 """Reads the answer in a completion; ``None`` if there is none."""
@@ -36,12 +37,11 @@ def weighted(particles: Sequence[Particle], choose: Chooser, decode: Decode) -> 
 
 def mathematics(text: str) -> Hashable:
     r"""Reads the answer that a completion marks (``\boxed{}``, ``####``, "answer is"); numbers become numbers."""
-    marked = marked_answer(text)
-    answer = said_answer(text) if marked is None else marked
+    answer = final_answer(text)
     if answer is None or not (plain := tidy(answer)):
         return None
     number = read_number(plain)
-    return plain if number is None else number[0]
+    return plain if number is None else number.value
 
 
 def whole_text(text: str) -> Hashable:

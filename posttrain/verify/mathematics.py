@@ -1,161 +1,113 @@
 r"""The ``math`` verifier, which compares the final answer of a completion with the gold answer.
 
-Numbers are compared exactly with fractions in microseconds; everything else goes to math-verify, which reads LaTeX into
-sympy (tens of milliseconds). Where both give a verdict they agree, but for four cases decided otherwise on purpose:
-
-* ``5.`` is 5: math-verify cannot read the sentence's full stop;
-* ``50%`` is 50, 50.0 and 0.5: math-verify accepts 50 and 0.5, but not 50.0;
-* ``3 dollars`` or ``3 apples`` is 3: math-verify drops known units and multiplies the letters of other words;
-* words are compared as words: to math-verify ``Paris`` is the product a*i*p*r*s, and so is ``pairs``.
+Numbers, words, dates and times are compared here, exactly and in microseconds. Sets, intervals, matrices and
+expressions go to math-verify, which reads LaTeX into sympy (tens of milliseconds). ``docs/math.md`` says what counts.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from fractions import Fraction
-
-FINAL_MARK = "####"  # GSM8K, Cobbe et al. 2021, arXiv:2110.14168
-LONGEST_ANSWER = 1000  # characters; a longer text is no final answer, and neither regular expressions nor sympy read it
-
-_ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*:?\s*([^\n]{1,200})", re.IGNORECASE)
-_INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
-_NUMBER = re.compile(rf"[-+]?(?:(?:{_INTEGER})?(\.\d+)|(?:{_INTEGER}))")
-_FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|\\[dt]?frac(\d)(\d)|(\d+)/(\d+))")
-_FACTORS = (
-    "hundred|thousand|million|billion|trillion|dozen|half|sqrt|sin|cos|tan|log|exp|mod|choose|times|plus|minus|and"
-)
-_UNIT = re.compile(
-    rf"(?<=\d) ?(?:cm|mm|km|kg|mg|ml|(?!(?:{_FACTORS})\b)(?<= )[A-Za-z]{{3,20}})(?: [A-Za-z]{{2,20}}){{0,2}}"
-)
-_PERCENT = re.compile(r"\s*(?:\\?%|percent\b)", re.IGNORECASE)
-_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+from posttrain.verify.final_answer import LONGEST_ANSWER, final_answer, first_clause, gold_answer, without_thoughts
+from posttrain.verify.numbers import Number, read_number, same_number, tidy
+from posttrain.verify.question import more_to_work_out, prose_in, stands_in, words_of
+from posttrain.verify.symbolic import equal_expressions, too_large
+from posttrain.verify.unmarked import last_formula, last_number, number_after_words
+from posttrain.verify.wording import same_wording
 
 
-def math(completion: str, *, answer: str | int | float) -> float:
+def math(
+    completion: str, *, answer: str | int | float, marked: bool = False, prompt_text: str = "", finish: str = ""
+) -> float:
     r"""1 if the completion's final answer equals ``answer``, else 0.
 
-    The final answer is the last ``\boxed{}``, else what follows the last ``####``, else what follows "answer is" or
-    "answer:", else whatever expression math-verify finds last. Text up to the last ``</think>`` is left out. ``answer``
-    may be a worked solution that marks its answer in one of the first two ways.
+    The final answer is what ``<answer>...</answer>``, ``\boxed{}``, ``####`` or "the answer is" marks, else the last
+    number or formula of the text, unless that is cut off. Where ``answer`` is a number, a number counts and nothing
+    that is still to be worked out does. An answer that repeats the question in another form than the gold's counts
+    as wrong. ``docs/math.md`` has the rules.
+
+    Args:
+        answer: the gold answer, or a worked solution that marks it by ``####`` or ``\boxed{}``.
+        marked: only a marked answer counts.
+        prompt_text: the prompt as the model read it; the pool passes it.
+        finish: ``length`` for a completion that was cut off; the pool passes it.
+
+    Raises:
+        ValueError: if ``answer`` is none: empty, not a number (NaN), infinite, or neither text nor a number.
     """
-    verdict = math_quick(completion, answer=answer)
-    return _symbolic(completion, gold_answer(answer)) if verdict is None else verdict
+    verdict = math_quick(completion, answer=answer, marked=marked, prompt_text=prompt_text, finish=finish)
+    if verdict is not None:
+        return verdict
+    final = final_answer(completion, truncated=finish == "length")
+    written = last_formula(without_thoughts(completion)) if final is None else final
+    return float(equal_expressions(gold_text(answer), tidy(written)))
 
 
-def math_quick(completion: str, *, answer: str | int | float) -> float | None:
-    """Fast version of :func:`math` for numbers and words, without sympy; ``None`` if they do not decide."""
-    marked = marked_answer(completion)
-    final = said_answer(completion) if marked is None else marked
-    if final is None:
-        return None
+def math_quick(
+    completion: str, *, answer: str | int | float, marked: bool = False, prompt_text: str = "", finish: str = ""
+) -> float | None:
+    """Fast version of :func:`math`, in milliseconds whatever the text; ``None`` if only sympy can decide."""
+    gold = gold_text(answer)
+    final = final_answer(completion, truncated=finish == "length")
+    if final is not None:
+        return _verdict(final, gold, prompt_text)
+    if marked or finish == "length":
+        return 0.0
+    text = without_thoughts(completion)
+    gold_number = read_number(gold)
+    if gold_number is None:
+        return _verdict(last_formula(text), gold, prompt_text)
+    last = last_number(text, prompt_text)
+    return float(last is not None and _meets(last, gold_number, prompt_text))
+
+
+def gold_text(answer: str | int | float) -> str:
+    """The gold answer in the form in which answers are compared.
+
+    Raises:
+        ValueError: if it is empty, not finite, or neither text nor a number.
+    """
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and abs(answer) < float("inf")
+    gold = tidy(gold_answer(answer)) if number or isinstance(answer, str) else ""
+    if not gold:
+        raise ValueError(f"answer is {answer!r:.80}; it must be text that is not empty, or a finite number")
+    return gold
+
+
+def _verdict(final: str, gold: str, prompt: str) -> float | None:
+    """Compares the text of a final answer with a gold answer; ``None`` if only sympy can decide."""
     if len(final) > LONGEST_ANSWER:
         return 0.0
-    left, right = tidy(final), tidy(gold_answer(answer))
-    if left == right and left:
-        return 1.0
-    if not left:
+    written = tidy(final)
+    if not written or written == gold:
+        return float(written == gold)
+    if (gold_number := read_number(gold)) is not None:
+        number = _number(written, final, prompt)
+        return float(number is not None and _meets(number, gold_number, prompt))
+    if (verdict := same_wording(written, tidy(first_clause(final)), gold)) is not None:
+        return float(verdict)
+    if too_large(written) or prose_in(written, gold) or stands_in(written, prompt) or more_to_work_out(written, gold):
         return 0.0
-    if _WORDS.fullmatch(right):
-        return float(left.casefold() == right.casefold())
-    number, gold = read_number(left), read_number(right)
-    return None if number is None or gold is None else float(same_number(number, gold))
-
-
-def marked_answer(completion: str) -> str | None:
-    r"""The content of the last ``\boxed{}``, else the text after the last ``####``; ``None`` without either."""
-    text = _after_thinking(completion)
-    boxed = last_boxed(text)
-    if boxed is None and FINAL_MARK in text:
-        return text.rpartition(FINAL_MARK)[2].strip().partition("\n")[0]
-    return boxed
-
-
-def said_answer(completion: str) -> str | None:
-    """The rest of the line after the last "answer is" or "answer:"; ``None`` without one."""
-    said = _ANSWER_IS.findall(_after_thinking(completion))
-    return said[-1].strip() if said else None
-
-
-def gold_answer(answer: str | int | float) -> str:
-    r"""The gold answer, also if the column holds a worked solution that ends in ``#### 72`` or ``\boxed{72}``."""
-    text = str(answer).strip()
-    if FINAL_MARK in text:
-        return text.rpartition(FINAL_MARK)[2].strip()
-    boxed = last_boxed(text)
-    return text if boxed is None else boxed
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` with balanced braces; ``None`` if there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin:end].strip()
     return None
 
 
-def tidy(text: str) -> str:
-    """The text without delimiters, currency, emphasis and final full stop, with spaces and minus signs in one form."""
-    text = text.strip().replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", " ")
-    for mark in ("\\$", "$", "\\(", "\\)", "**"):
-        text = text.replace(mark, "")
-    text = _PERCENT.sub("%", _TEXT.sub(r"\1", text))
-    return text.strip().rstrip(".").rstrip()
+def _number(written: str, final: str, prompt: str) -> Number | None:
+    """The number that an answer is, perhaps with a unit, a reason or the beginning of a sentence around it."""
+    clause = tidy(first_clause(final))
+    texts = dict.fromkeys((written, clause))
+    for known in ((), words_of(prompt)):
+        for text in texts:
+            if (number := read_number(text, known=known)) is not None:
+                return number
+        if (number := number_after_words(clause, known)) is not None:
+            return number
+    return None
 
 
-Number = tuple[Fraction, str]
-"""A value and how it was written: integer, decimal, fraction or percent."""
-
-
-def read_number(text: str) -> Number | None:
-    """Reads a tidy text as a number, without its unit; ``None`` if it is not one number."""
-    bare = _UNIT.sub("", text)
-    percent = bare.endswith("%")
-    bare = bare.removesuffix("%").replace("- ", "-").strip()
-    if match := _NUMBER.fullmatch(bare):
-        value, kind = Fraction(bare.replace(",", "")), "decimal" if match[1] else "integer"
-    elif match := _FRACTION.fullmatch(bare):
-        top, bottom = (int(part) for part in match.groups()[1:] if part is not None)
-        if bottom == 0:
-            return None
-        value, kind = Fraction(-top if match[1] == "-" else top, bottom), "fraction"
-    else:
-        return None
-    return value, "percent" if percent else kind
-
-
-def same_number(left: Number, right: Number) -> bool:
-    """True if two numbers are equal: to six decimals if one is written as a decimal, as in math-verify."""
-    (a, a_kind), (b, b_kind) = left, right
-    if (a_kind == "percent") != (b_kind == "percent"):
-        a, b = (a, b) if a_kind == "percent" else (b, a)
-        return a == b or round(a / 100, 6) == round(b, 6)
-    if "decimal" in (a_kind, b_kind) and "integer" not in (a_kind, b_kind):
-        return round(a, 6) == round(b, 6)
-    return a == b
-
-
-def _symbolic(completion: str, gold: str) -> float:
-    # math-verify limits time with signals, which cannot stop sympy's C code; the pool's limit kills the process.
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # at every start it warns that the limit is missing
-    marked = marked_answer(completion)
-    text = _after_thinking(completion) if marked is None else _as_boxed(marked)
-    expected = parse(_as_boxed(gold), parsing_timeout=0)
-    return float(verify(expected, parse(text, parsing_timeout=0), timeout_seconds=0))
-
-
-def _as_boxed(text: str) -> str:
-    return text if "$" in text else f"\\boxed{{{text}}}"
-
-
-def _after_thinking(completion: str) -> str:
-    return completion.rpartition("</think>")[2]
+def _meets(number: Number, gold: Number, prompt: str) -> bool:
+    """True if a number is the gold number, worked out, and not the question repeated in another form."""
+    if not same_number(number, gold):
+        return False
+    if number.same_form(gold):
+        return True
+    if number.kind == "fraction" and gold.kind in ("integer", "decimal", "scientific") and gold.value.denominator == 1:
+        return False  # 144/2 is still to be divided
+    return not stands_in(number.text, prompt)

@@ -97,7 +97,7 @@ def label(recipe: LabelRecipe) -> Path:
     decode = text_of(tokenizer)
     with Processes(dtype=recipe.policy.dtype) as processes:
         share = share_of(processes)
-        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, share.longest_prompt)) as engine:
+        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, tokenizer, share.longest_prompt)) as engine:
             source = CompletionSource(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
             batch = share.complete(source)
             sampling = Sampling.of(recipe.sampling)
@@ -134,11 +134,11 @@ def _stored(recipe: LabelRecipe, path: str, tokenizer: Any) -> Callable[[Process
     return share
 
 
-def _engine(recipe: LabelRecipe, longest_prompt: int) -> Engine:
+def _engine(recipe: LabelRecipe, tokenizer: Any, longest_prompt: int) -> Engine:
     """Builds the policy's engine, with room for the excess of a branch over its own limit (see ``branch_scores``)."""
     most = recipe.sampling.max_tokens
     budget = LengthBudget(longest_prompt, most, branches=math.ceil(most / BUCKETS))
-    return policy_engine(recipe.policy, recipe.engine, [budget], seed=recipe.seed)
+    return policy_engine(recipe.policy, recipe.engine, [budget], tokenizer=tokenizer, seed=recipe.seed)
 
 
 def label_summary(completions: int, rows: Sequence[Mapping[str, Any]]) -> str:

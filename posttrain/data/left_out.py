@@ -1,4 +1,4 @@
-"""An account of the rows of a dataset that are left out or cut, with the reasons."""
+"""An account of the rows of a dataset that are left out, cut, or taken as they are written, with the reasons."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+Treatment = Literal["left out", "cut", "as written"]
 FIRST = 5  # number of rows that are named
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Rows that are left out or cut for the same reason."""
+    """Rows that are left out, cut, or taken as they are written, for the same reason."""
 
-    what: Literal["left out", "cut"]
+    what: Treatment
     reason: str  # such as "more than 2048 tokens (`max_tokens`)"
     count: int
     first: tuple[str, ...]  # places of the first few, such as ``pairs.jsonl:7``
@@ -25,7 +26,7 @@ class LeftOut:
 
 
 def left_out(
-    reason: str, rows: Iterable[int], place: Callable[[int], str], what: Literal["left out", "cut"] = "left out"
+    reason: str, rows: Iterable[int], place: Callable[[int], str], what: Treatment = "left out"
 ) -> tuple[LeftOut, ...]:
     """Makes the entry of these rows, as a tuple that is empty if there are no rows."""
     numbers = sorted(set(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.problems import shown
@@ -46,5 +47,32 @@ def message_problem(message: Any, position: int) -> str | None:
     if role in ("system", "developer") and position:
         return f"has the role {role!r}, which only the first message may have"
     if content is not None and not isinstance(content, str | list):
-        return f"has the content {shown(content)}; it should be text"
-    return None
+        return f"has the content {shown(content)}; it should be text, or a list of text parts"
+    for part in content if isinstance(content, list) else ():
+        if problem := part_problem(part):
+            return f"has a content that {problem}"
+    return _weight_problem(message)
+
+
+def part_problem(part: Any) -> str | None:
+    """Returns what is wrong with a part of a message's content, as the end of "a content that ..."; None if nothing is.
+
+    Only parts such as ``{"type": "text", "text": "Hello"}`` can be read.
+    """
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return f'holds {shown(part)}; each part should be an object such as {{"type": "text", "text": "Hello"}}'
+    if part["type"] != "text":
+        return f"holds a part of type {part['type']!r}; the policy reads text alone"
+    if not isinstance(part.get("text"), str):
+        return f"holds a text part without its text: {shown(part)}"
+    extra = [key for key, value in part.items() if key not in ("type", "text") and value is not None]
+    return f"holds a text part with {extra[0]!r}, which nothing reads" if extra else None
+
+
+def _weight_problem(message: Mapping[str, Any]) -> str | None:
+    """Checks ``weight``: 1 says that an assistant's message is learned, as without it, and 0 that it is not."""
+    weight = message.get("weight")
+    if weight is None or weight in (0, 1):
+        asks = bool(weight) and message["role"] != "assistant"
+        return "has a weight of 1, but only the assistant's messages are learned" if asks else None
+    return f"has the weight {shown(weight)}; it is 1 (learned) or 0 (not learned)"

@@ -9,7 +9,7 @@ import json
 import traceback
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from posttrain.data.arrow import to_table
 from posttrain.data.problems import Problems, kind_of, shown
+from posttrain.data.raw_rows import RawRows
 from posttrain.errors import DataError
 from posttrain.recipe import sections
 from posttrain.recipe.resolve import resolve, specify
 from posttrain.recipe.yaml_reader import suggestion
-
-
-@dataclass(frozen=True)
-class RawRows:
-    """Rows as they were read, with the names by which messages refer to them."""
-
-    rows: datasets.Dataset
-    place: Callable[[int], str]  # name of a row, such as ``problems.jsonl:7``
-    name: str  # name of the dataset
 
 
 def read(data: sections.DataSection, base: Path | None) -> RawRows:
@@ -46,7 +37,7 @@ def read(data: sections.DataSection, base: Path | None) -> RawRows:
     """
     source = read_generator(data, base) if ".py:" in data.path else _read_stored(data, base)
     if data.limit is not None and data.limit < len(source.rows):
-        return RawRows(source.rows.select(range(data.limit)), source.place, source.name)
+        return replace(source, rows=source.rows.select(range(data.limit)))
     return source
 
 
@@ -277,11 +268,11 @@ def read_generator(data: sections.DataSection, base: Path | None) -> RawRows:
 def _collect(
     name: str | Path, rows: Callable[[], Iterable[dict[str, Any]]], place: Callable[[int], str], problems: Problems
 ) -> RawRows:
-    table = to_table(rows, place)
+    source = RawRows.of(rows, place, str(name))
     problems.raise_if_any()
-    if not len(table):
+    if not len(source):
         raise DataError(f"{name}: no rows")
-    return RawRows(datasets.Dataset(table), place, str(name))
+    return source
 
 
 def _named(rows: Any, name: str) -> RawRows:

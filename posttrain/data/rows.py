@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
-import jinja2
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
 
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.problems import Problems
 from posttrain.data.prompts import prompt_problem
-from posttrain.data.read import RawRows, read
+from posttrain.data.raw_rows import RawRows
+from posttrain.data.read import read
+from posttrain.data.template_columns import TEMPLATE_COLUMNS, check_template_columns, template_arguments
 from posttrain.errors import DataError
+from posttrain.models.chat_template import REFUSALS, refusal, render
+from posttrain.models.token_ids import PromptIds, prompt_ids, tokens_before
 from posttrain.recipe import sections
 from posttrain.recipe.yaml_reader import suggestion
-
-BATCH = 1000  # number of rows that are rendered and tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rows:
     dropped: tuple[LeftOut, ...]  # account of the prompts longer than ``max_prompt_tokens``
     longest_prompt: int  # tokens of the longest prompt
     source: RawRows
-    _rows: datasets.Dataset
+    template: Mapping[str, Any]  # arguments of the chat template for all rows
     _tokens: pa.ChunkedArray  # list<int32>
     _numbers: np.ndarray  # number of each row in the source
     _to_prompt: Callable[[Any], Any]
@@ -46,8 +46,12 @@ class Rows:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[int(self._numbers[index])]
+        row = self.source[int(self._numbers[index])]
         return {**row, "prompt": self._to_prompt(row["prompt"])}
+
+    def template_arguments(self, index: int) -> dict[str, Any]:
+        """Arguments of the chat template for a row: those of all rows, then those of its own columns."""
+        return template_arguments(self.source[int(self._numbers[index])], self.template)
 
     def prompt_tokens(self, index: int) -> list[int]:
         """Token ids of a row's prompt, the template's generation prompt included."""
@@ -59,7 +63,7 @@ class Rows:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of the dataset as it is stored, in the order of the rows."""
-        return _arrow_column(self._rows, name).take(pa.array(self._numbers))
+        return _arrow_column(self.source.rows, name).take(pa.array(self._numbers))
 
 
 def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -73,7 +77,7 @@ def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer
     Raises:
         DataError: if rows are wrong; the message names the file, row and column of each.
     """
-    return tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
+    return tokenise_rows(read_columns(data, base), data, tokenizer)
 
 
 def tokenise_rows(source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -83,24 +87,42 @@ def tokenise_rows(source: RawRows, data: sections.DataSection, tokenizer: PreTra
         DataError: if rows are wrong; the message names the file, row and column of each.
     """
     _require_prompt(source)
+    check_template_columns(source)
     _check_prompts(source)
     to_prompt = _prompt_maker(source, data, tokenizer)
-    tokens, lengths = _tokenise(source, data, tokenizer, to_prompt)
+    tokens, lengths, begun = _tokenise(source, data, tokenizer, to_prompt)
     numbers = _short_enough(lengths, data.max_prompt_tokens, source)
+    before = tokenizer.decode(tokens_before(tokenizer))
+    once = f"the prompt begins with {before!r} itself, which is not put before it again"
     return Rows(
         columns=tuple(source.rows.column_names),
         dropped=left_out(
             f"a prompt of more than {data.max_prompt_tokens} tokens (`max_prompt_tokens`)",
             np.setdiff1d(np.arange(len(lengths)), numbers).tolist(),
             source.place,
-        ),
+        )
+        + left_out(once, begun, source.place, "as written"),
         longest_prompt=int(lengths[numbers].max()),
         source=source,
-        _rows=source.rows,
+        template=data.template,
         _tokens=tokens,
         _numbers=numbers,
         _to_prompt=to_prompt,
     )
+
+
+def read_columns(data: sections.DataSection, base: Path | None) -> RawRows:
+    """Reads the rows of a dataset, with copies of columns, and without those that are to be ignored.
+
+    Raises:
+        DataError: if the rows cannot be read, or if there is no such column.
+    """
+    source = with_columns(read(data, base), data.columns)
+    absent = [name for name in data.ignore if name not in source.rows.column_names]
+    if absent:
+        hint = suggestion(absent[0], source.rows.column_names)
+        raise DataError(f"{source.name}: no column {absent[0]!r} to leave unread (`ignore`); {hint}")
+    return replace(source, rows=source.rows.remove_columns(list(data.ignore))) if data.ignore else source
 
 
 def with_columns(source: RawRows, copies: Mapping[str, str]) -> RawRows:
@@ -120,7 +142,8 @@ def with_columns(source: RawRows, copies: Mapping[str, str]) -> RawRows:
     for new, old in copies.items():
         if new != old:
             rows = rows.add_column(new, _arrow_column(rows, old))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return RawRows(rows, source.place, source.name)
+    objects = source.objects | {new for new, old in copies.items() if old in source.objects}
+    return replace(source, rows=rows, objects=objects)
 
 
 def _require_prompt(source: RawRows) -> None:
@@ -135,16 +158,11 @@ def _arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return rows.select_columns(name).with_format("arrow")[:][name]  # pyright: ignore[reportReturnType]
 
 
-def _batches(source: RawRows) -> Iterator[list[Any]]:
-    for batch in source.rows.select_columns("prompt").iter(BATCH):
-        yield batch["prompt"]  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-
 def _check_prompts(source: RawRows) -> None:
     problems, number = Problems(), 0
-    for prompts in _batches(source):
-        for prompt in prompts:
-            problem = prompt_problem(prompt)
+    for rows in source.batches(["prompt"]):
+        for row in rows:
+            problem = prompt_problem(row["prompt"])
             if problem:
                 problems.add(source.place(number), f"column 'prompt' {problem}")
             number += 1
@@ -155,7 +173,7 @@ def _prompt_maker(
     source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Any], Any]:
     """Returns a function from a stored prompt to the plain text or the messages that the policy gets."""
-    plain = isinstance(source.rows[0]["prompt"], str)
+    plain = isinstance(source[0]["prompt"], str)
     template = tokenizer.chat_template is not None
     chat = not plain or data.system is not None or (template if data.chat is None else data.chat)
     if chat and not template:
@@ -169,7 +187,7 @@ def _prompt_maker(
         return str
 
     def messages(prompt: Any) -> list[dict[str, Any]]:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [without_nulls(m) for m in prompt]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if data.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": data.system})
         return turns
@@ -177,37 +195,45 @@ def _prompt_maker(
     return messages
 
 
-def without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without nulls, which Arrow fills in for keys that only other messages have."""
-    return {key: value for key, value in message.items() if value is not None}
+class Tokenised(NamedTuple):
+    """Prompts as token ids."""
+
+    tokens: pa.ChunkedArray  # list<int32>
+    lengths: np.ndarray  # number of tokens of each prompt
+    begun: list[int]  # rows that have the tokens themselves which the tokenizer puts before every text
 
 
 def _tokenise(
     source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, to_prompt: Callable[[Any], Any]
-) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Tokenises the prompts; returns their token ids, and the number of tokens of each."""
-    problems, chunks, lengths, number = Problems(), [], [], 0
-    for prompts in _batches(source):
+) -> Tokenised:
+    problems, chunks, lengths, begun, number = Problems(), [], [], [], 0
+    names = ["prompt", *(name for name in TEMPLATE_COLUMNS if name in source.rows.column_names)]
+    for rows in source.batches(names):
         texts = []
-        for prompt in map(to_prompt, prompts):
+        for row in rows:
             try:
-                texts.append(_render(prompt, tokenizer, data.template))
-            except (jinja2.TemplateError, TypeError, ValueError) as error:
-                problems.add(source.place(number), f"column 'prompt': the chat template rejects it: {error}")
+                texts.append(_text(to_prompt(row["prompt"]), tokenizer, template_arguments(row, data.template)))
+            except REFUSALS as error:
+                problems.add(source.place(number), f"column 'prompt': {refusal(error)}")
             number += 1
-        # A chat template writes the special tokens itself; a plain prompt gets the tokenizer's, such as one BOS.
-        plain = to_prompt is str
-        encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"] if texts else []
-        chunks.append(pa.array(encoded, type=pa.list_(pa.int32())))
-        lengths += map(len, encoded)
-    problems.raise_if_any()
-    return pa.chunked_array(chunks), np.array(lengths)
+        problems.raise_if_any()
+        encoded = _token_ids(texts, tokenizer, plain=to_prompt is str)
+        begun += [number - len(texts) + i for i, prompt in enumerate(encoded) if prompt.begun]
+        chunks.append(pa.array([prompt.ids for prompt in encoded], type=pa.list_(pa.int32())))
+        lengths += (len(prompt.ids) for prompt in encoded)
+    return Tokenised(pa.chunked_array(chunks), np.array(lengths), begun)
 
 
-def _render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return apply_chat_template({"prompt": prompt}, tokenizer, **template)["prompt"]
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> list[PromptIds]:
+    """Tokenises prompts. A chat template writes special tokens itself; a plain prompt gets the tokenizer's."""
+    if plain or not texts:
+        return prompt_ids(texts, tokenizer)
+    encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    return [PromptIds(ids, begun=False) for ids in encoded["input_ids"]]
+
+
+def _text(prompt: Any, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    return prompt if isinstance(prompt, str) else render(prompt, tokenizer, arguments, generate=True)
 
 
 def _short_enough(lengths: np.ndarray, longest: int | None, source: RawRows) -> np.ndarray:

@@ -7,6 +7,7 @@ from verify, models, parts, recipe, system and the modules to their left.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.engines.base import Engine
@@ -23,6 +24,7 @@ def make_engine(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    ends: Sequence[int] | None = None,
 ) -> Engine:
     """Makes the engine that ``options`` ask for, with the weights of ``model``.
 
@@ -34,6 +36,7 @@ def make_engine(
         seed: seed of the random seeds for calls of ``generate`` without seeds.
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
+        ends: tokens that end a completion. Default: those of the model's configuration.
 
     Raises:
         RecipeError: if vLLM is asked for but not installed, or if an option is unknown to the engine.
@@ -53,6 +56,7 @@ def make_engine(
             seed=seed,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            ends=ends,
             options=options.options,
         )
     if options.options:
@@ -70,6 +74,7 @@ def make_engine(
         seed=seed,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        ends=ends,
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import UserError
+from posttrain.models.ends import stop_tokens
 from posttrain.models.load import context_length
 from posttrain.recipe import sections
 
@@ -36,9 +39,17 @@ class LengthBudget(NamedTuple):
 
 
 def policy_engine(
-    policy: sections.PolicySection, engine: sections.EngineSection, needed: Sequence[LengthBudget], *, seed: int
+    policy: sections.PolicySection,
+    engine: sections.EngineSection,
+    needed: Sequence[LengthBudget],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
 ) -> Engine:
     """Makes the engine of a policy, as long as ``engine.max_model_len`` says or the largest budget needs.
+
+    Args:
+        tokenizer: the policy's, which names ends of a turn beside the model.
 
     Raises:
         UserError: if the largest budget exceeds ``engine.max_model_len`` or the model's positions.
@@ -51,13 +62,20 @@ def policy_engine(
                 f"{largest} need {largest.positions} positions; {name} has {positions}. Lower {largest.setting} or set "
                 "data.max_prompt_tokens."
             )
-    return engine_of_length(policy, engine, length, seed=seed)
+    return engine_of_length(policy, engine, length, tokenizer=tokenizer, seed=seed)
 
 
 def engine_of_length(
-    policy: sections.PolicySection, engine: sections.EngineSection, length: int, *, seed: int
+    policy: sections.PolicySection,
+    engine: sections.EngineSection,
+    length: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
 ) -> Engine:
     """Makes the engine of a policy for prompts and completions of at most ``length`` tokens together.
+
+    It stops at the ends of a turn that the recipe, or else the chat template, the tokenizer or the model names.
 
     Raises:
         UserError: if the model has fewer positions.
@@ -73,4 +91,5 @@ def engine_of_length(
         seed=seed,
         revision=policy.revision,
         trust_remote_code=policy.trust_remote_code,
+        ends=stop_tokens(policy, tokenizer),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from posttrain.engines.base import Sampling, Shaper
 
@@ -32,21 +31,3 @@ def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
 def stop_ids(sampling: Sampling, eos: Sequence[int]) -> tuple[int, ...]:
     """Returns the tokens that end a completion."""
     return sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *eos)
-
-
-def end_of_sequence_ids(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[int, ...]:
-    """The model's own end-of-sequence tokens, from its generation configuration or else from its configuration."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        ids = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
-    except OSError:  # the model has no generation_config.json
-        ids = None
-    if ids is None:
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        ids = config.get_text_config(decoder=True).eos_token_id
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)

@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from posttrain.batch import Finish
 from posttrain.engines.base import Request, Row, Sampling, Shaper
 from posttrain.engines.cache import growing_cache
-from posttrain.engines.requests import end_of_sequence_ids, stop_ids
+from posttrain.engines.requests import stop_ids
 from posttrain.engines.sampling import draw, filters, uniforms
 from posttrain.engines.sampling_check import check_sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.models.attention import kernel_for
+from posttrain.models.ends import end_of_sequence_ids
 
 KEEP_WIDTH = 7 / 8  # ended rows are removed when at most this share of the rows is still running
 
@@ -38,6 +39,7 @@ class TransformersEngine(SteppingEngine):
         seed: seed of the random seeds for calls of ``generate`` without seeds.
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
+        ends: tokens that end a completion. Default: those of the model's configuration.
         device: device of the model. Default: the current CUDA device, or else the CPU.
 
     Raises:
@@ -56,12 +58,13 @@ class TransformersEngine(SteppingEngine):
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        ends: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(max_model_len=max_model_len, seed=seed)
         self._max_concurrent = max_concurrent
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self._eos = end_of_sequence_ids(model, **source)
+        self._eos = end_of_sequence_ids(model, **source) if ends is None else tuple(ends)
         self._waiting: dict[int, Request] = {}
         self._rounds: list[Round] = []  # unfinished rounds, the newest last
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,10 +25,11 @@ from posttrain.batch import Finish
 from posttrain.engines import vllm_cpu
 from posttrain.engines.base import Request, Sampling
 from posttrain.engines.process_group import engine_world
-from posttrain.engines.requests import end_of_sequence_ids, stop_ids
+from posttrain.engines.requests import stop_ids
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.errors import RecipeError
+from posttrain.models.ends import end_of_sequence_ids
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -58,6 +59,7 @@ class VllmEngine(SteppingEngine):
         seed: seed of the random seeds for calls of ``generate`` without seeds.
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run modelling code that comes with the model.
+        ends: tokens that end a completion. Default: those of the model's configuration.
         options: further arguments of ``vllm.LLM``.
 
     Raises:
@@ -78,11 +80,12 @@ class VllmEngine(SteppingEngine):
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        ends: Sequence[int] | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(max_model_len=max_model_len, seed=seed)
         source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self._eos = end_of_sequence_ids(model, **source)
+        self._eos = end_of_sequence_ids(model, **source) if ends is None else tuple(ends)
         arguments: dict[str, Any] = {
             **source,
             "dtype": dtype,

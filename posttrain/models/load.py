@@ -15,6 +15,7 @@ from posttrain.errors import RecipeError, UserError
 from posttrain.models.attention import kernel_for
 from posttrain.models.dropout import keep_rates, switch_off
 from posttrain.models.logit_map import logit_map
+from posttrain.models.ends import set_ends
 from posttrain.recipe.sections import PolicySection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,10 +25,11 @@ UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer.
+    """The policy's tokenizer, whose end-of-sequence token is the first of ``policy.end`` if the recipe sets it.
 
     Raises:
-        RecipeError: if the model cannot be found, or if its tokenizer has no end-of-sequence token to stop at.
+        RecipeError: if the model cannot be found, if its tokenizer has no end-of-sequence token to stop at, or if
+            ``policy.end`` contradicts the tokenizer or its chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -35,8 +37,13 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
         )
     except UNLOADABLE as error:
         raise RecipeError(not_found("policy.model", options.model, error)) from error
+    if options.end is not None:
+        set_ends(tokenizer, options.end)
     if tokenizer.eos_token_id is None:
-        raise RecipeError(f"policy.model: the tokenizer of {options.model} has no end-of-sequence token to stop at")
+        raise RecipeError(
+            f"policy.model: the tokenizer of {options.model} has no end-of-sequence token to stop at; name one in "
+            "`policy.end`"
+        )
     return tokenizer
 
 

@@ -26,6 +26,9 @@ class PolicySection:
 
     model: str
     """Hub name or local folder of a causal language model in the Hugging Face format."""
+    end: str | int | tuple[str | int, ...] | None = None
+    """Token that ends a completion, or several, as text or ids: sampling stops at each, and the first is taught after
+    plain texts. Default: those that the chat template, the tokenizer and the model name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward pass. Weights and optimiser states of trained parameters are kept in float32."""
     lora: LoraSection | None = None
@@ -158,6 +161,8 @@ class DataSection:
     split: str = "train"
     columns: dict[str, str] = Field(default_factory=dict)
     """Copies of columns: new name -> column it is copied from, such as ``{prompt: question}``."""
+    ignore: tuple[str, ...] = ()
+    """Columns that are left unread, such as ``[images]`` where the prompts are whole without them."""
     system: str | None = None
     """System message put before every prompt that has none; makes a plain prompt conversational."""
     chat: bool | None = None

@@ -11,10 +11,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.data.examples.columns import clean, converted, explicit_prompt
+from posttrain.data.examples.columns import converted, explicit_prompt
 from posttrain.data.problems import Problems, shown
-from posttrain.data.read import RawRows, read
-from posttrain.data.rows import with_columns
+from posttrain.data.raw_rows import RawRows
+from posttrain.data.rows import read_columns
 from posttrain.errors import DataError
 from posttrain.recipe import sections
 from posttrain.recipe.yaml_reader import suggestion
@@ -71,15 +71,13 @@ def read_pairs(data: sections.DataSection, base: Path | None = None) -> list[dic
     Raises:
         DataError: if a column is missing or is neither text nor one answer; the message names file, row and column.
     """
-    source = with_columns(read(data, base), data.columns)
+    source = read_columns(data, base)
     _check_columns(source)
     source = converted(source, explicit_prompt)
     problems, rows = Problems(), []
-    for i in range(len(source.rows)):
-        row: dict[str, Any] = dict(source.rows[i])
-        row["prompt"] = clean(row["prompt"])
+    for i, row in enumerate(source):
         for name in ("chosen", "rejected"):
-            if (text := _answer(clean(row[name]))) is None:
+            if (text := _answer(row[name])) is None:
                 problem = f"column {name!r} is {shown(row[name])}; it must be text, or one message of the assistant"
                 problems.add(source.place(i), problem)
             row[name] = text

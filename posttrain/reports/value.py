@@ -109,7 +109,7 @@ def completions_and_branches(
     else:
         complete = partial(complete_all, suite, rows, processes=processes)
         longest_prompt = rows.longest_prompt
-    with VerifierPool(suite.verify) as pool, closing(_engine(suite, policy, longest_prompt)) as engine:
+    with VerifierPool(suite.verify) as pool, closing(_engine(suite, policy, tokenizer, longest_prompt)) as engine:
         source = CompletionSource(
             engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=text_of(tokenizer)
         )
@@ -146,11 +146,12 @@ def _sampled_fields(batch: Batch) -> Batch:
     return batch.set(**dict.fromkeys(optional), step=0)
 
 
-def _engine(suite: ValueSuite, policy: sections.PolicySection, longest_prompt: int) -> Engine:
+def _engine(suite: ValueSuite, policy: sections.PolicySection, tokenizer: Any, longest_prompt: int) -> Engine:
     """Builds the policy's engine, with room for the excess of a branch over its own limit (see ``branch_scores``)."""
     most = suite.sampling.max_tokens
     excess = math.ceil(most / BUCKETS) if suite.branches.prompts else 0
-    return policy_engine(policy, suite.engine, [LengthBudget(longest_prompt, most, branches=excess)], seed=suite.seed)
+    budget = LengthBudget(longest_prompt, most, branches=excess)
+    return policy_engine(policy, suite.engine, [budget], tokenizer=tokenizer, seed=suite.seed)
 
 
 @torch.no_grad()

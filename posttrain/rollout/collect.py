@@ -38,7 +38,7 @@ class CompletionSource:
     decode: Callable[[Sequence[int]], str]
     decoder: Engine | None = None  # samples the completions of a step in place of the engine
     opponent: Engine | None = None
-    encode: Callable[[str], list[int]] | None = None
+    encode: Callable[[str, bool], list[int]] | None = None
 
 
 class StepSettings(Protocol):

@@ -45,7 +45,7 @@ class Context:
     decode: Callable[[Sequence[int]], str]  # token ids to text, special tokens left out
     on_text: OnText | None = None
     opponent: Engine | None = None  # opponent that `against` samples from
-    encode: Callable[[str], list[int]] | None = None  # text to the policy's token ids, end token included
+    encode: Callable[[str, bool], list[int]] | None = None  # text, after a rendered prompt or not, to ids with an end
 
 
 def single_turn(
@@ -141,7 +141,7 @@ def beside_given(engine: Engine, prompts: Prompts, n: int, context: Context, *, 
             raise DataError(
                 f"{place}: column {given!r} should hold the completion from the dataset as text, not {text!r}"
             )
-        all_ids = context.encode(text)
+        all_ids = context.encode(text, isinstance(row["prompt"], list))
         ids = all_ids[: context.sampling.max_tokens]
         finish = Finish.STOPPED if len(ids) == len(all_ids) else Finish.LENGTH
         from_dataset.append([Completion(ids, [float("nan")] * len(ids), finish, engine.version)])

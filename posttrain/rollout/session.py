@@ -49,7 +49,9 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
         prompts = share_of_prompts(rows, recipe.seed, processes)
         with (
             VerifierPool(recipe.verify) as verifiers,
-            closing(policy_engine(recipe.policy, recipe.engine, [budget], seed=recipe.seed)) as engine,
+            closing(
+                policy_engine(recipe.policy, recipe.engine, [budget], tokenizer=tokenizer, seed=recipe.seed)
+            ) as engine,
         ):
             yield Session(processes, tokenizer, engine, verifiers, prompts)
 

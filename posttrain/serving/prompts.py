@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
 
+from posttrain.data.arrow import has_half_surrogate
 from posttrain.engines.base import Sampling
+from posttrain.models.chat_template import REFUSALS, refusal, render
+from posttrain.models.token_ids import continuations, prompt_ids
 from posttrain.serving.errors import ApiError
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, SamplingRequest
 
@@ -26,17 +27,19 @@ def completion_prompts(request: CompletionRequest, tokenizer: PreTrainedTokenize
 
 
 def token_ids(text: str | list[int], tokenizer: PreTrainedTokenizerBase, param: str, *, special: bool = True) -> Any:
-    """Returns the token ids of a text; token ids stay as they are.
+    """Returns the token ids of a text, as in training; token ids stay as they are.
 
     Args:
         param: key of the request, for messages.
-        special: add the tokens that the tokenizer puts before texts, such as one that begins a sequence.
+        special: the text is a prompt, which begins with the tokens that the tokenizer puts before texts, such as one
+            that begins a sequence, whether it has them itself or not. Otherwise it continues a prompt.
 
     Raises:
-        ApiError: if a token id is not in the tokenizer's vocabulary.
+        ApiError: if the text is not Unicode, or if a token id is not in the tokenizer's vocabulary.
     """
     if isinstance(text, str):
-        return list(tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
+        _check_unicode(text, param)
+        return prompt_ids([text], tokenizer)[0].ids if special else continuations([text], tokenizer)[0].ids
     if max(text) >= len(tokenizer):
         raise ApiError(
             400, f"{param}: token {max(text)} is not in the vocabulary of {len(tokenizer)} tokens", param=param
@@ -48,16 +51,22 @@ def chat_prompt(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> lis
     """Renders a conversation with the tokenizer's chat template, as in training.
 
     Raises:
-        ApiError: if there is no template, or if the template refuses the conversation.
+        ApiError: if there is no template, or if the template refuses or leaves out something of the conversation.
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, "messages: this model's tokenizer has no chat template; use /v1/completions")
     messages = [message.for_template for message in request.messages]
     try:
-        text = apply_chat_template({"prompt": messages}, tokenizer, **request.chat_template_kwargs)["prompt"]
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ApiError(400, f"messages: the chat template refuses the messages: {error}", param="messages") from error
-    return token_ids(text, tokenizer, "messages", special=False)
+        text = render(messages, tokenizer, request.chat_template_kwargs, generate=True)
+    except REFUSALS as error:
+        raise ApiError(400, f"messages: {refusal(error)}", param="messages") from error
+    _check_unicode(text, "messages")
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def _check_unicode(text: str, param: str) -> None:
+    if has_half_surrogate(text):
+        raise ApiError(400, f"{param}: holds half of a surrogate pair, which is no character", param=param)
 
 
 def sampling_for(request: SamplingRequest, default: Sampling, prompts: Sequence[Sequence[int]], room: int) -> Sampling:

@@ -133,10 +133,10 @@ class Message(Strict):
     name: str | None = None
 
     @property
-    def for_template(self) -> dict[str, str]:
-        """The message as a chat template reads it: role, text and perhaps a name."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
+    def for_template(self) -> dict[str, Any]:
+        """The message as a chat template reads it: role, text or text parts, and perhaps a name."""
+        parts = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
+        return {"role": self.role, "content": parts} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatRequest(SamplingRequest):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.decoding.build import build_decoder, check_models
 from posttrain.engines.base import Sampling
@@ -67,7 +68,7 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
     with Processes(dtype=recipe.policy.dtype) as processes:
         if processes.world > 1:
             raise UserError("posttrain serve: runs in one process; start it without accelerate launch")
-        with closing(_engine(recipe)) as engine:
+        with closing(_engine(recipe, tokenizer)) as engine:
             served = Served(
                 name=recipe.model_name,
                 tokenizer=tokenizer,
@@ -83,10 +84,10 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
             yield app
 
 
-def _engine(recipe: ServeRecipe) -> SteppingEngine:
+def _engine(recipe: ServeRecipe, tokenizer: PreTrainedTokenizerBase) -> SteppingEngine:
     limit = context_length(recipe.policy) or LONGEST
     length = recipe.engine.max_model_len or min(limit, LONGEST)
-    engine = engine_of_length(recipe.policy, recipe.engine, length, seed=recipe.seed)
+    engine = engine_of_length(recipe.policy, recipe.engine, length, tokenizer=tokenizer, seed=recipe.seed)
     assert isinstance(engine, SteppingEngine)
     return engine
 

@@ -20,7 +20,9 @@ from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
 from posttrain.engines.base import Sampling
 from posttrain.errors import NothingSelected, Stopped, VerifierError
+from posttrain.models.ends import name_ends, stop_tokens
 from posttrain.models.load import load_tokenizer, text_of
+from posttrain.models.token_ids import continuations, ended
 from posttrain.output.progress import Progress
 from posttrain.output.run_folder import step_of, write_left_out
 from posttrain.output.tracking import Trackers, check_trackers
@@ -107,9 +109,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         folder, checkpoint = processes.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify) as pool:
             learner = build_learner(recipe, required, processes)
+            name_ends(learner.policy.base, stop_tokens(recipe.policy, tokenizer))
             check_models(learner)
             material = with_cached_reference(learner, material)
-            with engine_for(recipe, material) as engine:
+            with engine_for(recipe, material, tokenizer) as engine:
                 run = TrainingRun(
                     recipe=recipe,
                     processes=processes,
@@ -139,14 +142,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     return folder.model if recipe.loss else folder.value
 
 
-def ids_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """A function from a completion's text to its token ids, which end with the end-of-sequence token."""
+def ids_of(tokenizer: Any) -> Callable[[str, bool], list[int]]:
+    """A function from a completion's text to its token ids, with the token at which sampling stops.
 
-    def encode(text: str) -> list[int]:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-    return encode
+    Its second argument says whether the chat template rendered the prompt.
+    """
+    return lambda text, chat: ended(continuations([text], tokenizer)[0].ids, tokenizer, chat=chat)
 
 
 def loop(run: TrainingRun) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.data.rollout_files import RolloutKind, write_rollouts
+from posttrain.models.ends import ends_message
 from posttrain.models.load import DTYPES
 from posttrain.models.policy import describe, save_model
 from posttrain.models.value_files import save_value
@@ -66,6 +67,7 @@ def write_batch(
 def start_message(run: TrainingRun) -> str:
     """A few lines that say what is about to run: models, processes, data, engine, folder."""
     recipe, material = run.recipe, run.material
+    ends = ends_message(recipe.policy, run.tokenizer)
     processes = "1 process" if run.processes.world == 1 else f"{run.processes.world} processes"
     models = describe(run.learner.policy)
     if run.learner.value is not None:
@@ -79,6 +81,7 @@ def start_message(run: TrainingRun) -> str:
         f"{recipe.name}: {models}, {processes} on {run.processes.device.type}\n"
         f"  {size}, {recipe.steps} steps\n"
         + "".join(f"  {entry}\n" for entries in material.dropped.values() for entry in entries)
+        + ("" if ends is None else f"  {ends}\n")
         + f"  {engine}, run folder {run.folder.path}"
     )
 

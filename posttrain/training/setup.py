@@ -286,16 +286,16 @@ def build_opponent(learner: Learner, engine: Engine | None) -> Engine | None:
 
 
 @contextmanager
-def engine_for(recipe: Recipe, material: Material) -> Iterator[Engine | None]:
+def engine_for(recipe: Recipe, material: Material, tokenizer: Any) -> Iterator[Engine | None]:
     """The engine of a run, closed at its end; None if nothing is sampled."""
     if material.rows is None and material.evaluation_rows is None:
         yield None
         return
-    with closing(build_engine(recipe, material)) as engine:
+    with closing(build_engine(recipe, material, tokenizer)) as engine:
         yield engine
 
 
-def build_engine(recipe: Recipe, material: Material) -> Engine:
+def build_engine(recipe: Recipe, material: Material, tokenizer: Any) -> Engine:
     """Builds an engine that is long enough for the longest prompt and completion.
 
     Raises:
@@ -307,4 +307,4 @@ def build_engine(recipe: Recipe, material: Material) -> Engine:
     if recipe.evaluate is not None and material.evaluation_rows is not None:
         most = recipe.evaluate.sampling.max_tokens
         needed.append(LengthBudget(material.evaluation_rows.longest_prompt, most, "evaluate.sampling.max_tokens"))
-    return policy_engine(recipe.policy, recipe.engine, needed, seed=recipe.seed)
+    return policy_engine(recipe.policy, recipe.engine, needed, tokenizer=tokenizer, seed=recipe.seed)

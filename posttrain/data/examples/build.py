@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.data.examples.columns import clean, need, read_finishes
+from posttrain.data.examples.columns import need, read_finishes
 from posttrain.data.examples.dataset_examples import DatasetExamples, EncodedCompletion, with_mismatched
-from posttrain.data.examples.encode import Encoded, RawCompletion, encode, turn_ids
+from posttrain.data.examples.encode import Encoded, RawCompletion, encode
 from posttrain.data.examples.groups import Group, Into, TooLong, convert, distinct, fit
+from posttrain.data.examples.turns import turn_ids
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
 from posttrain.models.load import text_of
-from posttrain.recipe import sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,13 @@ class GroupOptions:
 
 
 def completions(
-    rows: Rows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, column: str = "completion"
 ) -> Iterator[EncodedCompletion]:
     """Encodes the completions of a column, in the order of the rows."""
     need(rows, (column,))
     finishes = read_finishes(rows)
-    raw = [RawCompletion(i, clean(rows[i][column]), finishes[i], column) for i in range(len(rows))]
-    for completion, encoded in zip(raw, encode(rows, raw, tokenizer, data.template), strict=True):
+    raw = [RawCompletion(i, rows[i][column], finishes[i], column) for i in range(len(rows))]
+    for completion, encoded in zip(raw, encode(rows, raw, tokenizer), strict=True):
         yield without_reward(completion, encoded)
 
 

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 from trl.data_utils import extract_prompt
 
 from posttrain.batch import Finish
-from posttrain.data.arrow import to_table
 from posttrain.data.problems import Problems, shown
-from posttrain.data.read import RawRows
-from posttrain.data.rows import Rows, without_nulls
+from posttrain.data.raw_rows import RawRows
+from posttrain.data.rows import Rows
 from posttrain.errors import DataError
 from posttrain.recipe.yaml_reader import suggestion
 
@@ -115,7 +113,7 @@ def read_answers(rows: Rows) -> list[list[Any]]:
         if not isinstance(answers, list) or not answers:
             problems.add(rows.place(i), f"column 'completions' is {shown(answers)}; it should be a list of completions")
         else:
-            lists.append([clean(answer) for answer in answers])
+            lists.append(answers)
     problems.raise_if_any()
     return lists
 
@@ -167,27 +165,19 @@ def read_labels(rows: Rows) -> list[list[float]]:
     return lists
 
 
-def clean(completion: Any) -> Any:
-    """Removes the nulls that Arrow fills into messages."""
-    if not isinstance(completion, list):
-        return completion
-    return [without_nulls(message) if isinstance(message, dict) else message for message in completion]
-
-
 def converted(source: RawRows, convert: Callable[[dict[str, Any]], dict[str, Any] | str]) -> RawRows:
     """Converts each row; for a row that does not fit, ``convert`` returns text that says what is wrong."""
     problems = Problems()
-    for i, row in enumerate(source.rows):
-        if isinstance(problem := convert(dict(row)), str):
+    for i, row in enumerate(source):
+        if isinstance(problem := convert(row), str):
             problems.add(source.place(i), problem)
     problems.raise_if_any()
-    table = to_table(partial(map, lambda row: convert(dict(row)), source.rows), source.place)  # type: ignore[arg-type]
-    return RawRows(datasets.Dataset(table), source.place, source.name)
+    return RawRows.of(partial(map, convert, source), source.place, source.name)  # type: ignore[arg-type]
 
 
 def split_messages(row: dict[str, Any]) -> dict[str, Any] | str:
     """Splits ``messages`` into ``prompt`` and ``completion``, before the assistant's first message."""
-    messages = clean(row.pop("messages"))
+    messages = row.pop("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return f"column 'messages' is {shown(messages)}; it should be a list of messages with role and content"
     first = next((i for i, message in enumerate(messages) if message.get("role") == "assistant"), None)
@@ -200,7 +190,7 @@ def split_messages(row: dict[str, Any]) -> dict[str, Any] | str:
 
 def explicit_prompt(row: dict[str, Any]) -> dict[str, Any] | str:
     """Adds the ``prompt`` to a preference that has it only as the common beginning of both sides."""
-    chosen, rejected = clean(row["chosen"]), clean(row["rejected"])
+    chosen, rejected = row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         return f"columns 'chosen' and 'rejected' are {shown(chosen)} and {shown(rejected)}: both text, or both messages"
     prompt = row.get("prompt")

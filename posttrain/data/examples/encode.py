@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from posttrain.batch import Finish
+from posttrain.data.examples.turns import encode_turns, without_end
 from posttrain.data.problems import Problems, shown
 from posttrain.data.prompts import message_problem
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
+from posttrain.models.chat_template import REFUSALS, render
+from posttrain.models.token_ids import Continuation, continuations, ended, ends_after
 
 CHUNK = 1000  # number of rows that are tokenised at a time
 
@@ -56,40 +57,37 @@ def completion_problem(completion: Any, prompt: Any) -> str | None:
     for verb, message in (("begins", completion[0]), ("ends", completion[-1])):
         if message["role"] != "assistant":
             return f"{verb} with a message of role {message['role']!r}; it should be the assistant's"
+    if not any(message.get("weight", 1) for message in completion if message["role"] == "assistant"):
+        return "has no message of the assistant to learn (`weight: 0`): leave the row out"
     return None
 
 
-def encode(
-    rows: Rows, raw: Sequence[RawCompletion], tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]
-) -> list[Encoded]:
+def encode(rows: Rows, raw: Sequence[RawCompletion], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Encodes prompts with their completions as token ids.
 
-    A text counts as the policy's own words: the prompt's ids, the text's ids, and the end-of-sequence token if it
-    ended. One assistant's message is encoded as the chat template writes it after the prompt. Among several messages
-    the assistant's are the policy's words. The template's generation markers say which tokens these are; if it has
-    none, those of TRL's template for the same family of models.
+    A text counts as the policy's own words: the prompt's ids, the text's ids, and the token at which sampling stops if
+    it ended: the one with which the chat template ends a turn, or the tokenizer's end of sequence after a plain prompt.
+    One assistant's message is encoded as the chat template writes it after the prompt, up to that token. Among several
+    messages the assistant's are the policy's words, each with its end, but for those with ``weight: 0``. The template's
+    generation markers say which tokens these are; if it has none, those of TRL's template for the same family of
+    models.
 
     Args:
         rows: rows with tokenised prompts.
         raw: the completions.
-        template: further arguments of the chat template.
 
     Raises:
         DataError: if a row cannot be encoded; the message names each such row.
     """
     problems, encoded = Problems(), []
     for start in range(0, len(raw), CHUNK):
-        encoded += _encode_chunk(rows, raw[start : start + CHUNK], tokenizer, template, problems)
+        encoded += _encode_chunk(rows, raw[start : start + CHUNK], tokenizer, problems)
     problems.raise_if_any()
     return encoded
 
 
 def _encode_chunk(
-    rows: Rows,
-    chunk: Sequence[RawCompletion],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Mapping[str, Any],
-    problems: Problems,
+    rows: Rows, chunk: Sequence[RawCompletion], tokenizer: PreTrainedTokenizerBase, problems: Problems
 ) -> Iterator[Encoded]:
     texts: list[str | None] = []
     for raw in chunk:
@@ -98,43 +96,39 @@ def _encode_chunk(
         try:
             if problem := completion_problem(raw.completion, prompt):
                 raise ValueError(f"{place} {problem}")
-            texts.append(_text_after(prompt, raw.completion, tokenizer, template, place))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            texts.append(_text_after(prompt, raw.completion, tokenizer, rows.template_arguments(raw.index), place))
+        except REFUSALS as error:
             problems.add(rows.place(raw.index), str(error))
             texts.append("")
-    plain = [text for text in texts if text is not None]
-    tokenised = iter(_tokenise(plain, tokenizer))
+    try:
+        tokenised = iter(continuations([text for text in texts if text is not None], tokenizer))
+    except ValueError as error:
+        raise DataError(f"examples: {error}") from None
     for raw, text in zip(chunk, texts, strict=True):
         prompt_ids = rows.prompt_tokens(raw.index)
         if text is not None:
-            yield _encode_text(prompt_ids, *next(tokenised), raw, tokenizer)
+            chat = isinstance(rows[raw.index]["prompt"], list)
+            yield _encode_text(prompt_ids, next(tokenised), raw, tokenizer, chat=chat)
             continue
         try:
-            yield _encode_turns(prompt_ids, rows[raw.index]["prompt"] + raw.completion, tokenizer, template)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            prompt = rows[raw.index]["prompt"]
+            arguments = rows.template_arguments(raw.index)
+            turns = encode_turns(prompt_ids, prompt, raw.completion, tokenizer, arguments)
+            yield Encoded(*(turns if raw.finish == Finish.STOPPED else without_end(*turns, tokenizer)), None)
+        except REFUSALS as error:
             problems.add(rows.place(raw.index), f"column {raw.column!r}: {error}")
 
 
-def _tokenise(texts: list[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Tokenises each text: its ids, and the range of characters of each id."""
-    if not texts:
-        return []
-    if not tokenizer.is_fast:
-        raise DataError("examples: the tokenizer does not give the characters of each token; use its fast version")
-    encoding: Any = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
-
-
 def _text_after(
-    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], place: str
+    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any], place: str
 ) -> str | None:
     """The text after the prompt; None for several turns."""
     if isinstance(completion, str):
         return completion
     if len(completion) > 1:
         return None
-    before = _render(prompt, tokenizer, template, add_generation_prompt=True)
-    whole = _render(prompt + completion, tokenizer, template)
+    before = render(prompt, tokenizer, arguments, generate=True)
+    whole = render(prompt + completion, tokenizer, arguments)
     if not whole.startswith(before):
         raise ValueError(
             f"{place}: with the answer after it, the chat template writes the prompt in another way, so it is not "
@@ -144,81 +138,33 @@ def _text_after(
     return whole[len(before) :]
 
 
-def _render(messages: Any, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], **arguments: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **template))
-
-
 def _encode_text(
     prompt_ids: list[int],
-    ids: list[int],
-    offsets: list[tuple[int, int]],
+    continuation: Continuation,
     raw: RawCompletion,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool,
 ) -> Encoded:
-    end: Any = tokenizer.eos_token_id
-    stopped = raw.finish == Finish.STOPPED
-    if isinstance(raw.completion, list) and end in ids:  # templates put a line break after the end
-        ids = ids[: len(ids) - ids[::-1].index(end) - (not stopped)]
-    elif isinstance(raw.completion, str) and stopped and ids[-1:] != [end]:
-        ids = [*ids, end]
-    starts = [first for first, _ in offsets[: len(ids)]]
+    ids, stopped = continuation.ids, raw.finish == Finish.STOPPED
+    if isinstance(raw.completion, list):
+        ids = _up_to_end(ids, tokenizer, stopped=stopped)
+    elif stopped:
+        ids = ended(ids, tokenizer, chat=chat)
+    starts = continuation.starts[: len(ids)]
     starts += [len(raw.completion)] * (len(ids) - len(starts))
     mask = np.arange(len(prompt_ids) + len(ids)) >= len(prompt_ids)
     return Encoded(np.array([*prompt_ids, *ids], np.int32), mask, np.array(starts))
 
 
-def _encode_turns(
-    prompt_ids: list[int], messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Mapping
-) -> Encoded:
-    whole: Any = tokenizer.apply_chat_template(
-        messages,
-        chat_template=generation_template(tokenizer),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **template,
-    )
-    ids = list(whole["input_ids"])
-    mask = np.array(whole["assistant_masks"], dtype=bool)
-    if ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError("the chat template writes the prompt in another way when turns follow it")
-    mask[: len(prompt_ids)] = False  # earlier turns of the assistant belong to the prompt
-    if not mask.any():
-        raise ValueError("the chat template's generation markers enclose none of the assistant's words")
-    length = int(mask.nonzero()[0][-1]) + 1
-    return Encoded(np.array(ids[:length], np.int32), mask[:length], None)
-
-
-def generation_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Finds a chat template with generation markers: the tokenizer's, or TRL's for the same family of models.
-
-    Raises:
-        DataError: if there is none.
-    """
-    template: Any = tokenizer.chat_template
-    template = template["default"] if isinstance(template, dict) else template
-    if has_generation_markers(template):
-        return template
-    try:
-        with_markers = get_training_chat_template(tokenizer)
-    except ValueError:
-        with_markers = None
-    if with_markers is None:
-        raise DataError(
-            "examples of several turns: the tokenizer's chat template has no {% generation %} markers, which say which "
-            "tokens the policy wrote; put them around the assistant's content in the template, or cut the examples "
-            "into prompts with one answer each"
-        )
-    return with_markers
-
-
-def turn_ids(mask: np.ndarray) -> np.ndarray:
-    """Numbers the runs of chosen tokens: for each token the number of its run, -1 off the mask.
-
-    Args:
-        mask: bool [length].
-    """
-    begins = mask & ~np.concatenate([[False], mask[:-1]])
-    return np.where(mask, begins.cumsum() - 1, -1).astype(np.int32)
+def _up_to_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, stopped: bool) -> list[int]:
+    """The ids of a message up to its end, without what the template writes behind it, such as a line break."""
+    for end in ends_after(tokenizer, chat=True):
+        if end in ids:
+            return ids[: len(ids) - ids[::-1].index(end) - (not stopped)]
+    while ids and not tokenizer.decode(ids[-1:]).strip():
+        ids = ids[:-1]
+    return ended(ids, tokenizer, chat=True) if stopped else ids
 
 
 def step_ids(encoded: Encoded, ends: Sequence[int]) -> np.ndarray:

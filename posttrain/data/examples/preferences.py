@@ -22,8 +22,7 @@ from posttrain.data.examples.columns import (
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.examples.encode import RawCompletion, encode
 from posttrain.data.examples.groups import Group, Into, Judged, TooLong, merge_annotators, repeat_votes, soften_votes
-from posttrain.data.read import read
-from posttrain.data.rows import tokenise_rows, with_columns
+from posttrain.data.rows import read_columns, tokenise_rows
 from posttrain.errors import DataError
 from posttrain.option_types import facts
 from posttrain.recipe import sections
@@ -70,13 +69,13 @@ def pairs(
     """
     if mismatched and into != "single":
         raise DataError("examples: `mismatched` is for completions without a partner: set `into: single`")
-    source = with_columns(read(data, base), data.columns)
+    source = read_columns(data, base)
     need(source, ("chosen", "rejected", *(name for name in (annotator, votes) if name)))
     rows = tokenise_rows(converted(source, explicit_prompt), data, tokenizer)
     sides = []
     for i, side in enumerate(("chosen", "rejected")):
         rewards = [1.0 - i] * len(rows) if scores is None else read_numbers(rows, scores[i])
-        encoded = completions(rows, data, tokenizer, side)
+        encoded = completions(rows, tokenizer, side)
         sides.append([replace(completion, reward=reward) for completion, reward in zip(encoded, rewards, strict=True)])
     lists = read_number_lists(rows, votes, within=(0.0, 1.0)) if votes is not None else None
     votes_of = lists.__getitem__ if lists else None
@@ -121,7 +120,7 @@ def lists(
     """
     if mismatched and into != "single":
         raise DataError("examples: `mismatched` is for completions without a partner: set `into: single`")
-    rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
+    rows = tokenise_rows(read_columns(data, base), data, tokenizer)
     need(rows, ("completions", scores))
     answers, finishes = read_answers(rows), read_finishes(rows)
     rewards = read_number_lists(rows, scores, lengths=[len(row_answers) for row_answers in answers], null=True)
@@ -130,7 +129,7 @@ def lists(
         for i, row_answers in enumerate(answers)
         for answer in row_answers
     ]
-    encoded = iter(zip(raw, encode(rows, raw, tokenizer, data.template), strict=True))
+    encoded = iter(zip(raw, encode(rows, raw, tokenizer), strict=True))
     groups: list[Group] = [
         [replace(without_reward(*next(encoded)), reward=reward) for reward in row_rewards] for row_rewards in rewards
     ]

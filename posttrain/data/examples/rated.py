@@ -33,8 +33,7 @@ from posttrain.data.examples.dataset_examples import EncodedCompletion, Examples
 from posttrain.data.examples.encode import RawCompletion, encode, ends_of, last_columns, step_ids
 from posttrain.data.examples.groups import Into, TooLong, grouped
 from posttrain.data.problems import Problems
-from posttrain.data.read import read
-from posttrain.data.rows import tokenise_rows, with_columns
+from posttrain.data.rows import read_columns, tokenise_rows
 from posttrain.option_types import facts
 from posttrain.recipe import sections
 
@@ -60,11 +59,11 @@ def demonstrations(
     Raises:
         DataError: if rows are wrong; the message names the file, row and column of each.
     """
-    source = with_columns(read(data, base), data.columns)
+    source = read_columns(data, base)
     if "messages" in source.rows.column_names and "completion" not in source.rows.column_names:
         source = converted(source, split_messages)
     rows = tokenise_rows(source, data, tokenizer)
-    groups = [[replace(completion, reward=reward)] for completion in completions(rows, data, tokenizer)]
+    groups = [[replace(completion, reward=reward)] for completion in completions(rows, tokenizer)]
     return make_examples(rows, groups, tokenizer, GroupOptions(max_tokens=max_tokens, too_long=too_long))
 
 
@@ -99,12 +98,12 @@ def rated(
     Raises:
         DataError: if rows are wrong; the message names the file, row and column of each.
     """
-    rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
+    rows = tokenise_rows(read_columns(data, base), data, tokenizer)
     name = reward or find_reward(rows)
     rewards = read_numbers(rows, name)
     with_rewards = [
         replace(completion, reward=number)
-        for completion, number in zip(completions(rows, data, tokenizer), rewards, strict=True)
+        for completion, number in zip(completions(rows, tokenizer), rewards, strict=True)
     ]
     if group is not None:
         need(rows, (group,))
@@ -135,13 +134,13 @@ def stepwise(
     Raises:
         DataError: if rows are wrong; the message names the file, row and column of each.
     """
-    rows = tokenise_rows(with_columns(read(data, base), data.columns), data, tokenizer)
+    rows = tokenise_rows(read_columns(data, base), data, tokenizer)
     need(rows, ("completions", "labels"))
     labels, pieces = read_labels(rows), read_steps(rows, separator)
     finishes = read_finishes(rows)
     texts = ["".join(texts) for texts in pieces]
     raw = [RawCompletion(i, text, f, "completions") for i, (text, f) in enumerate(zip(texts, finishes, strict=True))]
-    encoded = encode(rows, raw, tokenizer, data.template)
+    encoded = encode(rows, raw, tokenizer)
     rewards = read_numbers(rows, "reward") if "reward" in rows.columns else [_last_known(values) for values in labels]
     problems, groups = Problems(), []
     for i, solution in enumerate(encoded):

@@ -87,9 +87,9 @@ def tokenise_rows(source: RawRows, data: sections.DataSection, tokenizer: PreTra
         DataError: if rows are wrong; the message names the file, row and column of each.
     """
     _require_prompt(source)
-    check_template_columns(source)
     _check_prompts(source)
     to_prompt = _prompt_maker(source, data, tokenizer)
+    check_template_columns(source, rendered=to_prompt is not str)
     tokens, lengths, begun = _tokenise(source, data, tokenizer, to_prompt)
     numbers = _short_enough(lengths, data.max_prompt_tokens, source)
     before = tokenizer.decode(tokens_before(tokenizer))

@@ -35,8 +35,12 @@ def template_arguments(row: Mapping[str, Any], common: Mapping[str, Any]) -> dic
     return {**arguments, "tools": tools} if tools else arguments
 
 
-def check_template_columns(source: RawRows) -> None:
+def check_template_columns(source: RawRows, *, rendered: bool) -> None:
     """Checks the columns that the chat template reads beside messages.
+
+    Args:
+        source: the rows.
+        rendered: whether the chat template renders the prompts.
 
     Raises:
         DataError: if one of them holds something else, or if there are images or the like, which are not read.
@@ -54,7 +58,7 @@ def check_template_columns(source: RawRows) -> None:
     for rows in source.batches(present) if present else ():
         for row in rows:
             for name in present:
-                if problem := _problem(name, row[name]):
+                if problem := _problem(name, row[name], rendered=rendered):
                     problems.add(source.place(number), f"column {name!r} {problem}")
             number += 1
     problems.raise_if_any()
@@ -71,14 +75,18 @@ def _plain(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _problem(name: str, value: Any) -> str | None:
+def _problem(name: str, value: Any, *, rendered: bool) -> str | None:
     """Returns what is wrong with a value, as the end of "column 'tools' ..."; None if nothing is."""
     try:
         plain = _plain(value)
     except ValueError as error:
         return f"is {shown(value)}, which is not JSON: {error}"
-    if plain is None:
+    if not plain:
         return None
+    if not rendered:
+        return (
+            f"is {shown(plain)}, but the prompts are plain text, which no chat template renders; `ignore` leaves it out"
+        )
     if name == "chat_template_kwargs":
         return None if isinstance(plain, dict) else f"is {shown(plain)}; it should be an object of names and values"
     if not isinstance(plain, list):

@@ -43,7 +43,8 @@ def render(
     Args:
         messages: contents are texts, or lists of text parts, which are joined for a template that reads texts alone.
         arguments: further arguments of the template, such as ``tools`` (a list of JSON schemas).
-        generate: end with the beginning of an answer of the assistant.
+        generate: end with the beginning of an answer of the assistant, or with the last message if that is the
+            assistant's, without its end.
 
     Raises:
         UnreadMessage: if the template leaves out a content, tool calls, or the tools.
@@ -54,7 +55,16 @@ def render(
     text = _apply(tokenizer, fitting, arguments, generate)
     if arguments.get("tools") and text == _apply(tokenizer, fitting, {**arguments, "tools": None}, generate):
         raise UnreadMessage("the chat template does not describe `tools` to the model")
+    for name in _called(messages):
+        if name not in text:
+            raise UnreadMessage(f"the chat template leaves out the call of the tool {name!r}")
     return text
+
+
+def _called(messages: Sequence[Message]) -> list[str]:
+    """Names of the tools that are called."""
+    functions = [call.get("function") or {} for message in messages for call in message.get("tool_calls") or ()]
+    return [str(function["name"]) for function in functions if "name" in function]
 
 
 def fitted(
@@ -139,8 +149,8 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, .
     """Finds the tokens that a chat template writes at the end of an assistant's message: of a text, and of tool calls.
 
     The end of a text is the last special token of those that follow it both at the end of a conversation and within
-    one; if they have none in common, the last one at the end of a conversation. The end of tool calls is the last
-    special token behind them.
+    one; if they have none in common, the last one at the end of a conversation; and if nothing is written there, the
+    special token with which the next message begins. The end of tool calls is the last special token behind them.
     """
     user = {"role": "user", "content": "question"}
     texts = [
@@ -152,8 +162,8 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, .
     call = {"id": "call00001", "type": "function", "function": {"name": "tool", "arguments": {"x": FIRST}}}
     calls = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
     of_calls = special_tokens(tokenizer, _after(tokenizer, template, calls)) if "tool_calls" in template else []
-    of_text = (common or last)[-1:]
-    return tuple(dict.fromkeys([*of_text, *(token for token in of_calls[-1:] if of_text)]))
+    of_text = (common or last)[-1:] or (within[:1] if not texts[0].strip() else [])
+    return tuple(dict.fromkeys([*of_text, *(token for token in of_calls[-1:] if last)]))
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> str:
@@ -176,9 +186,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], arguments: Mapping[str, Any], generate: bool
 ) -> str:
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": generate, **arguments})
-    )
+    continues = generate and bool(messages) and messages[-1].get("role") == "assistant"
+    ending = {"add_generation_prompt": generate and not continues, "continue_final_message": continues}
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **{**ending, **arguments}))
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]]) -> str | None:

@@ -117,6 +117,17 @@ def ends_after(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, 
     return tuple(dict.fromkeys([*ends, int(tokenizer.eos_token_id)]))  # type: ignore[arg-type]
 
 
+def stop_of(ids: Sequence[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of the ids up to the first end of those at their end; without one, up to the white space behind them.
+
+    Chat templates write line breaks, and sometimes further ends, behind the end of a turn.
+    """
+    stop = len(ids)
+    while stop and (ids[stop - 1] in ends or not str(tokenizer.decode(ids[stop - 1 : stop])).strip()):
+        stop -= 1
+    return next((i + 1 for i in range(stop, len(ids)) if ids[i] in ends), stop)
+
+
 def ended(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> list[int]:
     """The ids of a completion with an end: the one that they have, or else that which is taught after a text."""
     ends = ends_after(tokenizer, chat=chat)

@@ -422,7 +422,9 @@ def test_a_template_that_refuses_a_row(load, tmp_path: Path, tiny_model_folder: 
     from transformers import AutoTokenizer
 
     strict = AutoTokenizer.from_pretrained(tiny_model_folder)
-    strict.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ messages[0]['content'] }}"
+    strict.chat_template = (
+        "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ messages[0]['content'] }}"
+    )
     write_lines(tmp_path / "a.jsonl", [{"prompt": CHAT[:1]}, {"prompt": CHAT}])
     with pytest.raises(DataError, match=r"a.jsonl:2: column 'prompt': the chat template rejects it: one at a time"):
         load("a.jsonl", tokenizer=strict)

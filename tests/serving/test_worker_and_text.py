@@ -104,7 +104,7 @@ def test_request_bodies_are_those_of_openai():
     chat = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": parts}], "max_completion_tokens": 7}
     )
-    assert chat.messages[0].for_template == {"role": "user", "content": "ab"} and chat.max_tokens == 7
+    assert chat.messages[0].for_template == {"role": "user", "content": parts} and chat.max_tokens == 7
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from posttrain.data.prompts import message_problem
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
 from posttrain.models.chat_template import REFUSALS, render
-from posttrain.models.token_ids import Continuation, continuations, ended, ends_after
+from posttrain.models.token_ids import Continuation, continuations, ended, ends_after, stop_of
 
 CHUNK = 1000  # number of rows that are tokenised at a time
 
@@ -159,12 +159,10 @@ def _encode_text(
 
 def _up_to_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, stopped: bool) -> list[int]:
     """The ids of a message up to its end, without what the template writes behind it, such as a line break."""
-    for end in ends_after(tokenizer, chat=True):
-        if end in ids:
-            return ids[: len(ids) - ids[::-1].index(end) - (not stopped)]
-    while ids and not tokenizer.decode(ids[-1:]).strip():
-        ids = ids[:-1]
-    return ended(ids, tokenizer, chat=True) if stopped else ids
+    ids = ids[: stop_of(ids, ends_after(tokenizer, chat=True), tokenizer)]
+    if stopped:
+        return ended(ids, tokenizer, chat=True)
+    return ids[:-1] if ids[-1:] and ids[-1] in ends_after(tokenizer, chat=True) else ids
 
 
 def step_ids(encoded: Encoded, ends: Sequence[int]) -> np.ndarray:

@@ -11,7 +11,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from posttrain.errors import DataError
 from posttrain.models.chat_template import fitted, template_text
-from posttrain.models.token_ids import ends_after
+from posttrain.models.token_ids import ends_after, stop_of
+
+LONGEST_BEGINNING = 16  # most tokens at the beginning of an answer that a chat template counts as the assistant's
 
 
 def encode_turns(
@@ -45,7 +47,7 @@ def encode_turns(
     if not marked.any():
         raise ValueError("the chat template's generation markers enclose none of the assistant's words")
     ends = ends_after(tokenizer, chat=True)
-    turns = [_up_to_end(ids, turn, ends, tokenizer) for turn in _runs(marked)]
+    turns = [_sampled(ids, turn, prompt_ids, ends, tokenizer) for turn in _runs(marked)]
     mask = np.zeros(len(ids), dtype=bool)
     for start, stop in _learned(turns, completion):
         mask[start:stop] = True
@@ -72,16 +74,27 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def _up_to_end(
-    ids: list[int], turn: tuple[int, int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
+def _sampled(
+    ids: list[int],
+    turn: tuple[int, int],
+    prompt_ids: list[int],
+    ends: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[int, int]:
-    """The turn with the token that ends it, but without the white space that the template writes behind that."""
+    """The part of a turn that the policy would sample: from the beginning of an answer to the token that ends it.
+
+    The prompt ends with the beginning of an answer, which templates may also count as the assistant's words, and behind
+    the end they may write white space.
+    """
     start, stop = turn
+    for more in range(1, 1 + min(LONGEST_BEGINNING, stop - start, len(prompt_ids) - 2)):
+        if ids[max(0, start - 2) : start + more] == prompt_ids[-more - 2 :]:
+            start += more
+            break
     if stop < len(ids) and ids[stop] in ends and not any(token in ends for token in ids[start:stop]):
         return start, stop + 1
-    last = next((i for i in reversed(range(start, stop)) if ids[i] in ends), None)
-    behind = "" if last is None else tokenizer.decode(ids[last + 1 : stop])
-    return (start, stop) if last is None or behind.strip() else (start, last + 1)
+    length = stop_of(ids[start:stop], ends, tokenizer)
+    return start, start + length if length and ids[start + length - 1] in ends else stop
 
 
 def _learned(turns: list[tuple[int, int]], completion: list[dict[str, Any]]) -> list[tuple[int, int]]:

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
+from posttrain.engines.ends import stop_tokens
 from posttrain.errors import UserError
-from posttrain.models.ends import stop_tokens
 from posttrain.models.load import context_length
 from posttrain.recipe import sections
 

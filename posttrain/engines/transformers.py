@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from posttrain.batch import Finish
 from posttrain.engines.base import Request, Row, Sampling, Shaper
 from posttrain.engines.cache import growing_cache
+from posttrain.engines.ends import end_of_sequence_ids
 from posttrain.engines.requests import stop_ids
 from posttrain.engines.sampling import draw, filters, uniforms
 from posttrain.engines.sampling_check import check_sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.models.attention import kernel_for
-from posttrain.models.ends import end_of_sequence_ids
 
 KEEP_WIDTH = 7 / 8  # ended rows are removed when at most this share of the rows is still running
 

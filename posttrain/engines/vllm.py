@@ -24,12 +24,12 @@ from torch import Tensor
 from posttrain.batch import Finish
 from posttrain.engines import vllm_cpu
 from posttrain.engines.base import Request, Sampling
+from posttrain.engines.ends import end_of_sequence_ids
 from posttrain.engines.process_group import engine_world
 from posttrain.engines.requests import stop_ids
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.errors import RecipeError
-from posttrain.models.ends import end_of_sequence_ids
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

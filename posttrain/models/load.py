@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from posttrain.errors import RecipeError, UserError
 from posttrain.models.attention import kernel_for
 from posttrain.models.dropout import keep_rates, switch_off
-from posttrain.models.logit_map import logit_map
 from posttrain.models.ends import set_ends
+from posttrain.models.logit_map import logit_map
 from posttrain.recipe.sections import PolicySection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

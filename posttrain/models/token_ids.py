@@ -123,7 +123,7 @@ def stop_of(ids: Sequence[int], ends: Sequence[int], tokenizer: PreTrainedTokeni
     Chat templates write line breaks, and sometimes further ends, behind the end of a turn.
     """
     stop = len(ids)
-    while stop and (ids[stop - 1] in ends or not str(tokenizer.decode(ids[stop - 1 : stop])).strip()):
+    while stop and (ids[stop - 1] in ends or not str(tokenizer.decode(list(ids[stop - 1 : stop]))).strip()):
         stop -= 1
     return next((i + 1 for i in range(stop, len(ids)) if ids[i] in ends), stop)
 

@@ -141,7 +141,7 @@ def beside_given(engine: Engine, prompts: Prompts, n: int, context: Context, *, 
             raise DataError(
                 f"{place}: column {given!r} should hold the completion from the dataset as text, not {text!r}"
             )
-        all_ids = context.encode(text, isinstance(row["prompt"], list))
+        all_ids = context.encode(text, isinstance(row.get("prompt"), list))
         ids = all_ids[: context.sampling.max_tokens]
         finish = Finish.STOPPED if len(ids) == len(all_ids) else Finish.LENGTH
         from_dataset.append([Completion(ids, [float("nan")] * len(ids), finish, engine.version)])

@@ -19,8 +19,9 @@ from torch import Tensor
 from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
 from posttrain.engines.base import Sampling
+from posttrain.engines.ends import stop_tokens
 from posttrain.errors import NothingSelected, Stopped, VerifierError
-from posttrain.models.ends import name_ends, stop_tokens
+from posttrain.models.ends import name_ends
 from posttrain.models.load import load_tokenizer, text_of
 from posttrain.models.token_ids import continuations, ended
 from posttrain.output.progress import Progress

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.data.rollout_files import RolloutKind, write_rollouts
-from posttrain.models.ends import ends_message
+from posttrain.engines.ends import ends_message
 from posttrain.models.load import DTYPES
 from posttrain.models.policy import describe, save_model
 from posttrain.models.value_files import save_value

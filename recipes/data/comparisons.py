@@ -25,8 +25,8 @@ def comparisons(path: str, split: str = "train", name: str | None = None) -> Ite
     """
     source = read(DataSection(path=path, split=split, name=name), None)
     need(source, ("chosen", "rejected"))
-    for index, row in enumerate(source.rows):
-        pair = explicit_prompt(dict(row))
+    for index, row in enumerate(source):
+        pair = explicit_prompt(row)
         if isinstance(pair, str):
             raise DataError(f"{source.place(index)}: {pair}")
         chosen, rejected = answer_text(pair["chosen"]), answer_text(pair["rejected"])

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from posttrain.engines import make_engine
 from posttrain.engines.base import Sampling
+from posttrain.engines.ends import end_of_sequence_ids
 from posttrain.engines.sampling import draw, filters, inverse_cdf, uniforms
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.engines.weights import checksum
 from posttrain.errors import RecipeError
-from posttrain.models.ends import end_of_sequence_ids
 from posttrain.recipe.sections import EngineSection
 from posttrain.seeds import sample_seed
 

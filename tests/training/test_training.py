@@ -304,7 +304,7 @@ def test_what_does_not_fit_the_engine_is_refused_before_the_first_step(changes, 
     recipe = load_recipe(write_run(tmp_path, tiny_model_folder, **changes))
     material = load_material(recipe, load_tokenizer(recipe.policy))
     with pytest.raises(UserError, match=re.escape(message)):
-        build_engine(recipe, material)
+        build_engine(recipe, material, load_tokenizer(recipe.policy))
 
 
 def damaged(model: Path, folder: Path, how: str) -> Path:

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from posttrain.batch import Finish
 from posttrain.data.examples import demonstrations
 from posttrain.engines.base import Sampling
+from posttrain.engines.ends import ends_message, stop_tokens
 from posttrain.engines.for_policy import engine_of_length
 from posttrain.errors import RecipeError
-from posttrain.models.ends import ends_message, name_ends, stop_tokens
+from posttrain.models.ends import name_ends
 from posttrain.models.load import load_tokenizer
 from posttrain.models.policy import build_policy, save_model
 from posttrain.models.token_ids import continuations, ended, prompt_ids

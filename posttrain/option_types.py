@@ -29,11 +29,17 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 BelowHalf = Annotated[float, Field(ge=0, lt=0.5)]
 AtLeastOne = Annotated[float, Field(ge=1)]
 AboveOne = Annotated[float, Field(gt=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
+LARGEST_COUNT = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Breadth = Annotated[int, Field(ge=1, le=2**16)]
+"""Number of things that are in memory side by side: completions of a prompt, members of an ensemble, particles."""
+RowCount = Annotated[int, Field(ge=1, le=2**20)]
+"""Number of prompts or examples that are in memory together."""
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 Option = Mapping[str, Any]

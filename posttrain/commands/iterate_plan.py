@@ -42,7 +42,9 @@ DRAWS: frozenset[Kind] = frozenset({"train", "label"})
 """Kinds of stages that draw new samples to learn from in each round."""
 
 
-@checked_dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
+@checked_dataclass(
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False), kw_only=True, frozen=True
+)
 class Stage:
     """One recipe of a round, and settings that override it as a recipe overrides its base."""
 

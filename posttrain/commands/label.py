@@ -21,7 +21,7 @@ from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
 from posttrain.models.load import load_tokenizer, text_of
-from posttrain.option_types import PositiveCount
+from posttrain.option_types import Breadth
 from posttrain.recipe import sections
 from posttrain.recipe.loading import run_file
 from posttrain.recipe.part import Part
@@ -46,7 +46,7 @@ class LabelRecipe(SamplingRecipe):
     data: sections.DataSection | None = None  # prompts to sample completions of
     rollouts: str | None = None  # stored rollouts, instead of sampling: a file, a run's folder, or a folder of them
     verify: tuple[InstanceOf[Part], ...]
-    completions: PositiveCount = 4  # number of completions of a prompt
+    completions: Breadth = 4  # number of completions of a prompt
     label: StepLabels = field(default_factory=StepLabels)
     output: str = "step_labels.jsonl"
 

@@ -151,16 +151,18 @@ def beam(tree: Tree, *, key: Key = value_key, width: int = 4) -> list[Node]:
     return [node for node in kept if not node.ended]
 
 
-def depth_first(tree: Tree, *, threshold: float = -math.inf, drop: float = 0.0) -> list[Node]:
+def depth_first(tree: Tree, *, threshold: float | None = None, drop: float = 0.0) -> list[Node]:
     """The child with the highest value of the node expanded last; goes back up if no child is left.
 
     DFS-V of TS-LLM (Feng et al. 2023, arXiv:2309.17179).
 
     Args:
-        threshold: nodes of lower value are given up.
+        threshold: nodes of lower value are given up. Default: none are.
         drop: share of siblings, those of lowest value, that is given up.
     """
-    allowed = [node for node in tree.frontier if node.value >= threshold and not _dropped(node, drop)]
+    allowed = [
+        node for node in tree.frontier if (threshold is None or node.value >= threshold) and not _dropped(node, drop)
+    ]
     return sorted(allowed, key=lambda node: (-node.born, -node.value))[:1]
 
 

@@ -29,7 +29,7 @@ from posttrain.decoding.prefixes import OptionalScore, Prefix, ScoreOption, cont
 from posttrain.decoding.shaping import Shaped, warn_unless_tilted
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
-from posttrain.option_types import Option, PositiveCount
+from posttrain.option_types import Breadth, Option, PositiveCount
 from posttrain.recipe.sections import SamplingSection
 from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
@@ -102,8 +102,8 @@ class Population(Decoder):
         engine: Engine,
         score: ScoreOption,
         *,
-        particles: PositiveCount = 1,
-        branch: PositiveCount = 1,
+        particles: Breadth = 1,
+        branch: Breadth = 1,
         block: PositiveCount | None = None,
         separator: Separator = (),
         pick: Pick = top,

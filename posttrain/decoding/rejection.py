@@ -16,7 +16,7 @@ from posttrain.decoding.prefixes import Prefix, grown
 from posttrain.engines.base import Completion, Engine, OnCompletion, Sampling
 from posttrain.engines.choice import Chooser, MakeChooser, seeded_chooser
 from posttrain.errors import UserError
-from posttrain.option_types import Option, PositiveCount
+from posttrain.option_types import Breadth, Option, PositiveCount
 from posttrain.recipe.sections import SamplingSection
 from posttrain.seeds import CHOICES, FreshSeeds, derived_seed, sample_seed
 
@@ -81,7 +81,7 @@ class Rejection(Decoder):
         population: DecoderOption,
         *,
         highest: float = 1.0,
-        width: PositiveCount = 16,
+        width: Breadth = 16,
         rounds: PositiveCount = 16,
         make_chooser: NotInRecipes[MakeChooser] = seeded_chooser,
         seed: NotInRecipes[int] = 0,

@@ -19,7 +19,7 @@ from posttrain.errors import RecipeError
 from posttrain.models.implicit_value import ImplicitValue
 from posttrain.models.load import load_model
 from posttrain.models.value_files import load_value
-from posttrain.option_types import Inner, NonNegative, Option, Positive, PositiveCount
+from posttrain.option_types import Breadth, Inner, NonNegative, Option, Positive, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 
@@ -119,7 +119,7 @@ def rollout(
     reward: ScoreMaker,
     max_tokens: PositiveCount,
     policy: ModelPath | None = None,
-    completions: PositiveCount = 1,
+    completions: Breadth = 1,
     horizon: PositiveCount | None = None,
     temperature: NonNegative = 1.0,
     tilt: OptionalScoreMaker = None,

@@ -26,7 +26,7 @@ from posttrain.decoding.prefix_scores import next_scores
 from posttrain.decoding.prefixes import NextTokenScore, Prefix, PrefixScore, ScoreOption
 from posttrain.engines.base import Completion, OnCompletion, Request, RequestUpdate, Row, Sampling, ShapingEngine
 from posttrain.engines.stepping import SteppingEngine
-from posttrain.option_types import OpenFraction, Option, PositiveCount, facts
+from posttrain.option_types import Breadth, OpenFraction, Option, PositiveCount, facts
 from posttrain.recipe.sections import SamplingSection
 
 Rest = Literal["drop", "mean", "state", "residual"]
@@ -93,7 +93,7 @@ class Shaped(Decoder):
         score: ScoreOption,
         *,
         strength: float = 1.0,
-        k: PositiveCount | None = None,
+        k: Breadth | None = None,
         head: OpenFraction | None = None,
         rest: Rest = "drop",
         every: PositiveCount = 1,

@@ -15,6 +15,7 @@ from posttrain.recipe.resolve import (
     check_options,
     find_file,
     inner_slots,
+    is_there,
     local_options,
     parameters,
     positional,
@@ -156,7 +157,7 @@ class PartReader:
         if ".py:" in value:
             return self._attempt(location, lambda: _absolute_function(value, self.folders(location))) or value
         path = Path(value).expanduser()
-        existing = next((folder / path for folder in self.folders(location) if (folder / path).exists()), None)
+        existing = next((folder / path for folder in self.folders(location) if is_there(folder / path)), None)
         return str(existing.resolve()) if existing else value
 
     def folders(self, location: Location) -> list[Path]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.option_types import Inner, LocalPath
+from posttrain.recipe.executors import executor_problem
 from posttrain.recipe.validation import Problems, validate
 from posttrain.recipe.yaml_reader import suggestion
 
@@ -31,14 +32,18 @@ def resolve(spec: str) -> Any:
     """Imports the callable ``/path/to/file.py:name`` or ``package.module.name``.
 
     Raises:
-        RecipeError: if the file or module cannot be imported, or has no such name.
+        RecipeError: if the file or module cannot be imported, has no such name, or if the name is of a function that
+            executes what it is given.
     """
     file, colon, name = spec.rpartition(":")
     if colon:
-        module = import_file(Path(file))
-        return _member(module, name, Path(file).name)
-    module_name, _, name = spec.rpartition(".")
-    return _member(_import_module(module_name, spec), name, module_name)
+        target = _member(import_file(Path(file)), name, Path(file).name)
+    else:
+        module_name, _, name = spec.rpartition(".")
+        target = _member(_import_module(module_name, spec), name, module_name)
+    if problem := executor_problem(target, name if colon else spec):
+        raise RecipeError(problem)
+    return target
 
 
 def specify(name: str, module: str, folders: Iterable[Path]) -> str:
@@ -73,13 +78,22 @@ def find_file(file: str, folders: Iterable[Path]) -> Path:
         RecipeError: if it is in none of them.
     """
     candidates = [folder / Path(file).expanduser() for folder in folders]
-    file_path = next((path for path in candidates if path.is_file()), None)
+    file_path = next((path for path in candidates if is_there(path) and path.is_file()), None)
     if file_path is None:
-        near = {other.name for path in candidates if path.parent.is_dir() for other in path.parent.glob("*.py")}
+        parents = [path.parent for path in candidates if is_there(path.parent)]
+        near = {other.name for parent in parents if parent.is_dir() for other in parent.glob("*.py")}
         looked = ", ".join(dict.fromkeys(str(path.parent.resolve()) for path in candidates))
         guess = suggestion(Path(file).name, near)
         raise RecipeError(f"no file {file!r} (looked in {looked})" + (f"; {guess}" if guess.startswith("did") else ""))
     return file_path.resolve()
+
+
+def is_there(path: Path) -> bool:
+    """True if there is a file or folder; False for names that no file can have, such as one that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def import_file(path: Path) -> ModuleType:

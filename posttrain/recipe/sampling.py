@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from posttrain.option_types import PositiveCount
+from posttrain.option_types import Breadth
 from posttrain.recipe import sections
 from posttrain.recipe.part import Checked, Part
 
@@ -21,7 +21,7 @@ class SamplingRecipe(Checked):
     policy: sections.PolicySection | None  # None: nothing is sampled
     sampling: sections.SamplingSection = field(default_factory=sections.SamplingSection)
     engine: sections.EngineSection = field(default_factory=sections.EngineSection)
-    completions: PositiveCount = 1  # completions of each prompt
+    completions: Breadth = 1  # completions of each prompt
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     path: Path | None = None  # path of the YAML file

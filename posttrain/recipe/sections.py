@@ -7,15 +7,17 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from posttrain.option_types import BelowOne, Breadth, Count, Positive, PositiveCount
+
+CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class LoraSection:
     """Low-rank adapters, trained in place of all weights."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
+    rank: Breadth = 16
+    alpha: PositiveCount = 32
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = "all-linear"
 
@@ -49,7 +51,7 @@ class ReferenceSection:
 
     model: str | None = None
     """Hub name or local folder of the reference. Default: the policy at the start of the run."""
-    every: int | None = Field(default=None, ge=1)
+    every: PositiveCount | None = None
     """Number of steps after which the reference moves towards the policy. Default: it never moves."""
     rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the policy's weights in the reference after a move; 1: it becomes the policy."""
@@ -75,12 +77,12 @@ class OpponentSection:
 class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    learning_rate: float = Field(default=1e-6, gt=0, le=1000)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: Positive = 1e-8
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Count = 0
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
@@ -92,7 +94,7 @@ class HeadSection:
     """Kind of output: a number; logits over ``bins`` between ``low`` and ``high``; ``bins`` quantiles; the logit of a
     probability; a number for each possible next token (a Q or twist head); or, implicit, log-probs: the value is
     ``beta`` times the log-ratio of a language model to its frozen beginning, the log-odds of being right."""
-    bins: int = Field(default=101, ge=2)
+    bins: int = Field(default=101, ge=2, le=2**16)
     low: float = -0.5
     """Centre of the lowest bin: the support should reach a few bin widths beyond the rewards on both sides. In rewards,
     or with ``value.normalise`` in standard deviations of the targets from their mean, such as -5."""
@@ -106,7 +108,7 @@ class HeadSection:
 class BranchesSection:
     """Monte-Carlo values: completions that are sampled from the prefixes of others."""
 
-    completions: int = Field(default=9, ge=1)
+    completions: Breadth = 9
     """Number of completions of each prefix."""
     separator: str = Field(default="\n", min_length=1)
     """Text at the end of a reasoning step."""
@@ -133,7 +135,7 @@ class ValueSection:
     """Do not train the value model."""
     head_only: bool = False
     """Train the head alone: the value is of the model's own hidden states, as the decoder ``edited`` needs."""
-    members: int = Field(default=1, ge=1)
+    members: Breadth = 1
     """Number of heads on one backbone that are trained side by side from different initial weights."""
     reduce: Literal["mean", "min", "max", "mean_minus_std"] = "mean"
     """Function that makes one value of the members' values."""
@@ -169,9 +171,9 @@ class DataSection:
     """Wrap plain prompts as a user's message. Default: yes if the tokenizer has a chat template."""
     template: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the chat template, such as ``{enable_thinking: false}``."""
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    max_prompt_tokens: PositiveCount | None = None
     """Most tokens of a prompt; longer ones are left out and counted. Default: an error names the row."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: PositiveCount | None = None
     """Use only the first ``limit`` rows."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of a generator function."""
@@ -183,9 +185,9 @@ class SamplingSection:
 
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    top_k: Count = 0
     min_p: float = Field(default=0.0, ge=0, lt=1)
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: PositiveCount = 256
     """Length of the longest completion, in tokens."""
 
 
@@ -197,13 +199,13 @@ class EngineSection:
     """Name of the engine. auto: vllm if it is installed, transformers otherwise."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Data type of weights and forward pass. auto: the policy's."""
-    max_model_len: int | None = Field(default=None, ge=1)
+    max_model_len: PositiveCount | None = None
     """Most tokens of prompt and completion together. Default: as many as the data and ``sampling.max_tokens`` need."""
     gpu_memory: float = Field(default=0.4, gt=0, le=1)
     """Share of a GPU's memory that vLLM may take; the trainer uses the rest."""
-    cache_mb: int = Field(default=512, ge=1)
+    cache_mb: PositiveCount = 512
     """Memory of vLLM's key-value cache on CPU."""
-    max_concurrent: int = Field(default=256, ge=1)
+    max_concurrent: Breadth = 256
     """Most completions that are generated at the same time."""
     max_difference: float | None = Field(default=None, gt=0)
     """Largest mean difference of the engine's log-probs from the trainer's, in nats, on a short batch before the first
@@ -221,9 +223,9 @@ class EvaluationSection:
     """Held-out prompts to complete and verify."""
     examples: DataSection | None = None
     """Held-out completions, read by the recipe's ``examples`` part; evaluation measures how the policy ranks them."""
-    every: int = Field(default=50, ge=1)
+    every: PositiveCount = 50
     """Number of steps between evaluations; one more is made before the first step and one after the last."""
-    completions: int = Field(default=1, ge=1)
+    completions: Breadth = 1
     """Number of completions of a prompt; the score is their mean."""
     guided: bool = False
     """Complete the prompts with the recipe's ``decoder``. By default the policy alone completes them."""
@@ -236,15 +238,15 @@ class RunSection:
 
     folder: str | None = None
     """Path of the run folder. Default: ``runs/<recipe's name>``."""
-    save_every: int = Field(default=50, ge=1)
+    save_every: PositiveCount = 50
     """Number of steps between checkpoints; one more is made at the end."""
-    keep: int = Field(default=2, ge=1)
+    keep: PositiveCount = 2
     """Number of checkpoints that are kept."""
-    rollouts_every: int = Field(default=1, ge=0)
+    rollouts_every: Count = 1
     """Number of steps between stored rollouts (Parquet); 0 stores none."""
     rollouts_of: tuple[Literal["training", "dropped", "evaluation"], ...] = ("training", "dropped", "evaluation")
     """Completions that are stored: those of the updates, those that ``select`` dropped, those of evaluations."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     project: str = "posttrain"
-    max_bad_steps: int = Field(default=5, ge=0)
+    max_bad_steps: Count = 5
     """Most steps in a row with a non-finite loss or gradient. They are skipped; one more stops the run with a dump."""

@@ -9,10 +9,10 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pydantic import PydanticUndefinedAnnotation, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from posttrain.recipe.yaml_reader import ABSENT, Location, child, suggestion
+from posttrain.recipe.yaml_reader import ABSENT, Location, child, shorten, suggestion
 
 Problems = list[tuple[Location, str]]
 Hint = Callable[[str, Iterable[str]], str]
@@ -26,10 +26,11 @@ def validate(annotation: Any, value: Any, hint: Hint = suggestion) -> tuple[Any,
     """Converts a value to the annotation's type, and lists the problems with it.
 
     Text is not accepted as a number, nor a truth value as an integer. A list may be a tuple and an integer a float, as
-    in JSON. Annotations that plain data cannot be checked against are ignored.
+    in JSON. Infinity and NaN are no numbers unless the annotation allows them (``option_types.AnyNumber``). Annotations
+    that plain data cannot be checked against are ignored.
     """
     try:
-        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True), []
+        return _adapter(annotation).validate_json(json.dumps(value), strict=True), []
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return value, []
     except ValidationError as error:
@@ -38,6 +39,15 @@ def validate(annotation: Any, value: Any, hint: Hint = suggestion) -> tuple[Any,
             location = _in_data(detail["loc"], value)
             by_location.setdefault(location, []).append(_explain(annotation, location, dict(detail), hint))
         return value, [(location, " or ".join(dict.fromkeys(messages))) for location, messages in by_location.items()]
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    except PydanticUserError as error:
+        if error.code != "type-adapter-config-unused":
+            raise
+        return TypeAdapter(annotation)  # a dataclass, which has a config of its own
 
 
 def _in_data(path: tuple[str | int, ...], value: Any) -> Location:
@@ -63,9 +73,9 @@ def _explain(annotation: Any, location: Location, detail: dict[str, Any], hint: 
     if kind in _MISSING:
         return "is missing and has no default"
     if kind.startswith("dataclass"):
-        return f"should be a mapping of keys to values (got {json.dumps(got)})"
+        return f"should be a mapping of keys to values (got {shorten(json.dumps(got))})"
     message = detail["msg"].removeprefix("Input ")
-    message = f"{message} (got {json.dumps(got)})"
+    message = f"{message} (got {shorten(json.dumps(got))})"
     if kind == "literal_error" and isinstance(got, str):
         guess = suggestion(got, detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
         message += f"; {guess}" if guess.startswith("did") else ""

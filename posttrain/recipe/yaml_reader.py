@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from posttrain.errors import RecipeError
+from posttrain.recipe.file_text import text_of
 
 Location = tuple[str | int, ...]
 """Path to a value from the top: keys and list indices."""
@@ -47,15 +48,20 @@ class Document:
 
     def problem(self, location: Location, message: str) -> str:
         """Writes a problem as one line: place, dotted key, message."""
-        place, key = self.place(location), dotted(location)
+        place, key, message = self.place(location), dotted(location), shorten(message, 1000)
         named = not key or place.startswith(f"{COMMAND_LINE}: --{key}=")
-        return f"{place}: {message}" if named else f"{place}: {key}: {message}"
+        return f"{shorten(place)}: {message}" if named else f"{place}: {key}: {message}"
 
 
 Overrides = Sequence[str | Document]
 """Changes to a file: documents first, in their order, and then ``--key.path=value`` arguments."""
 
 COMMAND_LINE = "command line"
+
+
+def shorten(text: str, longest: int = 200) -> str:
+    """Cuts the end off a long text."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def single(location: Location, value: Any, place: str) -> Document:
@@ -86,10 +92,27 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "there are none"
 
 
+DEEPEST = 32
+"""Most levels of mappings and lists inside each other."""
+MOST_VALUES = 100_000
+"""Most values in a file. A few lines of aliases to aliases would otherwise become billions of them."""
+
+
 class _CoreSchema(yaml.SafeLoader):
-    """PyYAML's parser with the implicit types of the YAML 1.2 core schema."""
+    """PyYAML's parser with the implicit types of the YAML 1.2 core schema and a limit of depth."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Composes a node; refuses more than ``DEEPEST`` levels, for which Python's stack would be too small."""
+        if self.depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels of nesting", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _float(text: str) -> float:
@@ -120,6 +143,10 @@ _CONSTRUCTORS: dict[str, Callable[[str], Any]] = {_TAG + name: make for name, (_
 _CONSTRUCTORS[_TAG + "str"] = str
 
 
+_NO_TEXT = re.compile("[\\x00\\ud800-\\udfff]")
+"""Characters that no path and no UTF-8 text can have: NUL, and halves of surrogate pairs."""
+
+
 @dataclass
 class _Builder:
     """Turns parsed nodes into data, and notes places and problems."""
@@ -128,11 +155,15 @@ class _Builder:
     places: dict[Location, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     open_nodes: set[int] = field(default_factory=set)
+    values: int = 0  # number of values so far, those behind aliases included
 
     def place(self, node: yaml.Node) -> str:
         return f"{self.file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
     def build(self, node: yaml.Node, location: Location) -> Any:
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise RecipeError(f"{self.place(node)}: more than {MOST_VALUES:,} values, counting those behind aliases")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if id(node) in self.open_nodes:
@@ -148,10 +179,14 @@ class _Builder:
         if make is None:
             self.problems.append(f"{self.place(node)}: the tag {node.tag!r} has no meaning here")
             return None
+        if character := _NO_TEXT.search(node.value):
+            self.problems.append(f"{self.place(node)}: text with the character U+{ord(character[0]):04X}")
+            return None
         try:
             return make(node.value)
-        except ValueError:  # an explicit tag on text of another type
-            self.problems.append(f"{self.place(node)}: {node.value!r} is not of type {node.tag.removeprefix(_TAG)}")
+        except ValueError:  # an explicit tag on text of another type, or a number of thousands of digits
+            kind, text = node.tag.removeprefix(_TAG), shorten(repr(node.value))
+            self.problems.append(f"{self.place(node)}: {text} is not of type {kind}")
             return None
 
     def sequence(self, node: yaml.Node, location: Location) -> list[Any]:
@@ -200,15 +235,11 @@ def parse(text: str, file: str) -> Document:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return text_of(path)
     except FileNotFoundError:
         near = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = f"; {suggestion(path.name, near)}" if near else ""
         raise RecipeError(f"{path}: no such file{hint}") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: is a folder; name a recipe in it") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not text in UTF-8 (byte {error.start})") from None
 
 
 def _compose(text: str, file: str) -> yaml.Node | None:
@@ -221,7 +252,8 @@ def _compose(text: str, file: str) -> yaml.Node | None:
         raise RecipeError(f"{place}: not valid YAML: {error.problem}{context}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + 1
-        raise RecipeError(f"{file}:{line}: not valid YAML: {error.reason} (U+{ord(error.character):04X})") from None
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        raise RecipeError(f"{file}:{line}: not valid YAML: {error.reason} (U+{code:04X})") from None
 
 
 def _kind(data: Any) -> str:

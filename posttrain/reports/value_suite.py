@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from posttrain.option_types import PositiveCount
+from posttrain.option_types import Breadth, Count, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
@@ -30,11 +30,11 @@ class ValueModelSection:
 class BranchPointsSection:
     """Monte-Carlo continuations of prefixes of the completions."""
 
-    prompts: int = Field(default=32, ge=0)
+    prompts: Count = 32
     """Number of prompts whose completions are continued. 0 switches branches off."""
-    prefixes: int = Field(default=2, ge=1)
+    prefixes: PositiveCount = 2
     """Number of prefixes for each prompt, spread over the length of its completions."""
-    completions: int = Field(default=16, ge=2)
+    completions: int = Field(default=16, ge=2, le=2**16)
     """Number of continuations of each prefix."""
 
 
@@ -44,11 +44,11 @@ class ValueReportSection:
 
     folder: str | None = None
     """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
-    bins: int = Field(default=10, ge=2)
+    bins: int = Field(default=10, ge=2, le=2**16)
     """Number of bins of the calibration curve and of the curve over positions."""
     separator: str | None = Field(default="\n", min_length=1)
     """Text that ends a reasoning step. null: the steps that were stored with the rollouts."""
-    shown: int = Field(default=6, ge=0)
+    shown: Count = 6
     """Number of completions that the page shows token by token."""
 
 
@@ -64,7 +64,7 @@ class ValueSuite(SamplingRecipe):
     data: sections.DataSection | None = None
     rollouts: str | None = None  # stored rollouts, instead of sampling: a file, a run's folder, or a folder of them
     verify: tuple[InstanceOf[Part], ...] = ()
-    completions: PositiveCount = 4  # number of completions of a prompt
+    completions: Breadth = 4  # number of completions of a prompt
     branches: BranchPointsSection = field(default_factory=BranchPointsSection)
     report: ValueReportSection = field(default_factory=ValueReportSection)
     micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass

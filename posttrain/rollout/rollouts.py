@@ -13,7 +13,7 @@ from posttrain.batch import Author, Batch, Finish
 from posttrain.data.steps import steps_by_text
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import DataError
-from posttrain.option_types import PositiveCount, facts
+from posttrain.option_types import Breadth, facts
 from posttrain.seeds import OPPONENTS, sample_seed
 
 
@@ -74,7 +74,7 @@ def against(
     n: int,
     context: Context,
     *,
-    opponents: PositiveCount = 1,
+    opponents: Breadth = 1,
     role: Literal["player", "baseline", "calibration"] = "player",
 ) -> Batch:
     """Samples ``n`` completions of each prompt from the policy, and some from the recipe's ``opponent``.

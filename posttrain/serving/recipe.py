@@ -9,10 +9,13 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from posttrain.decoding.recipe import DecodeRecipe
+from posttrain.option_types import Breadth, Count
 from posttrain.recipe import sections
 
 
-@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
+@dataclass(
+    config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False), kw_only=True, frozen=True
+)
 class Server:
     """The ``server`` section."""
 
@@ -22,9 +25,9 @@ class Server:
     """Port to listen on; 0 takes any free port."""
     name: str | None = None
     """Name of the model for clients. Default: ``policy.model``, or the name of that folder."""
-    requests: int = Field(default=64, ge=1)
+    requests: Breadth = 64
     """Most requests that are decoded at the same time; further ones wait in the queue."""
-    queue: int = Field(default=256, ge=0)
+    queue: Count = 256
     """Most requests that may wait; further ones are refused with status 429."""
 
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from posttrain.decoding.checks import decoder_conflicts
-from posttrain.option_types import Inner, PositiveCount
+from posttrain.option_types import Breadth, Inner, PositiveCount, RowCount
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import SLOTS, Checked, Part
@@ -89,8 +89,8 @@ class Recipe(Checked):
     run: sections.RunSection = field(default_factory=sections.RunSection)
 
     steps: PositiveCount = 100
-    prompts_per_step: PositiveCount = 32  # over all processes
-    completions: PositiveCount = 8  # a prompt
+    prompts_per_step: RowCount = 32  # over all processes
+    completions: Breadth = 8  # a prompt
     epochs: PositiveCount = 1  # passes over a batch
     minibatches: PositiveCount = 1  # optimiser steps a pass
     micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass

@@ -41,6 +41,9 @@ Breadth = Annotated[int, Field(ge=1, le=2**16)]
 RowCount = Annotated[int, Field(ge=1, le=2**20)]
 """Number of prompts or examples that are in memory together."""
 
+Share = Annotated[float, Field(ge=-1e6, le=1e6)]
+"""Weight or coefficient of a term in a sum. Beyond these bounds float32 sums lose all other terms."""
+
 Made = TypeVar("Made", bound=Callable[..., Any])
 Option = Mapping[str, Any]
 """The options of a part, defaults included, by name."""

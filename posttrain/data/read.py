@@ -22,7 +22,7 @@ from posttrain.data.problems import Problems, kind_of, shown
 from posttrain.data.raw_rows import RawRows
 from posttrain.errors import DataError
 from posttrain.recipe import sections
-from posttrain.recipe.resolve import resolve, specify
+from posttrain.recipe.resolve import is_there, resolve, specify
 from posttrain.recipe.yaml_reader import suggestion
 
 
@@ -35,10 +35,23 @@ def read(data: sections.DataSection, base: Path | None) -> RawRows:
     Raises:
         DataError: if the rows cannot be read; the message names the file and line.
     """
+    _refuse_unused(data, base)
     source = read_generator(data, base) if ".py:" in data.path else _read_stored(data, base)
     if data.limit is not None and data.limit < len(source.rows):
         return replace(source, rows=source.rows.select(range(data.limit)))
     return source
+
+
+def _refuse_unused(data: sections.DataSection, base: Path | None) -> None:
+    """Refuses settings that the kind of dataset has no use for: a typing error would go unnoticed."""
+    generator, path = ".py:" in data.path, find(data.path, base)
+    file = path is not None and path.is_file()
+    if data.options and not generator:
+        raise DataError(f"data.options: {data.path} is no generator function, so nothing takes them; leave them out")
+    if data.name is not None and (generator or file):
+        raise DataError(f"data.name: {data.path} is a single dataset; only a folder or a dataset of the hub has names")
+    if data.split != "train" and generator:
+        raise DataError(f"data.split: {data.path} is a generator function, which has no splits; leave `split` out")
 
 
 def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:
@@ -63,7 +76,7 @@ def find(path: str, base: Path | None) -> Path | None:
     """Finds a file or folder, in the recipe's folder or else in the current one; None if there is none."""
     for folder in _folders(base):
         candidate = folder / Path(path).expanduser()
-        if candidate.exists():
+        if is_there(candidate):
             return candidate
     return None
 

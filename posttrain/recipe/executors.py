@@ -49,7 +49,7 @@ def executor_problem(target: Callable[..., Any], spec: str) -> str | None:
     if module in sys.stdlib_module_names or module in LIBRARIES:
         origin = f"the library {module}" if module in LIBRARIES else "Python's standard library"
         return (
-            f"{spec} is a function of {origin}. A part is called with texts that a model wrote, and such a function may "
+            f"{spec} is a function of {origin}. A part gets texts that a model wrote, and such a function may "
             "execute them; name a function of your own, as in `use: my_file.py:my_function`"
         )
     return None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from posttrain.errors import RecipeError
-from posttrain.option_types import fact
+from posttrain.option_types import Share, fact
 from posttrain.recipe.resolve import default_options, required
 from posttrain.recipe.validation import Problems
 from posttrain.recipe.yaml_reader import Location, dotted
@@ -59,8 +59,8 @@ class Part:
     call: Callable[..., Any]
     name: str  # name as the recipe writes it
     options: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0  # weight of a verifier or reward in the sum
-    coef: float = 1.0  # coefficient of a loss term
+    weight: Share = 1.0  # weight of a verifier or reward in the sum
+    coef: Share = 1.0  # coefficient of a loss term
     weights: tuple[Part, ...] = ()  # factors of a loss term, detached
     normaliser: Part | None = None  # normaliser of a loss term, in place of the recipe's
     time_limit: Annotated[float, Field(gt=0)] = 10.0  # seconds a completion for a verifier

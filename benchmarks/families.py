@@ -1,6 +1,7 @@
 """Compares log-probs of tiny random models of many families: posttrain's with the model's own, and each engine's.
 
     python benchmarks/families.py [--family llama] [--engine transformers] [--json benchmarks/results/families.json]
+    python benchmarks/families.py --summary benchmarks/results/families.json      # the lists of docs/families.md
 
 Every family runs in a process of its own, with a time limit. A family works with an engine if the log-probs of the
 tokens that it samples are those of the trainer to 1e-4 nats, after weights were loaded into it. The models are those of
@@ -55,7 +56,7 @@ def measure(family: str, engines: list[str]) -> dict[str, Any]:
         result["head"] = outcome(head)
         for engine in engines if "difference" in result["head"] else ():
             result[engine] = outcome(lambda engine=engine: sampled(build_policy(section).eval(), folder, engine))
-    return result
+    return json.loads(json.dumps(result).replace(folder, family))
 
 
 def sampled(policy: Any, folder: str, use: str) -> dict[str, Any]:
@@ -83,11 +84,12 @@ def sampled(policy: Any, folder: str, use: str) -> dict[str, Any]:
 
 def outcome(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a measurement, or the message of the error that it ended with."""
+    from posttrain.engines.base import WeightMismatch
     from posttrain.errors import UserError
 
     try:
         return run()
-    except UserError as error:
+    except (UserError, WeightMismatch) as error:  # a run ends with their message before its first step
         return {"refused": str(error)}
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
@@ -116,6 +118,16 @@ def word(result: dict[str, Any] | None) -> str:
     return "refused" if "refused" in result else "failed"
 
 
+def summary(results: dict[str, Any]) -> str:
+    """Lists of families by what they work with, in Markdown."""
+    names = ("vLLM and transformers", "transformers alone", "vLLM alone", "neither engine")
+    groups: dict[str, list[str]] = {name: [] for name in names}
+    for family, measured in sorted(results.items()):
+        transformers, vllm = (word(measured.get(engine)) == "yes" for engine in ENGINES)
+        groups[names[2 * (not transformers) + (not vllm)]].append(family)
+    return "\n\n".join(f"**{name}** ({len(group)}): {', '.join(group)}." for name, group in groups.items() if group)
+
+
 def main() -> None:
     """Measures all families, or those that are asked for, and prints a table."""
     from tiny_families import FAMILIES
@@ -126,7 +138,11 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=180, help="seconds for a family")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--summary", type=Path, help="print the lists of a file of results, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.summary:
+        print(summary(json.loads(arguments.summary.read_text(encoding="utf-8"))["families"]))
+        return
     engines = arguments.engine or list(ENGINES)
     if arguments.child:
         print(MARK + json.dumps(measure(arguments.child, engines)), flush=True)

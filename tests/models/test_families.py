@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_families import FAMILIES, save_tiny, tiny_language_model
@@ -129,3 +133,14 @@ def test_gemma_2_keeps_the_cap_of_its_attention(tmp_path, capsys):
         logp, _ = default.eval()(tokens, mask)
     torch.testing.assert_close(logp, own_logps(eager, tokens, mask), atol=1e-5, rtol=0)
     assert (own_logps(sdpa, tokens, mask) - logp).abs().max() > 0.1
+
+
+def test_the_document_says_what_was_measured():
+    """Which engines work, in docs/families.md, as in the results of the benchmark."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, root / "benchmarks" / "families.py", "--summary"]
+    results = root / "benchmarks" / "results" / "families.json"
+    printed = subprocess.run([*command, results], capture_output=True, text=True, check=True).stdout
+    document = " ".join((root / "docs" / "families.md").read_text(encoding="utf-8").split())
+    for line in filter(None, printed.splitlines()):
+        assert line in document

@@ -130,8 +130,6 @@ def summary(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures all families, or those that are asked for, and prints a table."""
-    from tiny_families import FAMILIES
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", help="one family; may be repeated. Default: all")
     parser.add_argument("--engine", action="append", choices=ENGINES, help="one engine. Default: both")
@@ -143,6 +141,8 @@ def main() -> None:
     if arguments.summary:
         print(summary(json.loads(arguments.summary.read_text(encoding="utf-8"))["families"]))
         return
+    from tiny_families import FAMILIES  # imports torch, which the lists above do without
+
     engines = arguments.engine or list(ENGINES)
     if arguments.child:
         print(MARK + json.dumps(measure(arguments.child, engines)), flush=True)

@@ -140,8 +140,6 @@ def test_no_dataset_is_an_executing_function_or_has_settings_without_use(tmp_pat
     wrong = {
         "rows is a function of Python's standard library": {"path": "mine.py:rows"},
         "data.options: rows.jsonl is no generator": {"path": "rows.jsonl", "options": {"seed": 1}},
-        "data.name: rows.jsonl is a single dataset": {"path": "rows.jsonl", "name": "main"},
-        "data.name: mine.py:own is a single dataset": {"path": "mine.py:own", "name": "main"},
         "data.split: mine.py:own is a generator": {"path": "mine.py:own", "split": "test"},
     }
     for message, section in wrong.items():

@@ -64,6 +64,10 @@ OnCompletion = Callable[[int, int, Completion], None]
 """Callback for each completion as soon as it ends, with the indices of prompt and sample."""
 
 
+class RefusedRequest(ValueError):
+    """The error for a request that an engine cannot take: a setting or a prompt is wrong. Other requests go on."""
+
+
 class WeightMismatch(RuntimeError):
     """The error for an engine whose weights after a load are not the weights that were sent."""
 

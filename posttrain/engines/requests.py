@@ -4,25 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.engines.base import Sampling, Shaper
+from posttrain.engines.base import RefusedRequest, Sampling, Shaper
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
-    """Raises ``ValueError`` for the first prompt that is empty or leaves no room for ``max_tokens``."""
+    """Raises ``RefusedRequest`` for the first prompt that is empty or leaves no room for ``max_tokens``."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {index} is empty: a model needs at least one token to continue")
+            raise RefusedRequest(f"prompt {index} is empty: a model needs at least one token to continue")
         if len(prompt) + max_tokens > max_model_len:
-            raise ValueError(
+            raise RefusedRequest(
                 f"prompt {index} has {len(prompt)} tokens: with max_tokens {max_tokens} that is more than "
                 f"max_model_len {max_model_len}"
             )
 
 
+LARGEST = 2**31 - 1
+"""Largest whole number that engines take as a setting."""
+
+TEMPERATURES = (0.01, 2.0)
+"""Lowest and highest temperature above 0. vLLM takes no higher one, and samples at 0.01 where a lower one is asked for;
+in float32, logits divided by a much smaller number are infinite."""
+
+
+def settings_problem(sampling: Sampling) -> str | None:
+    """Returns what is wrong with settings of sampling that no engine can take; None if nothing is."""
+    low, high = TEMPERATURES
+    ranges = [
+        ("temperature", "0, or from 0.01 to 2", sampling.temperature == 0 or low <= sampling.temperature <= high),
+        ("top_p", "above 0 and at most 1", 0 < sampling.top_p <= 1),
+        ("top_k", f"from 0 to {LARGEST}", 0 <= sampling.top_k <= LARGEST),
+        ("min_p", "at least 0 and below 1", 0 <= sampling.min_p < 1),
+        ("max_tokens", f"from 1 to {LARGEST}", 1 <= sampling.max_tokens <= LARGEST),
+        ("stop_token_ids", f"from 0 to {LARGEST}", all(0 <= token <= LARGEST for token in sampling.stop_token_ids)),
+    ]
+    wrong = next(((name, range_) for name, range_, fits in ranges if not fits), None)
+    return wrong and f"{wrong[0]}: should be {wrong[1]}; it is {getattr(sampling, wrong[0])}"
+
+
+def check_settings(sampling: Sampling) -> None:
+    """Raises ``RefusedRequest`` for settings that no engine can take."""
+    if (problem := settings_problem(sampling)) is not None:
+        raise RefusedRequest(problem)
+
+
+def check_vocabulary(prompts: Sequence[Sequence[int]], size: int | None) -> None:
+    """Raises ``RefusedRequest`` for the first prompt with a token that the model does not have.
+
+    Args:
+        size: number of tokens of the model; None if it is not known.
+    """
+    for index, prompt in enumerate(prompts):
+        wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+        if wrong < 0 or (size is not None and wrong >= size):
+            raise RefusedRequest(f"prompt {index} has token {wrong}; the model has {size} tokens")
+
+
 def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:
-    """Raises ``ValueError`` for a shaper together with filters, which engines apply in different orders."""
+    """Raises ``RefusedRequest`` for a shaper together with filters, which engines apply in different orders."""
     if shaper is not None and sampling.temperature > 0 and not sampling.is_full_softmax:
-        raise ValueError(
+        raise RefusedRequest(
             f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: filters cannot be combined "
             "with a shaper; leave them out and restrict the shaper's candidates"
         )

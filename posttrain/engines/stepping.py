@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain.batch import Finish
 from posttrain.engines.base import Aborted, Completion, OnCompletion, Request, RequestUpdate, Sampling, Shaper
-from posttrain.engines.requests import check_prompts, check_shaper
+from posttrain.engines.requests import check_prompts, check_settings, check_shaper, check_vocabulary
 from posttrain.seeds import FreshSeeds, sample_seed
 
 _numbers = itertools.count(1)  # numbers of requests, each used once in a process
@@ -42,6 +42,7 @@ class SteppingEngine(ABC):
         self.max_model_len = max_model_len
         self._fresh_seeds = FreshSeeds(seed)
         self._in_flight: dict[int, _InFlight] = {}
+        self.vocab_size: int | None = None  # number of tokens of the model, if it is known
         self.before_step: Callable[[], None] = _nothing
         """Hook before every step, also within ``generate``. It may submit and abort requests."""
 
@@ -49,9 +50,12 @@ class SteppingEngine(ABC):
         """Accepts a request and returns its number. The caller gets an update for each token, or for the end only.
 
         Raises:
-            ValueError: if the prompt leaves no room, or if a shaper comes with filters.
+            RefusedRequest: if the engine cannot take the request: the prompt leaves no room or has tokens
+                that the model lacks, a setting is out of range, or a shaper comes with filters.
         """
+        check_settings(request.sampling)
         check_prompts([request.prompt], request.sampling.max_tokens, self.max_model_len)
+        check_vocabulary([request.prompt], self.vocab_size)
         check_shaper(request.shaper, request.sampling)
         number = next(_numbers)
         self._add(number, request)
@@ -69,11 +73,15 @@ class SteppingEngine(ABC):
         if self._in_flight:
             self._advance()
 
-    def abort(self, numbers: Iterable[int]) -> None:
-        """Aborts requests, which get an update that says so. Requests that have ended are ignored."""
+    def abort(self, numbers: Iterable[int], error: Exception | None = None) -> None:
+        """Aborts requests, which get an update that says so. Requests that have ended are ignored.
+
+        Args:
+            error: the reason, for the update; :class:`posttrain.engines.base.Aborted` by default.
+        """
         running = [number for number in numbers if number in self._in_flight]
         for number in running:
-            self._fail(number, Aborted())
+            self._fail(number, error or Aborted())
         if running:
             self._drop(running)
 
@@ -88,7 +96,9 @@ class SteppingEngine(ABC):
         shaper: Shaper | None = None,
     ) -> list[list[Completion]]:
         """See :meth:`posttrain.engines.base.ShapingEngine.generate`. Requests in flight go on meanwhile."""
+        check_settings(sampling)
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
+        check_vocabulary(prompts, self.vocab_size)
         seeds = self._fresh_seeds.unless(seeds, len(prompts))
         done: list[list[Completion]] = [[None] * n for _ in prompts]  # type: ignore[list-item]
         ended: deque[tuple[int, int, RequestUpdate]] = deque()

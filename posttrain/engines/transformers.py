@@ -67,6 +67,7 @@ class TransformersEngine(SteppingEngine):
         self._eos = end_of_sequence_ids(model, **source) if ends is None else tuple(ends)
         self._waiting: dict[int, Request] = {}
         self._rounds: list[Round] = []  # unfinished rounds, the newest last
+        self._alone: set[int] = set()  # waiting requests whose first round failed: each gets a round of its own
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are random
             kernel = kernel_for(AutoConfig.from_pretrained(model, **source), "sdpa")
@@ -74,6 +75,7 @@ class TransformersEngine(SteppingEngine):
                 model, dtype=getattr(torch, dtype), attn_implementation=kernel, **source
             )
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        self.vocab_size = len(loaded.get_input_embeddings().weight)  # type: ignore[arg-type]
         check_sampling(self, self._model, max_model_len)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -111,6 +113,7 @@ class TransformersEngine(SteppingEngine):
     def _drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self._waiting.pop(number, None)
+            self._alone.discard(number)
         self._rounds = [batch for batch in self._rounds if self._in_flight.keys() & batch.requests.keys()]
 
     def _advance(self) -> None:
@@ -119,19 +122,36 @@ class TransformersEngine(SteppingEngine):
         try:
             ended = next(current.tokens, None) is None
         except Exception as error:  # reported to the requests of the round
-            for number in self._in_flight.keys() & current.requests.keys():
-                self._fail(number, error)
+            self._split_or_fail(current, error)
             return
         if not ended:
             self._rounds.append(current)
 
+    def _split_or_fail(self, failed: Round, error: Exception) -> None:
+        """Gives each request of a failed round a round of its own, so that only those at fault get the error.
+
+        A round that has drawn tokens is not repeated: its requests get the error.
+        """
+        running = [number for number in failed.requests if number in self._in_flight]
+        begun = any(self._in_flight[number].tokens for number in running)
+        if begun or len(failed.requests) == 1:
+            for number in running:
+                self._fail(number, error)
+            return
+        self._waiting = {number: failed.requests[number] for number in running} | self._waiting
+        self._alone.update(running)
+
     def _next_round(self) -> Round:
         """Takes waiting requests with equal settings, the shortest first, so that neighbours need little padding."""
-        first = next(iter(self._waiting.values()))
+        earliest, first = next(iter(self._waiting.items()))
+        if earliest in self._alone:
+            self._alone.remove(earliest)
+            requests = {earliest: self._waiting.pop(earliest)}
+            return Round(requests, self._sample(requests))
         similar = {
             number: request
             for number, request in self._waiting.items()
-            if request.sampling == first.sampling and request.shaper is first.shaper
+            if request.sampling == first.sampling and request.shaper is first.shaper and number not in self._alone
         }
         chosen = sorted(similar, key=lambda number: len(similar[number].prompt))[: self._max_concurrent]
         requests = {number: self._waiting.pop(number) for number in chosen}

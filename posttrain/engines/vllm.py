@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posttrain.batch import Finish
 from posttrain.engines import vllm_cpu
-from posttrain.engines.base import Request, Sampling
+from posttrain.engines.base import RefusedRequest, Request, Sampling
 from posttrain.engines.ends import end_of_sequence_ids
 from posttrain.engines.process_group import engine_world
 from posttrain.engines.requests import stop_ids
@@ -100,6 +100,7 @@ class VllmEngine(SteppingEngine):
         }
         with _surroundings_kept(), engine_world():
             self._llm: Any = _start(str(model), arguments, options or {}, cache_mb=cache_mb, gpu_memory=gpu_memory)
+        self.vocab_size = self._llm.llm_engine.model_config.get_vocab_size()
         self._model: Any = served_model(self._llm)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -128,6 +129,14 @@ class VllmEngine(SteppingEngine):
         return self._llm
 
     def _add(self, number: int, request: Request) -> None:
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            self._submit(number, request)
+        except VLLMClientError as error:
+            raise RefusedRequest(str(error)) from error
+
+    def _submit(self, number: int, request: Request) -> None:
         params = copy.copy(sampling_params(request.sampling, self._eos, request.stream))
         params.seed = request.seed
         if request.shaper is not None:

@@ -183,7 +183,7 @@ class DataSection:
 class SamplingSection:
     """Sampling of tokens: temperature, truncation of the distribution, length."""
 
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: Count = 0
     min_p: float = Field(default=0.0, ge=0, lt=1)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from posttrain.engines.base import Aborted, RequestUpdate
+from posttrain.engines.base import Aborted, RefusedRequest, RequestUpdate
 from posttrain.models.load import text_of
 from posttrain.seeds import seeds_of
 from posttrain.serving.errors import ApiError, server_error
@@ -87,6 +87,8 @@ class Answer:
                     choice.sent()
         except ApiError as error:
             yield event(error.body)
+        except Exception as error:  # the response has begun, so the client learns of it in the stream alone
+            yield event(server_error(error).body)
         else:
             if self._request.stream_options is not None and self._request.stream_options.include_usage:
                 yield event(self._writer.last(self.choices, self._prompts))
@@ -128,4 +130,6 @@ def event(body: dict[str, Any]) -> str:
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, Aborted):
         return ApiError(503, "the server stopped sampling before this request was answered", code="aborted")
+    if isinstance(error, RefusedRequest):
+        return ApiError(400, str(error), code="invalid_value")
     return server_error(error)

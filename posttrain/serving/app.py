@@ -14,7 +14,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from posttrain.serving.answer import Answer
+from posttrain.serving.body_limit import BodyLimit
 from posttrain.serving.errors import ApiError, server_error, validation_error
+from posttrain.serving.limits import check_choices
 from posttrain.serving.prompts import chat_prompt, completion_prompts
 from posttrain.serving.protocol import ChatRequest, CompletionRequest, ValuesRequest
 from posttrain.serving.replies import GenerationRequest
@@ -22,6 +24,8 @@ from posttrain.serving.routing import Served
 from posttrain.serving.value_endpoint import prefix_values
 
 CLIENT_GONE = 499
+MAX_BODY = 4 * 2**20
+"""Default of the most bytes of a body."""
 T = TypeVar("T")
 
 
@@ -43,8 +47,12 @@ class ClientGone(Exception):
     """The error for a client that has disconnected."""
 
 
-def make_app(served: Served) -> FastAPI:
-    """Makes the application, which starts and ends the worker."""
+def make_app(served: Served, *, max_body: int = MAX_BODY) -> FastAPI:
+    """Makes the application, which starts and ends the worker.
+
+    Args:
+        max_body: most bytes of a request's body.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,11 +62,16 @@ def make_app(served: Served) -> FastAPI:
 
     app = FastAPI(title="posttrain", lifespan=lifespan)
     created = int(time.time())
+    app.add_middleware(BodyLimit, most=max_body)
     _install_error_handlers(app)
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if served.worker.alive else 503)
+        if served.worker.alive:
+            return Response(status_code=200)
+        failure = served.worker.broken
+        reason = "the engine is not running" if failure is None else f"the engine failed: {failure!r}"
+        return JSONResponse(ApiError(503, reason, code="engine_failed").body, 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -72,19 +85,29 @@ def make_app(served: Served) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
         served.check_model(request.model)
-        return await _answered(served, request, completion_prompts(request, served.tokenizer), http)
+        served.check_texts(request.prompt, "prompt")
+        prompts = await asyncio.to_thread(completion_prompts, request, served.tokenizer)
+        check_choices(len(prompts), request.n)
+        return await _answered(served, request, prompts, http)
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request) -> Response:
         served.check_model(request.model)
-        return await _answered(served, request, [chat_prompt(request, served.tokenizer)], http)
+        served.check_texts(request.texts, "messages")
+        prompt = await asyncio.to_thread(chat_prompt, request, served.tokenizer)
+        return await _answered(served, request, [prompt], http)
 
     @app.post("/v1/values")
-    async def values(request: ValuesRequest) -> dict[str, Any]:
+    async def values(request: ValuesRequest, http: Request) -> Response:
         served.check_model(request.model)
-        await served.limit.enter()
         try:
-            return await prefix_values(served, request)
+            await _unless_gone(http, served.limit.enter())
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
+        try:
+            return JSONResponse(await _unless_gone(http, prefix_values(served, request)))
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
         finally:
             served.limit.leave()
 

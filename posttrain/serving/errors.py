@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-TYPES = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
+TYPES = {
+    **dict.fromkeys((400, 405, 413), "invalid_request_error"),
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
 """Type of an error by status; any other status is a ``server_error``."""
 
 
@@ -28,13 +33,19 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.status, self.message, self.param = status, _unicode(message), None if param is None else _unicode(param)
+        self.code, self.retry_after = code, retry_after
 
     @property
     def body(self) -> dict[str, Any]:
         """The body of the response."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _unicode(text: str) -> str:
+    """The text with halves of surrogate pairs written as escapes: a response could not be encoded otherwise."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def validation_error(problems: Sequence[Any]) -> ApiError:
@@ -45,8 +56,9 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if not place and first["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body should be a JSON object, sent with Content-Type: application/json")
-    param = place[0] if place else None
     message = first["msg"].removeprefix("Value error, ")
+    named = message.partition(": ")[0]  # checks of several arguments begin with the name of the one to change
+    param = place[0] if place else named if named.isidentifier() else None
     if first["type"] == "extra_forbidden":
         message = "unknown argument; leave it out"
     if first["type"] == "missing":

@@ -12,7 +12,7 @@ from posttrain.engines.base import Sampling
 from posttrain.models.chat_template import REFUSALS, refusal, render
 from posttrain.models.token_ids import continuations, prompt_ids
 from posttrain.serving.errors import ApiError
-from posttrain.serving.protocol import ChatRequest, CompletionRequest, SamplingRequest
+from posttrain.serving.protocol import ChatRequest, CompletionRequest, SamplingRequest, ValuesRequest
 
 
 def completion_prompts(request: CompletionRequest, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -47,7 +47,7 @@ def token_ids(text: str | list[int], tokenizer: PreTrainedTokenizerBase, param: 
     return text
 
 
-def chat_prompt(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_prompt(request: ChatRequest | ValuesRequest, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Renders a conversation with the tokenizer's chat template, as in training.
 
     Raises:
@@ -55,7 +55,7 @@ def chat_prompt(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> lis
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, "messages: this model's tokenizer has no chat template; use /v1/completions")
-    messages = [message.for_template for message in request.messages]
+    messages = [message.for_template for message in request.messages or ()]
     try:
         text = render(messages, tokenizer, request.chat_template_kwargs, generate=True)
     except REFUSALS as error:

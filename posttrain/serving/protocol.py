@@ -2,76 +2,113 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
+from pydantic import field_validator as field_check
+from transformers import PreTrainedTokenizerBase
 
+from posttrain.engines.requests import LARGEST, TEMPERATURES
+from posttrain.serving.neutral import drop_neutral
+
+MAX_CHOICES = 1024
+"""Most completions of a request, of all its prompts together."""
 MAX_STOPS = 16
 """Most stop strings of a request."""
+Number = Annotated[float, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 
 
-class Strict(BaseModel):
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
+"""Arguments of ``apply_chat_template`` itself, among them another template, which clients must not set."""
+
+
+def _for_the_template(arguments: dict[str, Any]) -> dict[str, Any]:
+    if wrong := sorted(RESERVED & arguments.keys()):
+        raise ValueError(f"{wrong[0]!r} is no variable of a chat template; leave it out")
+    return arguments
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_for_the_template)]
+
+
+class Body(BaseModel):
     """Base of all bodies. Unknown keys are errors, so that a misspelt setting is not ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Guide(Strict):
+class Guide(Body):
     """Settings of the guide: ``extra_body={"guide": {"strength": 2.0}}``, also written ``{"lambda": 2.0}``."""
 
-    strength: float | None = Field(default=None, validation_alias=AliasChoices("strength", "lambda"))
+    strength: Number | None = Field(default=None, validation_alias=AliasChoices("strength", "lambda"))
     """Strength of the recipe's decoder for this request; 0 samples from the policy without the decoder."""
 
 
-class StreamOptions(Strict):
+class StreamOptions(Body):
     """Options of a request that streams."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, Mapping) else body
 
 
-class SamplingRequest(Strict):
+class SamplingRequest(Body):
     """Settings of both kinds of requests. A setting that is left out is the recipe's."""
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    min_p: float | None = Field(default=None, ge=0, lt=1)
-    n: int = Field(default=1, ge=1, le=1024)
-    seed: int | None = None
+    max_tokens: Count | None = None
+    temperature: Number | None = Field(default=None, ge=0, le=TEMPERATURES[1])
+    top_p: Number | None = Field(default=None, gt=0, le=1)
+    top_k: StrictInt | None = Field(default=None, ge=0, le=LARGEST)
+    min_p: Number | None = Field(default=None, ge=0, lt=1)
+    n: StrictInt = Field(default=1, ge=1, le=MAX_CHOICES)
+    seed: StrictInt | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[NonEmpty], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[StrictInt] | None = None
-    ignore_eos: bool = False
-    stream: bool = False
+    stop_token_ids: list[Annotated[StrictInt, Field(ge=0, le=LARGEST)]] | None = None
+    ignore_eos: StrictBool = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    guide: Guide | bool = True
+    guide: Guide | StrictBool = True
     """Guide of the request; ``false`` samples from the policy without the decoder."""
-    return_token_ids: bool = False
+    return_token_ids: StrictBool = False
     """Switch that adds ``token_ids`` and ``prompt_token_ids`` to each choice."""
 
-    user: str | None = None
-    """Id of the client's user; accepted without effect, like ``metadata`` and ``store``."""
-    metadata: dict[str, Any] | None = None
-    store: Literal[False] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        return drop_neutral(body, cls.model_fields) if isinstance(body, Mapping) else body
 
-    @field_validator("stop", mode="before")
+    @field_check("temperature")
+    @classmethod
+    def _not_tiny(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < TEMPERATURES[0]:
+            raise ValueError(f"should be 0, for the most probable tokens, or from {TEMPERATURES[0]} to 2")
+        return value
+
+    @field_check("stop", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
-    @classmethod
-    def _neutral(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("is not supported: it would change the distribution that log-probs refer to. Leave it out")
-        return value
 
     @model_validator(mode="after")
     def _streams(self) -> SamplingRequest:
@@ -84,12 +121,10 @@ class CompletionRequest(SamplingRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: str | Tokens | list[str] | list[Tokens]
-    logprobs: int | None = Field(default=None, ge=0)
-    echo: bool = False
-    best_of: int | None = None
-    suffix: str | None = None
+    logprobs: StrictInt | None = Field(default=None, ge=0)
+    best_of: StrictInt | None = None
 
-    @field_validator("prompt", mode="wrap")
+    @field_check("prompt", mode="wrap")
     @classmethod
     def _kinds(cls, value: Any, inner: Any) -> Any:
         try:
@@ -104,12 +139,8 @@ class CompletionRequest(SamplingRequest):
     def _supported(self) -> CompletionRequest:
         if self.logprobs is not None and self.logprobs > 1:
             raise ValueError("logprobs: only sampled tokens have log-probs here; use 0 or 1")
-        if self.echo:
-            raise ValueError("echo: is not supported; with return_token_ids: true the reply has prompt_token_ids")
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: is not supported; the server's decoder may be a best-of-n")
-        if self.suffix:
-            raise ValueError("suffix: is not supported: the policy writes from left to right")
         return self
 
     @property
@@ -118,46 +149,52 @@ class CompletionRequest(SamplingRequest):
         return self.logprobs is not None
 
 
-class TextPart(Strict):
+class TextPart(Body):
     """A part of a message's content. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
+class Message(Body):
     """A message of a conversation."""
 
     role: NonEmpty
     content: str | list[TextPart]
     name: str | None = None
+    reasoning_content: str | None = None
+    """Reasoning before the content, for chat templates that write it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_server_writes_it(cls, body: Any) -> Any:
+        return drop_neutral(body, cls.model_fields) if isinstance(body, Mapping) else body
+
+    @property
+    def text(self) -> str:
+        """All words of the message: its role, name, reasoning and content."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join([self.role, self.name or "", self.reasoning_content or "", text])
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template reads it: role, text or text parts, and perhaps a name."""
+        """The message as a chat template reads it: role, text or text parts, and perhaps a name and reasoning."""
         parts = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
-        return {"role": self.role, "content": parts} | ({} if self.name is None else {"name": self.name})
+        return {"role": self.role, "content": parts} | {
+            key: value for key in ("name", "reasoning_content") if (value := getattr(self, key)) is not None
+        }
 
 
 class ChatRequest(SamplingRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: StrictBool | None = None
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _supported(self) -> ChatRequest:
-        if self.top_logprobs:
-            raise ValueError("top_logprobs: only sampled tokens have log-probs here; leave it out")
-        if self.response_format not in (None, {"type": "text"}):
-            raise ValueError("response_format: only {'type': 'text'} is supported")
-        if self.tools:
-            raise ValueError("tools: are not supported")
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
@@ -165,14 +202,39 @@ class ChatRequest(SamplingRequest):
         return self
 
     @property
+    def texts(self) -> list[str]:
+        """All texts that the chat template writes."""
+        arguments = json.dumps(self.chat_template_kwargs, ensure_ascii=False)
+        return [*(message.text for message in self.messages), arguments]
+
+    @property
     def wants_logps(self) -> bool:
         """True if the answer has the log-probs of tokens."""
         return bool(self.logprobs)
 
 
-class ValuesRequest(Strict):
-    """Body of ``POST /v1/values``: the guide's score of every beginning of a completion."""
+class ValuesRequest(Body):
+    """Body of ``POST /v1/values``: the guide's score of every beginning of a completion of a prompt or of messages."""
 
     model: str
-    prompt: str | Tokens
+    prompt: str | Tokens | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     completion: str | Tokens
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        return drop_neutral(body, cls.model_fields) if isinstance(body, Mapping) else body
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> ValuesRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either a prompt or messages")
+        return self
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that the chat template writes."""
+        arguments = json.dumps(self.chat_template_kwargs, ensure_ascii=False)
+        return [*(message.text for message in self.messages or ()), arguments]

@@ -29,6 +29,8 @@ class Server:
     """Most requests that are decoded at the same time; further ones wait in the queue."""
     queue: Count = 256
     """Most requests that may wait; further ones are refused with status 429."""
+    max_body_mb: int = Field(default=4, ge=1, le=1024)
+    """Most MiB of a request's body; longer ones are refused with status 413."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)

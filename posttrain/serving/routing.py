@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.seeds import FreshSeeds
 from posttrain.serving.errors import ApiError
-from posttrain.serving.limits import Limit
+from posttrain.serving.limits import Limit, check_texts
 from posttrain.serving.protocol import Guide
 from posttrain.serving.worker import Worker
 
@@ -42,6 +43,10 @@ class Served:
     worker: Worker
     seeds: FreshSeeds
     _by_strength: dict[float, Engine] = field(default_factory=dict)  # requests of one strength are decoded together
+
+    def check_texts(self, text: str | Sequence[object], param: str) -> None:
+        """Raises ``ApiError`` for texts that are not Unicode or too long; see ``limits.check_texts``."""
+        check_texts(text, param, self.tokenizer, self.engine.max_model_len)
 
     def check_model(self, name: str) -> None:
         """Raises ``ApiError`` if the name is not the served model's."""

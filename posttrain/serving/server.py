@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -44,16 +47,43 @@ def run_serve(path: str | Path, overrides: Overrides = ()) -> None:
 
 
 def serve(recipe: ServeRecipe) -> None:
-    """Serves until Ctrl-C. Requests that run then have some seconds to end.
+    """Serves until Ctrl-C or SIGTERM. Requests that run then have some seconds to end.
 
     Raises:
         UserError: if the input is wrong; the message says what to change.
+        RuntimeError: if the engine is broken; running requests have been told.
+        SystemExit: with code 143 after SIGTERM.
     """
-    with closing(listening(recipe.server)) as listener, application(recipe) as app:
+    with terminated(), closing(listening(recipe.server)) as listener, application(recipe) as app:
         host, port = listener.getsockname()[:2]
         print(f"{recipe.model_name}: http://{host}:{port}/v1 (Ctrl-C ends)", flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE)
-        uvicorn.Server(config).run(sockets=[listener])
+        server, worker = uvicorn.Server(config), app.state.served.worker
+
+        def end() -> None:
+            server.should_exit = True
+
+        worker.on_failure = end
+        server.run(sockets=[listener])
+        if worker.broken is not None:
+            raise RuntimeError(f"the engine failed, and the server has ended: {worker.broken}") from worker.broken
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Ends the block in order on SIGTERM, like an exception would, with exit code 143."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -79,7 +109,7 @@ def application(recipe: ServeRecipe) -> Iterator[FastAPI]:
                 worker=Worker(engine),
                 seeds=FreshSeeds(recipe.seed),
             )
-            app = make_app(served)
+            app = make_app(served, max_body=recipe.server.max_body_mb * 2**20)
             app.state.served = served
             yield app
 

@@ -29,7 +29,10 @@ class TextStream:
         known, new = self._texts()
         if new.endswith(INCOMPLETE):
             return ""
-        self._context, self._shown = self._shown, len(self._tokens)
+        # Decoders of SentencePiece's kind drop the space before the first text, so the context must have some text.
+        if self._decode(self._tokens[self._shown :]):
+            self._context = self._shown
+        self._shown = len(self._tokens)
         return self._up_to_stop(new[len(known) :])
 
     def finish(self) -> str:

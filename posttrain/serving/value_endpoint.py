@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.decoding.prefixes import Prefix, PrefixScore
 from posttrain.serving.errors import ApiError, server_error
-from posttrain.serving.prompts import token_ids
+from posttrain.serving.prompts import chat_prompt, token_ids
 from posttrain.serving.protocol import ValuesRequest
 from posttrain.serving.routing import Served
 from posttrain.system.files import json_number
@@ -24,8 +24,7 @@ async def prefix_values(served: Served, request: ValuesRequest) -> dict[str, Any
     score: Any = getattr(served.decoder, "score", None)
     if not isinstance(score, PrefixScore):
         raise ApiError(400, "this server has no score of prefixes, because its recipe has no decoder with one")
-    prompt = token_ids(request.prompt, served.tokenizer, "prompt")
-    completion = token_ids(request.completion, served.tokenizer, "completion", special=False)
+    prompt, completion = await asyncio.to_thread(_tokens, served, request)
     whole, room = [*prompt, *completion], served.engine.max_model_len
     if not prompt or len(whole) > room:
         message = f"prompt and completion have {len(prompt)} and {len(completion)} tokens; the server takes 1 to {room}"
@@ -42,6 +41,19 @@ async def prefix_values(served: Served, request: ValuesRequest) -> dict[str, Any
         "kind": score.kind,
         "beta": score.beta,
     }
+
+
+def _tokens(served: Served, request: ValuesRequest) -> tuple[list[int], list[int]]:
+    """Token ids of the beginning and of the completion."""
+    if request.messages is not None:
+        served.check_texts(request.texts, "messages")
+        prompt = chat_prompt(request, served.tokenizer)
+    else:
+        assert request.prompt is not None  # the body has one of the two
+        served.check_texts(request.prompt, "prompt")
+        prompt = token_ids(request.prompt, served.tokenizer, "prompt")
+    served.check_texts(request.completion, "completion")
+    return prompt, token_ids(request.completion, served.tokenizer, "completion", special=False)
 
 
 async def _scored(served: Served, score: PrefixScore, prefixes: list[Prefix]) -> list[float]:

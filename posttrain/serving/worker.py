@@ -35,6 +35,7 @@ class Job:
     strength: float | None = None  # strength of a token-wise decoder
     stream: bool = False
     numbers: dict[int, int] = field(default_factory=dict)  # the engine's number of each submitted sample
+    ended: set[int] = field(default_factory=set)  # samples of a round that have been reported
     cancelled: bool = False
 
 
@@ -57,6 +58,8 @@ class Worker:
         self._waiting: list[Job] = []  # jobs for the next rounds
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: Exception | None = None  # error of the engine, after which it samples no more
+        self.on_failure: Callable[[], None] = _nothing
+        """Callback in the worker's thread after the engine has failed."""
 
     def start(self) -> None:
         """Starts the thread."""
@@ -80,6 +83,11 @@ class Worker:
         self._commands.put(action)
 
     @property
+    def broken(self) -> Exception | None:
+        """The error of the engine that ended the sampling; None while it samples, and after :meth:`close`."""
+        return None if isinstance(self.failure, _Closing) else self.failure
+
+    @property
     def alive(self) -> bool:
         """True while the thread samples."""
         return self._thread.is_alive() and self.failure is None
@@ -94,11 +102,21 @@ class Worker:
                     self._engine.step()
         except Exception as error:  # reported to all jobs that wait, and by /health
             self.failure = error
-        self._engine.abort(self._engine.in_flight)
-        for job in self._waiting:
-            _fail(job, self.failure)
+        self._tell_all(self.failure)
         while not isinstance(self.failure, _Closing) and (command := self._commands.get()) is not None:
             command()
+
+    def _tell_all(self, failure: Exception) -> None:
+        """Tells all jobs that have not ended why, and that the engine is broken to those who wait for that."""
+        closing = isinstance(failure, _Closing)
+        try:
+            self._engine.abort(self._engine.in_flight, None if closing else failure)
+        except Exception as error:  # a broken engine may refuse this too; its requests have been told before
+            failure.add_note(f"the engine could not abort its requests: {error!r}")
+        for job in self._waiting:
+            _fail(job, Aborted() if closing else failure)
+        if not closing:
+            self.on_failure()
 
     def _between_steps(self) -> None:
         if not self._alone:
@@ -140,7 +158,7 @@ class Worker:
                 number = job.decoder.submit(request, strength=job.strength)
             else:
                 number = self._engine.submit(request)
-        except ValueError as error:
+        except Exception as error:  # the answer to this request; others go on
             job.on_update(sample, RequestUpdate(error=error))
         else:
             job.numbers[sample] = number
@@ -160,21 +178,40 @@ class Worker:
         first = self._waiting[0]
         jobs = [job for job in self._waiting if _settings(job) == _settings(first)]
         self._waiting = [job for job in self._waiting if job not in jobs]
-
-        def ended(i: int, sample: int, completion: Completion) -> None:
-            jobs[i].on_update(sample, RequestUpdate(completion.tokens, completion.logps, completion))
-
-        prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
         self._alone = _alone(first)
         try:
-            first.decoder.generate(prompts, first.sampling, first.n, seeds=seeds, on_completion=ended)
-        except Exception as error:  # reported to the jobs of the round
-            for job in jobs:
-                _fail(job, error)
-            if isinstance(error, _Closing):
-                raise
+            self._complete(jobs)
         finally:
             self._alone = False
+
+    def _complete(self, jobs: Sequence[Job]) -> None:
+        """Completes jobs in one call; if that fails, one by one, so that only those at fault get the error."""
+        first = jobs[0]
+
+        def ended(i: int, sample: int, completion: Completion) -> None:
+            if sample not in jobs[i].ended:
+                jobs[i].ended.add(sample)
+                jobs[i].on_update(sample, RequestUpdate(completion.tokens, completion.logps, completion))
+
+        prompts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+        try:
+            first.decoder.generate(prompts, first.sampling, first.n, seeds=seeds, on_completion=ended)
+        except _Closing:
+            for job in jobs:
+                _fail(job, Aborted())
+            raise
+        except Exception as error:  # reported to the jobs at fault
+            if len(jobs) == 1:
+                _fail(first, error)
+                return
+            waiting = [job for job in jobs if len(job.ended) < job.n]
+            for place, job in enumerate(waiting):
+                try:
+                    self._complete([job])
+                except _Closing:
+                    for later in waiting[place + 1 :]:
+                        _fail(later, Aborted())
+                    raise
 
 
 def _alone(job: Job) -> bool:
@@ -187,4 +224,9 @@ def _settings(job: Job) -> tuple[Any, ...]:
 
 def _fail(job: Job, error: Exception) -> None:
     for sample in range(job.n):
-        job.on_update(sample, RequestUpdate(error=error))
+        if sample not in job.ended:
+            job.on_update(sample, RequestUpdate(error=error))
+
+
+def _nothing() -> None:
+    """The default callback after a failure: does nothing."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,9 @@ import openai
 import pytest
 import torch
 from function_score import FunctionScore
+from odd_requests import BODIES, ENDPOINTS, odd_requests
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
 from served import MESSAGES, Server, guide, recipe_file, save_scalar_value, serving
 from transformers import AutoModelForCausalLM
 
@@ -279,15 +284,21 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": "x" * 200}, 400, "prompt", "maximum context length is 160 tokens: the prompt has 200"),
     ({"max_tokens": 156}, 400, "max_tokens", "the prompt has 5, and max_tokens asks for 156"),
     ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    ({"temperature": 2.5}, 400, "temperature", "less than or equal to 2"),
+    ({"temperature": 1e-40}, 400, "temperature", "should be 0"),
+    ({"temperature": True}, 400, "temperature", "valid number"),
+    ({"temperature": [1]}, 400, "temperature", "valid number"),
+    ({"n": 600, "prompt": ["a", "b"]}, 400, "n", "more than 1024"),
+    ({"prompt": "a" * 10_000}, 400, "prompt", "stand for at most"),
     ({"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"temprature": 1.0}, 400, "temprature", "unknown argument"),
-    ({"logprobs": 5}, 400, None, "logprobs: "),
-    ({"echo": True}, 400, None, "echo: "),
-    ({"best_of": 3}, 400, None, "best_of: "),
+    ({"logprobs": 5}, 400, "logprobs", "logprobs: "),
+    ({"echo": True}, 400, "echo", "echo: "),
+    ({"best_of": 3}, 400, "best_of", "best_of: "),
     ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
     ({"stop": [""]}, 400, "stop", "at least 1 character"),
-    ({"stream_options": {"include_usage": True}}, 400, None, "stream: true"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
     ({"guide": {"strength": 1.0}}, 400, "guide", "its recipe has no decoder"),
     ({"guide": {"strenght": 1.0}}, 400, "guide", "unknown argument"),
 ]
@@ -321,3 +332,80 @@ def test_models_and_health(plain: Server):
     with pytest.raises(openai.NotFoundError):
         plain.client.models.retrieve("other")
     assert httpx.get(plain.url.replace("/v1", "/health")).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------------ odd requests
+
+
+def check_odd_requests(server: Server) -> None:
+    """Sends odd requests and checks that each is answered by an error of its own, and that the server goes on."""
+    good = {"model": "tiny", "prompt": "Hello", "seed": 1, "guide": False}
+    before = httpx.post(f"{server.url}/completions", json=good).json()["choices"]
+    requests = odd_requests()
+    assert len(requests) >= 300
+    with httpx.Client(base_url=server.url.removesuffix("/v1"), timeout=20) as client:
+        for method, path, headers, body in requests:
+            reply = client.request(method, path, headers=headers, content=body)
+            assert 400 <= reply.status_code < 500, (method, path, body[:200], reply.status_code, reply.text)
+            if method != "HEAD":
+                assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert server.idle()
+    assert httpx.get(server.url.replace("/v1", "/health")).status_code == 200
+    assert httpx.post(f"{server.url}/completions", json=good).json()["choices"] == before
+
+
+def test_odd_requests_get_errors_and_the_server_goes_on(plain: Server):
+    check_odd_requests(plain)
+
+
+@pytest.mark.engine
+def test_odd_requests_to_a_guided_server(guided: Server):
+    check_odd_requests(guided)
+
+
+def test_a_long_body_is_refused_before_it_is_read_as_json(plain: Server):
+    for path in ENDPOINTS:
+        start = time.monotonic()
+        reply = httpx.post(f"{plain.url}{path}", content=b'{"prompt": "' + b"a" * 5_000_000)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_long")
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_clients_that_hang_up_within_a_body_leave_nothing(plain: Server, path: str):
+    port = int(plain.url.rpartition(":")[2].removesuffix("/v1"))
+    for part in (b"", b'{"model": "tiny"', b'{"model": "tiny", "prompt": "Hello"}'):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            head = (
+                f"POST /v1{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+            )
+            connection.sendall(head.encode() + part)
+    assert plain.complete(seed=1).choices[0].text and plain.served.limit.waiting == 0
+
+
+def test_a_message_of_the_server_can_be_sent_back(plain: Server):
+    message = plain.chat(max_tokens=3).choices[0].message
+    full = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None, "reasoning_content": None}
+    for answer in (message, message.model_dump(), message.model_dump() | full):
+        second: Any = [*MESSAGES, answer, {"role": "user", "content": "3"}]
+        reply = plain.client.chat.completions.create(model="tiny", messages=second, max_tokens=3)
+        assert reply.choices[0].message.role == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("/completions", completion_create_params.CompletionCreateParamsNonStreaming),
+        ("/chat/completions", chat_create_params.CompletionCreateParamsNonStreaming),
+    ],
+    ids=["completions", "chat"],
+)
+def test_every_argument_of_openais_client_may_be_null_and_strange_values_are_named(plain: Server, path: str, kinds):
+    body = BODIES[path]
+    for name in typing.get_type_hints(kinds):
+        if name in body:
+            continue
+        reply = httpx.post(f"{plain.url}{path}", json=body | {name: None})
+        assert reply.status_code == 200, (name, reply.text)
+        reply = httpx.post(f"{plain.url}{path}", json=body | {name: [[7]]})
+        assert reply.status_code == 400 and name in reply.json()["error"]["message"], (name, reply.text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import threading
 import time
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from served import MESSAGES
 
-from posttrain.engines.base import RequestUpdate
+from posttrain.engines.base import RefusedRequest, RequestUpdate
 from posttrain.engines.stepping import SteppingEngine
+from posttrain.seeds import sample_seed
 from posttrain.serving.errors import ApiError
 from posttrain.serving.protocol import ChatRequest, CompletionRequest
 from posttrain.serving.text import TextStream
@@ -66,6 +69,34 @@ def test_all_jobs_get_the_error_of_the_engine(monkeypatch: pytest.MonkeyPatch):
     assert not worker.alive
 
 
+def test_an_error_of_a_submission_is_its_own_clients_answer(monkeypatch: pytest.MonkeyPatch):
+    world = make_world()
+    worker = Worker(engine := world.engine())
+    add, updates = type(engine)._add, {}
+
+    def refuse(self: SteppingEngine, number: int, request: Any) -> None:
+        if request.seed == sample_seed(7, 0):
+            raise ArithmeticError("not this one")
+        add(self, number, request)
+
+    monkeypatch.setattr(type(engine), "_add", refuse)
+    settings = {"prompt": PROMPT, "n": 1, "decoder": engine, "sampling": world.sampling}
+    for seed in (6, 7, 8):
+        on_update = functools.partial(lambda seed, sample, update: updates.update({seed: update}), seed)
+        worker.submit(Job(**settings, seed=seed, on_update=on_update))
+    too_hot = dataclasses.replace(world.sampling, temperature=2.5)
+    on_update = functools.partial(lambda sample, update: updates.update(hot=update))
+    worker.submit(Job(**settings | {"sampling": too_hot}, seed=9, on_update=on_update))
+    worker.start()
+    until = time.monotonic() + 5
+    while len(updates) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert worker.alive
+    worker.close()
+    assert isinstance(updates[7].error, ArithmeticError) and updates[6].completion and updates[8].completion
+    assert isinstance(updates["hot"].error, RefusedRequest) and "0.01 to 2" in str(updates["hot"].error)
+
+
 # ------------------------------------------------------------------------------------------------- text and requests
 
 
@@ -89,6 +120,17 @@ def test_text_ends_before_a_stop_string(text: str, stop: str):
             shown += stream.add(byte)
     assert shown + stream.finish() == text.partition(stop)[0]
     assert stream.stopped == (stop in text)
+
+
+def test_a_stream_keeps_the_space_behind_a_special_token():
+    """SentencePiece's decoders drop the space before the first text alone."""
+
+    def sentencepiece(tokens: Any) -> str:
+        return "".join("" if token == 0 else chr(token) for token in tokens).removeprefix(" ")
+
+    for text in (" a\0 b", "\0 a\0\0 b c", " \0 \0 a", "a\0b"):
+        stream, tokens = TextStream(sentencepiece), [ord(character) for character in text]
+        assert "".join(map(stream.add, tokens)) + stream.finish() == sentencepiece(tokens)
 
 
 def test_text_that_might_begin_a_stop_string_is_held_back():

@@ -36,7 +36,32 @@ class NothingSelected(UserError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C during a run; the message says how far the run is and where ``--resume`` continues."""
+    """The end of a command before it is done: by a signal, or at ``run.stop_after``.
+
+    The message of a run says how far it is and where ``--resume`` continues.
+
+    Args:
+        code: exit code of the command: 128 and the number of the signal (143 after SIGTERM), or ``OUT_OF_TIME``.
+    """
+
+    def __init__(self, message: str = "", code: int = 128 + 2) -> None:
+        super().__init__(message, code)  # both, so that pickle can send the error to other ranks
+        self.message, self.code = message, code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Abandoned(Stopped):
+    """The end of a command in the middle of something that took too long to finish after a signal."""
+
+
+OUT_OF_TIME = 75
+"""Exit code of a run that ended at ``run.stop_after``: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+
+class CannotWrite(UserError):
+    """A file or folder cannot be written: no permission, no space, a name that the disk does not take."""
 
 
 class VerifierError(RuntimeError):

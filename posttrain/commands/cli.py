@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.errors import UserError
+from posttrain.errors import Stopped, UserError
+from posttrain.system.interrupts import end_by_signals, signal_name
+from posttrain.system.screen import lasting_screen
 
 SUFFIXES = (".yaml", ".yml")
-INTERRUPTED = 128 + 2  # exit code by which shells report a program that SIGINT ended
 EPILOG = """\
 Settings of the recipe are overridden by --key.path=value, with the value in YAML:
 
@@ -68,10 +69,16 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 after a mistake in the input, or 130 after Ctrl-C.
+    """Runs a command and returns its exit code: 0, 2 after a mistake in the input, or that of a :class:`Stopped`.
 
-    A mistake in the input is reported as a message without a traceback.
+    A mistake in the input is reported as a message without a traceback. After Ctrl-C the code is 130, after SIGTERM
+    143, after SIGHUP 129, and 75 for a run that ended at ``run.stop_after``.
     """
+    with lasting_screen():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].lower().endswith(SUFFIXES):
         arguments.insert(0, "train")
@@ -81,15 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise UserError(f"command line: {' '.join(unknown)}: an override looks like --section.key=value")
-        _run(options, overrides)
+        with end_by_signals():
+            _run(options, overrides)
         return 0
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt as raised:
+        stopped = raised if isinstance(raised, Stopped) else Stopped()
         if os.environ.get("RANK", "0") == "0":  # one message for all processes
-            print(str(stopped) or "stopped", file=sys.stderr)
-        return INTERRUPTED
+            name = signal_name(stopped.code) or "run.stop_after"
+            print(f"{name}: {stopped.message or 'stopped'}", file=sys.stderr)
+        return stopped.code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from posttrain.output.progress import TABLE_WIDTH
 from posttrain.recipe.loading import run_file
 from posttrain.recipe.yaml_reader import Overrides
 from posttrain.rollout.session import MEANS, completed, session
-from posttrain.system.files import write_rows
+from posttrain.system.files import atomic_write, check_output, write_rows
 
 
 def run_decode(path: str | Path, overrides: Overrides = ()) -> Path:
@@ -41,6 +41,7 @@ def decode(recipe: DecodeRecipe) -> Path:
     Raises:
         UserError: if policy, decoder, data or verifiers do not fit together; the message says what to change.
     """
+    check_output(recipe.file, "output")
     check_models(recipe.decoder)
     with session(recipe) as current:
         processes = current.processes
@@ -59,10 +60,10 @@ def decode(recipe: DecodeRecipe) -> Path:
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if path.suffix == ".parquet":
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = list(dict.fromkeys(name for row in rows for name in row))
         columns = {name: [_storable(row.get(name)) for row in rows] for name in names}
-        datasets.Dataset.from_dict(columns).to_parquet(str(path))
+        with atomic_write(path) as temporary:
+            datasets.Dataset.from_dict(columns).to_parquet(str(temporary))
     else:
         write_rows(path, rows)
 

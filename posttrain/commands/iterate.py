@@ -32,7 +32,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ from posttrain.commands.iterate_plan import Kind, Plan, check_stages
 from posttrain.commands.iterate_state import note_done, open_rounds, show_rounds
 from posttrain.commands.label import run_labels
 from posttrain.commands.train import run_train
-from posttrain.errors import UserError
+from posttrain.errors import OUT_OF_TIME, Stopped, UserError
 from posttrain.output.run_folder import RunFolder
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, dotted
+from posttrain.system.interrupts import raise_if_arrived
 
 
 def run_iterate(path: str | Path, overrides: Overrides = (), *, resume: bool = False) -> Path:
@@ -72,11 +74,25 @@ def run_iterate(path: str | Path, overrides: Overrides = (), *, resume: bool = F
         for name in plan.recipe.stages:
             if any((number, name) == stage[:2] for stage in done):
                 continue
+            raise_if_arrived()  # a signal at the end of a stage that was finished all the same
             print(f"\n== round {number} of {plan.recipe.rounds}, {name}: {plan.file(name).name}", flush=True)
-            run_stage(plan, number, name)
+            with saying_which_stage(number, name):
+                run_stage(plan, number, name)
             done.append(note_done(plan, number, name))
     show_rounds(plan.recipe, done)
     return plan.recipe.root
+
+
+@contextmanager
+def saying_which_stage(number: int, name: str) -> Iterator[None]:
+    """Adds the stage to the message of a signal."""
+    try:
+        yield
+    except KeyboardInterrupt as raised:
+        stopped = raised if isinstance(raised, Stopped) else Stopped()
+        said = f"{stopped.message} of this stage\n" if stopped.message else ""
+        message = f"{said}stopped in stage {name} of round {number}; --resume goes on with it"
+        raise Stopped(message, stopped.code) from None
 
 
 def run_stage(plan: Plan, number: int, name: str) -> None:
@@ -104,9 +120,26 @@ def launch_stage(launcher: str, kind: Kind, file: Path, arguments: Sequence[str]
         UserError: if it fails; its own message is on the screen already.
     """
     command = [*shlex.split(launcher), "-m", "posttrain", kind, str(file), *arguments]
-    code = subprocess.run(command, check=False).returncode
+    code = run_forwarding(command)
+    if code == OUT_OF_TIME:
+        raise Stopped(code=code)
     if code:
         raise UserError(f"{shlex.join(command)}: ended with exit code {code}; `--resume` goes on with this stage")
+
+
+def run_forwarding(command: Sequence[str]) -> int:
+    """Runs a program, passes signals on to it, and waits until it has saved its state; returns its exit code.
+
+    Raises:
+        Stopped: after a signal, once the program has ended.
+    """
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except Stopped as stopped:
+            process.send_signal(stopped.code - 128)
+            process.wait()
+            raise
 
 
 def as_arguments(settings: Sequence[Document]) -> list[str]:

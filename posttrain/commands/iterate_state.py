@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from posttrain.commands.iterate_plan import OUTPUTS, IterateRecipe, Plan
 from posttrain.errors import UserError
-from posttrain.output.run_folder import RunFolder, changed_settings, write_recipe
+from posttrain.output.run_folder import RunFolder, changed_settings, is_unused, write_recipe
 from posttrain.reports.rounds import draw_rounds, rounds_table, stage_metrics
-from posttrain.system.files import read_rows, write_rows
+from posttrain.system.files import read_rows, write_rows, writing
 
 CHANGEABLE = ("rounds", "table", "folder", "launch")
 """Settings that may change between a run and its resumption."""
@@ -36,13 +36,14 @@ def open_rounds(plan: Plan, *, resume: bool) -> list[Done]:
     started = folder.recipe.is_file()
     if resume and not started:
         raise UserError(f"nothing to resume: {folder.path} holds no rounds; leave out `--resume` to start")
-    if not resume and folder.path.is_dir() and any(folder.path.iterdir()):
+    if not resume and folder.path.is_dir() and not is_unused(folder.path):
         go_on = "`--resume` goes on with it, " if started else ""
         raise UserError(f"{folder.path} is not empty: {go_on}`--folder=...` puts this run elsewhere")
     if started and (changed := changed_settings(folder, fixed)):
         problem = "these settings have changed since it was started, and the rounds could not be compared"
         raise UserError(f"{folder.path}: {problem}:", *(f"  {line}" for line in changed))
-    folder.path.mkdir(parents=True, exist_ok=True)
+    with writing(folder.path, "folder"):
+        folder.path.mkdir(parents=True, exist_ok=True)
     write_recipe(folder, fixed)
     return read_rounds(folder.path)
 

@@ -31,7 +31,7 @@ from posttrain.rollout.branches import BUCKETS
 from posttrain.rollout.collect import CompletionSource, complete_all
 from posttrain.rollout.rollouts import single_turn
 from posttrain.rollout.step_labels import StepLabels, make_step_labels, to_row
-from posttrain.system.files import write_rows
+from posttrain.system.files import check_output, write_rows
 from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
@@ -89,6 +89,7 @@ def label(recipe: LabelRecipe) -> Path:
     Raises:
         UserError: if policy, data or verifiers do not fit together, or no completion can be labelled.
     """
+    check_output(Path(recipe.output), "output")
     tokenizer = load_tokenizer(recipe.policy)
     if recipe.data is not None:
         share_of = _sampled(recipe, recipe.data, tokenizer)

@@ -12,6 +12,8 @@
       checkpoints/step-000050/       everything that an exact resume needs
       model/                         the final model, in the Hugging Face format
       dump/                          last batch of a run that stopped on an error
+      finished.json                  the number of steps, once the trained models are saved
+      stopped-1/                     metrics and rollouts of an attempt that was stopped before its first checkpoint
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from posttrain.data.left_out import LeftOut, as_plain
 from posttrain.data.rollout_files import RolloutKind
 from posttrain.errors import UserError
 from posttrain.output.tracking import truncate_metrics
-from posttrain.system.files import atomic_write, sync, sync_tree
+from posttrain.system.files import atomic_write, sync, sync_tree, writing
 
 MARKER = "complete.json"  # the last file written into a checkpoint
 _STEP = re.compile(r"step-(\d+)")
@@ -68,6 +70,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def finished(self) -> Path:
+        return self.path / "finished.json"
+
     def rollouts(self, step: int, rank: int = 0, kind: RolloutKind = "training") -> Path:
         """File of one process's completions of a step; a run of one process has ``step-000010.parquet``."""
         folder = self.path / "rollouts" / ("" if kind == "training" else kind)
@@ -95,39 +101,107 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def open_run(path: Path | str, resolved: Mapping[str, Any], *, resume: bool = False) -> tuple[RunFolder, Path | None]:
+def open_run(
+    path: Path | str, resolved: Mapping[str, Any], *, resume: bool = False, keep: int | None = None
+) -> tuple[RunFolder, Path | None]:
     """Makes the folder of a new run, or rewinds that of an old one to its last checkpoint. Main process only.
 
     Rewinding drops the metrics and rollouts of the steps after the checkpoint, which the resumed run makes again. A run
-    that was stopped before its first checkpoint starts again from its first step.
+    that was stopped before its first checkpoint starts again from its first step; what it wrote is set aside. A folder
+    that a kill left while it was made counts as new.
 
     Args:
         path: the run folder.
         resolved: the whole recipe as plain data, written to ``recipe.yaml``.
         resume: go on with the run in the folder.
+        keep: number of checkpoints that are kept.
 
     Returns:
         The folder, and the checkpoint to go on from (None: start with the first step).
 
     Raises:
-        UserError: if the folder is in use and ``resume`` is not set, or if there is nothing to resume.
+        UserError: if the folder is in use and ``resume`` is not set, if there is nothing to resume, if the run is
+            finished and cannot get more steps, or if the folder cannot be written.
     """
     folder = RunFolder(Path(path))
-    used = folder.path.is_dir() and any(folder.path.iterdir())
-    if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"{folder.path} is a file; `--run.folder=...` names another place for the run")
+    with writing(folder.path, "run.folder"):
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UserError(f"{folder.path} is a file; `--run.folder=...` names another place for the run")
+        _check_use(folder, resume)
+        checkpoint = folder.latest_checkpoint()
+        if checkpoint is None and folder.finished.is_file():
+            raise UserError(_finished_without_checkpoint(folder))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.recipe.exists():
+            write_recipe(folder, resolved)  # first, so that from here on the folder holds a run that can be resumed
+        for made in (folder.checkpoints, folder.path / "rollouts"):
+            made.mkdir(exist_ok=True)
+        if checkpoint is None:
+            set_aside(folder)
+        rewind(folder, step_of(checkpoint) if checkpoint else -1)
+        if keep is not None:
+            prune_checkpoints(folder, keep)
+        folder.finished.unlink(missing_ok=True)
+        write_recipe(folder, resolved)
+    return folder, checkpoint
+
+
+def _check_use(folder: RunFolder, resume: bool) -> None:
+    """Raises ``UserError`` if a new run would share its folder, or if there is nothing to resume."""
+    used = folder.path.is_dir() and not is_unused(folder.path)
     if used and not resume:
         problem = "already holds a run" if folder.recipe.exists() else "is not empty"
         go_on = "`--resume` goes on with it, " if folder.recipe.exists() else ""
         raise UserError(f"{folder.path} {problem}: {go_on}`--run.folder=...` puts this run elsewhere")
     if resume and not folder.recipe.exists():
         raise UserError(f"nothing to resume: {folder.path} holds no run; leave out `--resume` to start one")
-    checkpoint = folder.latest_checkpoint()
-    for path in (folder.path, folder.checkpoints, folder.path / "rollouts"):
-        path.mkdir(parents=True, exist_ok=True)
-    rewind(folder, step_of(checkpoint) if checkpoint else -1)
-    write_recipe(folder, resolved)
-    return folder, checkpoint
+
+
+def is_unused(folder: Path) -> bool:
+    """True if a folder is empty, or holds only what a kill leaves while its recipe is written."""
+    return all(re.fullmatch(r"\.recipe\.yaml\.\d+\.writing", path.name) for path in folder.iterdir())
+
+
+def _finished_without_checkpoint(folder: RunFolder) -> str:
+    steps = json.loads(folder.finished.read_text(encoding="utf-8"))["step"]
+    return (
+        f"{folder.path} holds a run that finished its {steps} steps, and no checkpoint to add steps from "
+        "(`run.keep_finished: 1` keeps one). To train its result further, start a run elsewhere: "
+        f"`--policy.model={folder.model} --run.folder=...`"
+    )
+
+
+def finished_steps(folder: RunFolder) -> int | None:
+    """Number of steps of a run that is finished and whose models are saved; None for any other."""
+    if not folder.finished.is_file() or not (folder.model.is_dir() or folder.value.is_dir()):
+        return None
+    return json.loads(folder.finished.read_text(encoding="utf-8"))["step"]
+
+
+def note_finished(folder: RunFolder, step: int, keep: int) -> None:
+    """Notes that the trained models are saved, and removes all checkpoints except the ``keep`` newest."""
+    with atomic_write(folder.finished, durable=True) as temporary:
+        temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    prune_checkpoints(folder, keep)
+
+
+def set_aside(folder: RunFolder) -> Path | None:
+    """Moves metrics and rollouts of an attempt without a checkpoint into ``stopped-<number>``; None if there are none.
+
+    A resumed run starts such an attempt again, and writes the same files.
+    """
+    rollouts = folder.path / "rollouts"
+    written = list(rollouts.glob("**/step-*"))
+    if not written and not (folder.metrics.is_file() and folder.metrics.stat().st_size):
+        return None
+    numbers = [int(path.name.removeprefix("stopped-")) for path in folder.path.glob("stopped-*")]
+    aside = folder.path / f"stopped-{max(numbers, default=0) + 1}"
+    aside.mkdir()
+    for path in (folder.metrics, rollouts, folder.path / "tensorboard"):
+        if path.exists():
+            path.rename(aside / path.name)
+    rollouts.mkdir()
+    return aside
 
 
 def write_recipe(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
@@ -141,7 +215,8 @@ def write_left_out(folder: RunFolder, dropped: Mapping[str, Sequence[LeftOut]]) 
     """Writes ``left_out.json``: rows of the data that a run does not use, and why. No file if it uses all rows."""
     if dropped:
         plain = {name: as_plain(entries) for name, entries in dropped.items()}
-        (folder.path / "left_out.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(folder.path / "left_out.json") as temporary:
+            temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
 def changed_settings(folder: RunFolder, resolved: Mapping[str, Any]) -> list[str]:
@@ -186,6 +261,10 @@ def rewind(folder: RunFolder, step: int) -> None:
     for path in folder.checkpoints.iterdir():
         if path.name.startswith("."):
             shutil.rmtree(path)
+    for path in folder.path.glob(".*.writing"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.path.glob(".*.removing"):  # an old model, which gives way to a new one
+        shutil.rmtree(path)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -211,11 +290,13 @@ def write_checkpoint(
     temporary = folder.checkpoints / f".{final.name}.writing"
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with writing(final):
+            temporary.mkdir(parents=True)
     barrier()
     try:
-        yield temporary
-        sync_tree(temporary)
+        with writing(final):
+            yield temporary
+            sync_tree(temporary)
     except BaseException:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -234,7 +315,8 @@ def write_checkpoint(
 
 def prune_checkpoints(folder: RunFolder, keep: int) -> None:
     """Removes all complete checkpoints except the ``keep`` newest."""
-    for path in sorted(folder._complete_checkpoints(), key=step_of)[:-keep]:
+    complete = sorted(folder._complete_checkpoints(), key=step_of)
+    for path in complete[: max(0, len(complete) - keep)]:
         remove_checkpoint(path)
 
 

@@ -9,6 +9,7 @@ A line of ``metrics.jsonl`` is one JSON object, ``{"step": 12, "reward/mean": 0.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from posttrain.errors import RecipeError, UserError
-from posttrain.system.files import atomic_write
+from posttrain.system.files import atomic_write, writing
 from posttrain.system.interrupts import uninterrupted
 
 TIMING = "time/"  # prefix of the metrics that differ between two equal runs
@@ -134,11 +135,15 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def open_jsonl(path: Path) -> Sink:
     """Opens ``metrics.jsonl`` to append a line for each step, flushed at once."""
-    file = path.open("a", encoding="utf-8")
+    file = path.open("ab", buffering=0)  # without a buffer, which would hold a line that could not be written
 
     def log(step: int, metrics: Metrics) -> None:
-        file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        file.flush()
+        size = file.tell()
+        line = (json.dumps({"step": step, **metrics}, allow_nan=False) + "\n").encode()
+        with writing(path):
+            if file.write(line) < len(line):  # the disk is full: no half line may stay
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return Sink(log, file.close)
 
@@ -237,5 +242,6 @@ def tracker_id(folder: Path) -> str:
     """Returns a random name that stays the same when the run is resumed."""
     path = folder / "tracker_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

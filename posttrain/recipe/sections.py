@@ -242,6 +242,13 @@ class RunSection:
     """Number of steps between checkpoints; one more is made at the end."""
     keep: PositiveCount = 2
     """Number of checkpoints that are kept."""
+    keep_finished: Count = 0
+    """Number of checkpoints that are kept once the trained models are saved. One is needed to add steps later."""
+    stop_after: str | None = Field(default=None, pattern=r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s)$")
+    """Time after which the run saves a checkpoint and ends with exit code 75, such as ``3h30m``: for queues with a time
+    limit. It counts from the start of the command, and anew after ``--resume``."""
+    grace: float = Field(default=30.0, gt=0)
+    """Seconds between SIGTERM and the SIGKILL that follows it. The run gives up its step after two thirds of them."""
     rollouts_every: Count = 1
     """Number of steps between stored rollouts (Parquet); 0 stores none."""
     rollouts_of: tuple[Literal["training", "dropped", "evaluation"], ...] = ("training", "dropped", "evaluation")

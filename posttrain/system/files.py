@@ -5,10 +5,66 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from posttrain.errors import CannotWrite
+
+
+@contextmanager
+def writing(path: Path, setting: str = "") -> Iterator[None]:
+    """Turns every failure to write inside the block into :class:`CannotWrite`, which names the path and the reason.
+
+    Libraries report a full disk by errors of their own: torch by a RuntimeError, safetensors by its own class.
+
+    Args:
+        setting: key of the recipe that names the path, such as ``run.folder``.
+    """
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = _reason(error)
+        if not reason:
+            raise
+        key = f"{setting}: " if setting else ""
+        raise CannotWrite(f"{key}cannot write {str(path)!r}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Says why a write failed; empty if the error is no failure to write."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, ValueError):
+        return "its name has a NUL character" if "null byte" in str(error) else ""
+    if isinstance(error, SafetensorError):
+        return str(error)
+    is_of_torch = any(mark in str(error) for mark in ("PytorchStreamWriter", "inline_container", "file write failed"))
+    return "the disk is full, or the file is larger than a limit allows (`ulimit -f`)" if is_of_torch else ""
+
+
+def check_output(path: Path, setting: str) -> None:
+    """Tries whether a file can be written, before anything expensive has started.
+
+    Raises:
+        CannotWrite: if not, with the reason.
+    """
+    with writing(path, setting):
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise CannotWrite(f"{setting}: cannot write {str(path)!r}: it is {kind}")
+        trial = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(b"\n")
+        finally:
+            trial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -21,15 +77,39 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Args:
         durable: flush the file to disk before it gets its name, so that it survives a crash of the machine.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if durable:
+                sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill, which takes the place of ``path`` at the end of the block.
+
+    After an error the old folder stays. A kill between the two renames leaves the old one beside it, as
+    ``.<name>.removing``.
+    """
+    temporary, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.removing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            sync_tree(temporary)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

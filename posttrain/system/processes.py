@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.errors import DataError, UserError
+from posttrain.errors import Abandoned, DataError, Stopped, UserError
+from posttrain.system.interrupts import interruptible
 
 
 class Processes:
@@ -87,14 +88,20 @@ class Processes:
         return result
 
     def together(self, make: Callable[[], Any]) -> Any:
-        """Calls ``make`` on every rank; an error on any rank is raised on all, so that all can act on it alike."""
+        """Calls ``make`` on every rank; an error on any rank is raised on all, so that all can act on it alike.
+
+        On several ranks a signal may end ``make`` early, and is then raised on all of them too.
+        """
         if self.world == 1:
             return make()
         result: Any = None
-        error: Exception | None = None
+        error: Exception | Stopped | None = None
         try:
-            result = make()
-        except Exception as raised:
+            with interruptible():
+                result = make()
+        except Abandoned:
+            raise
+        except (Exception, Stopped) as raised:
             error = raised
         errors = self.gather(None if error is None else _portable(error))
         first = next((rank for rank, raised in enumerate(errors) if raised is not None), None)
@@ -161,7 +168,7 @@ class Processes:
             GradientState._reset_state()
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: Exception | Stopped) -> Exception | Stopped:
     """Returns the error if it can be pickled, otherwise an error with its type and message."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -40,6 +40,7 @@ def run_state(run: TrainingRun) -> dict[str, Any]:
         json.dumps(
             {
                 "step": run.step,
+                "unlogged": run.unlogged,
                 "bad_steps": run.bad_steps,
                 "policy_waits": run.policy_waits,
                 "value": None if run.learner.value is None else run.learner.value.state,
@@ -95,7 +96,7 @@ def load_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
         if value is not None:
             value.state = state["value"]
     run.step, run.bad_steps, run.evaluations = state["step"], state["bad_steps"], state["evaluations"]
-    run.policy_waits = state["policy_waits"]
+    run.policy_waits, run.unlogged = state["policy_waits"], state["unlogged"]
     run.sampler.state = state["prompts"]
     memories = parts_with_memory(run.recipe)
     for path, remembered in state["parts"].items():

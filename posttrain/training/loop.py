@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +21,21 @@ from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
 from posttrain.engines.base import Sampling
 from posttrain.engines.ends import stop_tokens
-from posttrain.errors import NothingSelected, Stopped, VerifierError
+from posttrain.errors import OUT_OF_TIME, Abandoned, CannotWrite, NothingSelected, Stopped, VerifierError
 from posttrain.models.ends import name_ends
 from posttrain.models.load import load_tokenizer, text_of
 from posttrain.models.token_ids import continuations, ended
 from posttrain.output.progress import Progress
-from posttrain.output.run_folder import step_of, write_left_out
+from posttrain.output.run_folder import RunFolder, finished_steps, note_finished, step_of, write_left_out
 from posttrain.output.tracking import Trackers, check_trackers
 from posttrain.recipe.part import Part
 from posttrain.rollout.branches import branch_values
 from posttrain.rollout.collect import Collected, CompletionSource, collect, draw_examples
 from posttrain.rollout.rollouts import single_turn
 from posttrain.seeds import sample_seed
+from posttrain.system.interrupts import arrived, interruptible, postponed
 from posttrain.system.processes import Processes
+from posttrain.system.time_limit import seconds_of, seconds_since_start
 from posttrain.training.apply_parts import (
     add_advantages,
     add_baselines,
@@ -65,6 +68,7 @@ from posttrain.training.setup import (
     load_material,
     open_folder,
     refuse_uneven_prompts,
+    run_folder,
     with_cached_reference,
 )
 from posttrain.training.step_metrics import Clock, step_metrics
@@ -97,11 +101,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     Raises:
         UserError: if the recipe, the data or the launch is wrong; the message says what to change.
         VerifierError: if a verifier fails and is not told to be skipped; a checkpoint is saved first.
-        Stopped: on Ctrl-C, after the engine and all workers have ended.
+        Stopped: after a signal (see :func:`posttrain.system.interrupts.end_by_signals`; in Python by default only
+            Ctrl-C) or at ``run.stop_after``. A checkpoint was saved if there was time; engine and workers have ended.
         RuntimeError: if the loss or a gradient is not finite in too many steps in a row; the last batch is written to
             the run's ``dump`` folder first.
     """
     check_trackers(recipe.run.trackers)
+    finished = RunFolder(run_folder(recipe))
+    if resume and finished_steps(finished) == recipe.steps:
+        print(f"{finished.path} is finished: all {recipe.steps} steps are done; more can be asked for with --steps=N")
+        note_finished(finished, recipe.steps, recipe.run.keep_finished)
+        return result_of(recipe, finished)
     required = find_required_passes(recipe)
     tokenizer = load_tokenizer(recipe.policy)
     material = load_material(recipe, tokenizer, required.columns)
@@ -135,12 +145,30 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 )
                 if checkpoint is not None:
                     load_checkpoint(run, checkpoint)
-                try:
+                with (
+                    saying_where_to_go_on(run),
+                    postponed(grace=recipe.run.grace, last_words=partial(stop_message, run)),
+                ):
                     loop(run)
                     save_models(run)
-                except KeyboardInterrupt:
-                    raise Stopped(stop_message(run)) from None
+    return result_of(recipe, folder)
+
+
+def result_of(recipe: Recipe, folder: RunFolder) -> Path:
+    """The folder of the trained model; of the value model if only that is trained."""
     return folder.model if recipe.loss else folder.value
+
+
+@contextmanager
+def saying_where_to_go_on(run: TrainingRun) -> Iterator[None]:
+    """Adds to signals and failed writes how far the run is, and where ``--resume`` goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as raised:
+        code = raised.code if isinstance(raised, Stopped) else Stopped().code
+        raise Stopped(stop_message(run), code) from None
+    except CannotWrite as error:
+        raise CannotWrite(error.problems, f"  {stop_message(run)}, once there is room") from error
 
 
 def ids_of(tokenizer: Any) -> Callable[[str, bool], list[int]]:
@@ -175,40 +203,77 @@ def loop(run: TrainingRun) -> None:
             run.evaluations["before"] = evaluate_run(run)
             trackers.log(0, run.evaluations["before"])
             progress.update(0, run.evaluations["before"])
+        if run.unlogged is not None:
+            finish_step(run, run.unlogged, trackers, progress)
         while run.step < recipe.steps:
             metrics, batch, kept, collected = guarded_step(run)
             if run.step == first:
                 check_first_step(run, metrics)
-            last = run.step == recipe.steps
             store_rollouts(run, batch, kept, collected)
-            if recipe.evaluate and (last or run.step % recipe.evaluate.every == 0):
-                try:
-                    run.evaluations["after"] = evaluate_run(run)
-                except VerifierError:
-                    trackers.log(run.step, metrics)
-                    save_checkpoint(run, run_state(run))
-                    raise
-                metrics |= run.evaluations["after"]
-            trackers.log(run.step, metrics)
-            progress.update(run.step, metrics)
+            finish_step(run, metrics, trackers, progress)
             warnings.look(run.step, metrics)
             stop_if_broken(run, metrics, batch, collected)
-            if last or run.step % recipe.run.save_every == 0:
-                save_checkpoint(run, run_state(run))
+            save_between_steps(run)
         warnings.summarise()
 
 
+def finish_step(run: TrainingRun, metrics: dict[str, float], trackers: Trackers, progress: Progress) -> None:
+    """Evaluates after a step if it is time, and logs its metrics.
+
+    If the evaluation is interrupted or a verifier fails in it, the metrics go into a checkpoint, and a resumed run
+    begins with the evaluation.
+    """
+    options = run.recipe.evaluate
+    if options is not None and (run.step == run.recipe.steps or run.step % options.every == 0):
+        run.unlogged = metrics
+        state = run_state(run)
+        try:
+            with interruptible():
+                run.evaluations["after"] = evaluate_run(run)
+        except Abandoned:
+            raise
+        except (VerifierError, Stopped):
+            save_checkpoint(run, state)
+            raise
+        metrics |= run.evaluations["after"]
+        run.unlogged = None
+    trackers.log(run.step, metrics)
+    progress.update(run.step, metrics)
+
+
+def save_between_steps(run: TrainingRun) -> None:
+    """Saves a checkpoint if it is time, or if the run must stop.
+
+    Raises:
+        Stopped: on all ranks, if a signal has arrived on one of them or the time of ``run.stop_after`` is over.
+    """
+    recipe, last = run.recipe, run.step == run.recipe.steps
+    limit = recipe.run.stop_after
+    out_of_time = OUT_OF_TIME if limit is not None and seconds_since_start() > seconds_of(limit) else 0
+    code = run.processes.all_max(arrived() or out_of_time)
+    if last or code or run.step % recipe.run.save_every == 0:
+        save_checkpoint(run, run_state(run))
+    if code and not (last and code == OUT_OF_TIME):
+        raise Stopped(code=code)
+
+
 def guarded_step(run: TrainingRun) -> StepResult:
-    """Runs a step. If a verifier fails or nothing is selected, saves the state before the step and raises the error."""
+    """Runs a step. If it ends before the update, saves the state before the step and raises the error.
+
+    It does so if a verifier fails, nothing is selected, or a signal arrives.
+    """
     state_before = run_state(run)
     try:
         return run_step(run)
-    except (VerifierError, NothingSelected) as error:
+    except Abandoned:
+        raise  # it may have ended within the update
+    except (VerifierError, NothingSelected, Stopped) as error:
         if isinstance(error, NothingSelected) and error.drawn is not None:
             path = run.folder.rollouts(run.step + 1, run.processes.rank, "dropped")
             write_batch(run, path, *error.drawn, ["dropped"] * len(error.drawn[0]))
         latest = run.folder.latest_checkpoint()
-        if latest is None or step_of(latest) != run.step:
+        needless = run.step == 0 and isinstance(error, Stopped)
+        if not needless and (latest is None or step_of(latest) != run.step):
             save_checkpoint(run, state_before)
         raise
 
@@ -217,7 +282,7 @@ def run_step(run: TrainingRun) -> StepResult:
     """Runs one step of the loop, in the order in which the data flows."""
     recipe, clock = run.recipe, Clock()
     collected = next_completions(run)
-    with clock("score"):
+    with clock("score"), interruptible_alone(run):
         batch = add_branch_values(run, collected.batch)  # recipes with `value.branches`
         batch = score(run.learner, batch)  # the log-probs, entropies and values that some part reads
         batch = add_rewards(recipe, batch)
@@ -235,14 +300,20 @@ def run_step(run: TrainingRun) -> StepResult:
     return StepResult(metrics, batch, kept, collected)
 
 
+def interruptible_alone(run: TrainingRun) -> AbstractContextManager[None]:
+    """Lets signals raise in what one process does before its update; several would wait for each other."""
+    return interruptible() if run.processes.world == 1 else nullcontext()
+
+
 def next_completions(run: TrainingRun) -> Collected:
     """The completions that the next step learns from, sampled and verified or from the dataset."""
     recipe, material = run.recipe, run.material
     run.source.verifiers.failures.clear()
-    if material.examples is not None:
-        return draw_examples(recipe, run.processes, material.examples, run.sampler, run.step)
-    assert material.rows is not None
-    return collect(recipe, run.processes, run.source, material.rows, run.sampler, run.step)
+    with interruptible_alone(run):
+        if material.examples is not None:
+            return draw_examples(recipe, run.processes, material.examples, run.sampler, run.step)
+        assert material.rows is not None
+        return collect(recipe, run.processes, run.source, material.rows, run.sampler, run.step)
 
 
 def add_branch_values(run: TrainingRun, batch: Batch) -> Batch:

@@ -14,8 +14,9 @@ from posttrain.engines.ends import ends_message
 from posttrain.models.load import DTYPES
 from posttrain.models.policy import describe, save_model
 from posttrain.models.value_files import save_value
-from posttrain.output.run_folder import step_name, step_of
+from posttrain.output.run_folder import RunFolder, note_finished, step_name, step_of
 from posttrain.rollout.collect import Collected
+from posttrain.system.files import whole_folder
 from posttrain.system.versions import engine_name
 from posttrain.training.model_card import write_model_card
 from posttrain.training.setup import TrainingRun
@@ -83,13 +84,30 @@ def start_message(run: TrainingRun) -> str:
         + "".join(f"  {entry}\n" for entries in material.dropped.values() for entry in entries)
         + ("" if ends is None else f"  {ends}\n")
         + f"  {engine}, run folder {run.folder.path}"
+        + resume_message(run.folder, run.step, recipe.steps)
     )
+
+
+def resume_message(folder: RunFolder, step: int, steps: int) -> str:
+    """Says where a resumed run goes on; empty for a new run."""
+    latest = folder.latest_checkpoint()
+    if latest is not None:
+        return f"\n  resuming at step {step} of {steps} from {latest}"
+    aside = sorted(folder.path.glob("stopped-*"))
+    if not aside:
+        return ""
+    return f"\n  starting at step 0: there was no checkpoint. What was written before is in {aside[-1]}"
 
 
 def stop_message(run: TrainingRun) -> str:
     """Says at which step a run was stopped, and from which one it can go on."""
-    latest = run.folder.latest_checkpoint()
-    return f"stopped at step {run.step}; --resume goes on from step {step_of(latest) if latest else 0}"
+    return f"stopped at step {run.step} of {run.recipe.steps}; {go_on_message(run.folder)}"
+
+
+def go_on_message(folder: RunFolder) -> str:
+    """Says where ``--resume`` goes on."""
+    latest = folder.latest_checkpoint()
+    return f"--resume goes on from step {step_of(latest) if latest else 0}"
 
 
 def save_models(run: TrainingRun) -> None:
@@ -98,19 +116,25 @@ def save_models(run: TrainingRun) -> None:
     if run.processes.is_main:
         engine = "" if run.source.engine is None else engine_name(run.source.engine)
         if recipe.loss:
-            save_model(learner.policy, run.tokenizer, run.folder.model, DTYPES[recipe.policy.dtype])
+            with whole_folder(run.folder.model) as folder:
+                save_model(learner.policy, run.tokenizer, folder, DTYPES[recipe.policy.dtype])
+                write_card(run, folder, engine, of_value=False)
         if recipe.value_loss and learner.value is not None:
-            save_value(learner.value, run.tokenizer, run.folder.value, step=run.step)
-        folders = {run.folder.model: False} if recipe.loss else {}
-        folders |= {run.folder.value: True} if recipe.value_loss else {}
-        for folder, of_value in folders.items():
-            write_model_card(
-                folder,
-                recipe,
-                before=run.evaluations.get("before"),
-                after=run.evaluations.get("after"),
-                steps=run.step,
-                engine=engine,
-                of_value=of_value,
-            )
+            with whole_folder(run.folder.value) as folder:
+                save_value(learner.value, run.tokenizer, folder, step=run.step)
+                write_card(run, folder, engine, of_value=True)
+        note_finished(run.folder, run.step, recipe.run.keep_finished)
     run.processes.barrier()
+
+
+def write_card(run: TrainingRun, folder: Path, engine: str, *, of_value: bool) -> None:
+    """Writes the model card of a trained model into its folder."""
+    write_model_card(
+        folder,
+        run.recipe,
+        before=run.evaluations.get("before"),
+        after=run.evaluations.get("after"),
+        steps=run.step,
+        engine=engine,
+        of_value=of_value,
+    )

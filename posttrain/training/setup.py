@@ -75,6 +75,7 @@ class TrainingRun:
     sampler: PromptSampler
     source: CompletionSource
     step: int = 0  # number of steps of the loop that are done
+    unlogged: dict[str, float] | None = None  # metrics of a step that is done but neither evaluated nor logged
     bad_steps: int = 0  # consecutive steps whose loss or gradient was not finite
     weights_version: int = -1  # version of the policy's weights in the engine; -1: none yet
     policy_waits: bool = False  # True until the value model is good enough
@@ -145,16 +146,21 @@ def refuse_uneven_prompts(recipe: Recipe, processes: Processes) -> None:
         )
 
 
+def run_folder(recipe: Recipe) -> Path:
+    """Path of the run's folder."""
+    return Path(recipe.run.folder or Path("runs") / recipe.name)
+
+
 def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
     """Opens the run's folder, rewound to its newest checkpoint if the run is resumed."""
-    path = Path(recipe.run.folder or Path("runs") / recipe.name)
+    path = run_folder(recipe)
     folder = RunFolder(path)
     if resume and folder.recipe.exists():
         harmless = ("steps:", "run.")
         changed = [line for line in changed_settings(folder, recipe.resolved) if not line.startswith(harmless)]
         if changed:
             print("resuming with other settings than before, so not repeating that run exactly:", *changed, sep="\n  ")
-    return open_run(path, recipe.resolved, resume=resume)
+    return open_run(path, recipe.resolved, resume=resume, keep=recipe.run.keep)
 
 
 def build_learner(recipe: Recipe, required: RequiredPasses, processes: Processes) -> Learner:

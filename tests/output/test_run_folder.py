@@ -206,8 +206,9 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path):
     folder, _ = open_run(tmp_path, RESOLVED)
     train(folder, range(1, 2))
     folder, checkpoint = open_run(tmp_path, RESOLVED, resume=True)
-    assert checkpoint is None and read_metrics(tmp_path) == []
-    assert not list(folder.rollouts(1).parent.iterdir())
+    assert checkpoint is None and not folder.metrics.exists() and not list(folder.rollouts(1).parent.iterdir())
+    assert [line["step"] for line in read_metrics(tmp_path / "stopped-1")] == [1]
+    assert [path.name for path in (tmp_path / "stopped-1" / "rollouts").iterdir()] == ["step-000001.parquet"]
 
 
 def test_changed_settings_are_named(tmp_path: Path):

@@ -244,7 +244,9 @@ def test_ctrl_c_says_where_resume_goes_on_and_leaves_no_process(engine, tmp_path
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the run
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
-    said = re.fullmatch(r"stopped at step (\d+); --resume goes on from step (\d+)", errors.splitlines()[-1])
+    said = re.fullmatch(
+        r"SIGINT: stopped at step (\d+) of 10000; --resume goes on from step (\d+)", errors.splitlines()[-1]
+    )
     assert said and "Traceback" not in errors
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names[-1] == step_name(int(said[2])) and not any(name.startswith(".") for name in names)

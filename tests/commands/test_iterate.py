@@ -188,7 +188,8 @@ def test_rounds_run_and_a_resumed_run_ends_like_one_that_was_never_stopped(
     tmp_path: Path, tiny_model_folder: Path, capsys
 ) -> None:
     path, folder = write(tmp_path, model=tiny_model_folder), tmp_path / "all"
-    assert run_iterate(path, [f"--folder={folder}"]) == folder
+    settings = [f"--folder={folder}", "--set.run.keep_finished=2"]
+    assert run_iterate(path, settings) == folder
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]
     assert [(line["round"], line["stage"]) for line in done] == [
@@ -203,15 +204,16 @@ def test_rounds_run_and_a_resumed_run_ends_like_one_that_was_never_stopped(
     values = folder / "round-2" / "values"
     expected = read_metrics(values, timing=False)
     # as if it had been killed in the last step of the second round's training
+    (values / "finished.json").unlink()
     shutil.rmtree(values / "checkpoints" / "step-000002")
     shutil.rmtree(folder / "round-2" / "held_out")
     (folder / "rounds.jsonl").write_text("".join(line + "\n" for line in lines[:2]), encoding="utf-8")
     before = (folder / "round-1" / "values" / "metrics.jsonl").stat().st_mtime_ns
-    run_iterate(path, [f"--folder={folder}"], resume=True)
+    run_iterate(path, settings, resume=True)
     assert read_metrics(values, timing=False) == expected
     assert (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines() == lines
     assert (folder / "round-1" / "values" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert main(["iterate", str(path), f"--folder={folder}", "--resume", "--set.sampling.max_tokens=5"]) == 2
+    assert main(["iterate", str(path), *settings, "--resume", "--set.sampling.max_tokens=5"]) == 2
     assert "set.sampling.max_tokens: (absent) -> 5" in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ def write_run(folder: Path, model: Path, **changes: Any) -> Path:
         "prompts_per_step": 4,
         "completions": 4,
         "optimizer": {"learning_rate": 0.003},
-        "run": {"folder": str(folder / "run"), "save_every": 2},
+        "run": {"folder": str(folder / "run"), "save_every": 2, "keep_finished": 2},
     }
     recipe = {key: value for key, value in (recipe | changes).items() if value is not None}
     path = folder / "recipe.yaml"

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 
 
 def run(name: str, folder: Path, model: Path, *, resume: bool = False, **changes: Any) -> Path:
-    every = {"steps": 4, "run.save_every": 1, "run.keep": 9, "optimizer.schedule": "constant"}
+    every = {"steps": 4, "run.save_every": 1, "run.keep": 9, "run.keep_finished": 9, "optimizer.schedule": "constant"}
     folder.mkdir(exist_ok=True)
     train(small(f"preference/{name}", folder, model, **(every | changes)), resume=resume)
     return folder / "run"
@@ -53,6 +53,7 @@ def test_a_run_that_is_resumed_after_each_step_ends_the_same(
     whole = run(name, tmp_path / "whole", tiny_model_folder, **changes)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     checkpoints = tmp_path / "again" / "run" / "checkpoints"
+    (tmp_path / "again" / "run" / "finished.json").unlink()
     for step in (2, 3, 4) if name != "egpo" else (4,):
         shutil.rmtree(checkpoints / f"step-{step:06d}")
     again = run(name, tmp_path / "again", tiny_model_folder, resume=True, **changes)

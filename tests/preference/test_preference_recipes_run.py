@@ -94,7 +94,7 @@ def test_a_resumed_run_remembers_the_running_baseline(tmp_path: Path, tiny_model
         folder = tmp_path / name
         folder.mkdir()
         for stop in stops:
-            changes = {"steps": stop, "optimizer.schedule": "constant"}
+            changes = {"steps": stop, "optimizer.schedule": "constant", "run.keep_finished": 1}
             train(small("preference/bco", folder, tiny_model_folder, **changes), resume=stop != stops[0])
         state = json.loads((folder / "run" / "checkpoints" / "step-000004" / "state.json").read_text())
         states.append((state["parts"], load_file(folder / "run" / "model" / "model.safetensors")))

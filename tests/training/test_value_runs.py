@@ -110,6 +110,7 @@ def test_a_resumed_run_repeats_one_that_was_never_stopped(changes, tmp_path: Pat
     whole = start(tmp_path / "whole", tiny_model_folder, **changes, steps=5)
     start(tmp_path / "two", tiny_model_folder, **changes, steps=5)
     run = tmp_path / "two" / "run"
+    (run / "finished.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-000005")  # as if it had been killed in its fifth step
     train(load_recipe(tmp_path / "two" / "recipe.yaml"), resume=True)
     assert read_metrics(run, timing=False) == whole

@@ -30,6 +30,7 @@ class Processes:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         refuse_hidden_single_process(os.environ)
+        refuse_plugins(os.environ)
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every process that imports DeepSpeed warns
         use_cpu, deepspeed = not torch.cuda.is_available(), _asked_for_deepspeed(os.environ)
@@ -198,6 +199,39 @@ def refuse_hidden_single_process(environment: Mapping[str, str]) -> None:
             "need MPI). For N processes on CPU:\n"
             "  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N RECIPE"
         )
+
+
+PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP (`--use_fsdp`)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (`--use_megatron_lm`)",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism (`--use_parallelism_config`)",
+}
+"""Plugins that Accelerate would switch on through the environment and that training here does not support."""
+
+
+def refuse_plugins(environment: Mapping[str, str]) -> None:
+    """Refuses what a launcher or an Accelerate config file asks for and would not get.
+
+    Honoured are the number of processes, ``--multi_gpu``, ``--use_deepspeed`` with ZeRO up to stage 2, and the devices.
+
+    Raises:
+        UserError: for any plugin of ``PLUGINS``, for ``--dynamo_backend`` and for a precision other than the recipe's
+            to set; DeepSpeed on CPU where ``ACCELERATE_USE_CPU`` is set, with which Accelerate fails.
+    """
+    asked = [name for variable, name in PLUGINS.items() if environment.get(variable, "false").lower() == "true"]
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        asked.append("torch.compile (`--dynamo_backend`)")
+    problems = [f"the launcher asks for {name}, which posttrain does not support: leave it out" for name in asked]
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        problems.append(
+            f"the launcher asks for `--mixed_precision {precision}`, but the recipe sets the precision: "
+            "`--mixed_precision no`, and `policy.dtype` in the recipe"
+        )
+    if _asked_for_deepspeed(environment) and environment.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        problems.append("ACCELERATE_USE_CPU=true does not go with `--use_deepspeed`: leave the variable out")
+    if problems:
+        raise UserError(problems)
 
 
 def refuse_lost_processes(environment: Mapping[str, str], world: int) -> None:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from posttrain.errors import UserError, VerifierError
-from posttrain.system.processes import _portable, refuse_hidden_single_process, refuse_lost_processes
+from posttrain.system.processes import _portable, refuse_hidden_single_process, refuse_lost_processes, refuse_plugins
 
 
 def test_a_launch_that_would_hide_processes_is_refused():
@@ -35,3 +35,22 @@ def test_errors_reach_other_processes_whole():
         pass
 
     assert str(_portable(Local("said"))) == "Local: said"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context or sequence parallelism"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "`policy.dtype` in the recipe"),
+        ({"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"}, "does not go with `--use_deepspeed`"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused(variables: dict[str, str], message: str):
+    with pytest.raises(UserError, match=message):
+        refuse_plugins(variables)
+    refuse_plugins(
+        {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}
+    )

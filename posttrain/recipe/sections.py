@@ -247,7 +247,7 @@ class RunSection:
     stop_after: str | None = Field(default=None, pattern=r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s)$")
     """Time after which the run saves a checkpoint and ends with exit code 75, such as ``3h30m``: for queues with a time
     limit. It counts from the start of the command, and anew after ``--resume``."""
-    grace: float = Field(default=30.0, gt=0)
+    grace: Positive = 30.0
     """Seconds between SIGTERM and the SIGKILL that follows it. The run gives up its step after two thirds of them."""
     rollouts_every: Count = 1
     """Number of steps between stored rollouts (Parquet); 0 stores none."""

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.models.load import text_of
+from posttrain.models.load import UNLOADABLE, not_found, text_of
+from posttrain.models.load_checks import refuse_other_tokens
 from posttrain.option_types import Inner, LocalPath
 from posttrain.recipe.sections import EngineSection
 
@@ -68,6 +69,7 @@ class DecoderContext:
     def engine_of(self, model: str, use: Literal["auto", "vllm", "transformers"]) -> Engine:
         """An engine that samples from another model of the same vocabulary. It is closed with the guided engine."""
         if model not in self.engines:
+            self.check_tokens(model)
             guided: Any = self.engine
             dtype = str(self.dtype).removeprefix("torch.")
             engine = make_engine(model, EngineSection(use=use), dtype=dtype, max_model_len=guided.max_model_len)
@@ -80,6 +82,18 @@ class DecoderContext:
         """The function from token ids to text without special tokens."""
         return text_of(self.tokenizer)
 
+    def check_tokens(self, model: str) -> None:
+        """Checks that token ids mean the same to a model that the decoder names and to the policy.
+
+        Raises:
+            RecipeError: if the model has no tokenizer, or another one.
+        """
+        try:
+            theirs = AutoTokenizer.from_pretrained(model).get_vocab()
+        except UNLOADABLE as error:
+            raise RecipeError(not_found("decoder", model, error)) from error
+        refuse_other_tokens(self.tokenizer.get_vocab(), theirs, f"decoder: {model!r}", kind="model")
+
     def loaded(self, kind: str, path: str, load: Callable[[], nn.Module]) -> nn.Module:
         """A frozen model on the context's device. Scores that name the same model share it.
 
@@ -87,6 +101,7 @@ class DecoderContext:
             load: loads the model when it is asked for the first time.
         """
         if (kind, path) not in self.models:
+            self.check_tokens(path)
             self.models[kind, path] = load().requires_grad_(False).eval().to(self.device)
         return self.models[kind, path]
 

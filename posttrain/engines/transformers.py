@@ -22,6 +22,7 @@ from posttrain.engines.sampling_check import check_sampling
 from posttrain.engines.stepping import SteppingEngine
 from posttrain.engines.weights import load_verified
 from posttrain.models.attention import kernel_for
+from posttrain.models.load_checks import check_weights
 
 KEEP_WIDTH = 7 / 8  # ended rows are removed when at most this share of the rows is still running
 
@@ -71,9 +72,10 @@ class TransformersEngine(SteppingEngine):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are random
             kernel = kernel_for(AutoConfig.from_pretrained(model, **source), "sdpa")
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype=getattr(torch, dtype), attn_implementation=kernel, **source
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model, dtype=getattr(torch, dtype), attn_implementation=kernel, output_loading_info=True, **source
             )
+        check_weights(loaded, report, f"policy.model: {str(model)!r}")
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self.vocab_size = len(loaded.get_input_embeddings().weight)  # type: ignore[arg-type]
         check_sampling(self, self._model, max_model_len)

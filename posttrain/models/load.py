@@ -15,6 +15,12 @@ from posttrain.errors import RecipeError, UserError
 from posttrain.models.attention import kernel_for
 from posttrain.models.dropout import keep_rates, switch_off
 from posttrain.models.ends import set_ends
+from posttrain.models.load_checks import (
+    check_weights,
+    refuse_adapter_folder,
+    refuse_other_tokens,
+    refuse_tokens_without_weights,
+)
 from posttrain.models.logit_map import logit_map
 from posttrain.recipe.sections import PolicySection
 
@@ -31,12 +37,14 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
         RecipeError: if the model cannot be found, if its tokenizer has no end-of-sequence token to stop at, or if
             ``policy.end`` contradicts the tokenizer or its chat template.
     """
+    origin = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    refuse_adapter_folder(options, "policy.model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(options.model, **origin)
+        config = AutoConfig.from_pretrained(options.model, **origin)
     except UNLOADABLE as error:
         raise RecipeError(not_found("policy.model", options.model, error)) from error
+    refuse_tokens_without_weights(tokenizer, config.get_text_config().vocab_size, options.model)
     if options.end is not None:
         set_ends(tokenizer, options.end)
     if tokenizer.eos_token_id is None:
@@ -45,6 +53,25 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
             "`policy.end`"
         )
     return tokenizer
+
+
+def check_tokens(policy: PolicySection, model: str, place: str, *, kind: str) -> None:
+    """Checks that token ids mean the same to another model and to the policy, by their tokenizers.
+
+    Args:
+        place: key of the recipe that names the other model.
+        kind: kind of the other model, such as ``reference``, for the message.
+
+    Raises:
+        RecipeError: if the other model has no tokenizer, or another one than the policy.
+    """
+    trust = policy.trust_remote_code
+    try:
+        theirs = AutoTokenizer.from_pretrained(model, trust_remote_code=trust).get_vocab()
+    except UNLOADABLE as error:
+        raise RecipeError(not_found(place, model, error)) from error
+    ours = AutoTokenizer.from_pretrained(policy.model, revision=policy.revision, trust_remote_code=trust).get_vocab()
+    refuse_other_tokens(ours, theirs, f"{place}: {model!r}", kind=kind)
 
 
 def text_of(tokenizer: Any, *, special: bool = False) -> Callable[[Sequence[int]], str]:
@@ -78,7 +105,12 @@ def context_length(options: PolicySection) -> int | None:
 
 
 def load_model(
-    options: PolicySection, *, dtype: torch.dtype, model: str | None = None, place: str = "policy.model"
+    options: PolicySection,
+    *,
+    dtype: torch.dtype,
+    model: str | None = None,
+    place: str = "policy.model",
+    headless: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model in the Hugging Face format, on the CPU.
 
@@ -87,12 +119,13 @@ def load_model(
         dtype: dtype of the weights in memory.
         model: another model with the same settings, such as the reference.
         place: key of the recipe that names the model.
+        headless: its output layer is not used, and may be missing.
 
     Raises:
-        RecipeError: if it cannot be loaded, or if log-probs of its family are not known.
+        RecipeError: if it cannot be loaded, if weights are missing, or if log-probs of its family are not known.
     """
     source = options if model is None else replace(options, model=model, revision=None)
-    loaded = pretrained(AutoModelForCausalLM, source, dtype, place)
+    loaded = pretrained(AutoModelForCausalLM, source, dtype, place, headless=headless)
     try:
         logit_map(loaded)
     except UserError as error:
@@ -100,26 +133,37 @@ def load_model(
     return loaded
 
 
-def pretrained(auto_class: Any, source: PolicySection, dtype: torch.dtype, place: str) -> Any:
+def pretrained(
+    auto_class: Any, source: PolicySection, dtype: torch.dtype, place: str, *, headless: bool = False
+) -> Any:
     """Loads a model of one of Transformers' auto classes, with an attention kernel that has all of its features.
 
     Its dropout is switched off unless ``source.dropout``.
 
     Args:
         place: key of the recipe that names the model.
+        headless: its output layer is not used, and may be missing.
 
     Raises:
-        RecipeError: if there is no such model, or if it is damaged.
+        RecipeError: if there is no such model, if it is damaged, or if its weights are not those of the class.
     """
     origin = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    refuse_adapter_folder(source, place)
     try:
         config = AutoConfig.from_pretrained(source.model, **origin)
         kernel = kernel_for(config, source.attention)
         rates = {} if source.dropout else switch_off(config)
-        model = auto_class.from_pretrained(
-            source.model, config=config, dtype=dtype, attn_implementation=kernel, **origin
+        model, report = auto_class.from_pretrained(
+            source.model,
+            config=config,
+            dtype=dtype,
+            attn_implementation=kernel,
+            ignore_mismatched_sizes=True,  # they are an error below, with their names
+            output_loading_info=True,
+            **origin,
         )
     except UNLOADABLE as error:
         raise RecipeError(not_found(place, source.model, error)) from error
+    check_weights(model, report, f"{place}: {source.model!r}", headless=headless)
     keep_rates(model, rates)
     return model

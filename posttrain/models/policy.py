@@ -251,26 +251,55 @@ def _scatter(values: Float[Tensor, " M"], mask: Bool[Tensor, "N L"]) -> Float[Te
 def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
     """Saves a policy in the Hugging Face format, adapter merged in. The adapter alone goes to ``folder/adapter``."""
     folder.mkdir(parents=True, exist_ok=True)
+    model = saved_shell(policy, dtype)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in policy.weights()}
-    config = copy.deepcopy(policy.base.config)
-    restore(config, policy.base)
-    with torch.device("meta"):  # no memory: the policy's own weights are assigned below
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     saved = model.state_dict().keys()
     state |= {name: buffer.cpu() for name, buffer in policy.base.named_buffers() if name in saved}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise RuntimeError(f"the saved model would differ: missing {missing}, unexpected {unexpected}")
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    model.config.use_cache = True
-    if policy.base.generation_config is not None:
-        model.generation_config = policy.base.generation_config
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_text_files(policy, tokenizer, folder)
     if policy.has_adapters:
         adapted: Any = policy.model
         adapted.save_pretrained(folder / "adapter", selected_adapters=[policy.adapter])
+
+
+def saved_shell(policy: Policy, dtype: torch.dtype) -> Any:
+    """The model that is saved for a policy, without memory for its weights.
+
+    Raises:
+        RuntimeError: if its weights have other names than those of the policy.
+    """
+    config = copy.deepcopy(policy.base.config)
+    restore(config, policy.base)
+    with torch.device("meta"):  # no memory: the policy's own weights are assigned when it is saved
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    names = weight_names(policy)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing, unexpected = parameters - names - tied, names - parameters
+    if missing or unexpected:
+        raise RuntimeError(f"the saved model would differ: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    model.config.use_cache = True
+    return model
+
+
+def weight_names(policy: Policy) -> set[str]:
+    """The names that :meth:`Policy.weights` gives, without merging an adapter for each."""
+    if not policy.has_adapters:
+        return {name for name, _ in policy.weights()}
+    return {name.replace(".base_layer.", ".") for name, _ in policy.base.named_parameters() if ".lora_" not in name}
+
+
+def save_text_files(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the generation configuration, as it was loaded, and the tokenizer with its chat template.
+
+    Transformers refuses to save some generation configurations that it loads, such as a temperature without
+    ``do_sample``. They are written as they are.
+    """
+    if policy.base.generation_config is not None:
+        policy.base.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
+    tokenizer.save_pretrained(folder)
 
 
 def describe(model: nn.Module) -> str:

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -30,7 +29,7 @@ from posttrain.models.adapters import enable_checkpointing, merged, with_adapter
 from posttrain.models.dropout import restore
 from posttrain.models.heads import Head
 from posttrain.models.implicit_value import ImplicitValue
-from posttrain.models.load import DTYPES, load_model, not_found, pretrained
+from posttrain.models.load import DTYPES, check_tokens, load_model, not_found, pretrained
 from posttrain.models.policy import Policy
 from posttrain.models.value import VALUE_ADAPTER, ValueKind, ValueModel, ValueSpec
 from posttrain.recipe import sections
@@ -97,7 +96,8 @@ def _separate(settings: sections.ValueSection, policy_settings: sections.PolicyS
             f"value.frozen: {source.model!r} is a language model without a value head, which has to be trained first"
         )
     else:
-        model = load_model(source, dtype=dtype, place=PLACE)
+        implicit = settings.head is not None and settings.head.type == "implicit"
+        model = load_model(source, dtype=dtype, place=PLACE, headless=not implicit)
         value = _add_head(model, settings, model.config, source)
         if isinstance(value, ImplicitValue) and settings.lora is None:
             value.base = Policy(load_model(source, dtype=dtype, place=PLACE)).requires_grad_(False).eval()
@@ -201,29 +201,7 @@ def _refuse_other_tokens(model: str, policy_settings: sections.PolicySection) ->
     Raises:
         RecipeError: if the two vocabularies differ.
     """
-    trust = policy_settings.trust_remote_code
-    try:
-        value_vocabulary = AutoTokenizer.from_pretrained(model, trust_remote_code=trust).get_vocab()
-    except (OSError, ValueError) as error:
-        raise RecipeError(not_found(PLACE, model, error)) from error
-    policy_vocabulary = AutoTokenizer.from_pretrained(
-        policy_settings.model, revision=policy_settings.revision, trust_remote_code=trust
-    ).get_vocab()
-    token_of = {i: token for token, i in value_vocabulary.items()}
-    # A token that only the policy knows is allowed if the value model does not use its id for another token.
-    differing = [
-        token
-        for token, i in policy_vocabulary.items()
-        if value_vocabulary.get(token, i) != i or token_of.get(i, token) != token
-    ]
-    if differing:
-        first = differing[0]
-        raise RecipeError(
-            f"{PLACE}: {model!r} has another tokenizer than the policy: {len(differing)} of {len(policy_vocabulary)} "
-            f"tokens differ, such as {first!r} (id {policy_vocabulary[first]} in the policy, "
-            f"{value_vocabulary.get(first, 'unknown')} in the value model). Use a value model with the policy's "
-            "tokenizer"
-        )
+    check_tokens(policy_settings, model, PLACE, kind="value model")
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk

@@ -59,6 +59,7 @@ from posttrain.training.results import (
     store_rollouts,
     write_batch,
 )
+from posttrain.training.save_check import check_saving
 from posttrain.training.self_check import check_engine, check_first_step, check_models
 from posttrain.training.setup import (
     TrainingRun,
@@ -122,6 +123,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             learner = build_learner(recipe, required, processes)
             name_ends(learner.policy.base, stop_tokens(recipe.policy, tokenizer))
             check_models(learner)
+            check_saving(learner, tokenizer)
             material = with_cached_reference(learner, material)
             with engine_for(recipe, material, tokenizer) as engine:
                 run = TrainingRun(

@@ -22,7 +22,7 @@ from posttrain.engines.base import Engine, ShapingEngine
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.models.joint import JointModel
-from posttrain.models.load import DTYPES, load_model
+from posttrain.models.load import DTYPES, check_tokens, load_model
 from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value import ValueKind, target_copy
 from posttrain.models.value_files import build_value
@@ -246,7 +246,9 @@ def build_reference(recipe: Recipe, required: RequiredPasses, processes: Process
     # Base weights under adapters have the recipe's dtype, as have all weights under DeepSpeed; else they are float32.
     in_recipe_dtype = policy.has_adapters or processes.uses_deepspeed
     dtype = DTYPES[recipe.policy.dtype] if in_recipe_dtype else torch.float32
-    model = load_model(recipe.policy, dtype=dtype, model=other)
+    if other is not None:
+        check_tokens(recipe.policy, other, "reference.model", kind="reference")
+    model = load_model(recipe.policy, dtype=dtype, model=other, place="reference.model" if other else "policy.model")
     return Policy(model).requires_grad_(False).eval().to(processes.device)
 
 

@@ -62,7 +62,10 @@ def refuse_adapter_folder(source: PolicySection, place: str) -> None:
     Raises:
         RecipeError: if it holds an adapter; names its base, and how to merge the two.
     """
-    found = find_adapter_config_file(source.model, revision=source.revision)
+    try:
+        found = find_adapter_config_file(source.model, revision=source.revision)
+    except OSError:
+        return  # there is no such model or no connection, of which the load that follows tells more
     if found is not None:
         base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise RecipeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from function_score import FunctionScore
 
 from posttrain.decoding.shaping import Shaped
 from posttrain.engines import make_engine
-from posttrain.engines.base import Aborted, Completion, Request, RequestUpdate, Sampling
+from posttrain.engines import transformers as transformers_engine
+from posttrain.engines.base import Aborted, Completion, RefusedRequest, Request, RequestUpdate, Sampling
 from posttrain.recipe.sections import EngineSection
 from posttrain.seeds import sample_seed
 
@@ -162,3 +165,44 @@ def test_a_request_that_leaves_no_room_is_refused(engine):
     with pytest.raises(ValueError, match="max_tokens 1000"):
         submit(engine, [0], Sampling(max_tokens=1000), 0)
     assert engine.in_flight == []
+
+
+def test_a_request_that_fails_within_a_round_leaves_the_others(tiny_model_folder: Path, monkeypatch):
+    options = EngineSection(use="transformers")
+    with closing(make_engine(tiny_model_folder, options, dtype="float32", max_model_len=96)) as engine:
+        prompts, sampling = [[5, 6, 7], [9, 10], [20, 21]], Sampling(max_tokens=6)
+        expected = [engine.generate([prompt], sampling, seeds=[3])[0][0].tokens for prompt in prompts]
+        read = transformers_engine._read
+
+        def broken(model, distinct, cache):
+            if (9, 10) in distinct:
+                raise ArithmeticError("this prompt")
+            return read(model, distinct, cache)
+
+        monkeypatch.setattr(transformers_engine, "_read", broken)
+        recorders = [submit(engine, prompt, sampling, 3)[1] for prompt in prompts]
+        finish(engine)
+    assert isinstance(recorders[1].updates[-1].error, ArithmeticError)
+    assert [recorders[i].completion.tokens for i in (0, 2)] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 2.5}, {"temperature": 1e-40}, {"temperature": float("nan")}, {"temperature": float("inf")}]
+    + [{"top_p": 0.0}, {"top_k": 2**40}, {"min_p": 1.0}, {"max_tokens": 0}, {"stop_token_ids": (-1,)}],
+    ids=str,
+)
+def test_every_engine_refuses_the_same_settings(engine, prompts, sampling, wrong):
+    (name,) = wrong
+    settings = dataclasses.replace(sampling, **wrong)
+    with pytest.raises(RefusedRequest, match=f"{name}: should be"):
+        submit(engine, prompts[0], settings, 1)
+    with pytest.raises(RefusedRequest, match=f"{name}: should be"):
+        engine.generate(prompts, settings)
+    assert not engine.in_flight
+
+
+def test_tokens_that_the_model_lacks_are_refused(engine, sampling):
+    for token in (-1, 10**6) if engine.vocab_size is not None else (-1,):
+        with pytest.raises(RefusedRequest, match=f"prompt 0 has token {token}"):
+            submit(engine, [token], sampling, 1)

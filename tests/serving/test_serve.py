@@ -115,6 +115,10 @@ def test_values_of_every_beginning(guided: Server, value_folder: Path):
         expected = value(tokens, torch.ones_like(tokens, dtype=torch.bool))[0][0, 1:]
     assert reply["values"] == pytest.approx(expected.tolist(), abs=1e-4)
     assert (reply["tokens"], reply["kind"]) == (["a", "b", "c"], "mean")
+    chat = {"model": "tiny", "messages": MESSAGES, "completion": "abc"}
+    rendered = {"model": "tiny", "prompt": "<|user|>2+2<|end|><|assistant|>", "completion": "abc"}
+    values = [httpx.post(f"{guided.url}/values", json=body).json()["values"] for body in (chat, rendered)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- streaming

@@ -85,7 +85,8 @@ def test_edited_hidden_states_are_not_those_of_plain_requests(
 
 
 @pytest.mark.engine
-def test_the_command_line_serves_until_it_is_interrupted(tiny_model_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize(("sent", "code", "said"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "")])
+def test_the_command_line_serves_until_it_is_stopped(tiny_model_folder: Path, tmp_path: Path, sent, code, said):
     path = recipe_file(tmp_path, tiny_model_folder)
     command = [sys.executable, "-m", "posttrain", "serve", str(path)]
     with subprocess.Popen(
@@ -97,9 +98,9 @@ def test_the_command_line_serves_until_it_is_interrupted(tiny_model_folder: Path
         assert address, line + process.stderr.read()
         client = openai.OpenAI(base_url=address[1], api_key="none", max_retries=20)
         assert client.completions.create(model="tiny", prompt="Hello").choices[0].finish_reason
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors.strip() == "stopped"
+    assert process.returncode == code and errors.strip() == said
 
 
 def test_a_port_in_use_is_found_before_anything_is_loaded(tmp_path: Path, capsys):
@@ -115,6 +116,14 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(tmp_path: Path, capsys
 def test_recipes_are_servable(path: Path):
     recipe = load_as(ServeRecipe, path)
     assert recipe.model_name == "Qwen/Qwen2.5-1.5B-Instruct"
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "serve").glob("*.yaml")), ids=lambda path: path.name)
+def test_commands_in_serve_recipes_name_folders_that_recipes_make_or_ask_for_one(path: Path):
+    (command,) = re.findall(r"^# +posttrain serve (\S+) (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert (RECIPES.parent / command[0]).samefile(path)
+    models = re.findall(r"model=(\S+)", command[1])
+    assert models and all(model.isupper() or (RECIPES.parent / model).exists() for model in models)
 
 
 def test_a_strength_is_refused_where_the_decoder_has_none():

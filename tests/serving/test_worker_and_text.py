@@ -52,12 +52,15 @@ def test_all_jobs_get_the_error_of_the_engine(monkeypatch: pytest.MonkeyPatch):
     worker = Worker(engine := world.engine())
     updates: list[RequestUpdate] = []
 
+    failed = threading.Event()
+
     def fail(self: SteppingEngine) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(type(engine), "_advance", fail)
     job = {"prompt": PROMPT, "sampling": world.sampling, "n": 1, "seed": 0, "decoder": engine}
     job["on_update"] = lambda sample, update: updates.append(update)
+    worker.on_failure = failed.set
     worker.submit(Job(**job))
     worker.start()
     until = time.monotonic() + 5
@@ -65,7 +68,8 @@ def test_all_jobs_get_the_error_of_the_engine(monkeypatch: pytest.MonkeyPatch):
         time.sleep(0.01)
     worker.submit(Job(**job))
     worker.close()
-    assert len(updates) == 2 and isinstance(updates[1].error, MemoryError) and updates[0].ended
+    assert len(updates) == 2 and all(isinstance(update.error, MemoryError) for update in updates)
+    assert failed.is_set() and isinstance(worker.broken, MemoryError)
     assert not worker.alive
 
 

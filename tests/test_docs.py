@@ -12,7 +12,7 @@ from runs import environment
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("script", ["slots.py"])
+@pytest.mark.parametrize("script", ["slots.py", "settings.py"])
 def test_generated_documents_are_up_to_date(script: str):
     """In a process of its own, because the tests' type checker rewrites the signatures that the script reads."""
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]

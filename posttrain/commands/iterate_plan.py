@@ -49,9 +49,13 @@ class Stage:
     """One recipe of a round, and settings that override it as a recipe overrides its base."""
 
     train: str | None = None
+    """Training recipe that the stage runs."""
     decode: str | None = None
+    """Decoding recipe that the stage runs."""
     label: str | None = None
+    """Recipe of step labels that the stage runs."""
     eval: str | None = None
+    """Evaluation suite that the stage runs."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings that override the stage's recipe in every round."""
     later: dict[str, Any] = Field(default_factory=dict)
@@ -73,16 +77,21 @@ class Stage:
             yield from ((key, setting, source) for setting, source in settings.items())
 
 
-@checked_dataclass(config=ConfigDict(extra="forbid"), kw_only=True, frozen=True)
+@checked_dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True, frozen=True)
 class IterateRecipe(Checked):
     """Recipes that feed each other."""
 
     stages: dict[str, Stage]
     rounds: PositiveCount
-    set: dict[str, Any] = field(default_factory=dict)  # settings that override the recipes of all stages
-    table: dict[str, str] = field(default_factory=dict)  # column -> stage.metric, shown by round
-    folder: str | None = None  # default: runs/<name of this file>
-    launch: str | None = None  # launcher that starts each stage, such as "accelerate launch --num_processes 8"
+    """Number of rounds."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Settings that override the recipes of all stages."""
+    table: dict[str, str] = field(default_factory=dict)
+    """Columns of the table that is shown after each round: name -> ``stage.metric``."""
+    folder: str | None = None
+    """Folder of the rounds. Default: ``runs/<name of this file>``."""
+    launch: str | None = None
+    """Launcher that starts each stage, such as ``accelerate launch --num_processes 8``."""
 
     name: str = "iterate"
     path: Path | None = None  # path of the YAML file

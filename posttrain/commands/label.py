@@ -18,10 +18,9 @@ from posttrain.data import check_columns, load_rows
 from posttrain.data.examples import rollouts
 from posttrain.data.rollout_files import find_rollouts
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.ends import stop_tokens
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
-from posttrain.models.load import load_tokenizer, text_of, written_text
+from posttrain.models.load import load_tokenizer, text_of
 from posttrain.option_types import Breadth
 from posttrain.recipe import sections
 from posttrain.recipe.loading import run_file
@@ -37,19 +36,24 @@ from posttrain.system.processes import Processes
 from posttrain.verify import VerifierPool
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class LabelRecipe(SamplingRecipe):
     """Settings of step labels: which completions are labelled, how, and where the labels go."""
 
     modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verify.functions"}
 
-    policy: sections.PolicySection  # policy that samples the branches, and the completions unless they are stored
-    data: sections.DataSection | None = None  # prompts to sample completions of
-    rollouts: str | None = None  # stored rollouts, instead of sampling: a file, a run's folder, or a folder of them
+    policy: sections.PolicySection
+    """Policy that samples the branches, and the completions unless they are stored."""
+    data: sections.DataSection | None = None
+    """Prompts to sample completions of."""
+    rollouts: str | None = None
+    """Stored rollouts, instead of sampling: a file, a run's folder, or a folder of them."""
     verify: tuple[InstanceOf[Part], ...]
-    completions: Breadth = 4  # number of completions of a prompt
+    completions: Breadth = 4
+    """Number of completions of a prompt."""
     label: StepLabels = field(default_factory=StepLabels)
     output: str = "step_labels.jsonl"
+    """File of the labels."""
 
     name: str = "labels"
 
@@ -96,13 +100,10 @@ def label(recipe: LabelRecipe) -> Path:
         share_of = _sampled(recipe, recipe.data, tokenizer)
     else:
         share_of = _stored(recipe, str(recipe.rollouts), tokenizer)
-    decode = written_text(tokenizer, stop_tokens(recipe.policy, tokenizer))
+    decode = text_of(tokenizer)
     with Processes(dtype=recipe.policy.dtype) as processes:
         share = share_of(processes)
-        with (
-            VerifierPool(recipe.verify, plain_text=text_of(tokenizer)) as pool,
-            closing(_engine(recipe, tokenizer, share.longest_prompt)) as engine,
-        ):
+        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, tokenizer, share.longest_prompt)) as engine:
             source = CompletionSource(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
             batch = share.complete(source)
             sampling = Sampling.of(recipe.sampling)

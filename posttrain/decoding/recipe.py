@@ -18,7 +18,7 @@ from posttrain.recipe.yaml_reader import Location
 OUTPUTS = (".jsonl", ".parquet")
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class DecodeSettings(SamplingRecipe):
     """Settings of decoding without the decoder: prompts, policy, verifiers."""
 
@@ -32,13 +32,15 @@ class DecodeSettings(SamplingRecipe):
     verify: tuple[InstanceOf[Part], ...]
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class DecodeRecipe(DecodeSettings):
     """A recipe for decoding: prompts, policy, decoder, verifiers and the file of completions."""
 
-    decoder: InstanceOf[Part] | None = None  # default: plain samples
+    decoder: InstanceOf[Part] | None = None
+    """Draws the completions. Default: the policy alone."""
     verify: tuple[InstanceOf[Part], ...] = ()
-    output: str | None = None  # .jsonl or .parquet; default: completions/<name of this file>.jsonl
+    output: str | None = None
+    """File of the completions, ``.jsonl`` or ``.parquet``. Default: ``completions/<name of this file>.jsonl``."""
 
     name: str = "decode"
 

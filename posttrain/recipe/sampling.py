@@ -14,15 +14,18 @@ from posttrain.recipe import sections
 from posttrain.recipe.part import Checked, Part
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class SamplingRecipe(Checked):
     """Base of recipes that sample completions: policy, engine, sampling and seed."""
 
-    policy: sections.PolicySection | None  # None: nothing is sampled
+    policy: sections.PolicySection | None
+    """Policy that samples. null: nothing is sampled."""
     sampling: sections.SamplingSection = field(default_factory=sections.SamplingSection)
     engine: sections.EngineSection = field(default_factory=sections.EngineSection)
-    completions: Breadth = 1  # completions of each prompt
+    completions: Breadth = 1
+    """Number of completions of a prompt."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything that is drawn."""
 
     path: Path | None = None  # path of the YAML file
 

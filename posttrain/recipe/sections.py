@@ -17,9 +17,14 @@ class LoraSection:
     """Low-rank adapters, trained in place of all weights."""
 
     rank: Breadth = 16
+    """Rank of the two factors of an adapter."""
     alpha: PositiveCount = 32
+    """Scale of an adapter's output, which is multiplied by ``alpha / rank``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are dropped in training."""
     targets: str | tuple[str, ...] = "all-linear"
+    """Layers that get adapters, by name: several, one regular expression, or ``all-linear`` for every linear layer but
+    the output layer."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -36,13 +41,16 @@ class PolicySection:
     lora: LoraSection | None = None
     """Low-rank adapters to train instead of all weights; the reference policy is then the model without them."""
     gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: far less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Kernel of the attention. Models with a feature that sdpa lacks, such as Gemma 2, get eager in place of sdpa."""
     dropout: bool = False
     """Keep the dropout of the model's configuration in passes with gradients. Then they differ from the passes without
     gradients that they are compared with: ratios and KL terms of equal policies are not exactly 1 and 0."""
     revision: str | None = None
+    """Branch, tag or commit of the model on the hub. Default: the main branch."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -78,12 +86,19 @@ class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
     learning_rate: float = Field(default=1e-6, gt=0, le=1000)
+    """Learning rate after the warm-up."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay of AdamW's running averages of the gradient and of its square."""
     eps: Positive = 1e-8
+    """Number that AdamW adds to the root of the squared average, against division by zero."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Share of the weights, times the learning rate, that each step takes away."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up: unchanged, or down to 0 at the last step."""
     warmup_steps: Count = 0
+    """Number of steps in which the learning rate rises from 0."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of all gradients together; longer ones are scaled down to it."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -95,6 +110,7 @@ class HeadSection:
     probability; a number for each possible next token (a Q or twist head); or, implicit, log-probs: the value is
     ``beta`` times the log-ratio of a language model to its frozen beginning, the log-odds of being right."""
     bins: int = Field(default=101, ge=2, le=2**16)
+    """Number of bins of a categorical head, or of quantiles."""
     low: float = -0.5
     """Centre of the lowest bin: the support should reach a few bin widths beyond the rewards on both sides. In rewards,
     or with ``value.normalise`` in standard deviations of the targets from their mean, such as -5."""
@@ -161,6 +177,7 @@ class DataSection:
     name: str | None = None
     """Configuration of a hub dataset, such as ``main`` of ``openai/gsm8k``."""
     split: str = "train"
+    """Split of a hub dataset or folder; ``train[:1000]`` takes a part of it."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Copies of columns: new name -> column it is copied from, such as ``{prompt: question}``."""
     ignore: tuple[str, ...] = ()
@@ -184,9 +201,13 @@ class SamplingSection:
     """Sampling of tokens: temperature, truncation of the distribution, length."""
 
     temperature: float = Field(default=1.0, ge=0, le=2)
+    """Divisor of the logits; 0 takes the most probable token. Log-probs of training are at this temperature too."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the most probable tokens whose probabilities sum to this."""
     top_k: Count = 0
+    """Sample among this number of the most probable tokens; 0 is all of them."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample among tokens whose probability is at least this share of the largest one."""
     max_tokens: PositiveCount = 256
     """Length of the longest completion, in tokens."""
 
@@ -254,6 +275,8 @@ class RunSection:
     rollouts_of: tuple[Literal["training", "dropped", "evaluation"], ...] = ("training", "dropped", "evaluation")
     """Completions that are stored: those of the updates, those that ``select`` dropped, those of evaluations."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Trackers that get the metrics, besides ``metrics.jsonl``."""
     project: str = "posttrain"
+    """Name of the project in W&B and trackio."""
     max_bad_steps: Count = 5
     """Most steps in a row with a non-finite loss or gradient. They are skipped; one more stops the run with a dump."""

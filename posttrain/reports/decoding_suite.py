@@ -48,12 +48,14 @@ class DecodeReportSection:
     """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class DecodeSuite(DecodeSettings):
     """Compares decoders on held-out prompts: reward, KL to the policy, tokens, scorer calls, seconds."""
 
     suite: Literal["decode"]
-    decode: tuple[ComparedSection, ...] = ()  # decoders to compare with plain samples
+    """Kind of the suite."""
+    decode: tuple[ComparedSection, ...] = ()
+    """Decoders to compare with plain samples."""
     report: DecodeReportSection = field(default_factory=DecodeReportSection)
 
     name: str = "decode"

@@ -16,20 +16,23 @@ from posttrain.recipe.part import Checked, Part
 from posttrain.recipe.yaml_reader import Location, Overrides
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class RewardSuite(Checked):
     """Measures how good reward models are. Several are added up with their weights, as in a recipe."""
 
     modules: ClassVar[Mapping[str, str]] = {"reward": "posttrain.parts.rewards"}
 
     suite: Literal["reward"]
+    """Kind of the suite."""
     reward: tuple[InstanceOf[Part], ...]
-    data: sections.DataSection | None = None  # pairs in RewardBench's format: prompt, chosen, rejected, subset
-    rollouts: str | None = (
-        None  # rollouts; their scores are the gold rewards: a file, a run's folder, or a folder of them
-    )
-    sizes: tuple[int, ...] = field(default=(1, 2, 4, 8, 16, 32, 64))  # n's of best-of-n, up to the stored completions
-    folder: str | None = None  # folder of the report; default: ``reports/<suite's name>``
+    data: sections.DataSection | None = None
+    """Pairs in RewardBench's format: prompt, chosen, rejected, subset."""
+    rollouts: str | None = None
+    """Rollouts, whose scores are the gold rewards: a file, a run's folder, or a folder of them."""
+    sizes: tuple[int, ...] = field(default=(1, 2, 4, 8, 16, 32, 64))
+    """Values of n for best-of-n, up to the number of stored completions."""
+    folder: str | None = None
+    """Folder of the report. Default: ``reports/<suite's name>``."""
 
     name: str = "reward"
     path: Path | None = None  # path of the YAML file

@@ -52,22 +52,27 @@ class ValueReportSection:
     """Number of completions that the page shows token by token."""
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class ValueSuite(SamplingRecipe):
     """Compares a value model with the outcomes of fresh completions of held-out prompts, or of stored rollouts."""
 
     modules: ClassVar[Mapping[str, str]] = {"verify": "posttrain.verify.functions"}
 
     suite: Literal["value"]
+    """Kind of the suite."""
     value: ValueModelSection
-    policy: sections.PolicySection | None = None  # policy that samples the completions and the branches
+    policy: sections.PolicySection | None = None
+    """Policy that samples the completions and the branches."""
     data: sections.DataSection | None = None
-    rollouts: str | None = None  # stored rollouts, instead of sampling: a file, a run's folder, or a folder of them
+    rollouts: str | None = None
+    """Stored rollouts, instead of sampling: a file, a run's folder, or a folder of them."""
     verify: tuple[InstanceOf[Part], ...] = ()
-    completions: Breadth = 4  # number of completions of a prompt
+    completions: Breadth = 4
+    """Number of completions of a prompt."""
     branches: BranchPointsSection = field(default_factory=BranchPointsSection)
     report: ValueReportSection = field(default_factory=ValueReportSection)
-    micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass
+    micro_batch_tokens: PositiveCount = 16384
+    """Most padded tokens in one forward pass."""
 
     name: str = "value"
 

@@ -33,7 +33,7 @@ class Server:
     """Most MiB of a request's body; longer ones are refused with status 413."""
 
 
-@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class ServeRecipe(DecodeRecipe):
     """A recipe for a server: policy and decoder. A decode recipe works too; its data section is ignored.
 

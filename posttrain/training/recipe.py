@@ -47,7 +47,7 @@ def _default(spec: str) -> Any:
     return field(default_factory=lambda: Part.of(resolve(spec)))
 
 
-@checked_dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+@checked_dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), frozen=True, kw_only=True)
 class Recipe(Checked):
     """Everything that defines a training run. ``docs/slots.md`` lists the slots with their signatures and parts.
 
@@ -59,26 +59,32 @@ class Recipe(Checked):
 
     policy: sections.PolicySection
     reference: sections.ReferenceSection = field(default_factory=sections.ReferenceSection)
-    opponent: sections.OpponentSection | None = None  # a second policy that samples, if `rollout` asks for it
-    value: sections.ValueSection | None = None  # default: a value model if some part reads or trains values
+    opponent: sections.OpponentSection | None = None
+    """A second policy that samples, if ``rollout`` asks for it."""
+    value: sections.ValueSection | None = None
+    """The value model. Default: one with a scalar head if some part reads or trains values."""
     data: sections.DataSection
-    examples: InstanceOf[Part] | None = None  # completions from the dataset, instead of sampling
+    examples: InstanceOf[Part] | None = None
+    """Completions from the dataset, instead of sampling."""
 
     # The slots, in the order in which a step uses them
     prompts: InstanceOf[Part] = _default("posttrain.data.samplers.uniform")
     rollout: InstanceOf[Part] = _default("posttrain.rollout.rollouts.single_turn")
-    decoder: InstanceOf[Part] | None = None  # samples the rollouts in place of the policy alone
+    decoder: InstanceOf[Part] | None = None
+    """Samples the rollouts in place of the policy alone."""
     verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()
     reward: tuple[InstanceOf[Part], ...] = ()
-    compare: InstanceOf[Part] | None = None  # replaces the reward: how completions do in comparison
+    compare: InstanceOf[Part] | None = None
+    """Replaces the reward: how completions do in comparison."""
     advantage: InstanceOf[Part] | None = None
     shape: tuple[InstanceOf[Part], ...] = ()
     keep: tuple[InstanceOf[Part], ...] = ()
     baseline: InstanceOf[Part] | None = None
     regroup: InstanceOf[Part] | None = None
     normaliser: InstanceOf[Part] = _default("posttrain.parts.normalisers.token_mean")
-    loss: tuple[InstanceOf[Part], ...] = ()  # empty: the policy is not trained
+    loss: tuple[InstanceOf[Part], ...] = ()
+    """Terms of the policy's loss. Empty: the policy is not trained."""
     target: InstanceOf[Part] | None = None
     value_loss: tuple[InstanceOf[Part], ...] = ()
 
@@ -89,15 +95,25 @@ class Recipe(Checked):
     run: sections.RunSection = field(default_factory=sections.RunSection)
 
     steps: PositiveCount = 100
-    prompts_per_step: RowCount = 32  # over all processes
-    completions: Breadth = 8  # a prompt
-    epochs: PositiveCount = 1  # passes over a batch
-    minibatches: PositiveCount = 1  # optimiser steps a pass
-    micro_batch_tokens: PositiveCount = 16384  # padded tokens in one forward pass
-    extragradient: bool = False  # every other step only looks ahead; the next one samples there and counts
-    max_refills: PositiveCount = 10  # rounds of generation in which `select` may find enough prompts
-    short_steps: Literal["warn", "error"] = "warn"  # what happens if `select` keeps too few prompts all the same
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's limit, in vLLM
+    """Number of optimiser steps on new batches."""
+    prompts_per_step: RowCount = 32
+    """Number of prompts a step, over all processes."""
+    completions: Breadth = 8
+    """Number of completions of a prompt."""
+    epochs: PositiveCount = 1
+    """Number of passes over a batch."""
+    minibatches: PositiveCount = 1
+    """Number of optimiser steps a pass."""
+    micro_batch_tokens: PositiveCount = 16384
+    """Most padded tokens in one forward pass."""
+    extragradient: bool = False
+    """Every other step only looks ahead; the next one samples there and counts."""
+    max_refills: PositiveCount = 10
+    """Most rounds of generation in which ``select`` may find enough prompts."""
+    short_steps: Literal["warn", "error"] = "warn"
+    """What happens if ``select`` keeps too few prompts all the same."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything that is drawn; below 2^32, which is NumPy's limit."""
 
     name: str = "recipe"
     path: Path | None = None  # of the YAML file, if it came from one

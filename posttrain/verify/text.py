@@ -9,22 +9,17 @@ from typing import Literal
 THINK_THEN_ANSWER = r"\s*<think>(?!.*<think>).*?</think>\s*\S.*"
 
 
-def format(completion: str, *, pattern: str = THINK_THEN_ANSWER, prompt_text: str = "") -> float:
+def format(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float:
     """1 if the whole completion matches a regular expression (``.`` matches line ends too), else 0.
 
     The default asks for one ``<think>...</think>`` followed by an answer: DeepSeek-AI 2025, section 2.2.2, 2501.12948.
-    A ``<think>`` with which the template ends the prompt belongs to the completion.
-
-    Args:
-        prompt_text: the prompt as the model read it; the pool passes it.
     """
-    text = f"<think>{completion}" if prompt_text.rstrip().endswith("<think>") else completion
-    return float(compiled(pattern).fullmatch(text) is not None)
+    return float(compiled(pattern).fullmatch(completion) is not None)
 
 
-def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER, prompt_text: str = "") -> float | None:
+def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float | None:
     """Fast version of :func:`format`; ``None`` for any but the default pattern, which may backtrack without end."""
-    return format(completion, prompt_text=prompt_text) if pattern == THINK_THEN_ANSWER else None
+    return format(completion) if pattern == THINK_THEN_ANSWER else None
 
 
 def exact(completion: str, *, answer: str, strip: bool = True, casefold: bool = False) -> float:

@@ -111,7 +111,7 @@ class Recipe(Checked):
     max_refills: PositiveCount = 10
     """Most rounds of generation in which ``select`` may find enough prompts."""
     short_steps: Literal["warn", "error"] = "warn"
-    """What happens if ``select`` keeps too few prompts all the same."""
+    """Action if ``select`` keeps too few prompts all the same."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything that is drawn; below 2^32, which is NumPy's limit."""
 

@@ -136,7 +136,7 @@ def test_gemma_2_keeps_the_cap_of_its_attention(tmp_path, capsys):
 
 
 def test_the_document_says_what_was_measured():
-    """Which engines work, in docs/families.md, as in the results of the benchmark."""
+    """The engines that work in docs/families.md, as in the results of the benchmark."""
     root = Path(__file__).parents[2]
     command = [sys.executable, root / "benchmarks" / "families.py", "--summary"]
     results = root / "benchmarks" / "results" / "families.json"

@@ -72,9 +72,10 @@ class TransformersEngine(SteppingEngine):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are random
             kernel = kernel_for(AutoConfig.from_pretrained(model, **source), "sdpa")
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            with_report: Any = AutoModelForCausalLM.from_pretrained(
                 model, dtype=getattr(torch, dtype), attn_implementation=kernel, output_loading_info=True, **source
             )
+        loaded, report = with_report
         check_weights(loaded, report, f"policy.model: {str(model)!r}")
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self.vocab_size = len(loaded.get_input_embeddings().weight)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def refuse_tokens_without_weights(tokenizer: PreTrainedTokenizerBase, rows: int,
     Raises:
         RecipeError: if a token has none.
     """
-    used = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    used = [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id]
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
     added = tokenizer.added_tokens_decoder
     lost = sorted(i for i in beyond if i in used or not (i in added and added[i].special))

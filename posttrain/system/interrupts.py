@@ -185,8 +185,8 @@ def uninterrupted() -> Iterator[None]:
     a thread or a process (a tracker's writer, a verifier's worker) run in such a block. Only the main thread gets
     signals; in other threads the block changes nothing.
     """
-    usual = {number: signal.getsignal(number) for number in ENDING}
-    usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    handlers = {int(number): signal.getsignal(number) for number in ENDING}
+    usual = {number: handler for number, handler in handlers.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread() or not usual:
         yield
         return

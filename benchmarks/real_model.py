@@ -1,0 +1,215 @@
+"""A real pretrained model, end to end: SmolLM2-135M-Instruct, before and after each kind of recipe.
+
+    python benchmarks/real_model.py --gsm8k GSM8K --json benchmarks/results/real_model.json
+    python benchmarks/real_model.py --parts sft grpo --size small --json FILE      # parts alone; others are kept
+
+The recipes are those of ``examples/real``, at full size as they are, at small size with fewer steps and rows. Each part
+runs in a process of its own in ``--folder`` (runs and data go to ``runs/real`` there). Its figures are added to the
+JSON file as soon as it ends; a part that is there already, of the same size, is not run again unless ``--again`` is
+given. ``GSM8K`` is a folder with ``example_model_solutions.jsonl`` of github.com/openai/grade-school-math. A page
+with all figures stands beside the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import real_page
+import real_start
+from online_step import machine
+
+from posttrain.errors import UserError
+from posttrain.system.files import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "examples" / "real"
+RUNS = Path("runs") / "real"
+Size = Literal["small", "full"]
+
+
+class Task(NamedTuple):
+    """A part of the benchmark: a recipe, and which of its metrics tell what was learned."""
+
+    kind: Literal["train", "decode", "serve"]
+    metric: str
+    meaning: str
+    needs: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()  # overrides at small size
+
+
+ADDITIONS = ("--steps=4", "--evaluate.every=4", "--evaluate.data.limit=32", "--prompts_per_step=4")
+GIVEN = ("--steps=4", "--evaluate.every=4", "--evaluate.examples.limit=32", "--prompts_per_step=4")
+SUMS = "share of right sums, held-out additions, greedy"
+PAIRS = "share of pairs whose right solution is preferred, held-out problems"
+TASKS = {
+    "sft": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
+    "lora": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
+    "grpo": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
+    "critic": Task(
+        "train",
+        "value/explained_variance",
+        "explained variance of returns, fresh samples",
+        small=("--steps=4", "--prompts_per_step=4"),
+    ),
+    "ppo": Task("train", "eval/accuracy", SUMS, needs=("critic",), small=ADDITIONS),
+    "dpo": Task("train", "eval/preference/accuracy", PAIRS, small=GIVEN),
+    "kto": Task("train", "eval/preference/accuracy", PAIRS, small=GIVEN),
+    "reward": Task("train", "eval/value/pair_accuracy", PAIRS, small=GIVEN),
+    "outcome": Task("train", "eval/value/auc", "area under the ROC curve, held-out solutions", small=GIVEN),
+    "sample": Task("decode", "score", "share of right sums, held-out additions, sampled", small=("--data.limit=64",)),
+    "best_of_n": Task("decode", "score", "the same, the best of 8", ("critic",), ("--data.limit=64",)),
+    "blockwise": Task("decode", "score", "the same, the best of 8 blocks", ("critic",), ("--data.limit=64",)),
+    "serve": Task("serve", "score", "share of right sums through OpenAI's client", needs=("grpo",)),
+}
+
+
+def proportion_error(share: float, count: int) -> float:
+    """Standard error of a share of ``count`` independent rows."""
+    return (share * (1 - share) / count) ** 0.5
+
+
+def before_and_after(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """First and last value of a metric in the rows of ``metrics.jsonl``.
+
+    Raises:
+        UserError: if no row has the metric.
+    """
+    values = [row[metric] for row in rows if row.get(metric) is not None]
+    if not values:
+        raise UserError(f"the run reports no {metric}")
+    return {"before": values[0], "after": values[-1]}
+
+
+def run(command: Sequence[str], folder: Path, log: Path) -> dict[str, float]:
+    """Runs a command in ``folder``; returns its wall time, and the peak memory of its largest process.
+
+    Raises:
+        UserError: if it fails; the message ends with the last lines of its output.
+    """
+    start = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise UserError(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_memory_mb": usage.ru_maxrss // 1024}
+
+
+def held_out_rows(name: str, folder: Path, overrides: Sequence[str]) -> int:
+    """Number of held-out rows that the metric of a training part averages over; 0 if it has no evaluation."""
+    from posttrain.training.recipe import load_recipe
+
+    evaluate = load_recipe(RECIPES / f"{name}.yaml", overrides).evaluate
+    section = None if evaluate is None else evaluate.data or evaluate.examples
+    if section is None:
+        return 0
+    count = len(read_rows(folder / section.path))
+    return count if section.limit is None else min(count, section.limit)
+
+
+def train_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
+    """Trains by a recipe, and reads what it has learned in its metrics."""
+    task = TASKS[name]
+    overrides = [*(task.small if size == "small" else ()), f"--run.folder={RUNS / name}"]
+    command = [sys.executable, "-m", "posttrain", "train", str(RECIPES / f"{name}.yaml"), *overrides]
+    cost = run(command, folder, folder / RUNS / f"{name}.log")
+    result: dict[str, Any] = before_and_after(read_rows(folder / RUNS / name / "metrics.jsonl"), task.metric)
+    rows = held_out_rows(name, folder, overrides)
+    if rows and "accuracy" in task.metric:
+        result |= {f"{when}_error": proportion_error(result[when], rows) for when in ("before", "after")}
+    return {**result, "rows": rows, **cost}
+
+
+def decode_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
+    """Decodes held-out additions by a recipe; the score is the share of right sums."""
+    overrides = TASKS[name].small if size == "small" else ()
+    command = [sys.executable, "-m", "posttrain", "decode", str(RECIPES / f"{name}.yaml"), *overrides]
+    cost = run(command, folder, folder / RUNS / f"{name}.log")
+    scores = [row["score"] for row in read_rows(folder / RUNS / name / "completions.jsonl")]
+    share = sum(scores) / len(scores)
+    return {"after": share, "after_error": proportion_error(share, len(scores)), "rows": len(scores), **cost}
+
+
+def serve_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
+    """Serves the model that GRPO has trained, and asks it for held-out sums with OpenAI's client."""
+    command = [sys.executable, str(Path(__file__).with_name("real_serving.py")), str(RECIPES / "serve.yaml")]
+    result = folder / RUNS / "serve.json"
+    count = "8" if size == "small" else "64"
+    cost = run(
+        [*command, str(RUNS / "start" / "held_out.jsonl"), count, str(result)], folder, folder / RUNS / "serve.log"
+    )
+    answers = json.loads(result.read_text())
+    return {**answers, "after_error": proportion_error(answers["after"], answers["rows"]), **cost}
+
+
+def missing(names: Sequence[str], folder: Path) -> list[str]:
+    """Sentences that name what parts need and other parts have not made yet."""
+    made = {need for need in TASKS if any((folder / RUNS / need / kind).exists() for kind in ("model", "value"))}
+    return [
+        f"{name} needs the part {need}: add it to --parts"
+        for i, name in enumerate(names)
+        for need in TASKS[name].needs
+        if need not in made and need not in names[:i]
+    ]
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """Results of earlier calls, by part."""
+    return json.loads(path.read_text())["parts"] if path is not None and path.exists() else {}
+
+
+def write_results(path: Path, parts: Mapping[str, Any]) -> None:
+    """Writes the results so far, and the page of them."""
+    command = "python benchmarks/real_model.py --gsm8k GSM8K --json FILE"
+    content = {"date": datetime.date.today().isoformat(), "command": command, **machine(), "parts": parts}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    real_page.write(path.with_suffix(".html"), content)
+
+
+def main() -> None:
+    """Runs the parts that are asked for and not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the results; those of other parts in it are kept")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="model, data and runs go to runs/real in it")
+    parser.add_argument("--gsm8k", type=Path, help=f"folder of {real_start.SOURCE}")
+    parser.add_argument("--parts", nargs="+", choices=("prepare", *TASKS), default=list(TASKS))
+    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--again", action="store_true", help="run parts whose results are there, too")
+    options = parser.parse_args()
+    names = [name for name in TASKS if name in options.parts]
+    folder = options.folder.resolve()
+    if sentences := missing(names, folder):
+        parser.error("; ".join(sentences))
+    real_start.prepare(folder / RUNS / "start", options.gsm8k, 4000)
+    needs_solutions = [name for name in names if name in ("dpo", "kto", "reward", "outcome")]
+    if needs_solutions and not (folder / RUNS / "start" / "pairs.jsonl").exists():
+        parser.error(f"{', '.join(needs_solutions)}: --gsm8k names the folder of {real_start.SOURCE}")
+    results = read_results(options.json)
+    for name in names:
+        if not options.again and results.get(name, {}).get("size") == options.size:
+            print(f"{name}: kept", flush=True)
+            continue
+        part = {"train": train_part, "decode": decode_part, "serve": serve_part}[TASKS[name].kind]
+        try:
+            figures = part(name, folder, options.size)
+        except UserError as error:
+            sys.exit(f"{name}: {error}")
+        results[name] = {"size": options.size, "metric": TASKS[name].metric, "meaning": TASKS[name].meaning, **figures}
+        print(real_page.line(name, results[name]), flush=True)
+        if options.json is not None:
+            write_results(options.json, results)
+
+
+if __name__ == "__main__":
+    main()

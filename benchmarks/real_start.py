@@ -1,4 +1,4 @@
-"""What ``real_model.py`` starts from: a small pretrained model, generated additions, and GSM8K's solutions."""
+"""The start of ``real_model.py``: a small pretrained model, generated additions, and GSM8K's solutions."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +105,7 @@ def write_rollouts(
         "used_for": list(used_for) if used_for is not None else ["training"] * len(batch),
         "length": batch.tokens_chosen.numpy(),
         "finish": [Finish(code).name.lower() for code in batch.finish.tolist()],
-        "row": [json.dumps(row, default=str, ensure_ascii=False) for row in batch.rows],
+        "row": [_json(row) for row in batch.rows],
     }
     columns |= {name: getattr(batch, name).numpy() for name in _NUMBERS}
     columns |= {f"verify/{name}": pa.array(numbers, pa.float32()) for name, numbers in (values or {}).items()}
@@ -142,6 +143,22 @@ def read_rollouts(path: Path | str) -> Batch:
     step = int(table["step"][0].as_py()) if len(table) else 0
     known = {field.name for field in dataclasses.fields(Batch)}
     return Batch(**{name: value for name, value in fields.items() if name in known}, step=step)
+
+
+def _json(row: Mapping[str, Any]) -> str:
+    """A row as JSON, which knows neither NaN nor infinity: both become null."""
+    try:
+        return json.dumps(row, default=str, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(row), default=str, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_lists(tensor: Tensor, length: Tensor) -> pa.ListArray:

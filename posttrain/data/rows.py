@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.problems import Problems
 from posttrain.data.prompts import prompt_problem
-from posttrain.data.raw_rows import RawRows
+from posttrain.data.raw_rows import BATCH, RawRows
 from posttrain.data.read import read
 from posttrain.data.template_columns import TEMPLATE_COLUMNS, check_template_columns, template_arguments
 from posttrain.errors import DataError
@@ -61,9 +63,37 @@ class Rows:
         """Place of a row for messages, such as ``problems.jsonl:7``."""
         return self.source.place(int(self._numbers[index]))
 
+    def values(self, name: str) -> list[Any]:
+        """The values of a column, in the order of the rows, with objects as they were written."""
+        everything = [row[name] for rows in self.source.batches([name]) for row in rows]
+        return [everything[number] for number in self._numbers.tolist()]
+
+    @property
+    def longest_place(self) -> str:
+        """Place of the row with the longest prompt."""
+        lengths = pc.list_value_length(self._tokens).to_numpy()[self._numbers]
+        return self.place(int(lengths.argmax()))
+
+    def fingerprint(self) -> str:
+        """Hash of all columns of the dataset, and of the prompts' token ids."""
+        digest = hashlib.blake2b(digest_size=16)
+        for table in self.source.rows.with_format("arrow").iter(BATCH):
+            digest.update(_arrow_bytes(table))  # pyright: ignore[reportArgumentType]
+        for chunk in self._tokens.chunks:
+            digest.update(_arrow_bytes(pa.table({"tokens": chunk})))
+        digest.update(self._numbers.tobytes())
+        return digest.hexdigest()
+
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of the dataset as it is stored, in the order of the rows."""
         return _arrow_column(self.source.rows, name).take(pa.array(self._numbers))
+
+
+def _arrow_bytes(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table.combine_chunks())
+    return memoryview(sink.getvalue())
 
 
 def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer: PreTrainedTokenizerBase) -> Rows:

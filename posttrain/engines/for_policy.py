@@ -24,6 +24,8 @@ class LengthBudget(NamedTuple):
     """Most tokens of a completion."""
     setting: str = "sampling.max_tokens"
     """Name of the setting that limits the completion."""
+    place: str = ""
+    """Place of the row with the longest prompt."""
     branches: int = 0
     """Further positions for a call with several branches."""
 
@@ -33,7 +35,10 @@ class LengthBudget(NamedTuple):
         return self.prompt + self.completion + self.branches
 
     def __str__(self) -> str:
-        parts = [f"the longest prompt ({self.prompt} tokens)", f"{self.setting} ({self.completion})"]
+        parts = [
+            f"the longest prompt ({self.prompt} tokens{self.place and f', {self.place}'})",
+            f"{self.setting} ({self.completion})",
+        ]
         parts += [f"further positions for branches ({self.branches})"] if self.branches else []
         return f"{', '.join(parts[:-1])} and {parts[-1]}"
 

@@ -44,7 +44,7 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
     tokenizer = load_tokenizer(recipe.policy)
     rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
     check_columns(rows, recipe.verify)
-    budget = LengthBudget(rows.longest_prompt, recipe.sampling.max_tokens)
+    budget = LengthBudget(rows.longest_prompt, recipe.sampling.max_tokens, place=rows.longest_place)
     with Processes(dtype=recipe.policy.dtype) as processes:
         prompts = share_of_prompts(rows, recipe.seed, processes)
         with (

@@ -46,6 +46,7 @@ def run_state(run: TrainingRun) -> dict[str, Any]:
                 "value": None if run.learner.value is None else run.learner.value.state,
                 "world": run.processes.world,
                 "evaluations": run.evaluations,
+                "data": run.material.fingerprint,
                 "prompts": run.sampler.state,
                 "parts": {path: part.state for path, part in parts_with_memory(run.recipe).items()},
             }
@@ -84,6 +85,8 @@ def load_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
             f"{checkpoint} was written by {state['world']} processes under DeepSpeed and this run has "
             f"{run.processes.world}: resume with --num_processes {state['world']}"
         )
+    if state["data"] != run.material.fingerprint and run.processes.is_main:
+        print("resuming with other rows in the data than before, so not repeating that run exactly", flush=True)
     run.learner.optimiser.load(checkpoint)
     saved = torch.load(checkpoint / SLOW_FILE, map_location="cpu", weights_only=True)
     with torch.no_grad():

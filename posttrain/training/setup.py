@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ class Material:
         dropped = {"data": training.dropped if training is not None else ()}
         dropped |= {"evaluate": sum((data.dropped for data in held_out if data is not None), ())}
         return {name: entries for name, entries in dropped.items() if entries}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the training data."""
+        training = self.rows or self.examples
+        return "" if training is None else training.fingerprint()
 
     def __len__(self) -> int:
         """Number of prompts, or of groups of completions from the dataset."""
@@ -311,7 +318,9 @@ def build_engine(recipe: Recipe, material: Material, tokenizer: Any) -> Engine:
     """
     needed: list[LengthBudget] = []
     if material.rows is not None:
-        needed.append(LengthBudget(material.rows.longest_prompt, recipe.sampling.max_tokens))
+        needed.append(
+            LengthBudget(material.rows.longest_prompt, recipe.sampling.max_tokens, place=material.rows.longest_place)
+        )
     if recipe.evaluate is not None and material.evaluation_rows is not None:
         most = recipe.evaluate.sampling.max_tokens
         needed.append(LengthBudget(material.evaluation_rows.longest_prompt, most, "evaluate.sampling.max_tokens"))

@@ -6,6 +6,7 @@ expressions go to math-verify, which reads LaTeX into sympy (tens of millisecond
 
 from __future__ import annotations
 
+from posttrain.verify.columns import reads
 from posttrain.verify.final_answer import LONGEST_ANSWER, final_answer, first_clause, gold_answer, without_thoughts
 from posttrain.verify.numbers import Number, read_number, same_number, tidy
 from posttrain.verify.question import more_to_work_out, prose_in, stands_in, words_of
@@ -14,6 +15,7 @@ from posttrain.verify.unmarked import last_formula, last_number, number_after_wo
 from posttrain.verify.wording import same_wording
 
 
+@reads(answer=lambda answer: gold_text(answer))
 def math(
     completion: str, *, answer: str | int | float, marked: bool = False, prompt_text: str = "", finish: str = ""
 ) -> float:

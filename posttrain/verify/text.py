@@ -6,6 +6,8 @@ import functools
 import re
 from typing import Literal
 
+from posttrain.verify.columns import reads
+
 THINK_THEN_ANSWER = r"\s*<think>(?!.*<think>).*?</think>\s*\S.*"
 
 
@@ -22,9 +24,21 @@ def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float 
     return format(completion) if pattern == THINK_THEN_ANSWER else None
 
 
+def exact_text(answer: str | int) -> str:
+    """The text of an answer that is compared character by character.
+
+    Raises:
+        ValueError: if it is neither text nor a whole number: 72.0 may have been written 72 in the file.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int):
+        raise ValueError(f"answer is {answer!r:.80}; `exact` compares text: write the answer as text")
+    return str(answer)
+
+
+@reads(answer=exact_text)
 def exact(completion: str, *, answer: str, strip: bool = True, casefold: bool = False) -> float:
     """1 if the completion is the answer, character by character, else 0."""
-    text, target = completion, str(answer)
+    text, target = completion, exact_text(answer)
     if strip:
         text, target = text.strip(), target.strip()
     if casefold:

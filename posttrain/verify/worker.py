@@ -106,6 +106,9 @@ def as_values(values: Any, size: int) -> list[float | None]:
     Raises:
         BadValue: if they are not one number or None for each completion.
     """
+    if isinstance(values, Mapping | str | bytes | set | frozenset):
+        kind = type(values).__name__
+        raise BadValue(f"returned {values!r:.80} ({kind}); it must return a list with a number for each completion")
     try:
         elements = list(values)
     except TypeError:

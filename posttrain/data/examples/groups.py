@@ -58,9 +58,9 @@ def convert(groups: Iterable[Group], into: Into) -> tuple[list[Group], list[int]
 
 
 def pairs_of(group: Group) -> list[Group]:
-    """Pairs of completions of different reward, the better one first; pairs with the largest difference come first."""
+    """Pairs of different completions of different reward, the better one first; the largest difference comes first."""
     both = [sorted(two, key=lambda completion: -completion.reward) for two in combinations(group, 2)]
-    differing = [two for two in both if two[0].reward > two[1].reward]
+    differing = [two for two in both if two[0].reward > two[1].reward and len(_texts(two)) > 1]
     return sorted(differing, key=lambda two: two[1].reward - two[0].reward)
 
 

@@ -33,7 +33,7 @@ from posttrain.data.examples.dataset_examples import EncodedCompletion, Examples
 from posttrain.data.examples.encode import RawCompletion, encode, ends_of, last_columns, step_ids
 from posttrain.data.examples.groups import Into, TooLong, grouped
 from posttrain.data.problems import Problems
-from posttrain.data.rows import read_columns, tokenise_rows
+from posttrain.data.rows import Rows, read_columns, tokenise_rows
 from posttrain.option_types import facts
 from posttrain.recipe import sections
 
@@ -107,6 +107,7 @@ def rated(
     ]
     if group is not None:
         need(rows, (group,))
+        _check_groups(rows, group)
     keys = [c.row if group is None else _key(rows[c.row][group]) for c in with_rewards]
     whole = into != "groups"
     options = GroupOptions(max_tokens=max_tokens, too_long=too_long, into=into, whole=whole, mismatched=mismatched)
@@ -160,6 +161,16 @@ def stepwise(
 
 def _last_known(labels: Sequence[float]) -> float:
     return next((label for label in reversed(labels) if not math.isnan(label)), math.nan)
+
+
+def _check_groups(rows: Rows, group: str) -> None:
+    """Refuses rows without a key: they would be a group of different prompts."""
+    problems = Problems()
+    for index, key in enumerate(rows.values(group)):
+        if key is None or (isinstance(key, float) and math.isnan(key)):
+            problem = "by which completions are grouped, is missing or null: give each group a key"
+            problems.add(rows.place(index), f"column {group!r}, {problem}")
+    problems.raise_if_any()
 
 
 def _key(value: Any) -> Hashable:

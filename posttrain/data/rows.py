@@ -71,7 +71,7 @@ class Rows:
     @property
     def longest_place(self) -> str:
         """Place of the row with the longest prompt."""
-        lengths = pc.list_value_length(self._tokens).to_numpy()[self._numbers]
+        lengths = pc.call_function("list_value_length", [self._tokens]).to_numpy()[self._numbers]
         return self.place(int(lengths.argmax()))
 
     def fingerprint(self) -> str:

@@ -35,10 +35,8 @@ class LengthBudget(NamedTuple):
         return self.prompt + self.completion + self.branches
 
     def __str__(self) -> str:
-        parts = [
-            f"the longest prompt ({self.prompt} tokens{self.place and f', {self.place}'})",
-            f"{self.setting} ({self.completion})",
-        ]
+        where = f", {self.place}" if self.place else ""
+        parts = [f"the longest prompt ({self.prompt} tokens{where})", f"{self.setting} ({self.completion})"]
         parts += [f"further positions for branches ({self.branches})"] if self.branches else []
         return f"{', '.join(parts[:-1])} and {parts[-1]}"
 

@@ -59,6 +59,18 @@ def test_stop_after_ends_at_the_first_step_and_resume_goes_on(tmp_path, tiny_mod
     assert "run.stop_after" in capsys.readouterr().err
 
 
+def test_a_resumed_run_says_that_the_rows_are_others(tmp_path, tiny_model_folder, capsys):
+    recipe = write_run(tmp_path, tiny_model_folder, steps=2)
+    rows = (tmp_path / "data.jsonl").read_text()
+    said = []
+    for text in (rows, rows.replace('"answer": "', '"answer": "1')):
+        assert main([str(recipe), "--run.stop_after=1s", f"--run.folder={tmp_path / str(len(said))}"]) == 75
+        (tmp_path / "data.jsonl").write_text(text)
+        assert main([str(recipe), "--resume", f"--run.folder={tmp_path / str(len(said))}"]) == 0
+        said.append("resuming with other rows in the data than before" in capsys.readouterr().out)
+    assert said == [False, True]
+
+
 def test_a_finished_run_says_so_and_loses_nothing(tmp_path, tiny_model_folder, capsys):
     recipe = write_run(tmp_path, tiny_model_folder, steps=1)
     assert main([str(recipe), "--run.keep_finished=0"]) == 0

@@ -6,6 +6,7 @@ sampled from wrongly, or fail at the first prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ TOKENS = 3
 
 
 @torch.no_grad()
-def check_sampling(engine: Engine, model: Any, room: int) -> None:
+def check_sampling(engine: Engine, model: Any, room: int, failure: Callable[[], Exception | None]) -> None:
     """Samples from prompts of two lengths, of which one is padded, and compares log-probs.
 
     Args:
         engine: the engine, with the weights of ``model``.
         model: the Hugging Face model.
         room: most tokens of a prompt and its completion; the check is left out if there is no room for it.
+        failure: gives the error of a round that failed and was repeated request by request; None if none did.
 
     Raises:
         RecipeError: if the engine fails or its log-probs are not the model's; names the family.
@@ -43,6 +45,8 @@ def check_sampling(engine: Engine, model: Any, room: int) -> None:
     try:
         completions = engine.generate(prompts, Sampling(max_tokens=TOKENS, ignore_eos=True), n=2, seeds=[1, 2])
     except Exception as error:
+        raise _refused(family, f"sampling fails: {type(error).__name__}: {error}") from error
+    if (error := failure()) is not None:
         raise _refused(family, f"sampling fails: {type(error).__name__}: {error}") from error
     differences = []
     for prompt, samples in zip(prompts, completions, strict=True):

@@ -68,6 +68,7 @@ class TransformersEngine(SteppingEngine):
         self._eos = end_of_sequence_ids(model, **source) if ends is None else tuple(ends)
         self._waiting: dict[int, Request] = {}
         self._rounds: list[Round] = []  # unfinished rounds, the newest last
+        self._repeated: Exception | None = None  # error of the last round that was repeated request by request
         self._alone: set[int] = set()  # waiting requests whose first round failed: each gets a round of its own
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=[]):  # weights that the checkpoint lacks are random
@@ -79,7 +80,7 @@ class TransformersEngine(SteppingEngine):
         check_weights(loaded, report, f"policy.model: {str(model)!r}")
         self._model: PreTrainedModel | None = loaded.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self.vocab_size = len(loaded.get_input_embeddings().weight)  # type: ignore[arg-type]
-        check_sampling(self, self._model, max_model_len)
+        check_sampling(self, self._model, max_model_len, lambda: self._repeated)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
@@ -143,6 +144,7 @@ class TransformersEngine(SteppingEngine):
             return
         self._waiting = {number: failed.requests[number] for number in running} | self._waiting
         self._alone.update(running)
+        self._repeated = error
 
     def _next_round(self) -> Round:
         """Takes waiting requests with equal settings, the shortest first, so that neighbours need little padding."""

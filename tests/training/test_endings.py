@@ -59,6 +59,7 @@ def test_stop_after_ends_at_the_first_step_and_resume_goes_on(tmp_path, tiny_mod
     assert "run.stop_after" in capsys.readouterr().err
 
 
+@pytest.mark.engine
 def test_a_resumed_run_says_that_the_rows_are_others(tmp_path, tiny_model_folder, capsys):
     recipe = write_run(tmp_path, tiny_model_folder, steps=2)
     rows = (tmp_path / "data.jsonl").read_text()

@@ -35,23 +35,11 @@ def read(data: sections.DataSection, base: Path | None) -> RawRows:
     Raises:
         DataError: if the rows cannot be read; the message names the file and line.
     """
-    _refuse_unused(data)
+    # `name`, `split` and `options` may be without use here: another dataset in place of the base's inherits them.
     source = read_generator(data, base) if ".py:" in data.path else _read_stored(data, base)
     if data.limit is not None and data.limit < len(source.rows):
         return replace(source, rows=source.rows.select(range(data.limit)))
     return source
-
-
-def _refuse_unused(data: sections.DataSection) -> None:
-    """Refuses settings that the kind of dataset has no use for: a typing error would go unnoticed.
-
-    ``data.name`` may be without use: a file in place of the base's dataset of the hub inherits it.
-    """
-    generator = ".py:" in data.path
-    if data.options and not generator:
-        raise DataError(f"data.options: {data.path} is no generator function, so nothing takes them; leave them out")
-    if data.split != "train" and generator:
-        raise DataError(f"data.split: {data.path} is a generator function, which has no splits; leave `split` out")
 
 
 def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:

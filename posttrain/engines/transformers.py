@@ -134,11 +134,14 @@ class TransformersEngine(SteppingEngine):
     def _split_or_fail(self, failed: Round, error: Exception) -> None:
         """Gives each request of a failed round a round of its own, so that only those at fault get the error.
 
-        A round that has drawn tokens is not repeated: its requests get the error.
+        A round that has drawn tokens, or whose distribution is shaped, is not repeated: its requests get the error.
         """
         running = [number for number in failed.requests if number in self._in_flight]
         begun = any(self._in_flight[number].tokens for number in running)
-        if begun or len(failed.requests) == 1:
+        shaped = any(
+            request.shaper is not None for request in failed.requests.values()
+        )  # the error may be the shaper's
+        if begun or shaped or len(failed.requests) == 1:
             for number in running:
                 self._fail(number, error)
             return

@@ -188,7 +188,7 @@ def test_rounds_run_and_a_resumed_run_ends_like_one_that_was_never_stopped(
     tmp_path: Path, tiny_model_folder: Path, capsys
 ) -> None:
     path, folder = write(tmp_path, model=tiny_model_folder), tmp_path / "all"
-    settings = [f"--folder={folder}", "--set.run.keep_finished=2"]
+    settings = [f"--folder={folder}", "--stages.values.set.run.keep_finished=2"]
     assert run_iterate(path, settings) == folder
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in lines]

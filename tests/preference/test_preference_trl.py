@@ -91,7 +91,9 @@ DPO: dict[str, tuple[dict[str, Any], Weighted]] = {
     **{
         f"f-DPO, {ours_}": (
             {"f_divergence_type": theirs, "f_alpha_divergence_coef": 0.3},
-            [(1.0, partial(pairwise, score=partial(scores.f_divergence, divergence=ours_, alpha=0.3)))],
+            [
+                (1.0, partial(pairwise, score=partial(scores.f_divergence, divergence=ours_, alpha=0.7)))
+            ],  # TRL's is 1 - α
         )
         for theirs, ours_ in (
             ("forward_kl", "forward_kl"),

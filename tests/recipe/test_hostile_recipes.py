@@ -134,17 +134,10 @@ def test_no_slot_takes_an_executing_function(slot, recipe, tmp_path, capsys):
     assert "grade is a function of Python's standard library" in capsys.readouterr().err
 
 
-def test_no_dataset_is_an_executing_function_or_has_settings_without_use(tmp_path):
-    (tmp_path / "mine.py").write_text("from os import system as rows\n\ndef own():\n    yield {'prompt': '1+1'}\n")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1"}\n')
-    wrong = {
-        "rows is a function of Python's standard library": {"path": "mine.py:rows"},
-        "data.options: rows.jsonl is no generator": {"path": "rows.jsonl", "options": {"seed": 1}},
-        "data.split: mine.py:own is a generator": {"path": "mine.py:own", "split": "test"},
-    }
-    for message, section in wrong.items():
-        with pytest.raises(UserError, match=message):
-            read(DataSection(**section), tmp_path)
+def test_no_dataset_is_an_executing_function(tmp_path):
+    (tmp_path / "mine.py").write_text("from os import system as rows\n")
+    with pytest.raises(UserError, match="rows is a function of Python's standard library"):
+        read(DataSection(path="mine.py:rows"), tmp_path)
 
 
 def test_decorated_and_partial_functions_are_judged_by_what_they_call():

@@ -85,7 +85,7 @@ def test_edited_hidden_states_are_not_those_of_plain_requests(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("sent", "code", "said"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "")])
+@pytest.mark.parametrize(("sent", "code", "said"), [(signal.SIGINT, 130, "SIGINT: stopped"), (signal.SIGTERM, 143, "")])
 def test_the_command_line_serves_until_it_is_stopped(tiny_model_folder: Path, tmp_path: Path, sent, code, said):
     path = recipe_file(tmp_path, tiny_model_folder)
     command = [sys.executable, "-m", "posttrain", "serve", str(path)]

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 
 class Inner(NamedTuple):
@@ -36,6 +36,19 @@ AboveOne = Annotated[float, Field(gt=1)]
 LARGEST_COUNT = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+TEMPERATURES = (0.01, 2.0)
+"""Lowest and highest temperature above 0. vLLM takes no higher one, and samples at 0.01 where a lower one is asked for;
+in float32, logits divided by a much smaller number are infinite."""
+
+
+def no_tiny_temperature(temperature: float) -> float:
+    """Returns a temperature; raises ``ValueError`` if it is above 0 and below the lowest that engines take."""
+    if 0 < temperature < TEMPERATURES[0]:
+        raise ValueError(f"should be 0, for the most probable tokens, or at least {TEMPERATURES[0]}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=TEMPERATURES[1]), AfterValidator(no_tiny_temperature)]
 Breadth = Annotated[int, Field(ge=1, le=2**16)]
 """Number of things that are in memory side by side: completions of a prompt, members of an ensemble, particles."""
 RowCount = Annotated[int, Field(ge=1, le=2**20)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from generated import write_or_check
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
@@ -54,17 +55,6 @@ This page is generated from the code by `python scripts/settings.py`. Do not edi
 It lists the settings of every kind of YAML file. A setting in a section is written with a dot, as on the command line:
 `--optimizer.learning_rate=1e-5`. Parts, which are written `{use: name}`, are listed in [slots.md](slots.md).
 `posttrain show FILE` prints the settings of a file beside their defaults. Unknown settings are errors."""
-
-
-def main() -> int:
-    """Writes the file, or compares it."""
-    made = document()
-    if "--check" not in sys.argv[1:]:
-        FILE.write_text(made, encoding="utf-8")
-    elif not FILE.exists() or FILE.read_text(encoding="utf-8") != made:
-        print(f"{FILE.relative_to(ROOT)} is out of date: run python scripts/settings.py")
-        return 1
-    return 0
 
 
 def document() -> str:
@@ -205,4 +195,4 @@ def sentence(kind: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(FILE, document()))

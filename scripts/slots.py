@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from generated import write_or_check
+
 from posttrain.recipe.part import SLOTS
 from posttrain.recipe.resolve import inner_slots, parameters, positional, public_callables
 from posttrain.training.recipe import MODULES
@@ -95,18 +97,6 @@ class Place(NamedTuple):
     def key(self) -> str:
         """``link(margin, target)``: what an option is listed under."""
         return f"{self.name}({', '.join(self.takes or ())})"
-
-
-def main() -> int:
-    """Writes the file, or compares it."""
-    made = document()
-    if "--check" not in sys.argv[1:]:
-        FILE.parent.mkdir(exist_ok=True)
-        FILE.write_text(made, encoding="utf-8")
-    elif not FILE.exists() or FILE.read_text(encoding="utf-8") != made:
-        print(f"{FILE.relative_to(ROOT)} is out of date: run python scripts/slots.py")
-        return 1
-    return 0
 
 
 def document() -> str:
@@ -293,4 +283,4 @@ def sentence(part: Part) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(FILE, document()))

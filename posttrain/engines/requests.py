@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain.engines.base import RefusedRequest, Sampling, Shaper
+from posttrain.option_types import LARGEST_COUNT, TEMPERATURES
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
@@ -19,24 +20,20 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
             )
 
 
-LARGEST = 2**31 - 1
-"""Largest whole number that engines take as a setting."""
-
-TEMPERATURES = (0.01, 2.0)
-"""Lowest and highest temperature above 0. vLLM takes no higher one, and samples at 0.01 where a lower one is asked for;
-in float32, logits divided by a much smaller number are infinite."""
-
-
 def settings_problem(sampling: Sampling) -> str | None:
     """Returns what is wrong with settings of sampling that no engine can take; None if nothing is."""
     low, high = TEMPERATURES
     ranges = [
         ("temperature", "0, or from 0.01 to 2", sampling.temperature == 0 or low <= sampling.temperature <= high),
         ("top_p", "above 0 and at most 1", 0 < sampling.top_p <= 1),
-        ("top_k", f"from 0 to {LARGEST}", 0 <= sampling.top_k <= LARGEST),
+        ("top_k", f"from 0 to {LARGEST_COUNT}", 0 <= sampling.top_k <= LARGEST_COUNT),
         ("min_p", "at least 0 and below 1", 0 <= sampling.min_p < 1),
-        ("max_tokens", f"from 1 to {LARGEST}", 1 <= sampling.max_tokens <= LARGEST),
-        ("stop_token_ids", f"from 0 to {LARGEST}", all(0 <= token <= LARGEST for token in sampling.stop_token_ids)),
+        ("max_tokens", f"from 1 to {LARGEST_COUNT}", 1 <= sampling.max_tokens <= LARGEST_COUNT),
+        (
+            "stop_token_ids",
+            f"from 0 to {LARGEST_COUNT}",
+            all(0 <= token <= LARGEST_COUNT for token in sampling.stop_token_ids),
+        ),
     ]
     wrong = next(((name, range_) for name, range_, fits in ranges if not fits), None)
     return wrong and f"{wrong[0]}: should be {wrong[1]}; it is {getattr(sampling, wrong[0])}"

@@ -31,14 +31,10 @@ COST_COLUMNS = (
     Column("time/step", "s/step", "{:.2f}"),
     Column("time/peak_memory_mb", "memory MB", "{:,.0f}"),
 )
-COLUMNS = (
-    Column("reward/mean", "reward", "{:.3f}"),
-    Column("accuracy", "accuracy", "{:.3f}"),
-    Column("eval/score", "eval", "{:.3f}"),
-    Column("loss", "loss", "{:.4g}"),
-    LENGTH_COLUMN,
-    *COST_COLUMNS,
-)
+SAMPLED_COLUMNS = (Column("reward/mean", "reward", "{:.3f}"), Column("accuracy", "accuracy", "{:.3f}"))
+SCORE_COLUMN = Column("eval/score", "eval", "{:.3f}")
+LOSS_COLUMN = Column("loss", "loss", "{:.4g}")
+COLUMNS = (*SAMPLED_COLUMNS, SCORE_COLUMN, LOSS_COLUMN, LENGTH_COLUMN, *COST_COLUMNS)
 TABLE_WIDTH = 160  # width of tables with many columns, on any terminal: a cell that is cut off says nothing
 ROWS = 8  # number of steps in the live table
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from posttrain.option_types import BelowOne, Breadth, Count, Positive, PositiveCount
+from posttrain.option_types import BelowOne, Breadth, Count, Positive, PositiveCount, Temperature
 
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -200,8 +200,8 @@ class DataSection:
 class SamplingSection:
     """Sampling of tokens: temperature, truncation of the distribution, length."""
 
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    """Divisor of the logits; 0 takes the most probable token. Log-probs of training are at this temperature too."""
+    temperature: Temperature = 1.0
+    """Divisor of the logits, from 0.01; 0 takes the most probable token. Training uses it for log-probs too."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample among the most probable tokens whose probabilities sum to this."""
     top_k: Count = 0

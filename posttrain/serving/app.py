@@ -100,18 +100,23 @@ def make_app(served: Served, *, max_body: int = MAX_BODY) -> FastAPI:
     @app.post("/v1/values")
     async def values(request: ValuesRequest, http: Request) -> Response:
         served.check_model(request.model)
-        try:
-            await _unless_gone(http, served.limit.enter())
-        except ClientGone:
-            return Response(status_code=CLIENT_GONE)
-        try:
-            return JSONResponse(await _unless_gone(http, prefix_values(served, request)))
-        except ClientGone:
-            return Response(status_code=CLIENT_GONE)
-        finally:
-            served.limit.leave()
+        return await _values(served, request, http)
 
     return app
+
+
+async def _values(served: Served, request: ValuesRequest, http: Request) -> Response:
+    """Answers a request for values as soon as one of the places is free."""
+    try:
+        await _unless_gone(http, served.limit.enter())
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE)
+    try:
+        return JSONResponse(await _unless_gone(http, prefix_values(served, request)))
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        served.limit.leave()
 
 
 def _card(served: Served, created: int) -> dict[str, Any]:

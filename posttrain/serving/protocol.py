@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic import field_validator as field_check
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.engines.requests import LARGEST, TEMPERATURES
+from posttrain.option_types import LARGEST_COUNT, TEMPERATURES, no_tiny_temperature
 from posttrain.serving.neutral import drop_neutral
 
 MAX_CHOICES = 1024
@@ -29,7 +29,7 @@ MAX_CHOICES = 1024
 MAX_STOPS = 16
 """Most stop strings of a request."""
 Number = Annotated[float, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Strict(), Field(ge=1, le=LARGEST_COUNT)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 
@@ -77,14 +77,16 @@ class SamplingRequest(Body):
 
     model: str
     max_tokens: Count | None = None
-    temperature: Number | None = Field(default=None, ge=0, le=TEMPERATURES[1])
+    temperature: Annotated[Number, AfterValidator(no_tiny_temperature)] | None = Field(
+        default=None, ge=0, le=TEMPERATURES[1]
+    )
     top_p: Number | None = Field(default=None, gt=0, le=1)
-    top_k: StrictInt | None = Field(default=None, ge=0, le=LARGEST)
+    top_k: StrictInt | None = Field(default=None, ge=0, le=LARGEST_COUNT)
     min_p: Number | None = Field(default=None, ge=0, lt=1)
     n: StrictInt = Field(default=1, ge=1, le=MAX_CHOICES)
     seed: StrictInt | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[NonEmpty], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[Annotated[StrictInt, Field(ge=0, le=LARGEST)]] | None = None
+    stop_token_ids: list[Annotated[StrictInt, Field(ge=0, le=LARGEST_COUNT)]] | None = None
     ignore_eos: StrictBool = False
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -97,13 +99,6 @@ class SamplingRequest(Body):
     @classmethod
     def _without_neutral(cls, body: Any) -> Any:
         return drop_neutral(body, cls.model_fields) if isinstance(body, Mapping) else body
-
-    @field_check("temperature")
-    @classmethod
-    def _not_tiny(cls, value: float | None) -> float | None:
-        if value is not None and 0 < value < TEMPERATURES[0]:
-            raise ValueError(f"should be 0, for the most probable tokens, or from {TEMPERATURES[0]} to 2")
-        return value
 
     @field_check("stop", mode="before")
     @classmethod

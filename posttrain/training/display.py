@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from posttrain.output.progress import COST_COLUMNS, LENGTH_COLUMN, Column
+from posttrain.output.progress import (
+    COST_COLUMNS,
+    LENGTH_COLUMN,
+    LOSS_COLUMN,
+    SAMPLED_COLUMNS,
+    SCORE_COLUMN,
+    Column,
+)
 from posttrain.training.recipe import Recipe
 
-LOSS = Column("loss", "loss", "{:.4g}")
-SAMPLED = (
-    Column("reward/mean", "reward", "{:.3f}"),
-    Column("accuracy", "accuracy", "{:.3f}"),
-)
 SCORE = Column("score/mean", "score", "{:.3f}")
 KEPT = Column("kept/reward/mean", "kept reward", "{:.3f}")
-HELD_OUT_SCORE = Column("eval/score", "eval", "{:.3f}")
 PREFERENCES = (
     Column("preference/accuracy", "preferred", "{:.3f}"),
     Column("preference/auc", "AUC", "{:.3f}"),
@@ -50,14 +51,14 @@ def columns_of(recipe: Recipe) -> tuple[Column, ...]:
     if recipe.value_loss:
         compares = any(term.fact("compares_values") for term in recipe.value_loss)
         columns += (() if sampled else RANKING) + (() if compares else EXPLAINED) + (VALUE_LOSS,)
-    return (*columns, HELD_OUT_SCORE, LOSS, LENGTH_COLUMN, *COST_COLUMNS)
+    return (*columns, SCORE_COLUMN, LOSS_COLUMN, LENGTH_COLUMN, *COST_COLUMNS)
 
 
 def sampled_columns(recipe: Recipe) -> tuple[Column, ...]:
     """Reward and accuracy of what was drawn and, if the recipe drops completions, the reward of what was kept."""
     if not recipe.select and not recipe.keep:
-        return SAMPLED
-    reward, accuracy = SAMPLED
+        return SAMPLED_COLUMNS
+    reward, accuracy = SAMPLED_COLUMNS
     # Rewards are computed after `select`, so the score alone is known of all that was drawn.
     unknown = recipe.select and (recipe.reward or recipe.compare is not None)
     return (SCORE if unknown else reward, accuracy, KEPT)

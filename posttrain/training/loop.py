@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
-from posttrain.engines.base import Sampling
+from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.ends import stop_tokens
 from posttrain.errors import OUT_OF_TIME, Abandoned, CannotWrite, NothingSelected, Stopped, VerifierError
 from posttrain.models.ends import name_ends
@@ -46,7 +46,7 @@ from posttrain.training.apply_parts import (
 from posttrain.training.checkpoints import load_checkpoint, run_state, save_checkpoint
 from posttrain.training.display import columns_of
 from posttrain.training.evaluate import evaluate_completions, evaluate_examples
-from posttrain.training.learner import add_value_targets, score, update
+from posttrain.training.learner import Learner, add_value_targets, score, update
 from posttrain.training.ranking import ranking_by_value
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_required_passes
@@ -134,15 +134,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     tokenizer=tokenizer,
                     material=material,
                     sampler=recipe.prompts.call(size=len(material), seed=recipe.seed),
-                    source=CompletionSource(
-                        engine=engine,
-                        verifiers=pool,
-                        rollout=recipe.rollout,
-                        decode=text_of(tokenizer),
-                        decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy),
-                        opponent=build_opponent(learner, engine),
-                        encode=ids_of(tokenizer),
-                    ),
+                    source=source_of(recipe, processes, learner, tokenizer, engine, pool),
                     policy_waits=recipe.value is not None and recipe.value.ready_at is not None,
                 )
                 if checkpoint is not None:
@@ -154,6 +146,26 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     loop(run)
                     save_models(run)
     return result_of(recipe, folder)
+
+
+def source_of(
+    recipe: Recipe,
+    processes: Processes,
+    learner: Learner,
+    tokenizer: Any,
+    engine: Engine | None,
+    verifiers: VerifierPool,
+) -> CompletionSource:
+    """Makes the source of a run's completions: the engine with the recipe's decoder, opponent and verifiers."""
+    return CompletionSource(
+        engine=engine,
+        verifiers=verifiers,
+        rollout=recipe.rollout,
+        decode=text_of(tokenizer),
+        decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy),
+        opponent=build_opponent(learner, engine),
+        encode=ids_of(tokenizer),
+    )
 
 
 def result_of(recipe: Recipe, folder: RunFolder) -> Path:

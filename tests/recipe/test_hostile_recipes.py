@@ -59,6 +59,10 @@ HOSTILE = {
     "10^9 completions": (GOOD + "completions: 1000000000\n", ["completions", "less than or equal to 65536"]),
     "10^9 bins": (GOOD + "value: {head: {bins: 1000000000}}\n", ["value.head.bins", "less than or equal to 65536"]),
     "10^400 steps": (edit("steps: 3", f"steps: 1{'0' * 400}"), ["steps", "less than or equal to 2147483647"]),
+    "a temperature near 0": (
+        edit("max_tokens: 64", "temperature: 1e-40"),
+        ["r.yaml:12:3", "should be 0, for the most probable"],
+    ),
     "momentum above 1": (edit("1e-5", "1e-5, betas: [2, 0.9]"), ["optimizer.betas.0", "less than 1"]),
 }
 

@@ -40,7 +40,8 @@ def writing(path: Path, setting: str = "") -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """Says why a write failed; empty if the error is no failure to write."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
+        # one without a number is a library's complaint about something else
+        return "" if error.errno is None else error.strerror or str(error)
     if isinstance(error, ValueError):
         return "its name has a NUL character" if "null byte" in str(error) else ""
     if isinstance(error, SafetensorError):

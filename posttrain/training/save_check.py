@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from posttrain.errors import RecipeError
+from posttrain.errors import CannotWrite, RecipeError
 from posttrain.models.load import load_model
 from posttrain.models.policy import Policy, save_model, save_text_files, saved_shell
 from posttrain.models.self_check import Rows, random_states_kept
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value, save_value
 from posttrain.recipe.sections import PolicySection
+from posttrain.system.files import writing
 from posttrain.training.learner import Learner
 
 SMALL = 20_000_000
@@ -35,6 +36,7 @@ def check_saving(learner: Learner, tokenizer: Any) -> None:
 
     Raises:
         RecipeError: if one cannot be saved, or reads back as another model.
+        CannotWrite: if there is no room in the folder for temporary files.
     """
     learner.processes.from_main(lambda: _check_saving(learner, tokenizer))
 
@@ -49,6 +51,8 @@ def _check_saving(learner: Learner, tokenizer: Any) -> None:
             path = Path(folder) / place
             try:
                 difference = _saved_difference(model, tokenizer, path, recipe.policy)
+            except CannotWrite:  # no fault of the model: the folder for temporary files has no room
+                raise
             except Exception as error:
                 raise RecipeError(
                     f"{place}: the trained model could not be saved and read again at the end of the run: "
@@ -67,13 +71,15 @@ def _saved_difference(model: Any, tokenizer: Any, folder: Path, section: PolicyS
     if isinstance(model, ValueModel):
         return _value_difference(model, tokenizer, folder, section) if small else 0.0
     if not small:
-        folder.mkdir()
-        saved_shell(model, torch.float32).config.save_pretrained(folder)
-        save_text_files(model, tokenizer, folder)
+        with writing(folder):
+            folder.mkdir()
+            saved_shell(model, torch.float32).config.save_pretrained(folder)
+            save_text_files(model, tokenizer, folder)
         AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
         _check_text_files(tokenizer, folder)
         return 0.0
-    save_model(model, tokenizer, folder, torch.float32)
+    with writing(folder):
+        save_model(model, tokenizer, folder, torch.float32)
     _check_text_files(tokenizer, folder)
     again = _source(folder, section)
     saved = Policy(load_model(again, dtype=torch.float32)).eval()
@@ -85,7 +91,8 @@ def _source(folder: Path, section: PolicySection) -> PolicySection:
 
 
 def _value_difference(model: ValueModel, tokenizer: Any, folder: Path, section: PolicySection) -> float:
-    save_value(model, tokenizer, folder)
+    with writing(folder):
+        save_value(model, tokenizer, folder)
     _check_text_files(tokenizer, folder)
     saved = load_value(folder, attention=section.attention, trust_remote_code=section.trust_remote_code)
     return _difference(model, saved, lambda one, rows: one(rows.tokens, rows.mask)[0])

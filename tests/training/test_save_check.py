@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from tiny_model import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain import load_recipe, train
-from posttrain.errors import RecipeError
+from posttrain.errors import CannotWrite, RecipeError
 from posttrain.models.load import check_tokens, load_model, load_tokenizer
 from posttrain.models.policy import Policy, build_policy, save_model
 from posttrain.models.value import ValueModel
@@ -67,6 +68,18 @@ def test_a_configuration_that_cannot_be_saved_is_found(folder, monkeypatch, smal
     policy.base.config.not_json = {1, 2}  # a set cannot be written to config.json
     with pytest.raises(RecipeError, match=r"policy.model: the trained model could not be saved"):
         check_saving(learner_of(policy, section), load_tokenizer(section))  # type: ignore[arg-type]
+
+
+def test_a_disk_without_room_is_no_fault_of_the_model(folder):
+    section = PolicySection(model=str(folder))
+    policy, tokenizer = build_policy(section), load_tokenizer(section)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))
+    try:
+        with pytest.raises(CannotWrite, match=r"cannot write '.*policy.model': .*File too large"):
+            check_saving(learner_of(policy, section), tokenizer)  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def test_a_model_that_reads_back_differently_is_found(folder):

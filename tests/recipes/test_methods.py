@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slots
 import yaml
 
 from posttrain.commands.iterate_plan import IterateRecipe, Stage
@@ -74,15 +74,6 @@ def described(recipe: Recipe) -> str:
     return " → ".join(f"`{part}`" for part in parts if part is not None)
 
 
-def load_slots() -> Any:
-    """The script that lists all slots and parts, as a module."""
-    spec = importlib.util.spec_from_file_location("slots", ROOT / "scripts" / "slots.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def named(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Pairs of a slot (or an option) and a name that YAML writes there."""
     if isinstance(node, dict):
@@ -99,7 +90,6 @@ def named(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def parts_without_recipe() -> dict[str, tuple[str, Any]]:
     """Parts of training and decoding that no recipe names and that are no default, each with its first slot."""
-    slots = load_slots()
     page = slots.Page()
     places = [slots.Place(name, slots.MODULES[name], slot.takes) for name, slot in slots.SLOTS.items()]
     for name in slots.SLOTS:
@@ -158,7 +148,7 @@ def test_every_part_without_a_recipe_has_a_row():
     """The rows have the part, its slot, the first sentence of its docstring, and a source that the docstring names."""
     section = (ROOT / "METHODS.md").read_text(encoding="utf-8").partition("## Parts without a recipe of their own")[2]
     rows = re.findall(r"^\| `([\w.]+)` \| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
-    parts, sentence = parts_without_recipe(), load_slots().sentence
+    parts, sentence = parts_without_recipe(), slots.sentence
     expected = {name: (slot, sentence(part).replace("|", "\\|")) for name, (slot, part) in parts.items()}
     assert {name: (slot, text) for name, slot, text, _ in rows} == expected
     for name, _, _, source in rows:

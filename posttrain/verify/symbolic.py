@@ -65,6 +65,10 @@ def equal_expressions(gold: str, written: str) -> bool:
         return False
 
 
+AGAIN = 0.2
+"""CPU seconds after which the error is raised again. Python drops an error that is raised while an object is deleted."""
+
+
 class OutOfTime(BaseException):
     """The error for a comparison that took too long. No ``except Exception`` of a library stops it."""
 
@@ -84,7 +88,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 
     usual = signal.signal(signal.SIGVTALRM, stop)
     usual_end = signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN)
     if multiprocessing.parent_process() is not None:
         signal.setitimer(signal.ITIMER_PROF, seconds + 1)
     try:

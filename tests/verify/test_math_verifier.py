@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from posttrain.verify import functions as verifiers
 from posttrain.verify.final_answer import boxed_answer, gold_answer
 from posttrain.verify.mathematics import math_quick
-from posttrain.verify.symbolic import CPU_SECONDS, cpu_limit, equal_expressions, too_large
+from posttrain.verify.symbolic import CPU_SECONDS, OutOfTime, cpu_limit, equal_expressions, too_large
 
 TABLE = [json.loads(line) for line in (Path(__file__).parent / "math_answers.jsonl").read_text("utf-8").splitlines()]
 KINDS = sorted({row["kind"] for row in TABLE})
@@ -261,6 +261,27 @@ def test_an_expression_has_a_limit_of_cpu_seconds(monkeypatch: pytest.MonkeyPatc
     with cpu_limit(0.1):
         pass
     assert equal_expressions("(x+1)^2", "x^2+2x+1"), "the limit is gone with the comparison"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_limit_holds_if_the_first_error_is_lost() -> None:
+    """Python drops an error that is raised while an object is deleted."""
+
+    class Deleted:
+        def __del__(self) -> None:
+            spin(until=time.process_time() + 1.0)
+
+    start = time.process_time()
+    with pytest.raises(OutOfTime), cpu_limit(0.1):
+        Deleted()
+        spin(until=start + 5.0)
+    assert 0.1 <= time.process_time() - start < 1.0
+
+
+def spin(until: float) -> None:
+    """Works until this process has used so many CPU seconds."""
+    while time.process_time() < until:
+        pass
 
 
 def test_no_code_of_an_answer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def equal_expressions(gold: str, written: str) -> bool:
 
 
 AGAIN = 0.2
-"""CPU seconds after which the error is raised again. Python drops an error that is raised while an object is deleted."""
+"""CPU seconds until the error is raised again. Python drops an error that is raised while an object is deleted."""
 
 
 class OutOfTime(BaseException):

@@ -75,7 +75,7 @@ class Batch:
     step_id: Int[Tensor, "N L"]  # reasoning step or turn of each token, -1 off the mask                by rollout
     baseline_only: Bool[Tensor, " N"]  # completion serves as a baseline and is never trained on        by rollout
     rows: tuple[dict[str, Any], ...]  # dataset row of each completion, by column                       by rollout
-    texts: tuple[str, ...]  # text of each completion, without special tokens                           by rollout
+    texts: tuple[str, ...]  # text of each completion as it was written                                  by rollout
 
     score: Float[Tensor, " N"]  # weighted sum of the verifiers; NaN = unscored                         by verify
     reward: Float[Tensor, " N"]  # score plus sequence-level rewards; NaN = unscored                    by reward

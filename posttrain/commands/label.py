@@ -18,9 +18,10 @@ from posttrain.data import check_columns, load_rows
 from posttrain.data.examples import rollouts
 from posttrain.data.rollout_files import find_rollouts
 from posttrain.engines.base import Engine, Sampling
+from posttrain.engines.ends import stop_tokens
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
-from posttrain.models.load import load_tokenizer, text_of
+from posttrain.models.load import load_tokenizer, text_of, written_text
 from posttrain.option_types import Breadth
 from posttrain.recipe import sections
 from posttrain.recipe.loading import run_file
@@ -100,10 +101,13 @@ def label(recipe: LabelRecipe) -> Path:
         share_of = _sampled(recipe, recipe.data, tokenizer)
     else:
         share_of = _stored(recipe, str(recipe.rollouts), tokenizer)
-    decode = text_of(tokenizer)
+    decode = written_text(tokenizer, stop_tokens(recipe.policy, tokenizer))
     with Processes(dtype=recipe.policy.dtype) as processes:
         share = share_of(processes)
-        with VerifierPool(recipe.verify) as pool, closing(_engine(recipe, tokenizer, share.longest_prompt)) as engine:
+        with (
+            VerifierPool(recipe.verify, plain_text=text_of(tokenizer)) as pool,
+            closing(_engine(recipe, tokenizer, share.longest_prompt)) as engine,
+        ):
             source = CompletionSource(engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=decode)
             batch = share.complete(source)
             sampling = Sampling.of(recipe.sampling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,18 @@ def text_of(tokenizer: Any, *, special: bool = False) -> Callable[[Sequence[int]
         special: keep special tokens in the text.
     """
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
+def written_text(tokenizer: Any, ends: Collection[int] = ()) -> Callable[[Sequence[int]], str]:
+    """Makes a function from a completion's token ids to its text as it was written.
+
+    Special tokens are kept (``<think>`` is one in some vocabularies), but for the token that ends it.
+
+    Args:
+        ends: tokens that end a completion, beside the tokenizer's end-of-sequence token.
+    """
+    decode, all_ends = text_of(tokenizer, special=True), {tokenizer.eos_token_id, *ends}
+    return lambda ids: decode(ids[:-1] if len(ids) and ids[-1] in all_ends else ids)
 
 
 def not_found(place: str, model: str, error: Exception) -> str:

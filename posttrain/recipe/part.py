@@ -30,7 +30,7 @@ SLOTS: Mapping[str, Slot] = {
     "prompts": Slot((), by_name=("size", "seed")),
     "rollout": Slot(("engine", "prompts", "n", "context")),
     "decoder": Slot(("engine", "context")),
-    "verify": Slot(None, ("weight", "time_limit", "on_error"), several=True),
+    "verify": Slot(None, ("weight", "time_limit", "on_error", "special_tokens"), several=True),
     "select": Slot(("batch",), several=True),
     "reward": Slot(("batch",), ("weight",), several=True),
     "compare": Slot(("batch",)),
@@ -65,6 +65,7 @@ class Part:
     normaliser: Part | None = None  # normaliser of a loss term, in place of the recipe's
     time_limit: Annotated[float, Field(gt=0)] = 10.0  # seconds a completion for a verifier
     on_error: Literal["stop", "skip"] = "stop"  # what happens if a verifier raises an error
+    special_tokens: bool = True  # a verifier reads the special tokens that the model wrote
     spec: str = ""  # file.py:name or package.module.name, which other processes resolve again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

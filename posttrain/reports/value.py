@@ -24,10 +24,11 @@ from posttrain.data import Rows, check_columns, load_rows
 from posttrain.data.rollout_files import find_rollouts, read_rollouts
 from posttrain.data.steps import pieces, steps_by_text
 from posttrain.engines.base import Engine, Sampling
+from posttrain.engines.ends import stop_tokens
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import load_tokenizer, text_of
+from posttrain.models.load import load_tokenizer, text_of, written_text
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
@@ -109,9 +110,15 @@ def completions_and_branches(
     else:
         complete = partial(complete_all, suite, rows, processes=processes)
         longest_prompt = rows.longest_prompt
-    with VerifierPool(suite.verify) as pool, closing(_engine(suite, policy, tokenizer, longest_prompt)) as engine:
+    with (
+        VerifierPool(suite.verify, plain_text=text_of(tokenizer)) as pool,
+        closing(_engine(suite, policy, tokenizer, longest_prompt)) as engine,
+    ):
         source = CompletionSource(
-            engine=engine, verifiers=pool, rollout=Part.of(single_turn), decode=text_of(tokenizer)
+            engine=engine,
+            verifiers=pool,
+            rollout=Part.of(single_turn),
+            decode=written_text(tokenizer, stop_tokens(policy, tokenizer)),
         )
         batch = complete(source)
         size = suite.branches

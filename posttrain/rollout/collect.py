@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.batch import Author, Batch
+from posttrain.batch import Author, Batch, Finish
 from posttrain.data import PromptSampler, Rows
 from posttrain.data.examples.dataset_examples import Examples
-from posttrain.engines.base import Engine, Sampling
+from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import NothingSelected
 from posttrain.micro_batches import blank_row
 from posttrain.recipe.part import Part
@@ -95,8 +95,18 @@ def generate_and_verify(
     """
     start = time.perf_counter()
 
-    def on_text(prompt: int, sample: int, text: str, tokens: list[int]) -> None:
-        source.verifiers.submit((prompt, sample), text, tokens, prompts.rows[prompt], place=prompts.places[prompt])
+    asked = [source.decode(tokens) for tokens in prompts.tokens] if source.verifiers.reads_prompts else None
+
+    def on_text(prompt: int, sample: int, text: str, completion: Completion) -> None:
+        source.verifiers.submit(
+            (prompt, sample),
+            text,
+            completion.tokens,
+            prompts.rows[prompt],
+            place=prompts.places[prompt],
+            finish=Finish(completion.finish).name.lower(),
+            prompt_text=asked[prompt] if asked else "",
+        )
         if work is not None:
             work.count()
 

@@ -31,8 +31,8 @@ class Prompts:
         return len(self.tokens)
 
 
-OnText = Callable[[int, int, str, list[int]], None]
-"""Function that is called as a completion ends: ``(prompt's position, sample's index, text, token ids)``.
+OnText = Callable[[int, int, str, Completion], None]
+"""Function that is called as a completion ends: ``(prompt's position, sample's index, text, completion)``.
 
 Verification starts there."""
 
@@ -42,7 +42,7 @@ class Context:
     """Everything that a rollout may use beside the engine and the prompts."""
 
     sampling: Sampling
-    decode: Callable[[Sequence[int]], str]  # token ids to text, special tokens left out
+    decode: Callable[[Sequence[int]], str]  # token ids to text as it was written
     on_text: OnText | None = None
     opponent: Engine | None = None  # opponent that `against` samples from
     encode: Callable[[str, bool], list[int]] | None = None  # text, after a rendered prompt or not, to ids with an end
@@ -162,7 +162,7 @@ def _recorder(
     def done(prompt: int, sample: int, completion: Completion) -> None:
         text = texts[prompt, first + sample] = context.decode(completion.tokens)
         if context.on_text is not None:
-            context.on_text(prompt, first + sample, text, completion.tokens)
+            context.on_text(prompt, first + sample, text, completion)
 
     return done
 

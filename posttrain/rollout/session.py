@@ -12,8 +12,9 @@ from posttrain.batch import Finish
 from posttrain.data import check_columns, load_rows
 from posttrain.decoding.recipe import DecodeSettings
 from posttrain.engines.base import Completion, Engine, Sampling
+from posttrain.engines.ends import stop_tokens
 from posttrain.engines.for_policy import LengthBudget, policy_engine
-from posttrain.models.load import load_tokenizer, text_of
+from posttrain.models.load import load_tokenizer, text_of, written_text
 from posttrain.rollout.collect import share_of_prompts
 from posttrain.rollout.rollouts import Prompts
 from posttrain.system.files import json_number
@@ -48,7 +49,7 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
     with Processes(dtype=recipe.policy.dtype) as processes:
         prompts = share_of_prompts(rows, recipe.seed, processes)
         with (
-            VerifierPool(recipe.verify) as verifiers,
+            VerifierPool(recipe.verify, plain_text=text_of(tokenizer)) as verifiers,
             closing(
                 policy_engine(recipe.policy, recipe.engine, [budget], tokenizer=tokenizer, seed=recipe.seed)
             ) as engine,
@@ -61,14 +62,22 @@ def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict
 
     Verifiers work while further completions are still decoded.
     """
-    prompts, decode = on.prompts, text_of(on.tokenizer)
+    prompts, decode = on.prompts, written_text(on.tokenizer, stop_tokens(recipe.policy, on.tokenizer))
     texts: dict[tuple[int, int], str] = {}
     work = LongWork("completions", len(prompts) * recipe.completions)
 
     def ended(prompt: int, sample: int, completion: Completion) -> None:
         texts[prompt, sample] = text = decode(completion.tokens)
         row, place = prompts.rows[prompt], prompts.places[prompt]
-        on.verifiers.submit((prompt, sample), text, completion.tokens, row, place=place)
+        on.verifiers.submit(
+            (prompt, sample),
+            text,
+            completion.tokens,
+            row,
+            place=place,
+            finish=Finish(completion.finish).name.lower(),
+            prompt_text=decode(prompts.tokens[prompt]) if on.verifiers.reads_prompts else "",
+        )
         work.count()
 
     sampling = Sampling.of(recipe.sampling)

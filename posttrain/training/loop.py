@@ -23,7 +23,7 @@ from posttrain.engines.base import Engine, Sampling
 from posttrain.engines.ends import stop_tokens
 from posttrain.errors import OUT_OF_TIME, Abandoned, CannotWrite, NothingSelected, Stopped, VerifierError
 from posttrain.models.ends import name_ends
-from posttrain.models.load import load_tokenizer, text_of
+from posttrain.models.load import load_tokenizer, text_of, written_text
 from posttrain.models.token_ids import continuations, ended
 from posttrain.output.progress import Progress
 from posttrain.output.run_folder import RunFolder, finished_steps, note_finished, step_of, write_left_out
@@ -119,7 +119,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     with Processes(dtype=recipe.policy.dtype) as processes:
         refuse_uneven_prompts(recipe, processes)
         folder, checkpoint = processes.from_main(lambda: open_folder(recipe, resume))
-        with VerifierPool(recipe.verify) as pool:
+        with VerifierPool(recipe.verify, plain_text=text_of(tokenizer)) as pool:
             learner = build_learner(recipe, required, processes)
             name_ends(learner.policy.base, stop_tokens(recipe.policy, tokenizer))
             check_models(learner)
@@ -161,7 +161,7 @@ def source_of(
         engine=engine,
         verifiers=verifiers,
         rollout=recipe.rollout,
-        decode=text_of(tokenizer),
+        decode=written_text(tokenizer, stop_tokens(recipe.policy, tokenizer)),
         decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy),
         opponent=build_opponent(learner, engine),
         encode=ids_of(tokenizer),

@@ -57,6 +57,8 @@ class _Item:
     token_ids: Sequence[int]
     row: Mapping[str, Any]
     place: str
+    finish: str = ""
+    prompt_text: str = ""
     outcomes: dict[str, Outcome | Future[Any] | _Element] = field(default_factory=dict)
 
 
@@ -77,16 +79,24 @@ class VerifierPool:
     ``failures`` counts for each verifier the calls that raised, took too long, killed their worker or gave no number.
     """
 
-    def __init__(self, parts: Sequence[Part], *, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        workers: int | None = None,
+        plain_text: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
         """
         Args:
             parts: the ``verify`` slot.
+            plain_text: token ids to text without special tokens, for verifiers with ``special_tokens: false``.
             workers: number of processes. Default: this process's share of the cores, at most 8.
         """
         self.verifiers = _verifiers(parts)
         self.names = tuple(verifier.name for verifier in self.verifiers)
         self.failures: Counter[str] = Counter()
         self._items: dict[Hashable, _Item] = {}
+        self._plain_text = plain_text
         self._workers = workers or max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self._processes: ProcessPool | None = None
         self._event_loop: EventLoop | None = None
@@ -94,20 +104,30 @@ class VerifierPool:
             self._schedule(worker.ready, (), None)  # a worker's imports take seconds: better while the model loads
 
     def submit(
-        self, key: Hashable, text: str, token_ids: Sequence[int], row: Mapping[str, Any], *, place: str = ""
+        self,
+        key: Hashable,
+        text: str,
+        token_ids: Sequence[int],
+        row: Mapping[str, Any],
+        *,
+        place: str = "",
+        finish: str = "",
+        prompt_text: str = "",
     ) -> None:
         """Starts the verification of a completion. Returns at once.
 
         Args:
             key: key of the verdict in the result of :meth:`collect`; keys can be sorted, and are unique until then.
-            text: the completion.
+            text: the completion as it was written, with special tokens and without the token that ended it.
             token_ids: tokens of the completion.
             row: columns of the dataset for this prompt.
             place: place of the row, for messages, such as ``problems.jsonl:7``.
+            finish: how the completion ended: ``stopped``, ``length`` or ``aborted``.
+            prompt_text: the prompt as the model read it.
         """
         if key in self._items:
             raise ValueError(f"completion {key!r} was submitted already")
-        item = self._items[key] = _Item(text, token_ids, row, place or f"completion {key!r}")
+        item = self._items[key] = _Item(text, token_ids, row, place or f"completion {key!r}", finish, prompt_text)
         for index, verifier in enumerate(self.verifiers):
             if not verifier.signature.batch:
                 item.outcomes[verifier.name] = self._start(index, verifier, item)
@@ -152,23 +172,39 @@ class VerifierPool:
 
     def _start(self, index: int, verifier: Verifier, item: _Item) -> Outcome | Future[Any]:
         columns = verifier.signature.columns(item.row)
-        if "completion_ids" in (*verifier.signature.required, *verifier.signature.optional):
-            columns["completion_ids"] = list(item.token_ids)
+        filled = {"completion_ids": list(item.token_ids), "finish": item.finish, "prompt_text": item.prompt_text}
+        columns |= {name: value for name, value in filled.items() if verifier.signature.takes(name)}
+        text = self._text_for(verifier, item)
         if verifier.quick is not None:
             arguments = {**verifier.part.options, **columns}
-            outcome = worker.guarded(verifier.quick, lambda call: worker.as_value(call(item.text, **arguments)))
+            outcome = worker.guarded(verifier.quick, lambda call: worker.as_value(call(text, **arguments)))
             if outcome is not None:
                 return outcome
         if verifier.signature.asynchronous:
-            call = functools.partial(_await_value, verifier.part.call, item.text, columns)
+            call = functools.partial(_await_value, verifier.part.call, text, columns)
             return self._loop.submit(call, verifier.part.time_limit)
-        return self._schedule(worker.call_one, (index, item.text, columns), verifier.part.time_limit)
+        return self._schedule(worker.call_one, (index, text, columns), verifier.part.time_limit)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """True if a verifier asks for the text of the prompt."""
+        return any(verifier.signature.takes("prompt_text") for verifier in self.verifiers)
+
+    def _text_for(self, verifier: Verifier, item: _Item) -> str:
+        if verifier.part.special_tokens or self._plain_text is None:
+            return item.text
+        return self._plain_text(item.token_ids)
 
     def _start_batch(self, index: int, verifier: Verifier, items: Sequence[_Item]) -> None:
         if not items:
             return
-        texts, ids, rows = [i.text for i in items], [i.token_ids for i in items], [i.row for i in items]
-        arguments = batch_arguments(verifier.signature, texts, ids, rows)
+        texts, ids, rows = (
+            [self._text_for(verifier, i) for i in items],
+            [i.token_ids for i in items],
+            [i.row for i in items],
+        )
+        filled = [{"finish": i.finish, "prompt_text": i.prompt_text} for i in items]
+        arguments = batch_arguments(verifier.signature, texts, ids, rows, filled)
         limit = verifier.part.time_limit * len(items)
         if verifier.signature.asynchronous:
             call = functools.partial(_await_values, verifier.part.call, len(items), arguments)

@@ -11,7 +11,7 @@ from typing import Any
 BATCH_FIRST = ("completions", "prompts")
 """Names of the first parameter of a TRL-style function: ``f(completions, prompts, **columns) -> list``."""
 
-NOT_COLUMNS = frozenset({"completion", "completions", "prompts", "completion_ids"})
+NOT_COLUMNS = frozenset({"completion", "completions", "prompts", "completion_ids", "finish", "prompt_text"})
 """Names of arguments that the pool fills itself, which are no columns of the dataset."""
 
 
@@ -25,6 +25,10 @@ class Signature:
     optional: tuple[str, ...]
     all_columns: bool  # True: takes ``**columns``
     not_null: frozenset[str]  # columns whose annotation excludes None
+
+    def takes(self, name: str) -> bool:
+        """True if the verifier has a parameter of this name."""
+        return name in self.required or name in self.optional
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Selects the columns of a row that the verifier takes."""
@@ -67,8 +71,13 @@ def batch_arguments(
     completions: Sequence[str],
     token_ids: Sequence[Sequence[int]],
     rows: Sequence[Mapping[str, Any]],
+    filled: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments of a TRL-style function: lists over completions, which are messages if the prompts are."""
+    """Keyword arguments of a TRL-style function: lists over completions, which are messages if the prompts are.
+
+    Args:
+        filled: ``finish`` and ``prompt_text`` of each completion.
+    """
     from trl.data_utils import is_conversational  # here, because worker processes have no use for it
 
     prompts = [row.get("prompt") for row in rows]
@@ -80,6 +89,8 @@ def batch_arguments(
     }
     available.pop("prompt", None)
     available |= {"prompts": prompts, "completions": texts, "completion_ids": [list(ids) for ids in token_ids]}
+    if filled:
+        available |= {name: [values[name] for values in filled] for name in filled[0]}
     if signature.all_columns:
         return available
     return {name: available[name] for name in (*signature.required, *signature.optional) if name in available}

@@ -11,17 +11,22 @@ from posttrain.verify.columns import reads
 THINK_THEN_ANSWER = r"\s*<think>(?!.*<think>).*?</think>\s*\S.*"
 
 
-def format(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float:
+def format(completion: str, *, pattern: str = THINK_THEN_ANSWER, prompt_text: str = "") -> float:
     """1 if the whole completion matches a regular expression (``.`` matches line ends too), else 0.
 
     The default asks for one ``<think>...</think>`` followed by an answer: DeepSeek-AI 2025, section 2.2.2, 2501.12948.
+    A ``<think>`` with which the template ends the prompt belongs to the completion.
+
+    Args:
+        prompt_text: the prompt as the model read it; the pool passes it.
     """
-    return float(compiled(pattern).fullmatch(completion) is not None)
+    text = f"<think>{completion}" if prompt_text.rstrip().endswith("<think>") else completion
+    return float(compiled(pattern).fullmatch(text) is not None)
 
 
-def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER) -> float | None:
+def format_quick(completion: str, *, pattern: str = THINK_THEN_ANSWER, prompt_text: str = "") -> float | None:
     """Fast version of :func:`format`; ``None`` for any but the default pattern, which may backtrack without end."""
-    return format(completion) if pattern == THINK_THEN_ANSWER else None
+    return format(completion, prompt_text=prompt_text) if pattern == THINK_THEN_ANSWER else None
 
 
 def exact_text(answer: str | int) -> str:

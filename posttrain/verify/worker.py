@@ -5,8 +5,8 @@ It imports little on purpose, because every new worker waits for these imports.
 
 from __future__ import annotations
 
-import asyncio
 import functools
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -89,9 +89,11 @@ def as_value(value: Any) -> float | None:
     """
     if value is None:
         return None
-    if asyncio.iscoroutine(value):
+    if inspect.iscoroutine(value):
         value.close()
         raise BadValue("returned a coroutine: declare it `async def`")
+    if inspect.isgenerator(value):
+        raise BadValue("returned a generator: use `return` in place of `yield`")
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise BadValue(f"returned {value!r:.80} ({type(value).__name__}); it must return a number or None")
     number = float(value)
@@ -109,6 +111,8 @@ def as_values(values: Any, size: int) -> list[float | None]:
     if isinstance(values, Mapping | str | bytes | set | frozenset):
         kind = type(values).__name__
         raise BadValue(f"returned {values!r:.80} ({kind}); it must return a list with a number for each completion")
+    if inspect.isgenerator(values):
+        raise BadValue("returned a generator: use `return [...]` in place of `yield`")
     try:
         elements = list(values)
     except TypeError:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import UserError, VerifierError
+from posttrain.models.load import text_of, written_text
 from posttrain.recipe.part import Part
 from posttrain.recipe.resolve import resolve
 from posttrain.verify import Verdict, VerifierPool
@@ -42,7 +43,8 @@ def picky(completion, *, word):
     return 1.0
 
 def odd(completion):
-    return {"text": "yes", "nan": float("nan"), "list": [1], "bool": True, "coroutine": asyncio.sleep(0)}[completion]
+    return {"text": "yes", "nan": float("nan"), "list": [1], "bool": True, "coroutine": asyncio.sleep(0),
+            "generator": (x for x in [1])}[completion]
 
 def hangs(completion):
     while completion == "hang":
@@ -76,6 +78,8 @@ async def blocks(completion):
 def batch(completions, prompts, completion_ids, word, scale=1.0, **columns):
     if completions[0] == "short":
         return [1.0]
+    if completions[0] == "dict":
+        return {i: 1.0 for i in range(len(completions))}
     if completions[0] == "bad":
         raise RuntimeError("a whole batch")
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -156,6 +160,37 @@ def test_exact_and_length() -> None:
         verifiers.length("", minimum=2, maximum=1)
     with pytest.raises(ValueError, match="words or characters"):
         verifiers.length("", unit="lines")  # type: ignore[arg-type]
+
+
+def test_format_where_the_template_opens_the_thought() -> None:
+    opened = "<|user|>3 * 24?<|assistant|><think>\n"
+    assert verifiers.format("hm</think>72", prompt_text=opened) == 1.0
+    assert verifiers.format("hm</think>72", prompt_text="<|user|>3 * 24?<|assistant|>") == 0.0
+    assert verifiers.format("<think>hm</think>72", prompt_text=opened) == 0.0, "opened twice"
+
+
+class Vocabulary:
+    """A tokenizer in which the tags of thoughts are special tokens."""
+
+    words = ("<think>", "</think>", "<|end|>", "3 * 24", "72")
+    eos_token_id = 2
+
+    def decode(self, ids, *, skip_special_tokens: bool) -> str:
+        return "".join(self.words[i] for i in ids if i > 2 or not skip_special_tokens)
+
+
+def test_verifiers_read_what_was_written() -> None:
+    ids, tokenizer = [0, 3, 1, 4, 2], Vocabulary()
+    text = written_text(tokenizer)(ids)
+    assert text == "<think>3 * 24</think>72", "all but the token that ended it"
+    assert written_text(tokenizer, ends=(1,))([0, 3, 1]) == "<think>3 * 24"
+    plain = Part.of(verifiers.exact, settings={"special_tokens": False}, answer="3 * 2472")
+    parts = [Part.of(verifiers.format), Part.of(verifiers.math), plain]
+    with VerifierPool(parts, plain_text=text_of(tokenizer)) as pool:
+        pool.submit(0, text, ids, {"answer": "72"}, finish="stopped")
+        assert pool.collect()[0].values == {"format": 1.0, "math": 1.0, "exact": 1.0}
+        pool.submit(1, text, ids, {"answer": "72"}, finish="length", prompt_text="<think>")
+        assert pool.collect()[1].values == {"format": 0.0, "math": 0.0, "exact": 1.0}
 
 
 # --- the pool -----------------------------------------------------------------------------------------------------
@@ -248,6 +283,7 @@ def test_on_error_skip_leaves_the_completion_unscored(part) -> None:
         ("nan", "returned nan; it must return a finite number"),
         ("list", r"returned \[1\] \(list\)"),
         ("coroutine", "returned a coroutine: declare it `async def`"),
+        ("generator", "returned a generator: use `return` in place of `yield`"),
     ],
 )
 def test_values_are_numbers(part, text: str, problem: str) -> None:
@@ -353,6 +389,8 @@ def test_batch_functions_get_messages_where_the_prompt_is_a_chat() -> None:
 def test_batch_functions_that_fail(part) -> None:
     with pytest.raises(VerifierError, match="verifier 'batch' returned 1 values for 2 completions"):
         verdicts([part("batch")], ["short", "x"])
+    with pytest.raises(VerifierError, match=r"returned \{0: 1.0.*\} \(dict\); it must return a list"):
+        verdicts([part("batch")], ["dict", "x"])
     results, failures = verdicts([part("batch", on_error="skip"), part("counts")], ["bad", "x"])
     assert all(maths.isnan(verdict.score) for verdict in results) and failures == {"batch": 2}
 

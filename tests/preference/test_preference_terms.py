@@ -102,7 +102,7 @@ PAIRS: dict[str, tuple[Term, Scalar]] = {
         partial(pairwise, margin=(partial(margins.given, scale=0.5), margins.length_gap)),
         margin=[
             lambda rows: lambda w, o: 0.5 * rows.columns[w]["margin"],
-            lambda rows: lambda w, o: 0.01 * (len(rows.tokens(w)) - len(rows.tokens(o))),
+            lambda rows: lambda w, o: 0.01 * (len(rows.tokens(o)) - len(rows.tokens(w))),
         ],
     ),
     "log margin": pair(

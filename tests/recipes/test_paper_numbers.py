@@ -168,6 +168,15 @@ def test_cpl_discounts_nothing() -> None:
     assert found[1, 1:8].tolist() == pytest.approx([0.05 * wrong] * 7, rel=1e-4)
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [(100, 7), (7, 100)])
+def test_r_dpo_learns_less_where_the_chosen_answer_is_the_longer_one(chosen: int, rejected: int) -> None:
+    """-0.1 σ(-0.01 (n_w - n_l)) at each token of the chosen answer: σ(-0.93) = 0.283 or σ(0.93) = 0.717."""
+    batch = completions(chosen, rejected).set(reward=torch.tensor([1.0, 0.0]))
+    found = slope(shipped("preference/r_dpo"), 0, batch)
+    wrong = 1 / (1 + math.exp(0.01 * (chosen - rejected)))
+    assert found[0, 1 : chosen + 1].tolist() == pytest.approx([-0.1 * wrong] * chosen, rel=1e-4)
+
+
 def test_the_targets_of_infonca_are_those_of_its_temperature() -> None:
     """Ratings that differ by 0.1 leave nothing for the lower one; equal ones share."""
     (term,) = shipped("preference/infonca").loss

@@ -48,14 +48,14 @@ def reward_gap(pairs: Pairs, *, scale: float = 1.0, form: Literal["linear", "log
 
 
 def length_gap(pairs: Pairs, *, alpha: float = 0.01) -> Float[Tensor, " P"]:
-    """Length margin: the difference of the lengths in tokens, so that length alone does not win a pair.
+    """Length margin: less is learned from a pair whose chosen completion is the longer one, and more from the others.
 
-    m = α (n_w - n_l)
+    m = α (n_l - n_w), with the numbers of tokens n
 
-    Park et al. 2024 (R-DPO), arXiv:2403.19159.
+    Park et al. 2024 (R-DPO), arXiv:2403.19159: a reward of r - α n for n tokens, in the sign of the authors' code.
     """
     chosen, rejected = pairs.both(pairs.batch.tokens_chosen)
-    return alpha * (chosen - rejected).to(pairs.score.dtype)
+    return alpha * (rejected - chosen).to(pairs.score.dtype)
 
 
 def chosen_loss(pairs: Pairs, *, lam: NonNegative = 50.0) -> Float[Tensor, " P"]:

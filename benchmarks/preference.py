@@ -284,7 +284,7 @@ def quality(settings: Settings, policy: Any, reference: Any) -> dict[str, float]
     from transformers import AutoTokenizer
 
     from posttrain.data.examples import pairs
-    from posttrain.models.load import text_of
+    from posttrain.models.text import text_of
     from posttrain.recipe.sections import DataSection
     from posttrain.system.files import read_rows
 

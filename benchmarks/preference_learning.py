@@ -35,8 +35,8 @@ from posttrain.batch import pad
 from posttrain.engines.base import Completion, Sampling
 from posttrain.engines.transformers import TransformersEngine
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import text_of
 from posttrain.models.policy import Policy, build_policy
+from posttrain.models.text import text_of
 from posttrain.quickstart import story
 from posttrain.quickstart.start import Start, prompt_ids
 from posttrain.recipe.sections import PolicySection

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from posttrain.batch import Batch, pad
 from posttrain.errors import RecipeError, UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import DTYPES, not_found, text_of
+from posttrain.models.load import DTYPES, not_found
+from posttrain.models.text import reads_as, text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
 from posttrain.system.long_work import LongWork
@@ -82,8 +83,9 @@ def check_vocabulary(model: str, batch: Batch) -> None:
         UserError: if the model's tokenizer decodes the completion differently.
     """
     row = int(batch.tokens_chosen.argmax())
-    text = text_of(tokenizer_of(model))(batch.tokens[row][batch.mask[row]].tolist())
-    if text != batch.texts[row]:
+    ids, tokenizer = batch.tokens[row][batch.mask[row]].tolist(), tokenizer_of(model)
+    if not reads_as(tokenizer, ids, batch.texts[row]):
+        text = text_of(tokenizer, special=True)(ids)
         raise UserError(
             f"reward model {model!r}: its tokenizer decodes the policy's tokens as {text[:60]!r}, but the completion "
             f"is {batch.texts[row][:60]!r}: it has another tokenizer. Set `input: text`"

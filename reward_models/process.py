@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.batch import Batch
 from posttrain.data.steps import cut, steps_by_text
 from posttrain.errors import UserError
-from posttrain.models.load import text_of
+from posttrain.models.text import written_text
 from posttrain.option_types import Positive
 from posttrain.parts.credit import step_ends, weigh_worst
 from reward_models.loading import (
@@ -97,7 +97,7 @@ class ProcessModel:
 
     def _steps(self, batch: Batch, tokenizer: str) -> Int[Tensor, "N L"]:
         """The number of each token's step, with steps that end at the separator."""
-        return steps_by_text(batch, text_of(tokenizer_of(tokenizer)), self.separator or "")
+        return steps_by_text(batch, written_text(tokenizer_of(tokenizer)), self.separator or "")
 
     def _by_tokens(self, batch: Batch, ends: Tensor) -> Float[Tensor, "N L"]:
         """The values of a model that reads the policy's tokens, at the ends of steps."""

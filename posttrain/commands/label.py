@@ -14,14 +14,15 @@ from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from posttrain.batch import Batch
-from posttrain.data import check_columns, load_rows
 from posttrain.data.examples import rollouts
+from posttrain.data.for_policy import load_prompts, refuse_ids_without_weights
 from posttrain.data.rollout_files import find_rollouts
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.ends import stop_tokens
+from posttrain.engines.ends import completion_text
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
-from posttrain.models.load import load_tokenizer, text_of, written_text
+from posttrain.models.load import load_tokenizer
+from posttrain.models.text import text_of
 from posttrain.option_types import Breadth
 from posttrain.recipe import sections
 from posttrain.recipe.loading import run_file
@@ -101,7 +102,7 @@ def label(recipe: LabelRecipe) -> Path:
         share_of = _sampled(recipe, recipe.data, tokenizer)
     else:
         share_of = _stored(recipe, str(recipe.rollouts), tokenizer)
-    decode = written_text(tokenizer, stop_tokens(recipe.policy, tokenizer))
+    decode = completion_text(recipe.policy, tokenizer)
     with Processes(dtype=recipe.policy.dtype) as processes:
         share = share_of(processes)
         with (
@@ -127,8 +128,7 @@ def label(recipe: LabelRecipe) -> Path:
 
 def _sampled(recipe: LabelRecipe, data: sections.DataSection, tokenizer: Any) -> Callable[[Processes], ToLabel]:
     """Reads the prompts, and returns the function that gives a rank its share of them."""
-    rows = load_rows(data, tokenizer=tokenizer, base=recipe.base)
-    check_columns(rows, recipe.verify)
+    rows = load_prompts(data, recipe.policy, recipe.verify, tokenizer=tokenizer, base=recipe.base)
     return lambda processes: ToLabel(rows.longest_prompt, partial(complete_all, recipe, rows, processes=processes))
 
 
@@ -136,6 +136,7 @@ def _stored(recipe: LabelRecipe, path: str, tokenizer: Any) -> Callable[[Process
     """Reads stored rollouts, and returns the function that gives a rank its share of them."""
     find_rollouts(path, recipe.base)  # checked here, so that the error names this recipe's key
     examples = rollouts(sections.DataSection(path=path), tokenizer, recipe.base)
+    refuse_ids_without_weights(examples, recipe.policy, tokenizer)
 
     def share(processes: Processes) -> ToLabel:
         batch = examples.batch(processes.every_nth(len(examples), "rollouts"))

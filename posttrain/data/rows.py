@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,14 @@ class Rows:
     def place(self, index: int) -> str:
         """Place of a row for messages, such as ``problems.jsonl:7``."""
         return self.source.place(int(self._numbers[index]))
+
+    def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
+        """Yields place and largest token id of each row whose prompt has an id of ``size`` or above."""
+        if pc.call_function("max", [pc.call_function("list_flatten", [self._tokens])]).as_py() < size:
+            return
+        for index in range(len(self)):
+            if (largest := max(self.prompt_tokens(index))) >= size:
+                yield self.place(index), largest
 
     def values(self, name: str) -> list[Any]:
         """The values of a column, in the order of the rows, with objects as they were written."""

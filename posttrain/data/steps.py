@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from posttrain.batch import Batch
 from posttrain.errors import DataError
-
-Decode = Callable[[Sequence[int]], str]
-"""Function from token ids to text."""
+from posttrain.models.text import Decode
 
 
 def pieces(tokens: Sequence[int], decode: Decode) -> list[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Annotated, Literal
 
-from posttrain.data.steps import Decode
 from posttrain.decoding.particles import Particle, highest, most_voted, softmax
 from posttrain.engines.choice import Chooser
+from posttrain.models.text import Decode
 from posttrain.option_types import Inner
 from posttrain.verify.final_answer import final_answer
 from posttrain.verify.numbers import read_number, tidy

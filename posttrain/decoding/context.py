@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from posttrain.engines import make_engine
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.models.load import UNLOADABLE, not_found, text_of
+from posttrain.models.load import UNLOADABLE, not_found
 from posttrain.models.load_checks import refuse_other_tokens
+from posttrain.models.text import Decode, written_text
 from posttrain.option_types import Inner, LocalPath
 from posttrain.recipe.sections import EngineSection
 
@@ -78,9 +79,9 @@ class DecoderContext:
         return self.engines[model]
 
     @property
-    def decode(self) -> Callable[[Sequence[int]], str]:
-        """The function from token ids to text without special tokens."""
-        return text_of(self.tokenizer)
+    def decode(self) -> Decode:
+        """The function from token ids to text as it was written."""
+        return written_text(self.tokenizer)
 
     def check_tokens(self, model: str) -> None:
         """Checks that token ids mean the same to a model that the decoder names and to the policy.

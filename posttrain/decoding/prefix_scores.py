@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from posttrain.batch import Finish
 from posttrain.decoding.context import NotInRecipes
 from posttrain.decoding.prefixes import (
     CandidateScore,
@@ -27,7 +28,9 @@ from posttrain.decoding.prefixes import (
     prefix_seed,
 )
 from posttrain.engines.base import Engine, Sampling
+from posttrain.models.text import Decode
 from posttrain.option_types import NonNegative
+from posttrain.verify import signature_of
 
 
 def next_scores(score: PrefixScore, prefixes: Sequence[Prefix], candidates: Int[Tensor, "M K"]) -> Float[Tensor, "M K"]:
@@ -59,7 +62,7 @@ class TextScore:
     """
 
     function: Callable[[Sequence[str], Sequence[str]], Sequence[float] | Tensor]
-    decode: Callable[[Sequence[int]], str]
+    decode: Decode
     kind: ScoreKind = "mean"
     beta: float | None = None
     scale: float = 1.0
@@ -69,6 +72,41 @@ class TextScore:
         prompts = [self.decode(prefix.tokens[: prefix.start]) for prefix in prefixes]
         texts = [self.decode(prefix.generated) for prefix in prefixes]
         values = self.function(prompts, texts)
+        return self.scale * torch.as_tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class VerifierScore:
+    """A verifier's score of what was generated, as training gives it: as it was written, with prompt and ending.
+
+    A prefix that goes on counts as cut off.
+
+    Args:
+        verifier: function of a completion that may ask for ``prompt_text`` and ``finish``.
+        decode: token ids to text, with the tokenizer of the model that generates.
+    """
+
+    verifier: Callable[..., float | None]
+    decode: Decode
+    kind: ScoreKind = "mean"
+    beta: float | None = None
+    scale: float = 1.0
+
+    def score(self, prefixes: Sequence[Prefix]) -> Float[Tensor, " M"]:
+        """See :class:`posttrain.decoding.prefixes.PrefixScore`.
+
+        Raises:
+            ValueError: if the verifier does not apply.
+        """
+        signature = signature_of(self.verifier, {})
+        values = []
+        for prefix in prefixes:
+            finish = Finish.LENGTH if prefix.finish is None else prefix.finish
+            known = {"prompt_text": self.decode(prefix.tokens[: prefix.start]), "finish": finish.name.lower()}
+            taken = {name: value for name, value in known.items() if signature.takes(name)}
+            values.append(self.verifier(self.decode(prefix.generated), **taken))
+        if None in values:
+            raise ValueError("decoder: the verifier says that it does not apply, which is no score of a prefix")
         return self.scale * torch.as_tensor(values, dtype=torch.float64)
 
 

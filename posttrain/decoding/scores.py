@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 from posttrain.data.steps import step_numbers
@@ -198,14 +198,7 @@ def verifier(context: DecoderContext, *, of: VerifierOption) -> PrefixScore:
         of: a verifier that answers at once; what it reads of a data set must be given as an option, for there is no row
             behind a prefix.
     """
-
-    def scores(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        found = [of(completion) for completion in completions]
-        if None in found:
-            raise ValueError("decoder: the verifier says that it does not apply, which is no score of a prefix")
-        return found
-
-    return prefix_scores.TextScore(function=scores, decode=context.decode)
+    return prefix_scores.VerifierScore(verifier=of, decode=context.decode)
 
 
 path_logp = score_part(prefix_scores.PathLogp, "path_logp", __name__)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from posttrain.models.chat_template import template_text, turn_ends
 from posttrain.models.ends import chosen_ends, shown_tokens
+from posttrain.models.text import Decode, written_text
 from posttrain.recipe.sections import PolicySection
 
 
@@ -59,3 +60,8 @@ def end_of_sequence_ids(
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def completion_text(policy: PolicySection, tokenizer: PreTrainedTokenizerBase) -> Decode:
+    """Makes the function from a completion's token ids to the text that verifiers read and rollouts hold."""
+    return written_text(tokenizer, stop_tokens(policy, tokenizer))

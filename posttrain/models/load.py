@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,14 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def embedding_rows(options: PolicySection) -> int:
+    """Number of rows of the policy's embedding: every token id must be smaller."""
+    config = AutoConfig.from_pretrained(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    return int(config.get_text_config().vocab_size)
+
+
 def check_tokens(policy: PolicySection, model: str, place: str, *, kind: str) -> None:
     """Checks that token ids mean the same to another model and to the policy, by their tokenizers.
 
@@ -72,27 +79,6 @@ def check_tokens(policy: PolicySection, model: str, place: str, *, kind: str) ->
         raise RecipeError(not_found(place, model, error)) from error
     ours = AutoTokenizer.from_pretrained(policy.model, revision=policy.revision, trust_remote_code=trust).get_vocab()
     refuse_other_tokens(ours, theirs, f"{place}: {model!r}", kind=kind)
-
-
-def text_of(tokenizer: Any, *, special: bool = False) -> Callable[[Sequence[int]], str]:
-    """Makes a function from token ids to text.
-
-    Args:
-        special: keep special tokens in the text.
-    """
-    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=not special))
-
-
-def written_text(tokenizer: Any, ends: Collection[int] = ()) -> Callable[[Sequence[int]], str]:
-    """Makes a function from a completion's token ids to its text as it was written.
-
-    Special tokens are kept (``<think>`` is one in some vocabularies), but for the token that ends it.
-
-    Args:
-        ends: tokens that end a completion, beside the tokenizer's end-of-sequence token.
-    """
-    decode, all_ends = text_of(tokenizer, special=True), {tokenizer.eos_token_id, *ends}
-    return lambda ids: decode(ids[:-1] if len(ids) and ids[-1] in all_ends else ids)
 
 
 def not_found(place: str, model: str, error: Exception) -> str:

@@ -17,18 +17,19 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Batch, Finish
-from posttrain.data import Rows, check_columns, load_rows
+from posttrain.data import Rows
+from posttrain.data.for_policy import load_prompts
 from posttrain.data.rollout_files import find_rollouts, read_rollouts
 from posttrain.data.steps import pieces, steps_by_text
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.ends import stop_tokens
+from posttrain.engines.ends import completion_text
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import load_tokenizer, text_of, written_text
+from posttrain.models.load import embedding_rows, load_tokenizer
+from posttrain.models.text import text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
 from posttrain.recipe import sections
@@ -72,7 +73,9 @@ def evaluate_value(suite: ValueSuite) -> Path:
     """
     policy = suite.policy or sections.PolicySection(model=suite.value.model)
     tokenizer = load_tokenizer(policy)
-    rows = _rows(suite, tokenizer)
+    rows = None
+    if suite.data is not None:
+        rows = load_prompts(suite.data, policy, suite.verify, tokenizer=tokenizer, base=suite.base)
     with Processes(dtype=policy.dtype) as processes:
         model = load_value(suite.value.model, place="value.model").eval().requires_grad_(False).to(processes.device)
         batch, branches = completions_and_branches(suite, policy, rows, tokenizer, processes)
@@ -83,14 +86,6 @@ def evaluate_value(suite: ValueSuite) -> Path:
         value = predict(model, batch, processes, suite.micro_batch_tokens)
         report = make_report(suite, model, batch, value, branches)
         return processes.from_main(lambda: write_report(suite, report, batch, value, tokenizer))
-
-
-def _rows(suite: ValueSuite, tokenizer: PreTrainedTokenizerBase) -> Rows | None:
-    if suite.data is None:
-        return None
-    rows = load_rows(suite.data, tokenizer=tokenizer, base=suite.base)
-    check_columns(rows, suite.verify)
-    return rows
 
 
 def completions_and_branches(
@@ -104,6 +99,11 @@ def completions_and_branches(
     complete: Callable[[CompletionSource], Batch]
     if rows is None:
         batch = stored_batch(str(suite.rollouts), suite.base, processes)
+        if (largest := int(batch.tokens.max())) >= (size := embedding_rows(policy)):
+            raise DataError(
+                f"rollouts: they have token ids up to {largest}, and {policy.model!r} has weights for {size} tokens. "
+                "Use rollouts of a model with the same vocabulary"
+            )
         if not suite.branches.prompts:
             return batch, Branches([], torch.zeros(0, suite.branches.completions))
         complete, longest_prompt = (lambda source: batch), int(batch.prompt_length.max())
@@ -118,7 +118,7 @@ def completions_and_branches(
             engine=engine,
             verifiers=pool,
             rollout=Part.of(single_turn),
-            decode=written_text(tokenizer, stop_tokens(policy, tokenizer)),
+            decode=completion_text(policy, tokenizer),
         )
         batch = complete(source)
         size = suite.branches
@@ -264,9 +264,10 @@ def choose_examples(batch: Batch, most: int) -> list[int]:
 
 def _example(batch: Batch, value: Float[Tensor, "N L"], row: int, tokenizer: Any) -> Example:
     tokens, start, end = batch.tokens[row], int(batch.prompt_length[row]), int(batch.length[row])
+    decode = text_of(tokenizer, special=True)
     return Example(
-        prompt=tokenizer.decode(tokens[:start].tolist()),
-        pieces=pieces(tokens[start:end].tolist(), text_of(tokenizer, special=True)),
+        prompt=decode(tokens[:start].tolist()),
+        pieces=pieces(tokens[start:end].tolist(), decode),
         start=float(value[row, start - 1]),
         values=value[row, start:end].tolist(),
         outcome=float(batch.score[row]),

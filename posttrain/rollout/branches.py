@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.batch import Batch
+from posttrain.batch import Batch, Finish
 from posttrain.data.steps import steps_by_text
 from posttrain.engines.base import Completion, Sampling
 from posttrain.errors import UserError
@@ -19,6 +19,7 @@ from posttrain.parts.credit import step_starts
 from posttrain.parts.targets import branch_estimate
 from posttrain.recipe.sections import BranchesSection
 from posttrain.rollout.collect import CompletionSource
+from posttrain.rollout.verifying import submitter
 from posttrain.seeds import derived_seed, sample_seed
 from posttrain.system.long_work import LongWork
 
@@ -110,13 +111,23 @@ def _verifying(
         work: counts the continuations.
     """
 
-    def submit(position: int, sample: int, completion: Completion) -> None:
+    submit = submitter(source.verifiers, source.decode)
+
+    def done(position: int, sample: int, completion: Completion) -> None:
         point, number = points[position], numbers[position]
-        tokens = (point.chosen + completion.tokens)[:max_tokens]
-        source.verifiers.submit((number, sample), source.decode(tokens), tokens, point.row, place=f"branch {number}")
+        whole = _whole(point, completion, max_tokens)
+        text = source.decode(whole.tokens)
+        submit((number, sample), text, whole, point.prompt, point.row, f"branch {number}")
         work.count()
 
-    return submit
+    return done
+
+
+def _whole(point: BranchPoint, completion: Completion, max_tokens: int) -> Completion:
+    """The prefix with its continuation as one completion, which is cut off if it is longer than it may be."""
+    tokens = point.chosen + completion.tokens
+    finish = completion.finish if len(tokens) <= max_tokens else Finish.LENGTH
+    return replace(completion, tokens=tokens[:max_tokens], finish=finish)
 
 
 def value_at(value: Float[Tensor, "N L"], points: Sequence[BranchPoint]) -> Float[Tensor, " P"]:

@@ -11,17 +11,19 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.batch import Author, Batch, Finish
+from posttrain.batch import Author, Batch
 from posttrain.data import PromptSampler, Rows
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import NothingSelected
 from posttrain.micro_batches import blank_row
+from posttrain.models.text import Decode
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
 from posttrain.recipe.sections import SamplingSection
 from posttrain.rollout.refills import first_groups, prompts_to_draw, selected
 from posttrain.rollout.rollouts import Context, Prompts
+from posttrain.rollout.verifying import submitter
 from posttrain.seeds import prompt_seeds
 from posttrain.system.long_work import LongWork
 from posttrain.system.processes import Processes
@@ -35,7 +37,7 @@ class CompletionSource:
     engine: Engine | None  # None: nothing is sampled
     verifiers: VerifierPool
     rollout: Part
-    decode: Callable[[Sequence[int]], str]
+    decode: Decode  # token ids to text as it was written
     decoder: Engine | None = None  # samples the completions of a step in place of the engine
     opponent: Engine | None = None
     encode: Callable[[str, bool], list[int]] | None = None
@@ -94,19 +96,11 @@ def generate_and_verify(
         The batch, and the values of each verifier, one a completion.
     """
     start = time.perf_counter()
-
-    asked = [source.decode(tokens) for tokens in prompts.tokens] if source.verifiers.reads_prompts else None
+    submit = submitter(source.verifiers, source.decode)
 
     def on_text(prompt: int, sample: int, text: str, completion: Completion) -> None:
-        source.verifiers.submit(
-            (prompt, sample),
-            text,
-            completion.tokens,
-            prompts.rows[prompt],
-            place=prompts.places[prompt],
-            finish=Finish(completion.finish).name.lower(),
-            prompt_text=asked[prompt] if asked else "",
-        )
+        row, place = prompts.rows[prompt], prompts.places[prompt]
+        submit((prompt, sample), text, completion, prompts.tokens[prompt], row, place)
         if work is not None:
             work.count()
 

@@ -13,6 +13,7 @@ from posttrain.batch import Author, Batch, Finish
 from posttrain.data.steps import steps_by_text
 from posttrain.engines.base import Completion, Engine, Sampling
 from posttrain.errors import DataError
+from posttrain.models.text import Decode
 from posttrain.option_types import Breadth, facts
 from posttrain.seeds import OPPONENTS, sample_seed
 
@@ -42,7 +43,7 @@ class Context:
     """Everything that a rollout may use beside the engine and the prompts."""
 
     sampling: Sampling
-    decode: Callable[[Sequence[int]], str]  # token ids to text as it was written
+    decode: Decode  # token ids to text as it was written
     on_text: OnText | None = None
     opponent: Engine | None = None  # opponent that `against` samples from
     encode: Callable[[str, bool], list[int]] | None = None  # text, after a rendered prompt or not, to ids with an end

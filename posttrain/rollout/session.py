@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Finish
-from posttrain.data import check_columns, load_rows
+from posttrain.data.for_policy import load_prompts
 from posttrain.decoding.recipe import DecodeSettings
 from posttrain.engines.base import Completion, Engine, Sampling
-from posttrain.engines.ends import stop_tokens
+from posttrain.engines.ends import completion_text
 from posttrain.engines.for_policy import LengthBudget, policy_engine
-from posttrain.models.load import load_tokenizer, text_of, written_text
+from posttrain.models.load import load_tokenizer
+from posttrain.models.text import text_of
 from posttrain.rollout.collect import share_of_prompts
 from posttrain.rollout.rollouts import Prompts
+from posttrain.rollout.verifying import submitter
 from posttrain.system.files import json_number
 from posttrain.system.long_work import LongWork
 from posttrain.system.processes import Processes
@@ -43,8 +45,7 @@ def session(recipe: DecodeSettings) -> Iterator[Session]:
         UserError: if the input is wrong; the message says what to change.
     """
     tokenizer = load_tokenizer(recipe.policy)
-    rows = load_rows(recipe.data, tokenizer=tokenizer, base=recipe.base)
-    check_columns(rows, recipe.verify)
+    rows = load_prompts(recipe.data, recipe.policy, recipe.verify, tokenizer=tokenizer, base=recipe.base)
     budget = LengthBudget(rows.longest_prompt, recipe.sampling.max_tokens, place=rows.longest_place)
     with Processes(dtype=recipe.policy.dtype) as processes:
         prompts = share_of_prompts(rows, recipe.seed, processes)
@@ -62,22 +63,15 @@ def completed(recipe: DecodeSettings, decoder: Engine, on: Session) -> list[dict
 
     Verifiers work while further completions are still decoded.
     """
-    prompts, decode = on.prompts, written_text(on.tokenizer, stop_tokens(recipe.policy, on.tokenizer))
+    prompts, decode = on.prompts, completion_text(recipe.policy, on.tokenizer)
     texts: dict[tuple[int, int], str] = {}
+    submit = submitter(on.verifiers, decode)
     work = LongWork("completions", len(prompts) * recipe.completions)
 
     def ended(prompt: int, sample: int, completion: Completion) -> None:
         texts[prompt, sample] = text = decode(completion.tokens)
         row, place = prompts.rows[prompt], prompts.places[prompt]
-        on.verifiers.submit(
-            (prompt, sample),
-            text,
-            completion.tokens,
-            row,
-            place=place,
-            finish=Finish(completion.finish).name.lower(),
-            prompt_text=decode(prompts.tokens[prompt]) if on.verifiers.reads_prompts else "",
-        )
+        submit((prompt, sample), text, completion, prompts.tokens[prompt], row, place)
         work.count()
 
     sampling = Sampling.of(recipe.sampling)

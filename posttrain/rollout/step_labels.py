@@ -18,9 +18,10 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from posttrain.batch import Batch, Finish
-from posttrain.data.steps import Decode, cut, steps_by_text
+from posttrain.data.steps import cut, steps_by_text
 from posttrain.engines.base import Sampling
 from posttrain.errors import DataError
+from posttrain.models.text import Decode
 from posttrain.recipe.sections import CONFIG
 from posttrain.rollout.branches import BranchPoint, branch_scores
 from posttrain.rollout.collect import CompletionSource
@@ -79,7 +80,7 @@ def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) 
     """Cuts the completions that ended and have a score into steps; other completions are left out.
 
     Args:
-        decode: token ids to text without special tokens, as in ``batch.texts``.
+        decode: token ids to text as it was written, as in ``batch.texts``.
         seed: seed of the branches.
 
     Raises:
@@ -167,7 +168,7 @@ def make_step_labels(
     Args:
         source: the policy's engine, and the verifiers.
         batch: completions with their scores.
-        decode: token ids to text without special tokens.
+        decode: token ids to text as it was written.
         options: the settings of step labels.
         sampling: sampling of the branches; a solution's steps and their branch have ``max_tokens`` together.
         seed: seed of the branches.

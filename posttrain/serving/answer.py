@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from posttrain.engines.base import Aborted, RefusedRequest, RequestUpdate
-from posttrain.models.load import text_of
+from posttrain.models.text import text_of
 from posttrain.seeds import seeds_of
 from posttrain.serving.errors import ApiError, server_error
 from posttrain.serving.prompts import sampling_for

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from posttrain.decoding.prefixes import Prefix, PrefixScore
+from posttrain.models.text import text_of
 from posttrain.serving.errors import ApiError, server_error
 from posttrain.serving.prompts import chat_prompt, token_ids
 from posttrain.serving.protocol import ValuesRequest
@@ -33,10 +34,11 @@ async def prefix_values(served: Served, request: ValuesRequest) -> dict[str, Any
     values: list[float] = []
     for start in range(0, len(prefixes), AT_ONCE):
         values += await _scored(served, score, prefixes[start : start + AT_ONCE])
+    decode = text_of(served.tokenizer, special=True)
     return {
         "object": "values",
         "model": request.model,
-        "tokens": [served.tokenizer.decode([token]) for token in completion],
+        "tokens": [decode([token]) for token in completion],
         "values": [json_number(value) for value in values],
         "kind": score.kind,
         "beta": score.beta,

@@ -20,10 +20,11 @@ from torch import Tensor
 from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
 from posttrain.engines.base import Engine, Sampling
-from posttrain.engines.ends import stop_tokens
+from posttrain.engines.ends import completion_text, stop_tokens
 from posttrain.errors import OUT_OF_TIME, Abandoned, CannotWrite, NothingSelected, Stopped, VerifierError
 from posttrain.models.ends import name_ends
-from posttrain.models.load import load_tokenizer, text_of, written_text
+from posttrain.models.load import load_tokenizer
+from posttrain.models.text import text_of
 from posttrain.models.token_ids import continuations, ended
 from posttrain.output.progress import Progress
 from posttrain.output.run_folder import RunFolder, finished_steps, note_finished, step_of, write_left_out
@@ -161,7 +162,7 @@ def source_of(
         engine=engine,
         verifiers=verifiers,
         rollout=recipe.rollout,
-        decode=written_text(tokenizer, stop_tokens(recipe.policy, tokenizer)),
+        decode=completion_text(recipe.policy, tokenizer),
         decoder=build_decoder(recipe.decoder, engine, tokenizer, processes, recipe.policy),
         opponent=build_opponent(learner, engine),
         encode=ids_of(tokenizer),

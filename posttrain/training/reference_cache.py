@@ -66,6 +66,9 @@ class ReferencedExamples:
     def fingerprint(self) -> str:
         return self.examples.fingerprint()
 
+    def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
+        return self.examples.with_ids_from(size)
+
     def batch(self, index: Sequence[int]) -> Batch:
         """The completions of some groups, with ``logp_ref``."""
         batch = self.examples.batch(index)

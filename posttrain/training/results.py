@@ -13,6 +13,7 @@ from posttrain.data.rollout_files import RolloutKind, write_rollouts
 from posttrain.engines.ends import ends_message
 from posttrain.models.load import DTYPES
 from posttrain.models.policy import describe, save_model
+from posttrain.models.text import text_of
 from posttrain.models.value_files import save_value
 from posttrain.output.run_folder import RunFolder, note_finished, step_name, step_of
 from posttrain.rollout.collect import Collected
@@ -61,7 +62,8 @@ def write_batch(
 ) -> None:
     """Writes a batch with its prompts as text, the values of each verifier, and what each completion was used for."""
     lengths = batch.prompt_length.tolist()
-    prompts = [run.tokenizer.decode(row[:length].tolist()) for row, length in zip(batch.tokens, lengths, strict=True)]
+    decode = text_of(run.tokenizer, special=True)
+    prompts = [decode(row[:length].tolist()) for row, length in zip(batch.tokens, lengths, strict=True)]
     write_rollouts(path, batch, prompts, values, used_for)
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.data import PromptSampler, Rows, check_columns, load_rows
+from posttrain.data import PromptSampler, Rows
 from posttrain.data.examples.columns import read_numbers
 from posttrain.data.examples.dataset_examples import DatasetExamples, Examples
+from posttrain.data.for_policy import load_prompts, refuse_ids_without_weights
 from posttrain.data.left_out import LeftOut
 from posttrain.decoding.mixture import Mixture
 from posttrain.engines.base import Engine, ShapingEngine
@@ -98,19 +99,19 @@ def load_material(recipe: Recipe, tokenizer: Any, numbers: Sequence[str] = ()) -
     base = recipe.path.parent if recipe.path else None
     rows = examples = held_out = held_out_examples = None
     if recipe.examples is not None:
-        examples = load_examples(recipe.examples, recipe.data, tokenizer, base, numbers)
+        examples = load_examples(recipe.examples, recipe.data, recipe.policy, tokenizer, base, numbers)
     else:
-        rows = load_rows(recipe.data, tokenizer=tokenizer, base=base)
-        check_columns(rows, recipe.verify)
+        rows = load_prompts(recipe.data, recipe.policy, recipe.verify, tokenizer=tokenizer, base=base)
         for name in numbers:
             read_numbers(rows, name)
     if recipe.evaluate is not None and recipe.evaluate.data is not None:
         with errors_of("evaluate.data"):
-            held_out = load_rows(recipe.evaluate.data, tokenizer=tokenizer, base=base)
-            check_columns(held_out, recipe.verify)
+            asked = recipe.evaluate.data
+            held_out = load_prompts(asked, recipe.policy, recipe.verify, tokenizer=tokenizer, base=base)
     if recipe.evaluate is not None and recipe.evaluate.examples is not None and recipe.examples is not None:
         with errors_of("evaluate.examples"):
-            held_out_examples = load_examples(recipe.examples, recipe.evaluate.examples, tokenizer, base, numbers)
+            asked = recipe.evaluate.examples
+            held_out_examples = load_examples(recipe.examples, asked, recipe.policy, tokenizer, base, numbers)
     return Material(rows, examples, held_out, held_out_examples)
 
 
@@ -130,10 +131,16 @@ def errors_of(section: str) -> Iterator[None]:
 
 
 def load_examples(
-    part: Part, data: sections.DataSection, tokenizer: Any, base: Path | None, numbers: Sequence[str]
+    part: Part,
+    data: sections.DataSection,
+    policy: sections.PolicySection,
+    tokenizer: Any,
+    base: Path | None,
+    numbers: Sequence[str],
 ) -> Examples:
-    """Loads completions from the dataset, and checks the columns of numbers that parts read."""
+    """Loads completions from the dataset, and checks their tokens and the columns of numbers that parts read."""
     examples = part(data, tokenizer, base)
+    refuse_ids_without_weights(examples, policy, tokenizer)
     if isinstance(examples, DatasetExamples):
         examples.check_numbers(numbers)
     return examples

@@ -14,6 +14,7 @@ from posttrain.batch import Finish
 from posttrain.data import examples
 from posttrain.data.rollout_files import write_rollouts
 from posttrain.errors import DataError
+from posttrain.models.text import written_text
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.training.recipe import load_recipe
@@ -252,11 +253,8 @@ def stored(tmp_path: Path, tokenizer, random_batch):
     batches = []
     for step in (1, 2, 3):
         batch = random_batch(step).set(step=step)
-        texts = tuple(
-            tokenizer.decode(t[m].tolist(), skip_special_tokens=True)
-            for t, m in zip(batch.tokens, batch.mask, strict=True)
-        )
-        batch = batch.set(texts=texts)
+        decode = written_text(tokenizer)
+        batch = batch.set(texts=tuple(decode(t[m].tolist()) for t, m in zip(batch.tokens, batch.mask, strict=True)))
         write_rollouts(tmp_path / "run" / "rollouts" / f"step-{step:06d}.parquet", batch, [""] * len(batch))
         batches.append(batch)
     return tmp_path / "run", batches

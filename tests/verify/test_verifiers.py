@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_model import make_tokenizer
 
 from posttrain.errors import UserError, VerifierError
-from posttrain.models.load import text_of, written_text
+from posttrain.models.text import text_of, written_text
 from posttrain.recipe.part import Part
 from posttrain.recipe.resolve import resolve
 from posttrain.verify import Verdict, VerifierPool
@@ -169,21 +170,12 @@ def test_format_where_the_template_opens_the_thought() -> None:
     assert verifiers.format("<think>hm</think>72", prompt_text=opened) == 0.0, "opened twice"
 
 
-class Vocabulary:
-    """A tokenizer in which the tags of thoughts are special tokens."""
-
-    words = ("<think>", "</think>", "<|end|>", "3 * 24", "72")
-    eos_token_id = 2
-
-    def decode(self, ids, *, skip_special_tokens: bool) -> str:
-        return "".join(self.words[i] for i in ids if i > 2 or not skip_special_tokens)
-
-
-def test_verifiers_read_what_was_written() -> None:
-    ids, tokenizer = [0, 3, 1, 4, 2], Vocabulary()
+def test_verifiers_read_what_was_written(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = tokenizer("<think>3 * 24</think>72<|end|>")["input_ids"]
     text = written_text(tokenizer)(ids)
     assert text == "<think>3 * 24</think>72", "all but the token that ended it"
-    assert written_text(tokenizer, ends=(1,))([0, 3, 1]) == "<think>3 * 24"
     plain = Part.of(verifiers.exact, settings={"special_tokens": False}, answer="3 * 2472")
     parts = [Part.of(verifiers.format), Part.of(verifiers.math), plain]
     with VerifierPool(parts, plain_text=text_of(tokenizer)) as pool:

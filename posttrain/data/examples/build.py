@@ -17,7 +17,7 @@ from posttrain.data.examples.turns import turn_ids
 from posttrain.data.left_out import LeftOut, left_out
 from posttrain.data.rows import Rows
 from posttrain.errors import DataError
-from posttrain.models.load import text_of
+from posttrain.models.text import written_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def make_examples(
         groups=final_groups,
         columns=lambda row: {**rows[row], **options.columns.get(row, {})},
         place=rows.place,
-        decode=text_of(tokenizer),
+        decode=written_text(tokenizer),
         dropped=dropped + left_out(limit, fitted.cut, rows.place, "cut"),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +42,10 @@ class Examples(Protocol):
         """Hash of all token ids, of their masks, and of the grouping."""
         ...
 
+    def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
+        """Yields place and largest token id of each row that has an id of ``size`` or above."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedCompletion:
@@ -75,6 +79,12 @@ class DatasetExamples:
 
     def fingerprint(self) -> str:
         return fingerprint([(completion.tokens, completion.mask) for completion in group] for group in self.groups)
+
+    def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
+        largest: dict[int, int] = {}
+        for completion in (completion for group in self.groups for completion in group):
+            largest[completion.row] = max(largest.get(completion.row, 0), int(completion.tokens.max()))
+        yield from ((self.place(row), token) for row, token in largest.items() if token >= size)
 
     def check_numbers(self, names: Sequence[str]) -> None:
         """Checks that columns which the parts of a loss read hold numbers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from posttrain.data.read import find
 from posttrain.data.rollout_files import find_rollouts, read_rollouts
 from posttrain.data.steps import steps_by_text
 from posttrain.errors import DataError
-from posttrain.models.load import text_of
+from posttrain.models.text import reads_as, text_of, written_text
 from posttrain.recipe import sections
 
 
@@ -28,6 +28,7 @@ class StoredExamples:
 
     batches: Sequence[Batch]
     groups: Sequence[tuple[int, torch.Tensor]]  # for each group the number of the batch, and the rows in it
+    files: Sequence[Path]  # the file of each batch
     dropped: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
@@ -41,6 +42,13 @@ class StoredExamples:
             ]
             for batch, rows in ((self.batches[number], rows) for number, rows in self.groups)
         )
+
+    def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
+        for number, rows in self.groups:
+            for row in rows.tolist():
+                tokens = self.batches[number].tokens[row, : self.batches[number].length[row]]
+                if (largest := int(tokens.max())) >= size:
+                    yield f"{self.files[number]}, row {row + 1}", largest
 
     def batch(self, index: Sequence[int]) -> Batch:
         """Makes a batch of the completions of these groups."""
@@ -85,7 +93,7 @@ def rollouts(
     batches = [_fresh(read_rollouts(file), reward) for file in files]
     _check_tokenizer(batches[0], files[0], tokenizer)
     if separator is not None:
-        batches = [batch.set(step_id=steps_by_text(batch, text_of(tokenizer), separator)) for batch in batches]
+        batches = [batch.set(step_id=steps_by_text(batch, written_text(tokenizer), separator)) for batch in batches]
     everything = [(i, rows) for i, batch in enumerate(batches) for rows in _groups(batch)]
     everything = everything[: data.limit]
 
@@ -98,7 +106,7 @@ def rollouts(
     places = [f"{files[i]}, row {int(rows[0]) + 1}" for i, rows in everything]
     too_long = [number for number, group in enumerate(everything) if not fits(group)]
     reason = f"groups with a completion of more than {max_tokens} tokens (`max_tokens`)"
-    return StoredExamples(batches, fitting, left_out(reason, too_long, places.__getitem__))
+    return StoredExamples(batches, fitting, files, left_out(reason, too_long, places.__getitem__))
 
 
 def _files(data: sections.DataSection, base: Path | None, first_step: int, last_step: int | None) -> list[Path]:
@@ -137,8 +145,8 @@ def _check_tokenizer(batch: Batch, file: Path, tokenizer: PreTrainedTokenizerBas
     """Checks that the tokenizer decodes the stored ids to the stored text: training itself would not notice."""
     row = int(batch.tokens_chosen.argmax())
     ids, stored = batch.tokens[row][batch.mask[row]].tolist(), batch.texts[row]
-    text = text_of(tokenizer)(ids)
-    if int(batch.tokens.max()) >= len(tokenizer) or text != stored:
+    if not reads_as(tokenizer, ids, stored):
+        text = text_of(tokenizer, special=True)(ids)
         raise DataError(
             f"{file}, row {row + 1}: the tokens are not those of this policy's tokenizer: they read {text[:40]!r}, "
             f"and the completion is {stored[:40]!r}. Use rollouts of a model with the same tokenizer"

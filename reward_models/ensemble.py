@@ -21,7 +21,7 @@ def reduce(rewards: Float[Tensor, "E N"], how: Reduction, coefficient: float = 1
 
     mean;  min (worst case);  mean - c · standard deviation;  mean - c · variance (uncertainty-weighted)
 
-    Coste et al. 2023, section 3, arXiv:2310.02743: min, and the variance with c = 0.5 for best-of-n and 0.1 for PPO.
+    Coste et al. 2023, arXiv:2310.02743: min, and the variance with c = 0.5 for best-of-n and 0.1 for PPO.
     Deviation and variance are over all E models (divided by E).
     """
     mean = rewards.mean(0)

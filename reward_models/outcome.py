@@ -30,7 +30,7 @@ class OutcomeModel:
     r = (V(prompt, completion) - shift) / scale
 
     Ouyang et al. 2022, arXiv:2203.02155. With the mean and standard deviation of V over samples of the initial policy
-    as ``shift`` and ``scale``, rewards start with mean 0 and variance 1: Ziegler et al. 2019, section 2,
+    as ``shift`` and ``scale``, rewards start with mean 0 and variance 1: Ziegler et al. 2019,
     arXiv:1909.08593; :func:`posttrain.reports.reward_curves.moments` gives both.
 
     Args:

@@ -36,7 +36,7 @@ class PreferenceModel(Comparer):
 
     P(i first, i wins) = p(A | question) / (p(A | question) + p(B | question)), at the first token of the answer
 
-    Dong et al. 2024 (RLHF workflow, pairwise preference model), section 2.2, arXiv:2405.07863; trained by
+    Dong et al. 2024 (RLHF workflow, pairwise preference model), arXiv:2405.07863; trained by
     ``recipes/preference/preference_model.yaml``.
 
     Args:

@@ -2,8 +2,8 @@
 
     log π(a | s) = (1 - share) log p0(a | s) + share log p_other(a | s) - log Z(s)
 
-The one-step-ahead mixture of Munos et al. 2023 (Nash-MD), section 7, arXiv:2312.00886; whole sequences do not follow
-the normalised mixture of the sequences' distributions.
+The one-step-ahead mixture of Munos et al. 2023 (Nash-MD), arXiv:2312.00886; whole sequences do not follow the
+normalised mixture of the sequences' distributions.
 """
 
 from __future__ import annotations

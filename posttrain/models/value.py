@@ -288,8 +288,8 @@ def target_copy(value: ValueModel) -> ValueModel:
 def polyak(target: ValueModel, online: ValueModel, rate: float) -> None:
     """Moves a target network a little towards the model in training, in place: w' <- w' + rate (w - w').
 
-    Polyak and Juditsky 1992; as targets for a critic Lillicrap et al. 2015, arXiv:1509.02971, section 3. The statistics
-    of normalised targets are copied, not mixed.
+    Polyak and Juditsky 1992; as targets for a critic Lillicrap et al. 2015, arXiv:1509.02971. The statistics of
+    normalised targets are copied, not mixed.
     """
     source = online.own_parameters()
     for name, parameter in target.own_parameters().items():

@@ -93,7 +93,7 @@ def returns(
 
     A_t = r_t + γ A_t', with t' the next chosen token
 
-    Sutton and Barto 2018, eq. 3.9.
+    Sutton and Barto 2018.
     With a KL penalty in ``step_reward``: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
 
     r_t is ``step_reward`` and, at the completion's last chosen token, ``reward`` - b too. Tokens in between that the
@@ -137,7 +137,7 @@ def gae(
 
     A_t = δ_t + γ λ A_t',  δ_t = r_t + γ V(s_t') - V(s_t), with t' the next chosen token
 
-    Schulman et al. 2015 (GAE), eq. 16, arXiv:1506.02438; λ of 0.95 and γ of 1: Ouyang et al. 2022, arXiv:2203.02155.
+    Schulman et al. 2015 (GAE), eq. 16, arXiv:1506.02438; λ of 0.95 and γ of 1: Huang et al. 2024, arXiv:2403.17031.
 
     r_t is ``step_reward``, and at the last chosen token ``reward`` too. λ = 1 gives the return minus V(s_t).
 
@@ -167,7 +167,7 @@ def value_change(
 
     A_t = V(s_t') - V(s_t), with t' the next chosen token; these add up to V of the whole completion minus V(s_0)
 
-    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2024 (VinePPO), section 4, arXiv:2410.01679.
+    By steps, with V from Monte-Carlo branches: Kazemnejad et al. 2024 (VinePPO), arXiv:2410.01679.
 
     Args:
         level: ``step`` gives each token the change that its whole reasoning step caused. It reads the values only at

@@ -48,7 +48,7 @@ def reinforce(outputs: Outputs, batch: Batch) -> Float[Tensor, "N L"]:
 
     loss_t = -A_t log π(y_t)
 
-    Williams 1992 (REINFORCE), section 3, doi:10.1007/BF00992696.
+    Williams 1992 (REINFORCE), doi:10.1007/BF00992696.
     """
     return (-_advantage(batch) * outputs.logp).where(batch.mask, 0.0)
 
@@ -68,7 +68,7 @@ def clip(
     loss_t = -min(ρ_t A_t, clip(ρ_t, 1 - low, 1 + high) A_t)
 
     Schulman et al. 2017 (PPO), eq. 7, arXiv:1707.06347.
-    ``high`` above ``low``: Yu et al. 2025 (DAPO, clip-higher), arXiv:2503.14476.
+    ``high`` above ``low``: Yu et al. 2025 (DAPO), eq. 10, arXiv:2503.14476.
 
     Args:
         level: ``sequence``: Zheng et al. 2025 (GSPO), section 4.3, arXiv:2507.18071.

@@ -172,7 +172,7 @@ def branch_estimate(rewards: Float[Tensor, "*S K"], *, how: Literal["mean", "any
 
     mean: Σ_k r_k / K;  any: 1 if max_k r_k > 0, 0 else
 
-    mean: Kazemnejad et al. 2024 (VinePPO), section 4, arXiv:2410.01679.
+    mean: Kazemnejad et al. 2024 (VinePPO), arXiv:2410.01679.
     Both, as soft and hard estimation: Wang et al. 2023 (Math-Shepherd), arXiv:2312.08935.
     """
     if how == "mean":

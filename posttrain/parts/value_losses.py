@@ -149,7 +149,7 @@ def quantile(outputs: Outputs, batch: Batch, *, kappa: NonNegative = 1.0) -> Flo
 
     loss_t = Σ_i |τ_i - 1[u_i < 0]| H_κ(u_i), with u_i = T_t - q_i and H_κ Huber's loss over κ
 
-    Dabney et al. 2017 (QR-DQN), eq. 10, arXiv:1710.10044.
+    Dabney et al. 2017 (QR-DQN), arXiv:1710.10044.
 
     Args:
         kappa: error at which H_κ turns linear; 0 gives exact quantiles.

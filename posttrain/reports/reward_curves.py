@@ -121,7 +121,7 @@ def _peak(alpha: float, beta: float, method: str) -> float:
 def moments(rewards: Tensor) -> dict[str, float]:
     """Mean and standard deviation of rewards, NaN left out: ``shift`` and ``scale`` of an outcome model.
 
-    Ziegler et al. 2019, section 2, arXiv:1909.08593, over samples of the initial policy.
+    Ziegler et al. 2019, arXiv:1909.08593, over samples of the initial policy.
 
     Raises:
         ValueError: if all rewards are the same.

@@ -141,7 +141,7 @@ def branch_values(
 ) -> Batch:
     """Fills ``batch.step_id``, and ``batch.value`` before each step with the mean score of branches from there.
 
-    Kazemnejad et al. 2024 (VinePPO), section 4, arXiv:2410.01679. Equal prefixes, such as the prompt of a group, are
+    Kazemnejad et al. 2024 (VinePPO), arXiv:2410.01679. Equal prefixes, such as the prompt of a group, are
     branched once. The value is 0 inside steps, and where none of the branches could be scored.
 
     Args:

@@ -80,8 +80,8 @@ def against(
 ) -> Batch:
     """Samples ``n`` completions of each prompt from the policy, and some from the recipe's ``opponent``.
 
-    Munos et al. 2023 (Nash-MD), section 7, arXiv:2312.00886, with ``role: baseline``; Xie et al. 2024 (XPO), algorithm
-    1, arXiv:2405.21046, with the reference as a player.
+    Munos et al. 2023 (Nash-MD), arXiv:2312.00886, with ``role: baseline``; Xie et al. 2024 (XPO),
+    arXiv:2405.21046, with the reference as a player.
 
     Args:
         opponents: number of completions that the opponent writes of each prompt.

@@ -292,7 +292,7 @@ def agreement(
 ) -> dict[str, float]:
     """Compares values with the mean outcome of ``K`` continuations of the same prefixes.
 
-    Kazemnejad et al. 2024, section 7, arXiv:2410.01679. Means of ``K`` samples are noisy themselves. With their
+    Kazemnejad et al. 2024, arXiv:2410.01679. Means of ``K`` samples are noisy themselves. With their
     standard error ``s`` at each prefix, ``rmse`` is ``sqrt(mean((value - mean)^2) - mean(s^2))``. The largest
     correlation that even the true values can be expected to reach is ``correlation_ceiling``,
     ``sqrt(1 - mean(s^2) / Var(mean))`` (Spearman 1904).

@@ -214,7 +214,8 @@ RATES = {
     "preference/alpha_po": 7e-7,
     "rl/intellect2": 3e-7,
     "rl/prime": 5e-7,
-    "rl/dvpo": 1.41e-5,
+    "rl/dvpo": 2e-6,
+    "rl/dvpo_static_q": 2e-6,
 }
 
 
@@ -299,17 +300,32 @@ def test_pqm_is_a_mean_over_solutions_and_not_over_their_steps() -> None:
     assert float(found) == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vas", "dvpo_value"])
+def test_values_of_vas_and_dvpo_are_a_mean_over_completions(name: str) -> None:
+    """Five tokens without an error and two tokens of value 0: targets 0.95, 1 and 1, and half of their mean loss."""
+    recipe = shipped(f"value/{name}")
+    batch = completions(5, 2, reward=[1.0])
+    value = torch.tensor([[1.0] * 6, [0.0] * 6])
+    batch = batch.set(value=value, logp_ref=None)
+    batch = with_shares(recipe, batch.set(target=value_target(recipe, batch)))
+    found, _ = total_value_loss(recipe.value_loss, Outputs(logp=torch.zeros(2, 6), value=value), batch)
+    assert float(found) == pytest.approx((0.95**2 + 1 + 1) / 2 / 3 / 2, rel=1e-5)
+
+
 # ---- DVPO -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("last", "ending"), [(None, 0.9), ("zero", 0.0)])
 def test_dvpo_is_gae_on_the_frozen_values_with_the_kl_in_the_reward(last: str | None, ending: float) -> None:
-    """λ = 0.95 and -0.2 x at each token. No score is read; ``last: zero`` is the authors' code to the letter."""
+    """λ = 0.95 and -0.1 x at each token: half the code's 0.2, for values from 0 to 1 in place of -1 to 1.
+
+    No score is read. ``last: zero`` gives an ending the worth that it has in the authors' code.
+    """
     recipe = load_recipe(ROOT / "recipes/rl/dvpo.yaml", [f"--advantage.last={last}"] if last else [])
     assert [part.name for part in recipe.loss] == ["clip"] and recipe.value is not None and recipe.value.frozen
     batch = completions(3, reward=[1.0]).set(value=torch.tensor([[0.3, 0.5, 0.4, 0.9]]))
     batch = batch.set(logp_ref=batch.mask * torch.tensor([0.0, -1.5, -0.5, -1.0]))
-    values, penalty = [0.3, 0.5, 0.4, ending], [-0.2 * 0.5, 0.2 * 0.5, 0.0]
+    values, penalty = [0.3, 0.5, 0.4, ending], [-0.1 * 0.5, 0.1 * 0.5, 0.0]
     errors = [penalty[t] + values[t + 1] - values[t] for t in range(3)]
     expected = [sum(0.95 ** (k - t) * errors[k] for k in range(t, 3)) for t in range(3)]
     assert recipe.advantage is not None

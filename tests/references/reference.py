@@ -209,7 +209,7 @@ def sequence_ratio(rows: Rows, logp: Matrix, i: int) -> float:
 
 
 def clip_sequence(rows: Rows, a: Matrix, logp: Matrix, low: float, high: float) -> Term:
-    """Loss of GSPO, eq. 5, with one advantage for each completion: the same number at all of its tokens."""
+    """Loss of GSPO with one advantage for each completion: the same number at all of its tokens."""
     return lambda i, t: -surrogate(sequence_ratio(rows, logp, i), a[i][t], low, high)
 
 

@@ -64,13 +64,18 @@ def taught(case: Case, target: Matrix) -> dict[int, list[int]]:
     return {i: columns for i, columns in places.items() if columns}
 
 
-def squared(case: Case, target: Matrix, allowed: float | None = None) -> ValueLoss:
-    """Half the squared error, as the mean over all states that learn."""
-    places = [(i, c) for i, columns in taught(case, target).items() for c in columns]
+def squared(case: Case, target: Matrix, allowed: float | None = None, *, by_completion: bool = False) -> ValueLoss:
+    """Half the squared error, as the mean over all states that learn, or over completions of such means."""
+    states = {i: columns for i, columns in taught(case, target).items() if columns}
+    count = sum(len(columns) for columns in states.values())
     old = case.rows.value
 
     def loss(v: Matrix, logp: Matrix) -> float:
-        return sum(mse(v[i][c], target[i][c], old[i][c], allowed) for i, c in places) / max(len(places), 1)
+        return sum(
+            mse(v[i][c], target[i][c], old[i][c], allowed) / (len(states) * len(columns) if by_completion else count)
+            for i, columns in states.items()
+            for c in columns
+        )
 
     return loss
 
@@ -119,7 +124,7 @@ def vineppo(case: Case) -> Losses:
 
 
 def dvpo(case: Case) -> Losses:
-    reference.add_kl_to_step_reward(case.core, 0.2)
+    reference.add_kl_to_step_reward(case.core, 0.1)
     return Losses(clipped(case, whiten(case.core, gae(case.rows, 1.0, 0.95, last="value"), ddof=1)))
 
 
@@ -285,7 +290,7 @@ def tq_star_indirect(case: Case) -> ValueLoss:
 
 
 VALUES: dict[str, Callable[[Case], ValueLoss]] = {
-    "vas": lambda case: squared(case, lambda_return(case.rows, lambda_=0.95)),
+    "vas": lambda case: squared(case, lambda_return(case.rows, lambda_=0.95), by_completion=True),
     "fudge": lambda case: averaged(case, labels(case), bce),
     "contrastive_twist": lambda case: twist(case, contrastive=True),
     "sixo": lambda case: twist(case, contrastive=False),

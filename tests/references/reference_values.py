@@ -97,7 +97,7 @@ def n_step(r: Vector, after: Vector, k: int, n: int, gamma: float) -> float:
 
 
 def mixed_return(r: Vector, after: Vector, k: int, gamma: float, lambda_: float) -> float:
-    """λ-return, Sutton and Barto 2018, eq. 12.3: every n-step return, weighed by λ."""
+    """λ-return, Sutton and Barto 2018: every n-step return, weighed by λ."""
     left = len(r) - k
     weights = [(1 - lambda_) * lambda_ ** (n - 1) for n in range(1, left)] + [lambda_ ** (left - 1)]
     return sum(w * n_step(r, after, k, n, gamma) for n, w in enumerate(weights, 1))
@@ -214,7 +214,7 @@ def token_centred(rows: Rows, length: int) -> Matrix:
 
 
 def implicit_returns(rows: Rows) -> Matrix:
-    """PRIME, eq. 5: each reward against the others of the group, then summed."""
+    """PRIME: each reward against the others of the group, then summed."""
     result = rows.zeros()
     for i in range(len(rows.mask)):
         tokens = rows.tokens(i)

@@ -141,7 +141,7 @@ def with_mismatched(
 ) -> list[list[EncodedCompletion]]:
     """Adds to each group, after its prompt, the completion of the next group that has another prompt.
 
-    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. A completion that would make more than ``longest``
+    Ethayarajh et al. 2024 (KTO), arXiv:2402.01306. A completion that would make more than ``longest``
     tokens is left out.
 
     Args:

@@ -28,7 +28,7 @@ def mismatched(batch: Batch) -> Float[Tensor, " N"]:
 
     b = max(0, mean_j s_j), over the baseline completions j of all ranks
 
-    Ethayarajh et al. 2024 (KTO), section 4.1, arXiv:2402.01306. Batches must hold a baseline completion
+    Ethayarajh et al. 2024 (KTO), arXiv:2402.01306. Batches must hold a baseline completion
     (``baseline_only``) for each prompt: the completion of another one.
 
     Raises:

@@ -51,8 +51,8 @@ def optimism(
 
     loss_group = mean_i max(s_i, -bound)
 
-    Cen et al. 2024 (VPO online), arXiv:2405.19320; Xie et al. 2024 (XPO), algorithm 1, arXiv:2405.21046, with ``coef``
-    α: samples of the reference. With a negative ``coef`` it is VPO's pessimism offline.
+    Cen et al. 2024 (VPO online), arXiv:2405.19320; Xie et al. 2024 (XPO), arXiv:2405.21046, with ``coef`` α:
+    samples of the reference. With a negative ``coef`` it is VPO's pessimism offline.
 
     The unbounded term has no minimum, so a completion that is ``bound`` nats below the reference has no gradient. The
     reference's log-probs, which the papers leave out, change only the value.

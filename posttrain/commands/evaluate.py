@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.errors import RecipeError, UserError
+from posttrain.errors import CheckFailed, RecipeError, UserError
 from posttrain.recipe.documents import read_document
 from posttrain.recipe.loading import placed
 from posttrain.recipe.resolve import resolve
@@ -31,6 +31,11 @@ SUITES = {
         read="posttrain.reports.reward_suite.read_suite",
         measure="posttrain.reports.reward.measure_rewards",
     ),
+    "verifier": Suite(
+        kind="posttrain.reports.verifier_suite.VerifierSuite",
+        read="posttrain.reports.verifier_suite.read_suite",
+        measure="posttrain.reports.verifier.measure_verifiers",
+    ),
     "decode": Suite(
         kind="posttrain.reports.decoding_suite.DecodeSuite",
         read="posttrain.reports.decoding_suite.read_suite",
@@ -45,12 +50,15 @@ def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
 
     Raises:
         UserError: if the file or its data are wrong; one line for each problem, with its place and what to change.
+        CheckFailed: if the suite asks for a check and it failed.
     """
     path = Path(path)
     functions = SUITES[suite_name(read_document(path, overrides))]
     suite = resolve(functions.read)(path, overrides)
     try:
         return resolve(functions.measure)(suite)
+    except CheckFailed:
+        raise
     except UserError as error:
         raise placed(error, path, overrides) from error
 

@@ -118,6 +118,29 @@ def load_rows(data: sections.DataSection, *, base: Path | None = None, tokenizer
     return tokenise_rows(read_columns(data, base), data, tokenizer)
 
 
+def untokenised_rows(data: sections.DataSection, base: Path | None) -> Rows:
+    """Reads and checks a dataset whose prompts no model reads: they stay texts or messages.
+
+    Raises:
+        DataError: if rows are wrong; the message names the file, row and column of each.
+    """
+    source = read_columns(data, base)
+    _require_prompt(source)
+    _check_prompts(source)
+    to_prompt = str if isinstance(source[0]["prompt"], str) and data.system is None else _message_maker(data)
+    numbers = np.arange(len(source))
+    return Rows(
+        columns=tuple(source.rows.column_names),
+        dropped=(),
+        longest_prompt=0,
+        source=source,
+        template=data.template,
+        _tokens=pa.chunked_array([pa.array([[]] * len(source), type=pa.list_(pa.int32()))]),
+        _numbers=numbers,
+        _to_prompt=to_prompt,
+    )
+
+
 def tokenise_rows(source: RawRows, data: sections.DataSection, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Checks and tokenises the prompts of rows that have been read.
 
@@ -221,9 +244,10 @@ def _prompt_maker(
         )
     if data.chat is False and (data.system is not None or not plain):
         raise DataError(f"{source.name}: `chat: false` goes with plain prompts and without `system`")
-    if not chat:
-        return str
+    return _message_maker(data) if chat else str
 
+
+def _message_maker(data: sections.DataSection) -> Callable[[Any], list[dict[str, Any]]]:
     def messages(prompt: Any) -> list[dict[str, Any]]:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if data.system is not None and turns[0]["role"] != "system":

@@ -99,8 +99,8 @@ def _number(written: str, final: str, prompt: str) -> Number | None:
         for text in texts:
             if (number := read_number(text, known=known)) is not None:
                 return number
-        if (number := number_after_words(clause, known)) is not None:
-            return number
+        if not stands_in(clause, prompt) and (number := number_after_words(clause, known)) is not None:
+            return number  # a sentence, but not one of the question
     return None
 
 

@@ -76,7 +76,8 @@ class VerifierPool:
     The package's own cheap verifiers run in the calling process, async ones in an event loop, and the rest in worker
     processes that are killed and replaced at the time limit. TRL-style functions run once, at :meth:`collect`.
 
-    ``failures`` counts for each verifier the calls that raised, took too long, killed their worker or gave no number.
+    ``failures`` counts for each verifier the calls that raised, took too long, killed their worker or gave no number;
+    ``first_failures`` has the first problem of each.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class VerifierPool:
         self.verifiers = _verifiers(parts)
         self.names = tuple(verifier.name for verifier in self.verifiers)
         self.failures: Counter[str] = Counter()
+        self.first_failures: dict[str, str] = {}
         self._items: dict[Hashable, _Item] = {}
         self._plain_text = plain_text
         self._workers = workers or max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -254,6 +256,7 @@ class VerifierPool:
         if not isinstance(outcome, Failed):
             return outcome
         self.failures[verifier.name] += 1
+        self.first_failures.setdefault(verifier.name, outcome.problem)
         if stuck and verifier.wrong_if_stuck:
             return 0.0
         if verifier.part.on_error == "skip":

@@ -97,7 +97,7 @@ class Endpoint:
             work = LongWork("judge, answers", len(questions))
             try:
                 return [_counted(future.result(), work) for future in futures]
-            except JudgeError:
+            except (JudgeError, KeyboardInterrupt):
                 threads.shutdown(cancel_futures=True)  # the remaining answers would not be used
                 raise
 

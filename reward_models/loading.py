@@ -120,6 +120,7 @@ def values_at(
         for i, row in enumerate(rows):
             values[row] = value[i, list(columns[row])]
         work.count(len(rows))
+        work.batch_ended()
     return values
 
 

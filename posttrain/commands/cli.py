@@ -44,10 +44,21 @@ COMMANDS = {
         resume="go on from the newest checkpoint in the run folder",
     ),
     "eval": Command(
-        "posttrain.commands.evaluate.run_suite", "run an evaluation suite, such as eval/value.yaml", file="suite"
+        "posttrain.commands.evaluate.run_suite",
+        "run an evaluation suite, such as eval/value.yaml",
+        file="suite",
+        resume="go on with what is kept of the report",
     ),
-    "label": Command("posttrain.commands.label.run_labels", "label reasoning steps by sampling, as in recipes/label"),
-    "decode": Command("posttrain.commands.decode.run_decode", "complete prompts with a decoder, as in recipes/decode"),
+    "label": Command(
+        "posttrain.commands.label.run_labels",
+        "label reasoning steps by sampling, as in recipes/label",
+        resume="go on with the labels that are kept",
+    ),
+    "decode": Command(
+        "posttrain.commands.decode.run_decode",
+        "complete prompts with a decoder, as in recipes/decode",
+        resume="go on with the completions that are kept",
+    ),
     "iterate": Command(
         "posttrain.commands.iterate.run_iterate",
         "run recipes that feed each other, as in recipes/iterate",

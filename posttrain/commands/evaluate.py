@@ -17,7 +17,7 @@ class Suite(NamedTuple):
 
     kind: str  # dataclass that a file of this kind describes
     read: str  # function that reads a suite: (path, overrides) -> suite
-    measure: str  # function that runs it: suite -> folder of the report
+    measure: str  # function that runs it: (suite, resume) -> folder of the report
 
 
 SUITES = {
@@ -45,8 +45,11 @@ SUITES = {
 """Suites by the name that a file gives under ``suite:``."""
 
 
-def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
+def run_suite(path: str | Path, overrides: Overrides = (), *, resume: bool = False) -> Path:
     """Runs the suite in a YAML file, with ``--key.path=value`` overrides; returns the folder of its report.
+
+    Args:
+        resume: go on with the completions and scores that are kept.
 
     Raises:
         UserError: if the file or its data are wrong; one line for each problem, with its place and what to change.
@@ -56,7 +59,7 @@ def run_suite(path: str | Path, overrides: Overrides = ()) -> Path:
     functions = SUITES[suite_name(read_document(path, overrides))]
     suite = resolve(functions.read)(path, overrides)
     try:
-        return resolve(functions.measure)(suite)
+        return resolve(functions.measure)(suite, resume=resume)
     except CheckFailed:
         raise
     except UserError as error:

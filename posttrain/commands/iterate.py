@@ -34,17 +34,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.commands.decode import run_decode
 from posttrain.commands.evaluate import run_suite
-from posttrain.commands.iterate_plan import Kind, Plan, check_stages
+from posttrain.commands.iterate_plan import PLACES, Kind, Plan, check_stages
 from posttrain.commands.iterate_state import note_done, open_rounds, show_rounds
 from posttrain.commands.label import run_labels
 from posttrain.commands.train import run_train
 from posttrain.errors import OUT_OF_TIME, Stopped, UserError
+from posttrain.output.kept_work import KeptWork, record_of
 from posttrain.output.run_folder import RunFolder
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, dotted
 from posttrain.system.interrupts import raise_if_arrived
@@ -90,8 +90,8 @@ def saying_which_stage(number: int, name: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as raised:
         stopped = raised if isinstance(raised, Stopped) else Stopped()
-        said = f"{stopped.message} of this stage\n" if stopped.message else ""
-        message = f"{said}stopped in stage {name} of round {number}; --resume goes on with it"
+        said = f"{stopped.message}\n" if stopped.message else ""
+        message = f"{said}that was stage {name} of round {number}; --resume goes on with it"
         raise Stopped(message, stopped.code) from None
 
 
@@ -103,14 +103,24 @@ def run_stage(plan: Plan, number: int, name: str) -> None:
     """
     kind, file = plan.recipe.stages[name].kind, plan.file(name)
     settings, folder = plan.settings(number, name), plan.folder(number, name)
-    begun = kind == "train" and RunFolder(folder).recipe.is_file()
-    if not begun:  # a kill may have left a run folder without a recipe, which cannot be resumed
+    begun = _has_begun(kind, folder)
+    if not begun:  # a kill may have left a folder that cannot be resumed
         shutil.rmtree(folder, ignore_errors=True)
     if plan.recipe.launch is not None:
         launch_stage(plan.recipe.launch, kind, file, [*as_arguments(settings), *["--resume"] * begun])
     else:
-        train = partial(run_train, resume=begun)
-        {"train": train, "decode": run_decode, "label": run_labels, "eval": run_suite}[kind](file, settings)
+        commands = {"train": run_train, "decode": run_decode, "label": run_labels, "eval": run_suite}
+        commands[kind](file, settings, resume=begun)
+
+
+def _has_begun(kind: Kind, folder: Path) -> bool:
+    """True if a stage has left something in its folder that it can go on with."""
+    if kind == "train":
+        return RunFolder(folder).recipe.is_file()
+    output = folder if kind == "eval" else folder / PLACES[kind][1]
+    record = output / "suite.yaml" if kind == "eval" else record_of(output)
+    work = KeptWork(output, record, {})
+    return work.begun or (output.exists() and record.is_file())
 
 
 def launch_stage(launcher: str, kind: Kind, file: Path, arguments: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ PLACES: Mapping[Kind, tuple[Location, str]] = {
     "label": (("output",), "labels.jsonl"),
 }
 """Setting of a stage's recipe that says where its output goes, with the output's path in the stage's folder."""
-SUITE_FOLDERS: Mapping[str, Location] = {"value": ("report", "folder")}
+SUITE_FOLDERS: Mapping[str, Location] = {"value": ("report", "folder"), "decode": ("report", "folder")}
 """Setting of an evaluation suite that says where its report goes; ``folder`` for suites that are not listed."""
 DRAWS: frozenset[Kind] = frozenset({"train", "label"})
 """Kinds of stages that draw new samples to learn from in each round."""

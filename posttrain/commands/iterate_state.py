@@ -39,7 +39,7 @@ def open_rounds(plan: Plan, *, resume: bool) -> list[Done]:
     if not resume and folder.path.is_dir() and not is_unused(folder.path):
         go_on = "`--resume` goes on with it, " if started else ""
         raise UserError(f"{folder.path} is not empty: {go_on}`--folder=...` puts this run elsewhere")
-    if started and (changed := changed_settings(folder, fixed)):
+    if started and (changed := changed_settings(folder.recipe, fixed)):
         problem = "these settings have changed since it was started, and the rounds could not be compared"
         raise UserError(f"{folder.path}: {problem}:", *(f"  {line}" for line in changed))
     with writing(folder.path, "folder"):

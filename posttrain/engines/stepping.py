@@ -126,6 +126,10 @@ class SteppingEngine(ABC):
         return done
 
     @abstractmethod
+    def forget_prefixes(self) -> None:
+        """Forgets cached prefixes, so that what comes next does not depend on what came before."""
+
+    @abstractmethod
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
 

@@ -94,6 +94,9 @@ class TransformersEngine(SteppingEngine):
         load_verified(tensors, places, copy)
         self.version = version
 
+    def forget_prefixes(self) -> None:
+        """See :meth:`posttrain.engines.stepping.SteppingEngine.forget_prefixes`: this engine keeps none."""
+
     def close(self) -> None:
         """See :meth:`posttrain.engines.base.Engine.close`."""
         self._model = None

@@ -105,13 +105,17 @@ class VllmEngine(SteppingEngine):
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :meth:`posttrain.engines.base.Engine.load`."""
-        llm = self._opened()
+        self._opened()
         with torch.no_grad():
             load_verified(tensors, parameter_places(self._model), self._model.load_weights)
             vllm_cpu.pack_weights(self._model)
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self.forget_prefixes()
         self.version = version
+
+    def forget_prefixes(self) -> None:
+        """See :meth:`posttrain.engines.stepping.SteppingEngine.forget_prefixes`."""
+        if not self._opened().reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
 
     def close(self) -> None:
         """See :meth:`posttrain.engines.base.Engine.close`."""

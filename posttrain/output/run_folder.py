@@ -219,13 +219,13 @@ def write_left_out(folder: RunFolder, dropped: Mapping[str, Sequence[LeftOut]]) 
             temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
-def changed_settings(folder: RunFolder, resolved: Mapping[str, Any]) -> list[str]:
-    """Lists the settings that differ from those that the folder's run was started with.
+def changed_settings(recipe: Path, resolved: Mapping[str, Any]) -> list[str]:
+    """Lists the settings that differ from those in the file that a run was started with.
 
     An example is ``optimizer.eps: 1e-08 -> 1e-06``. A resumed run repeats the one that was stopped only if the list is
     empty, or names nothing but ``steps`` and ``run.*``.
     """
-    old = _flat(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {})
+    old = _flat(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {})
     new = _flat(yaml.safe_load(yaml.safe_dump(dict(resolved))))
     absent = object()
 

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import datetime
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +16,20 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.decoding.build import check_models, decoder_context
-from posttrain.engines.base import Engine
+from posttrain.data import Rows
+from posttrain.decoding.build import check_models
 from posttrain.errors import DataError
+from posttrain.output.kept_completions import keep_completions, kept_rows
+from posttrain.output.kept_work import KeptWork, begin, finish, kept_report, say_finished, saying_what_is_kept
 from posttrain.output.progress import TABLE_WIDTH
+from posttrain.recipe.sampling import plain_settings
 from posttrain.reports.decoding_plots import draw_frontiers
 from posttrain.reports.decoding_suite import PLAIN, Comparison, DecodeSuite, Variant, as_yaml
 from posttrain.reports.metrics_file import write_metrics
 from posttrain.reports.page import document, embedded_picture, html_table
-from posttrain.rollout.session import Session, completed, session
+from posttrain.rollout.session import session
 from posttrain.system.files import json_number
+from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
 
 KlKind = Literal["exact", "bound", "unknown"]
@@ -72,50 +75,55 @@ NOTES = (
 )
 
 
-def measure_decoders(comparison: Comparison) -> Path:
+def measure_decoders(comparison: Comparison, *, resume: bool = False) -> Path:
     """Completes the prompts with every variant on all ranks; the main one writes the report.
+
+    Args:
+        resume: go on with the completions that are kept.
 
     Returns:
         The report's folder: ``metrics.json``, ``table.csv``, pictures and ``index.html``.
 
     Raises:
         UserError: if models, data or verifiers do not fit together; the message says what to change.
+        Stopped: after a signal; the message says what is kept.
     """
     suite, variants = comparison
+    work = kept_report(suite.folder, plain_settings(suite, "report"), resume=resume, key="report.folder")
+    if work.finished:
+        return say_finished(work)
     for variant in variants:
         check_models(variant.decoder)
-    with session(suite) as current:
-        processes = current.processes
-        context = decoder_context(current.tokenizer, processes, suite.policy)
-        points = []
-        for variant in variants:
-            decoder = current.engine if variant.decoder is None else variant.decoder(current.engine, context)
-            shares = processes.gather(processes.together(partial(_decoded, suite, decoder, current)))
-            points.append(to_point(variant, shares))
-            if processes.is_main:
-                print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
-        return processes.from_main(lambda: write_report(suite, points))
+
+    def begin_work(processes: Processes, rows: Rows) -> None:
+        begin(work, processes, rows.fingerprint())
+
+    with saying_what_is_kept(work), session(suite, begin_work) as on:
+        points: list[Point] = []
+        decoders = [(f"variant{number}", variant.decoder) for number, variant in enumerate(variants)]
+        for name, variant in zip(keep_completions(suite, decoders, on, work), variants, strict=True):
+            on.processes.from_main(partial(_add_point, points, suite, variant, name, len(on.rows), work))
+        return on.processes.from_main(lambda: write_report(suite, points, work))
 
 
-def _decoded(suite: DecodeSuite, decoder: Engine, current: Session) -> tuple[list[list[dict[str, Any]]], float]:
-    """Returns the rows of each prompt's completions, and the seconds that they took."""
-    start = time.perf_counter()
-    rows = completed(suite, decoder, current)
-    seconds = time.perf_counter() - start
-    size = suite.completions
-    return [rows[i * size : (i + 1) * size] for i in range(len(current.prompts))], seconds
+def _add_point(points: list[Point], suite: DecodeSuite, variant: Variant, name: str, size: int, work: KeptWork) -> None:
+    """Adds the point of a variant whose completions are kept, and prints its reward."""
+    rows, seconds = kept_rows(suite, name, size, work)
+    groups = [rows[i : i + suite.completions] for i in range(0, len(rows), suite.completions)]
+    points.append(to_point(variant, groups, seconds))
+    print(f"  {variant.label}: reward {points[-1].reward:.3f}", flush=True)
 
 
-def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[str, Any]]], float]]) -> Point:
+def to_point(variant: Variant, groups: Sequence[Sequence[Mapping[str, Any]]], seconds: float) -> Point:
     """Averages what was measured of a variant's completions.
 
     Args:
-        shares: for each rank the rows of each prompt's completions, and the seconds that they took.
+        groups: the rows of each prompt's completions.
+        seconds: seconds that they took.
 
     Raises:
         DataError: if no completion has a score.
     """
-    groups = [group for share, _ in shares for group in share]
     rows = [row for group in groups for row in group]
     scores = [[row["score"] for row in group if row["score"] is not None] for group in groups]
     reward, reward_error = grouped_mean(scores)
@@ -137,7 +145,7 @@ def to_point(variant: Variant, shares: Sequence[tuple[Sequence[Sequence[Mapping[
         tokens=tokens,
         generated=_mean(rows, "generated"),
         scored=_mean(rows, "scored"),
-        seconds=max(seconds for _, seconds in shares),
+        seconds=seconds,
         completions=len(rows),
         unscored=len(rows) - sum(map(len, scores)),
     )
@@ -178,7 +186,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(row.get(name) or 0.0 for row in rows) / len(rows)
 
 
-def write_report(suite: DecodeSuite, points: Sequence[Point]) -> Path:
+def write_report(suite: DecodeSuite, points: Sequence[Point], work: KeptWork) -> Path:
     """Writes all files of the report, prints the table, and returns the folder."""
     folder = suite.folder
     plain = [dataclasses.asdict(point) for point in points]
@@ -191,6 +199,7 @@ def write_report(suite: DecodeSuite, points: Sequence[Point]) -> Path:
         writer.writerows(plain)
     pictures = draw_frontiers(plain, folder)
     page = write_page(folder, suite, settings, points, pictures)
+    finish(work)
     Console(width=TABLE_WIDTH).print(points_table(points))
     print(f"report: {page}")
     return folder

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +17,100 @@ from torch import Tensor
 from posttrain.batch import Batch, seq_sum
 from posttrain.data.rollout_files import find_rollouts, read_rollouts
 from posttrain.errors import DataError, RecipeError
+from posttrain.output.kept_work import (
+    KeptWork,
+    begin,
+    finish,
+    kept_report,
+    say_finished,
+    saying_what_is_kept,
+    write_piece,
+)
 from posttrain.recipe.part import Part
+from posttrain.recipe.sampling import blocks_of, plain_settings
 from posttrain.reports.metrics_file import write_metrics
 from posttrain.reports.reward_accuracy import accuracy, compare_pairs, read_pairs, reward_statistics, score_pairs
 from posttrain.reports.reward_curves import best_of_n_curve, draw_curve, moments, overoptimisation
 from posttrain.reports.reward_suite import RewardSuite
+from posttrain.system.files import hash_of_files
+from posttrain.system.processes import Processes
 
 
-def measure_rewards(suite: RewardSuite) -> Path:
+def measure_rewards(suite: RewardSuite, *, resume: bool = False) -> Path:
     """Measures the reward models of a suite, prints the figures, and writes ``metrics.json`` and ``best_of_n.png``.
+
+    Args:
+        resume: go on with the scores that are kept.
 
     Returns:
         The report's folder.
 
     Raises:
         UserError: if a model is missing, or the pairs or rollouts do not fit; the message says what to change.
+        Stopped: after a signal; the message says what is kept.
     """
+    folder = suite.report_folder
+    work = kept_report(folder, plain_settings(suite, "folder"), resume=resume, key="folder", unit="pairs and files")
+    if work.finished:
+        return say_finished(work)
     for part in suite.reward:
         if (needs := getattr(part.call, "needs", None)) is not None:
             needs()  # fails if a model is missing
+    rows = [] if suite.data is None else read_pairs(suite.data, suite.base)
+    files = [] if suite.rollouts is None else find_rollouts(suite.rollouts, suite.base)
+    with saying_what_is_kept(work), Processes() as processes:
+        begin(work, processes, _fingerprint(rows, files))
+        return processes.from_main(lambda: _measure(suite, rows, files, work))
+
+
+def _fingerprint(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> str:
+    """Hash of the pairs and of the files of rollouts."""
+    pairs = json.dumps(rows, default=str).encode()
+    return hashlib.blake2b(pairs, digest_size=16).hexdigest() + hash_of_files(files)
+
+
+def _measure(suite: RewardSuite, rows: Sequence[dict[str, Any]], files: Sequence[Path], work: KeptWork) -> Path:
+    """Scores pairs and rollouts, piece by piece, and writes the report."""
+    work.total = len(rows) + len(files)
     report: dict[str, Any] = {}
     folder = suite.report_folder
     folder.mkdir(parents=True, exist_ok=True)
     if suite.data is not None:
-        rows = read_pairs(suite.data, suite.base)
-        report["pairs"] = measure_pairs(suite.reward, rows)
+        report["pairs"] = measure_pairs(suite, rows, work)
     if suite.rollouts is not None:
-        files = find_rollouts(suite.rollouts, suite.base)
-        report["best_of_n"] = measure_best_of_n(suite.reward, files, suite.sizes)
+        report["best_of_n"] = measure_best_of_n(suite.reward, files, suite.sizes, work)
         figure = draw_curve(report["best_of_n"]["curve"], report["best_of_n"]["law"])
         figure.savefig(folder / "best_of_n.png")
     write_metrics(folder, report)
+    finish(work)
     print(*report_lines(report), f"  {folder}", sep="\n")
     return folder
 
 
-def measure_pairs(parts: Sequence[Part], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _kept(work: KeptWork, kind: str, number: int, size: int, make: Callable[[], Any]) -> Any:
+    """Returns the kept piece of that number; makes it if there is none. ``size`` is how many things it is about."""
+    path = work.piece(kind, number, ".json")
+    if not path.is_file():
+        made = json.dumps(make())
+        write_piece(path, lambda temporary: temporary.write_text(made, encoding="utf-8"))
+    work.done += size
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure_pairs(suite: RewardSuite, rows: Sequence[dict[str, Any]], work: KeptWork) -> dict[str, Any]:
     """Computes accuracies on pairs, of one judge that compares, or of the weighted sum of models that score."""
-    compare = getattr(parts[0].call, "probabilities", None)
-    if compare is not None and len(parts) == 1:
-        return accuracy(rows, compare_pairs(rows, compare))
-    scorers = [(part.weight, _text_scorer(part)) for part in parts]
+    compare = getattr(suite.reward[0].call, "probabilities", None) if len(suite.reward) == 1 else None
+    scorers = [] if compare else [(part.weight, _text_scorer(part)) for part in suite.reward]
 
     def total(prompts: Sequence[Any], completions: Sequence[str]) -> Float[Tensor, " M"]:
         return torch.stack([weight * scorer(prompts, completions) for weight, scorer in scorers]).sum(0)
 
-    results = score_pairs(rows, total)
-    return accuracy(rows, results) | {"rewards": reward_statistics(results)}
+    results: list[dict[str, float]] = []
+    for block in blocks_of(len(rows), suite.save_every):
+        some = rows[block.start : block.stop]
+        score = partial(compare_pairs, some, compare) if compare else partial(score_pairs, some, total)
+        results += _kept(work, "pairs", block.start, len(block), score)
+    return accuracy(rows, results) | ({} if compare else {"rewards": reward_statistics(results)})
 
 
 def _text_scorer(part: Part) -> Callable[[Sequence[Any], Sequence[str]], Float[Tensor, " M"]]:
@@ -70,26 +120,26 @@ def _text_scorer(part: Part) -> Callable[[Sequence[Any], Sequence[str]], Float[T
     return scorer
 
 
-def measure_best_of_n(parts: Iterable[Part], files: Sequence[Path], sizes: Iterable[int]) -> dict[str, Any]:
+def measure_best_of_n(
+    parts: Iterable[Part], files: Sequence[Path], sizes: Iterable[int], work: KeptWork
+) -> dict[str, Any]:
     """Computes the gold reward of the completion that the reward models rank highest, against n and KL.
 
     Args:
         parts: reward models, the proxy.
         files: rollouts whose verifiers' scores are the gold rewards.
         sizes: n's; those above the number of completions of a prompt are left out.
+        work: keeps the rewards of each file.
 
     Returns:
         ``prompts`` and ``completions`` (their numbers), ``curve``, ``law`` (the fit of :func:`overoptimisation`; None
         for fewer than two sizes above 1), and ``moments`` of the proxy, for ``shift`` and ``scale`` of a reward model.
     """
     proxies, golds = [], []
-    for file in files:
-        batch = read_rollouts(file)
-        batch = batch[batch.score.isfinite() & ~batch.baseline_only & batch.mask.any(-1)]
-        if len(batch):
-            proxy, gold = _by_group(batch, _sum_of_rewards(parts, batch))
-            proxies += proxy
-            golds += gold
+    for number, file in enumerate(files):
+        kept = _kept(work, "rollouts", number, 1, partial(_rewards_of_file, parts, file))
+        proxies += [torch.tensor(group, dtype=torch.float32) for group in kept["proxy"]]
+        golds += [torch.tensor(group, dtype=torch.float32) for group in kept["gold"]]
     proxy, gold = _even(proxies), _even(golds)
     if not len(proxy):
         raise DataError(f"rollouts: no prompt in {files[0].parent} has a completion with a score")
@@ -99,6 +149,16 @@ def measure_best_of_n(parts: Iterable[Part], files: Sequence[Path], sizes: Itera
     spread = moments(proxy) if float(proxy.std()) > 0 else None
     numbers = {"prompts": proxy.shape[0], "completions": proxy.shape[1]}
     return {**numbers, "curve": _with_known_errors(curve), "law": fit, "moments": spread}
+
+
+def _rewards_of_file(parts: Iterable[Part], file: Path) -> dict[str, list[list[float]]]:
+    """Proxy and gold rewards of each prompt's completions in a file of rollouts."""
+    batch = read_rollouts(file)
+    batch = batch[batch.score.isfinite() & ~batch.baseline_only & batch.mask.any(-1)]
+    if not len(batch):
+        return {"proxy": [], "gold": []}
+    proxy, gold = _by_group(batch, _sum_of_rewards(parts, batch))
+    return {"proxy": [group.tolist() for group in proxy], "gold": [group.tolist() for group in gold]}
 
 
 def _sum_of_rewards(parts: Iterable[Part], batch: Batch) -> Float[Tensor, " N"]:

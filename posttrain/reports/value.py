@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from posttrain.data import Rows
 from posttrain.data.for_policy import load_prompts
 from posttrain.data.rollout_files import find_rollouts, read_rollouts
 from posttrain.data.steps import pieces, steps_by_text
-from posttrain.engines.base import Engine, Sampling
+from posttrain.engines.base import Engine
 from posttrain.engines.ends import completion_text
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
@@ -32,15 +32,19 @@ from posttrain.models.load import embedding_rows, load_tokenizer
 from posttrain.models.text import text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
+from posttrain.output.kept_work import KeptWork, begin, finish, kept_report, say_finished, saying_what_is_kept
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
+from posttrain.recipe.sampling import plain_settings
+from posttrain.reports.kept_value import keep_batches, keep_branches
 from posttrain.reports.metrics_file import without_nan, write_metrics
 from posttrain.reports.page import Example, figure, write_page
 from posttrain.reports.value_plots import PICTURES, draw_all
 from posttrain.reports.value_suite import ValueSuite
-from posttrain.rollout.branches import BUCKETS, BranchPoint, branch_scores, choose_branch_points, value_at
-from posttrain.rollout.collect import CompletionSource, complete_all
+from posttrain.rollout.branches import BUCKETS, BranchPoint, choose_branch_points, value_at
+from posttrain.rollout.collect import CompletionSource
 from posttrain.rollout.rollouts import single_turn
+from posttrain.system.files import hash_of_files
 from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
 from posttrain.training import value_metrics as metrics
@@ -62,54 +66,68 @@ class Branches(NamedTuple):
     scores: Float[Tensor, "P K"]
 
 
-def evaluate_value(suite: ValueSuite) -> Path:
+def evaluate_value(suite: ValueSuite, *, resume: bool = False) -> Path:
     """Runs a suite on all ranks; the main one writes ``metrics.json``, the pictures and ``index.html``.
+
+    Args:
+        resume: go on with the completions and branches that are kept.
 
     Returns:
         The report's folder.
 
     Raises:
         UserError: if models, data or verifiers do not fit together; the message says what to change.
+        Stopped: after a signal; the message says what is kept.
     """
+    work = kept_report(suite.folder, plain_settings(suite, "report"), resume=resume, key="report.folder")
+    if work.finished:
+        return say_finished(work)
     policy = suite.policy or sections.PolicySection(model=suite.value.model)
     tokenizer = load_tokenizer(policy)
     rows = None
     if suite.data is not None:
         rows = load_prompts(suite.data, policy, suite.verify, tokenizer=tokenizer, base=suite.base)
-    with Processes(dtype=policy.dtype) as processes:
+    with saying_what_is_kept(work), Processes(dtype=policy.dtype) as processes:
         model = load_value(suite.value.model, place="value.model").eval().requires_grad_(False).to(processes.device)
-        batch, branches = completions_and_branches(suite, policy, rows, tokenizer, processes)
+        begin(work, processes, _fingerprint(suite, rows))
+        batch, branches = completions_and_branches(suite, policy, rows, tokenizer, processes, work)
         batch = batch.set(all_sum=processes.all_sum)
         if suite.report.separator is not None:
             text = text_of(tokenizer, special=True)
             batch = batch.set(step_id=steps_by_text(batch, text, suite.report.separator))
         value = predict(model, batch, processes, suite.micro_batch_tokens)
         report = make_report(suite, model, batch, value, branches)
-        return processes.from_main(lambda: write_report(suite, report, batch, value, tokenizer))
+        return processes.from_main(lambda: write_report(suite, report, batch, value, tokenizer, work))
+
+
+def _fingerprint(suite: ValueSuite, rows: Rows | None) -> str:
+    """Hash of the prompts, or of the stored rollouts."""
+    return hash_of_files(find_rollouts(str(suite.rollouts), suite.base)) if rows is None else rows.fingerprint()
 
 
 def completions_and_branches(
-    suite: ValueSuite, policy: sections.PolicySection, rows: Rows | None, tokenizer: Any, processes: Processes
+    suite: ValueSuite,
+    policy: sections.PolicySection,
+    rows: Rows | None,
+    tokenizer: Any,
+    processes: Processes,
+    work: KeptWork,
 ) -> tuple[Batch, Branches]:
     """Samples or reads this rank's completions, and samples branches from prefixes of them if the suite asks for any.
 
     Args:
         rows: prompts to complete; None: the suite's stored rollouts are read.
+        work: keeps completions and branches block by block.
     """
-    complete: Callable[[CompletionSource], Batch]
-    if rows is None:
-        batch = stored_batch(str(suite.rollouts), suite.base, processes)
-        if (largest := int(batch.tokens.max())) >= (size := embedding_rows(policy)):
-            raise DataError(
-                f"rollouts: they have token ids up to {largest}, and {policy.model!r} has weights for {size} tokens. "
-                "Use rollouts of a model with the same vocabulary"
-            )
-        if not suite.branches.prompts:
-            return batch, Branches([], torch.zeros(0, suite.branches.completions))
-        complete, longest_prompt = (lambda source: batch), int(batch.prompt_length.max())
-    else:
-        complete = partial(complete_all, suite, rows, processes=processes)
-        longest_prompt = rows.longest_prompt
+    batch = stored_batch(str(suite.rollouts), suite.base, processes) if rows is None else None
+    if batch is not None and (largest := int(batch.tokens.max())) >= (size := embedding_rows(policy)):
+        raise DataError(
+            f"rollouts: they have token ids up to {largest}, and {policy.model!r} has weights for {size} tokens. "
+            "Use rollouts of a model with the same vocabulary"
+        )
+    if batch is not None and not suite.branches.prompts:
+        return batch, Branches([], torch.zeros(0, suite.branches.completions))
+    longest_prompt = rows.longest_prompt if rows is not None else int(batch.prompt_length.max()) if batch else 0
     with (
         VerifierPool(suite.verify, plain_text=text_of(tokenizer)) as pool,
         closing(_engine(suite, policy, tokenizer, longest_prompt)) as engine,
@@ -120,11 +138,12 @@ def completions_and_branches(
             rollout=Part.of(single_turn),
             decode=completion_text(policy, tokenizer),
         )
-        batch = complete(source)
+        if rows is not None:
+            batch = keep_batches(suite, rows, source, processes, work)
+        assert batch is not None
         size = suite.branches
         points = choose_branch_points(batch, prompts=size.prompts, per_prompt=size.prefixes, seed=suite.seed)
-        sampling = Sampling.of(suite.sampling)
-        scores = processes.together(partial(branch_scores, source, points, size.completions, sampling))
+        scores = keep_branches(suite, points, source, processes, work)
     return batch, Branches(points, scores)
 
 
@@ -234,7 +253,7 @@ def _points_to_draw(value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"]) 
 
 
 def write_report(
-    suite: ValueSuite, report: dict[str, Any], batch: Batch, value: Float[Tensor, "N L"], tokenizer: Any
+    suite: ValueSuite, report: dict[str, Any], batch: Batch, value: Float[Tensor, "N L"], tokenizer: Any, work: KeptWork
 ) -> Path:
     """Writes all files of the report, prints the figures, and returns the folder."""
     folder = suite.folder
@@ -244,6 +263,7 @@ def write_report(
     pictures = draw_all(report, folder)
     examples = [_example(batch, value, row, tokenizer) for row in choose_examples(batch, suite.report.shown)]
     page = write_page(folder, f"Value report: {suite.value.model}", report, pictures, examples)
+    finish(work)
     print_figures(report, page)
     return folder
 

@@ -80,8 +80,11 @@ class Finding:
         return 1 - self.earned if self.right else self.earned
 
 
-def measure_verifiers(suite: VerifierSuite) -> Path:
+def measure_verifiers(suite: VerifierSuite, *, resume: bool = False) -> Path:
     """Audits the verifiers of a suite, prints two tables, and writes ``metrics.json`` and ``index.html``.
+
+    Args:
+        resume: changes nothing: an audit takes seconds, and starts anew.
 
     Returns:
         The report's folder.

@@ -93,6 +93,7 @@ def branch_scores(
             seeds=[point.seed for point in in_bucket],
             on_completion=_verifying(source, in_bucket, numbers, sampling.max_tokens, work),
         )
+        work.batch_ended()
     verdicts = source.verifiers.collect()
     scores = torch.full((len(points), n), math.nan)
     for (number, sample), verdict in verdicts.items():  # pyright: ignore[reportGeneralTypeIssues]

@@ -135,18 +135,21 @@ def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], see
     )
 
 
-def complete_all(recipe: SamplingRecipe, rows: Rows, source: CompletionSource, processes: Processes) -> Batch:
-    """Completes and scores this rank's share of all rows."""
-    prompts = share_of_prompts(rows, recipe.seed, processes)
-    sampling = Sampling.of(recipe.sampling)
-    work = LongWork("completions", len(prompts) * recipe.completions)
-    generate = partial(generate_and_verify, source, prompts, recipe.completions, sampling, {}, work=work)
-    return processes.together(generate)[0]
+def complete_some(
+    recipe: SamplingRecipe, rows: Rows, index: Sequence[int], source: CompletionSource, work: LongWork | None = None
+) -> Batch:
+    """Completes and scores the rows of these numbers on this rank; ``group`` is the number of the row."""
+    prompts = prompts_of(rows, index, recipe.seed)
+    return generate_and_verify(source, prompts, recipe.completions, Sampling.of(recipe.sampling), {}, work=work)[0]
 
 
-def share_of_prompts(rows: Rows, seed: int, processes: Processes) -> Prompts:
-    """Makes prompts of this rank's share of all rows."""
-    index = processes.every_nth(len(rows), "data")
+def own_share(block: Sequence[int], processes: Processes) -> list[int]:
+    """This rank's share of a block of prompts: every ``world``-th one."""
+    return list(block[processes.rank :: processes.world])
+
+
+def prompts_of(rows: Rows, index: Sequence[int], seed: int) -> Prompts:
+    """Makes prompts of the rows of these numbers, with seeds that depend on seed and number alone."""
     return make_prompts(rows, index, index, prompt_seeds(seed, 0, 0, index))
 
 

@@ -59,6 +59,7 @@ class Solution:
     row: dict[str, Any]  # dataset columns of the prompt
     score: float
     seed: int
+    number: int = 0  # number of the completion among all
 
     def prefix(self, count: int) -> BranchPoint:
         """The branch point after the first ``count`` steps."""
@@ -76,12 +77,15 @@ class Labelled:
     branches: list[int]  # number of scored continuations for each estimate
 
 
-def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) -> list[Solution]:
+def find_solutions(
+    batch: Batch, decode: Decode, separator: str, seed: int = 0, numbers: Sequence[int] | None = None
+) -> list[Solution]:
     """Cuts the completions that ended and have a score into steps; other completions are left out.
 
     Args:
         decode: token ids to text as it was written, as in ``batch.texts``.
         seed: seed of the branches.
+        numbers: number of each completion among all, on which the seed of its branches depends. Default: its row.
 
     Raises:
         DataError: if a completion has several turns, which an engine alone cannot continue.
@@ -106,7 +110,8 @@ def find_solutions(batch: Batch, decode: Decode, separator: str, seed: int = 0) 
                 steps=cut(batch.texts[i], separator, len(ends)),
                 row=batch.rows[i],
                 score=float(batch.score[i]),
-                seed=sample_seed(seed, i),
+                seed=sample_seed(seed, i if numbers is None else numbers[i]),
+                number=i if numbers is None else numbers[i],
             )
         )
     return solutions
@@ -161,19 +166,25 @@ def binary_search(solutions: Sequence[Solution], branch: Branch, options: StepLa
 
 
 def make_step_labels(
-    source: CompletionSource, batch: Batch, decode: Decode, options: StepLabels, sampling: Sampling, *, seed: int = 0
+    source: CompletionSource,
+    batch: Batch,
+    options: StepLabels,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[Labelled]:
     """Labels the steps of a batch's finished, scored completions.
 
     Args:
         source: the policy's engine, and the verifiers.
         batch: completions with their scores.
-        decode: token ids to text as it was written.
         options: the settings of step labels.
         sampling: sampling of the branches; a solution's steps and their branch have ``max_tokens`` together.
         seed: seed of the branches.
+        numbers: number of each completion among all (see :func:`find_solutions`).
     """
-    solutions = find_solutions(batch, decode, options.separator, seed)
+    solutions = find_solutions(batch, source.decode, options.separator, seed, numbers)
     branch = partial(branch_scores, source, n=options.completions, sampling=sampling)
     return (each_step if options.method == "each_step" else binary_search)(solutions, branch, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -123,6 +124,22 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads a file with a JSON object on each line, such as :func:`write_rows` makes."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def join_files(pieces: Iterable[Path], path: Path) -> None:
+    """Writes the contents of files one after another."""
+    with path.open("wb") as whole:
+        for piece in pieces:
+            with piece.open("rb") as file:
+                shutil.copyfileobj(file, whole)
+
+
+def hash_of_files(files: Iterable[Path]) -> str:
+    """Hash of the contents of files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(hashlib.blake2b(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def json_number(value: float) -> float | None:

@@ -3,10 +3,14 @@
 SIGINT (Ctrl-C), SIGTERM (Slurm, Kubernetes) and SIGHUP (a closed terminal) all mean: end soon. ``end_by_signals``
 makes each of them raise :class:`posttrain.errors.Stopped` in the main thread. A training run handles them later, with
 ``postponed``; the parts of a step that change nothing are ``interruptible`` all the same.
+
+Python drops an exception that a handler raises inside a destructor, a weak reference's callback or a callback of the
+garbage collector, and some libraries catch everything. So a thread raises ``Stopped`` again until it is on its way.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -14,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -28,6 +32,10 @@ SAME = 2.0
 """Seconds in which further signals count as the first: a launcher forwards what its group got already."""
 
 
+TICK = 0.2
+"""Seconds between two looks of the thread that waits for the end after a signal."""
+
+
 @dataclass
 class _State:
     """The signal that arrived, and what is to be done about it. There is one for the process."""
@@ -36,9 +44,11 @@ class _State:
     time: float = 0.0  # when it arrived
     postponing: bool = False
     overdue: bool = False  # True once a postponed signal has waited for too long
+    repeated: bool = False  # True while the signal on its way is not a new one: the watching thread sent it
     grace: float = GRACE
     last_words: Callable[[], str] | None = None  # what to print if the process must exit at once
-    timers: tuple[threading.Timer, ...] = ()
+    caught: bool = False  # True once ``Stopped`` was caught to be raised later
+    over: threading.Event = field(default_factory=threading.Event)  # set at the end of ``end_by_signals``
 
 
 _state = _State()
@@ -55,53 +65,82 @@ def end_by_signals() -> Iterator[None]:
         yield
         return
     usual = {number: signal.getsignal(number) for number in ENDING}
+    usual_hook = sys.unraisablehook
     _reset()
     for number, handler in usual.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
+    sys.unraisablehook = _without_stopped(usual_hook)
     try:
         yield
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+        sys.unraisablehook = usual_hook
         _reset()
 
 
 def _reset() -> None:
     global _state
-    for timer in _state.timers:
-        timer.cancel()
+    _state.over.set()
     _state = _State()
 
 
+def _without_stopped(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Wraps the hook for dropped exceptions: a dropped ``Stopped`` is no news, since it is raised again."""
+
+    def quiet(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, Stopped):
+            hook(dropped)
+
+    return quiet
+
+
 def _on_signal(number: int, frame: Any) -> None:
-    if _state.overdue:
-        _state.overdue = False
-        raise Abandoned("", 128 + _state.arrived)
-    if _state.arrived:
-        if time.monotonic() - _state.time > SAME:
+    state = _state
+    if state.repeated and number == state.arrived:
+        state.repeated = False
+        if not _is_on_its_way(Abandoned if state.overdue else KeyboardInterrupt):
+            _raise_if_due(state)
+        return
+    if state.arrived:
+        if time.monotonic() - state.time > SAME:
             exit_now()
         return
-    _state.arrived, _state.time = number, time.monotonic()
-    if not _state.postponing:
-        raise Stopped("", 128 + number)
-    _set_timers()
+    state.arrived, state.time = number, time.monotonic()
+    _thread.start_new_thread(_watch, (state,))  # takes no lock, unlike Thread.start, which may just hold one
+    _raise_if_due(state)
 
 
-def _set_timers() -> None:
-    """Gives up what a postponed signal waits for after two thirds of the grace, and the process just before its end."""
-    if _state.arrived == signal.SIGINT:  # a person waits, and can press Ctrl-C again
-        return
-    times = ((_state.grace * 2 / 3, _abandon), (_state.grace * 9 / 10, exit_now))
-    _state.timers = tuple(threading.Timer(seconds, function) for seconds, function in times)
-    for timer in _state.timers:
-        timer.daemon = True
-        timer.start()
+def _raise_if_due(state: _State) -> None:
+    if state.overdue:
+        raise Abandoned("", 128 + state.arrived)
+    if not state.postponing:
+        raise Stopped("", 128 + state.arrived)
 
 
-def _abandon() -> None:
-    _state.overdue = True
-    os.kill(os.getpid(), _state.arrived)  # wakes the main thread, where the handler raises
+def _is_on_its_way(kind: type[BaseException]) -> bool:
+    """True if the main thread is in a ``finally``, ``except`` or ``__exit__`` because of an error of this kind."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, kind):
+        error = error.__context__
+    return error is not None
+
+
+def _watch(state: _State) -> None:
+    """Waits for the end after a signal, and helps it along.
+
+    A ``Stopped`` that was dropped is raised again. What a postponed signal waits for is given up after two thirds of
+    the grace, and the process just before its end; not after Ctrl-C: a person waits, and can press it again.
+    """
+    while not state.over.wait(TICK):
+        waited = time.monotonic() - state.time
+        if state.arrived != signal.SIGINT and waited > state.grace * 9 / 10:
+            exit_now()
+        state.overdue = state.postponing and state.arrived != signal.SIGINT and waited > state.grace * 2 / 3
+        if state.overdue or not (state.postponing or state.caught):
+            state.repeated = True
+            signal.pthread_kill(threading.main_thread().ident or 0, state.arrived)
 
 
 def exit_now() -> None:
@@ -137,12 +176,15 @@ def postponed(*, grace: float = GRACE, last_words: Callable[[], str] | None = No
     After two thirds of ``grace`` the handler raises :class:`Abandoned` wherever the main thread is, and just before the
     end of ``grace`` the process exits, after it has printed ``last_words``.
     """
-    before = _state.postponing, _state.grace, _state.last_words
-    _state.postponing, _state.grace, _state.last_words = True, grace, last_words
+    state = _state
+    before = state.postponing, state.grace, state.last_words
+    state.postponing, state.grace, state.last_words = True, grace, last_words
     try:
         yield
     finally:
-        _state.postponing, _state.grace, _state.last_words = before
+        state.postponing = before[0]
+        if not state.arrived:  # otherwise the grace runs already, and what was to be said is still true
+            state.grace, state.last_words = before[1:]
 
 
 @contextmanager
@@ -156,13 +198,16 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         _state.postponing = postponing
-        if postponing and _state.arrived and not _state.timers:
-            _set_timers()
 
 
 def arrived() -> int:
     """Returns the exit code that the signal which arrived asks for; 0 if none has."""
     return 128 + _state.arrived if _state.arrived else 0
+
+
+def received() -> None:
+    """Notes that :class:`Stopped` was caught to be raised later: it is not raised again meanwhile."""
+    _state.caught = True
 
 
 def raise_if_arrived() -> None:
@@ -193,9 +238,10 @@ def uninterrupted() -> Iterator[None]:
     waiting: list[tuple[int, Any]] = []
 
     def put_off(number: int, frame: Any) -> None:
-        if waiting:
+        if waiting and not _state.repeated:
             usual[number](number, frame)
-        waiting.append((number, frame))
+        if not waiting:
+            waiting.append((number, frame))
 
     for number in usual:
         signal.signal(number, put_off)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posttrain.errors import Abandoned, DataError, Stopped, UserError
 from posttrain.system.allocator import give_back_large_blocks
-from posttrain.system.interrupts import interruptible
+from posttrain.system.interrupts import interruptible, received
 
 
 class Processes:
@@ -107,6 +107,7 @@ class Processes:
             raise
         except (Exception, Stopped) as raised:
             error = raised
+            received()
         errors = self.gather(None if error is None else _portable(error))
         first = next((rank for rank, raised in enumerate(errors) if raised is not None), None)
         if first is not None:

@@ -171,7 +171,7 @@ def open_folder(recipe: Recipe, resume: bool) -> tuple[RunFolder, Path | None]:
     folder = RunFolder(path)
     if resume and folder.recipe.exists():
         harmless = ("steps:", "run.")
-        changed = [line for line in changed_settings(folder, recipe.resolved) if not line.startswith(harmless)]
+        changed = [line for line in changed_settings(folder.recipe, recipe.resolved) if not line.startswith(harmless)]
         if changed:
             print("resuming with other settings than before, so not repeating that run exactly:", *changed, sep="\n  ")
     return open_run(path, recipe.resolved, resume=resume, keep=recipe.run.keep)

@@ -213,6 +213,6 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path):
 
 def test_changed_settings_are_named(tmp_path: Path):
     folder, _ = open_run(tmp_path, RESOLVED)
-    assert changed_settings(folder, RESOLVED) == []
+    assert changed_settings(folder.recipe, RESOLVED) == []
     other = RESOLVED | {"loss": [{"use": "clip", "low": 0.1}], "seed": 3}
-    assert changed_settings(folder, other) == ["loss.0.low: 0.2 -> 0.1", "seed: (absent) -> 3"]
+    assert changed_settings(folder.recipe, other) == ["loss.0.low: 0.2 -> 0.1", "seed: (absent) -> 3"]

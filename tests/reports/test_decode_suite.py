@@ -124,7 +124,7 @@ def test_the_kl_in_the_table_is_the_enumerated_one():
     outcomes = distribution_of(run)
     distribution = {tokens: p for (tokens, _), p in outcomes.items()}
     rows = [(json.loads(row), p) for (_, row), p in outcomes.items()]
-    points = [to_point(Variant("shaped", "strength", 1.5, part), [([[row]], 1.0)]) for row, _ in rows]
+    points = [to_point(Variant("shaped", "strength", 1.5, part), [[row]], 1.0) for row, _ in rows]
     assert {point.kl_kind for point in points} == {"exact"}
     divergence = sum(p * (point.kl or 0.0) for point, (_, p) in zip(points, rows, strict=True))
     assert divergence == pytest.approx(kl(distribution, world.strings), abs=1e-12) and divergence > 0.05
@@ -149,7 +149,7 @@ def test_bounds_and_unknown_divergences_are_marked():
     decoder = Part.of(decoders.population, score=None)
 
     def point(rows):
-        return to_point(Variant("x", None, None, decoder), [([[row] for row in rows], 2.0)])
+        return to_point(Variant("x", None, None, decoder), [[row] for row in rows], 2.0)
 
     bound = point([{**row, "kl_bound": 0.2}, {**row, "kl_bound": 0.4, "score": None}])
     assert (bound.kl_kind, bound.unscored) == ("bound", 1)

@@ -69,7 +69,7 @@ def solutions(*digits: str):
 def label(batch, **chosen):
     with VerifierPool([Part.of(exact)]) as pool:
         source = CompletionSource(engine=engine(), verifiers=pool, rollout=Part.of(single_turn), decode=decode)
-        return make_step_labels(source, batch, decode, StepLabels(**chosen), SAMPLING, seed=3)
+        return make_step_labels(source, batch, StepLabels(**chosen), SAMPLING, seed=3)
 
 
 def test_soft_labels_are_the_chance_of_a_right_answer():

@@ -6,11 +6,13 @@ import os
 import random
 import signal
 import threading
+import time
 
 import pytest
 
+from posttrain.errors import Abandoned, Stopped
 from posttrain.output.tracking import Trackers, read_metrics
-from posttrain.system.interrupts import uninterrupted
+from posttrain.system.interrupts import end_by_signals, postponed, uninterrupted
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +101,51 @@ def test_trackers_close_after_ctrl_c_at_any_moment(tmp_path):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class SignalledInDestructor:
+    """An object that gets a signal while Python destroys it: what a handler raises there is dropped."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(10_000))  # the handler runs between two instructions
+
+
+def swallow() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(10_000))
+    except BaseException:
+        return
+
+
+@pytest.mark.parametrize("lose", [SignalledInDestructor, swallow])
+def test_a_stop_that_was_dropped_is_raised_again(lose, capsys):
+    with pytest.raises(Stopped) as raised, end_by_signals():
+        lose()
+        for _ in range(50):
+            time.sleep(0.1)
+    assert raised.value.code == 143 and capsys.readouterr().err == ""
+
+
+def test_a_stop_that_is_on_its_way_is_not_raised_again():
+    done = []
+    with pytest.raises(Stopped), end_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            for _ in range(6):
+                time.sleep(0.1)  # such as closing workers
+            done.append("closed")
+    assert done == ["closed"]
+
+
+def test_a_postponed_stop_is_not_raised_until_it_is_overdue():
+    done = []
+    with pytest.raises(Abandoned), end_by_signals(), postponed(grace=1.2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for number in range(50):
+            time.sleep(0.1)
+            done.append(number)
+    assert 5 <= len(done) <= 12

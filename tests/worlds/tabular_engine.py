@@ -69,6 +69,9 @@ class TabularEngine(SteppingEngine):
         load_verified(tensors, {"logits": self._logits}, copy)
         self.version = version
 
+    def forget_prefixes(self) -> None:
+        """Does nothing: a table has no cache."""
+
     def close(self) -> None:
         """See :meth:`posttrain.engines.base.Engine.close`."""
 

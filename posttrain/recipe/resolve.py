@@ -24,6 +24,7 @@ from posttrain.option_types import Inner, LocalPath
 from posttrain.recipe.executors import executor_problem
 from posttrain.recipe.validation import Problems, validate
 from posttrain.recipe.yaml_reader import suggestion
+from posttrain.system.long_work import saying_still
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -115,7 +116,8 @@ def import_file(path: Path) -> ModuleType:
         sys.path.append(str(path.parent))
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with saying_still(f"importing {path.name}"):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise RecipeError(_import_failure(str(path), error)) from error
@@ -125,8 +127,11 @@ def import_file(path: Path) -> ModuleType:
 def _import_module(module: str, spec: str) -> ModuleType:
     if not module:
         raise RecipeError(f"{spec!r} is not a name")
+    if module in sys.modules:
+        return sys.modules[module]
     try:
-        return importlib.import_module(module)
+        with saying_still(f"importing {module}"):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(
             f"{error.name}."

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 QUIET = 5.0  # seconds in which nothing is said, and between two lines
+
+
+@contextmanager
+def saying_still(what: str) -> Iterator[None]:
+    """Prints ``still importing x, 10 s`` every few seconds while the block runs; nothing if it is quick.
+
+    Args:
+        what: what takes so long, such as ``importing my_verifier.py``.
+    """
+    start, over = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not over.wait(QUIET):
+            print(f"still {what}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=say, name="saying-still", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 class LongWork:

@@ -11,15 +11,19 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pebble import ProcessExpired, ProcessPool
+from pebble.pool.process import WORKERS_NAME
 
 from posttrain.errors import VerifierError
 from posttrain.system.interrupts import uninterrupted
 from posttrain.verify import worker
 from posttrain.verify.event_loop import EventLoop
 from posttrain.verify.functions import IN_PROCESS, WRONG_IF_STUCK
+from posttrain.verify.leftovers import end_leftovers, new_mark
+from posttrain.verify.output import WorkerOutput
 from posttrain.verify.signature import Signature, batch_arguments, signature_of
 from posttrain.verify.worker import Failed, Outcome, Source
 
@@ -101,6 +105,9 @@ class VerifierPool:
         self._plain_text = plain_text
         self._workers = workers or max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self._processes: ProcessPool | None = None
+        self._output: WorkerOutput | None = None
+        self._mark = ""  # of the workers: see leftovers.py
+        self._worker_ids: set[int] = set()
         self._event_loop: EventLoop | None = None
         if any(verifier.quick is None and not verifier.signature.asynchronous for verifier in self.verifiers):
             self._schedule(worker.ready, (), None)  # a worker's imports take seconds: better while the model loads
@@ -147,24 +154,36 @@ class VerifierPool:
             for index, verifier in enumerate(self.verifiers):
                 if verifier.signature.batch:
                     self._start_batch(index, verifier, items)
+            if self._processes is not None:
+                self._note_workers()
             return {key: self._verdict(item) for key, item in zip(keys, items, strict=True)}
         finally:
             for item in items:
                 _cancel(item)
 
     def close(self) -> None:
-        """Ends the worker processes, even busy ones. Closing twice is harmless."""
+        """Ends the worker processes, even busy ones, and all that they started. Closing twice is harmless."""
         with uninterrupted():
             self._stop_processes()
+            if self._output is not None:
+                end_leftovers(self._worker_ids, self._mark)
+                Path(self._mark).unlink(missing_ok=True)
+                self._output.close()
+                self._output = None
             if self._event_loop is not None:
                 self._event_loop.close()
                 self._event_loop = None
 
     def _stop_processes(self) -> None:
         if self._processes is not None:
+            self._note_workers()
             self._processes.stop()
             self._processes.join()
             self._processes = None
+
+    def _note_workers(self) -> None:
+        children = multiprocessing.active_children()
+        self._worker_ids.update(child.pid for child in children if child.name == WORKERS_NAME and child.pid)
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -220,12 +239,14 @@ class VerifierPool:
         # The pool ends with its workers, even with idle ones.
         if self._processes is not None and not self._processes.active:
             self._stop_processes()
+        if self._output is None:
+            self._output, self._mark = WorkerOutput(), new_mark()
         if self._processes is None:
             self._processes = ProcessPool(
                 max_workers=self._workers,
                 max_tasks=CALLS_PER_WORKER,
                 initializer=worker.start,
-                initargs=([verifier.source for verifier in self.verifiers],),
+                initargs=([verifier.source for verifier in self.verifiers], self._output.writer, self._mark),
                 context=multiprocessing.get_context("spawn"),
             )
         with uninterrupted():

@@ -11,9 +11,12 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from posttrain.recipe.resolve import resolve
+from posttrain.verify import leftovers
+from posttrain.verify.output import redirect
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,15 @@ Outcome = float | None | Failed
 _verifiers: list[Callable[..., Any] | Failed] = []
 
 
-def start(sources: Sequence[Source]) -> None:
-    """Loads the verifiers into this process. One that cannot be found fails when it is called, with its traceback."""
+def start(sources: Sequence[Source], writer: Connection, mark: str) -> None:
+    """Loads the verifiers into this process. One that cannot be found fails when it is called, with its traceback.
+
+    Args:
+        writer: pipe that takes the output of this process.
+        mark: mark of the pool, by which processes are found that a verifier left behind.
+    """
+    leftovers.lead(mark)
+    redirect(writer)
     _verifiers[:] = [_find(source) for source in sources]
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from posttrain.engines import make_engine
+from posttrain.engines import make_engine, uses_vllm
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.models.load import UNLOADABLE, not_found
+from posttrain.models.load import UNLOADABLE, check_checkpoint, not_found
 from posttrain.models.load_checks import refuse_other_tokens
 from posttrain.models.text import Decode, written_text
 from posttrain.option_types import Inner, LocalPath
-from posttrain.recipe.sections import EngineSection
+from posttrain.recipe.sections import EngineSection, PolicySection
 
 ModelPath = Annotated[str, LocalPath()]
 """Hub name or local folder of a model."""
@@ -73,7 +73,10 @@ class DecoderContext:
             self.check_tokens(model)
             guided: Any = self.engine
             dtype = str(self.dtype).removeprefix("torch.")
-            engine = make_engine(model, EngineSection(use=use), dtype=dtype, max_model_len=guided.max_model_len)
+            options = EngineSection(use=use)
+            if uses_vllm(options):
+                check_checkpoint(PolicySection(model=model), place="decoder")
+            engine = make_engine(model, options, dtype=dtype, max_model_len=guided.max_model_len)
             weakref.finalize(guided, engine.close)
             self.engines[model] = engine
         return self.engines[model]

@@ -43,7 +43,7 @@ def make_engine(
     """
     dtype = dtype if options.dtype == "auto" else options.dtype
     max_model_len = options.max_model_len or max_model_len
-    if _choose(options) == "vllm":
+    if uses_vllm(options):
         from posttrain.engines.vllm import VllmEngine
 
         return VllmEngine(
@@ -78,13 +78,16 @@ def make_engine(
     )
 
 
-def _choose(options: EngineSection) -> str:
+def uses_vllm(options: EngineSection) -> bool:
+    """True if the engine is vLLM's.
+
+    Raises:
+        RecipeError: if vLLM is asked for but not installed.
+    """
     installed = importlib.util.find_spec("vllm") is not None
-    if options.use == "auto":
-        return "vllm" if installed else "transformers"
     if options.use == "vllm" and not installed:
         raise RecipeError(
             "engine.use: vllm: vLLM is not installed in this Python. For an NVIDIA GPU: pip install 'posttrain[vllm]'; "
             "for CPU: see Install in README.md; or set engine.use: transformers"
         )
-    return options.use
+    return installed and options.use in ("auto", "vllm")

@@ -7,6 +7,8 @@ prompt the template's, after plain text the tokenizer's. ``policy.end`` replaces
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def ends_message(policy: PolicySection, tokenizer: PreTrainedTokenizerBase) -> s
     named = ", ".join(f"{shown_tokens(tokenizer, tokens)} ({place})" for place, tokens in places.items())
     silent = "" if "model" in places else "; the model's configuration names none"
     return f"sampling stops at every end of a turn that is named: {named}{silent}. `policy.end` chooses others"
+
+
+def say_ends(policy: PolicySection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prints :func:`ends_message`, if there is one, to standard error: once in a run of several processes."""
+    message = ends_message(policy, tokenizer)
+    if message is not None and os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def end_of_sequence_ids(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.engines import make_engine
+from posttrain.engines import make_engine, uses_vllm
 from posttrain.engines.base import Engine
-from posttrain.engines.ends import stop_tokens
+from posttrain.engines.ends import say_ends, stop_tokens
 from posttrain.errors import UserError
-from posttrain.models.load import context_length
+from posttrain.models.load import check_checkpoint, context_length
 from posttrain.recipe import sections
 
 
@@ -78,14 +78,18 @@ def engine_of_length(
 ) -> Engine:
     """Makes the engine of a policy for prompts and completions of at most ``length`` tokens together.
 
-    It stops at the ends of a turn that the recipe, or else the chat template, the tokenizer or the model names.
+    It stops at the ends of a turn that the recipe, or else the chat template, the tokenizer or the model names. If
+    these differ, it says so.
 
     Raises:
-        UserError: if the model has fewer positions.
+        UserError: if the model has fewer positions, or if weights are missing in its checkpoint.
     """
     limit = context_length(policy)
     if limit is not None and length > limit:
         raise UserError(f"engine.max_model_len: {length} is more than the {limit} positions of {policy.model}")
+    if uses_vllm(engine):
+        check_checkpoint(policy)
+    say_ends(policy, tokenizer)
     return make_engine(
         policy.model,
         engine,

@@ -131,8 +131,29 @@ def load_model(
     return loaded
 
 
+def check_checkpoint(source: PolicySection, place: str = "policy.model") -> None:
+    """Checks that a language model has all of its weights, without reading them. vLLM alone would not.
+
+    vLLM joins queries, keys and values in one matrix, and the gate with the up projection. It counts such a matrix as
+    read when one part of it was.
+
+    Args:
+        place: key of the recipe that names the model.
+
+    Raises:
+        RecipeError: if weights are missing, have no place in the model, or have another shape.
+    """
+    pretrained(AutoModelForCausalLM, source, torch.float32, place, device="meta")
+
+
 def pretrained(
-    auto_class: Any, source: PolicySection, dtype: torch.dtype, place: str, *, headless: bool = False
+    auto_class: Any,
+    source: PolicySection,
+    dtype: torch.dtype,
+    place: str,
+    *,
+    headless: bool = False,
+    device: str | None = None,
 ) -> Any:
     """Loads a model of one of Transformers' auto classes, with an attention kernel that has all of its features.
 
@@ -141,6 +162,7 @@ def pretrained(
     Args:
         place: key of the recipe that names the model.
         headless: its output layer is not used, and may be missing.
+        device: device to load to; on ``meta`` weights are compared by name and shape, and not read. Default: the CPU.
 
     Raises:
         RecipeError: if there is no such model, if it is damaged, or if its weights are not those of the class.
@@ -158,6 +180,7 @@ def pretrained(
             attn_implementation=kernel,
             ignore_mismatched_sizes=True,  # they are an error below, with their names
             output_loading_info=True,
+            device_map=device,
             **origin,
         )
     except UNLOADABLE as error:

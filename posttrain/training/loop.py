@@ -35,6 +35,7 @@ from posttrain.rollout.collect import Collected, CompletionSource, collect, draw
 from posttrain.rollout.rollouts import single_turn
 from posttrain.seeds import sample_seed
 from posttrain.system.interrupts import arrived, interruptible, postponed
+from posttrain.system.memory import resident_bytes
 from posttrain.system.processes import Processes
 from posttrain.system.time_limit import seconds_of, seconds_since_start
 from posttrain.training.apply_parts import (
@@ -48,6 +49,7 @@ from posttrain.training.checkpoints import load_checkpoint, run_state, save_chec
 from posttrain.training.display import columns_of
 from posttrain.training.evaluate import evaluate_completions, evaluate_examples
 from posttrain.training.learner import Learner, add_value_targets, score, update
+from posttrain.training.memory_facts import say_memory
 from posttrain.training.ranking import ranking_by_value
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_required_passes
@@ -121,10 +123,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         refuse_uneven_prompts(recipe, processes)
         folder, checkpoint = processes.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify, plain_text=text_of(tokenizer)) as pool:
+            program = resident_bytes()
             learner = build_learner(recipe, required, processes)
             name_ends(learner.policy.base, stop_tokens(recipe.policy, tokenizer))
             check_models(learner)
             check_saving(learner, tokenizer)
+            say_memory(learner, material, program)
             material = with_cached_reference(learner, material)
             with engine_for(recipe, material, tokenizer) as engine:
                 run = TrainingRun(

@@ -66,6 +66,10 @@ class ReferencedExamples:
     def fingerprint(self) -> str:
         return self.examples.fingerprint()
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        return self.examples.extent
+
     def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
         return self.examples.with_ids_from(size)
 

@@ -70,7 +70,8 @@ def write_batch(
 def start_message(run: TrainingRun) -> str:
     """A few lines that say what is about to run: models, processes, data, engine, folder."""
     recipe, material = run.recipe, run.material
-    ends = ends_message(recipe.policy, run.tokenizer)
+    # an engine says it itself
+    ends = None if run.source.engine is not None else ends_message(recipe.policy, run.tokenizer)
     processes = "1 process" if run.processes.world == 1 else f"{run.processes.world} processes"
     models = describe(run.learner.policy)
     if run.learner.value is not None:

@@ -54,14 +54,17 @@ def model_that_names(tiny_model_folder: Path, tmp_path: Path):
         ((END, [END, 5], "<|end|>"), {END, 5}, None),
     ],
 )
-def test_sampling_stops_at_every_end_that_is_named(model_that_names, named, expected, said: str | None) -> None:
+def test_sampling_stops_at_every_end_that_is_named(model_that_names, named, expected, said: str | None, capsys) -> None:
     policy = PolicySection(model=model_that_names(*named))
     tokenizer = load_tokenizer(policy)
     stops = stop_tokens(policy, tokenizer)
     assert set(stops) == expected
     message = ends_message(policy, tokenizer)
     assert message is None if said is None else said in str(message)
+    capsys.readouterr()
     engine = engine_of_length(policy, EngineSection(use="transformers"), 200, tokenizer=tokenizer, seed=0)
+    printed = capsys.readouterr().err  # as before decoding, serving, labelling and evaluating
+    assert ("sampling stops at" in printed) == (said is not None) and (said or "") in printed
     prompts = [[token] for token in range(5, 65)]
     groups = engine.generate(prompts, Sampling(max_tokens=150), seeds=range(60))
     last = {group[0].tokens[-1] for group in groups if group[0].finish == Finish.STOPPED}

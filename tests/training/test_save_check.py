@@ -16,12 +16,13 @@ from tiny_model import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain import load_recipe, train
+from posttrain.engines.for_policy import engine_of_length
 from posttrain.errors import CannotWrite, RecipeError
 from posttrain.models.load import check_tokens, load_model, load_tokenizer
 from posttrain.models.policy import Policy, build_policy, save_model
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import build_value
-from posttrain.recipe.sections import LoraSection, PolicySection, ValueSection
+from posttrain.recipe.sections import EngineSection, LoraSection, PolicySection, ValueSection
 from posttrain.training.save_check import check_saving
 
 
@@ -124,6 +125,16 @@ def test_missing_and_unexpected_weights_are_errors(folder, kind):
         load_model(section, dtype=torch.float32)
     with pytest.raises(RecipeError, match=r"value.model: .*are missing"):
         build_value(ValueSection(model=str(folder)), section)
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_missing_weights_are_errors_before_vllm_starts(folder, kind):
+    """vLLM alone starts without the up projection, which it holds in one matrix with the gate."""
+    pytest.importorskip("vllm")
+    renamed(folder, SPOILT[kind])
+    section = PolicySection(model=str(folder))
+    with pytest.raises(RecipeError, match=r"policy.model: .*are missing \((lm_head|model)"):
+        engine_of_length(section, EngineSection(use="vllm"), 32, tokenizer=load_tokenizer(section), seed=0)
 
 
 def test_weights_of_other_shapes_are_errors_with_their_names(folder):

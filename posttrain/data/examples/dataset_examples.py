@@ -42,6 +42,11 @@ class Examples(Protocol):
         """Hash of all token ids, of their masks, and of the grouping."""
         ...
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Number of completions of the largest group, and tokens of the longest prompt with its completion."""
+        ...
+
     def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
         """Yields place and largest token id of each row that has an id of ``size`` or above."""
         ...
@@ -79,6 +84,10 @@ class DatasetExamples:
 
     def fingerprint(self) -> str:
         return fingerprint([(completion.tokens, completion.mask) for completion in group] for group in self.groups)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return max(map(len, self.groups)), max(len(each) for group in self.groups for each in group)
 
     def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
         largest: dict[int, int] = {}

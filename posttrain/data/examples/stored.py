@@ -43,6 +43,11 @@ class StoredExamples:
             for batch, rows in ((self.batches[number], rows) for number, rows in self.groups)
         )
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        longest = max(int(self.batches[number].length[rows].max()) for number, rows in self.groups)
+        return max(len(rows) for _, rows in self.groups), longest
+
     def with_ids_from(self, size: int) -> Iterator[tuple[str, int]]:
         for number, rows in self.groups:
             for row in rows.tolist():

@@ -1,0 +1,33 @@
+"""Memory of this process and of the machine, in bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Files with a container's limit and use of memory, of both versions of Linux's control groups."""
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        return 0
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes() -> int | None:
+    """Memory that processes can still take from the machine, or from its container; None if the system does not say."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    entries = (line.split() for line in table.read_text().splitlines())
+    free = next((int(entry[1]) * 1024 for entry in entries if entry[0] == "MemAvailable:"), None)
+    for limit, used in CGROUPS:
+        if free is not None and Path(limit).exists() and (most := Path(limit).read_text().strip()).isdigit():
+            free = min(free, int(most) - int(Path(used).read_text()))
+    return free

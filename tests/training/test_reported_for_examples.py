@@ -187,7 +187,8 @@ def test_held_out_pairs_measure_the_reward_model_that_is_trained(tmp_path, tiny_
 def test_a_held_out_dataset_is_named_by_its_own_key(name, section, rows, tmp_path, tiny_model_folder) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    changes = [f"--data={{path: {data}}}", f"--evaluate={{{section}: {{path: nowhere.jsonl}}}}"]
+    changes = [f"--policy.model={tiny_model_folder}", f"--data={{path: {data}}}"]
+    changes += [f"--evaluate={{{section}: {{path: nowhere.jsonl}}}}"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", changes)
     with pytest.raises(DataError, match=rf"^evaluate\.{section}\.path 'nowhere.jsonl': no such file"):
         load_material(recipe, _tokenizer(tiny_model_folder))

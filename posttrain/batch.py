@@ -53,6 +53,25 @@ OPTIONAL_FIELDS = (
 """Names of the fields ``[N, L]`` that are ``None`` until a stage of the loop fills them."""
 
 
+@dataclass(frozen=True, slots=True)
+class RewardColumns:
+    """Names and weights of the columns of ``Batch.rewards``: the verifiers, then the rewards of whole completions."""
+
+    names: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    verifiers: int = 0  # number of columns that are verifiers'
+
+    def index(self, name: str) -> int:
+        """Column of a name.
+
+        Raises:
+            ValueError: if there is none; the message lists the names.
+        """
+        if name not in self.names:
+            raise ValueError(f"there is no reward {name!r}; this recipe has {', '.join(self.names) or 'none'}")
+        return self.names.index(name)
+
+
 def identity(tensor: Tensor) -> Tensor:
     """Returns the tensor unchanged: the all-reduce of a run of one process."""
     return tensor
@@ -78,7 +97,7 @@ class Batch:
     texts: tuple[str, ...]  # text of each completion as it was written                                  by rollout
 
     score: Float[Tensor, " N"]  # weighted sum of the verifiers; NaN = unscored                         by verify
-    reward: Float[Tensor, " N"]  # score plus sequence-level rewards; NaN = unscored                    by reward
+    reward: Float[Tensor, " N"]  # what `combine` makes of all rewards; NaN = unscored                  by reward
     step_reward: Float[Tensor, "N L"]  # token-level rewards: process rewards, KL in the reward         by reward
 
     logp_old: Float[Tensor, "N L"] | None = None  # the trainer's log-prob before the update            by score
@@ -87,6 +106,12 @@ class Batch:
     value: Float[Tensor, "N L"] | None = None  # the critic's value before the update, at ``states``    by score
     value_next: Float[Tensor, "N L"] | None = None  # Q heads: backup over every next token             by score
 
+    rewards: Float[Tensor, "N K"] | None = (
+        None  # each reward alone; NaN = does not apply              by verify, reward
+    )
+    reward_columns: RewardColumns = (
+        RewardColumns()
+    )  # what the K columns of `rewards` are              by verify, reward
     author: Int[Tensor, " N"] | None = None  # an Author; None: all are the policy's                    by rollout
     advantage: Float[Tensor, "N L"] | None = None  # advantage of each token                            by credit
     loss_share: Float[Tensor, "N L"] | None = None  # each token's share of the loss                    by credit
@@ -121,7 +146,8 @@ class Batch:
     def trim(self) -> Batch:
         """Returns a copy without the columns that are padding in every row."""
         columns = int(self.length.max()) if len(self) else 0
-        return self._map(lambda tensor: tensor[:, :columns] if tensor.dim() > 1 else tensor, lambda column: column)
+        trimmed = self._map(lambda tensor: tensor[:, :columns] if tensor.dim() > 1 else tensor, lambda column: column)
+        return trimmed.set(rewards=self.rewards)
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns a copy on another device."""
@@ -203,7 +229,9 @@ class Batch:
             tensors = [value for value in values if isinstance(value, Tensor)]
             if tensors and len(tensors) != len(values):
                 raise ValueError(f"field {field.name!r} is filled in {len(tensors)} of {len(values)} batches")
-            if tensors:
+            if tensors and field.name == "rewards":
+                changes[field.name] = torch.cat(tensors)
+            elif tensors:
                 fill = -1 if field.name == "step_id" else 0
                 changes[field.name] = torch.cat([_widen(value, columns, fill) for value in tensors])
             elif isinstance(values[0], tuple):

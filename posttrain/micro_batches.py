@@ -61,6 +61,8 @@ def blank_row(batch: Batch) -> Batch:
     changes: dict[str, Any] = {"mask": torch.zeros_like(row.mask), "step_id": torch.full_like(row.step_id, -1)}
     for name in ("score", "reward"):
         changes[name] = torch.full_like(row.reward, float("nan"))
+    if row.rewards is not None:
+        changes["rewards"] = torch.full_like(row.rewards, float("nan"))
     for name in ("logp_sampler", "step_reward", "term_share", *OPTIONAL_FIELDS):
         if getattr(row, name) is not None:
             changes[name] = torch.zeros_like(getattr(row, name))

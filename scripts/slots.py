@@ -36,6 +36,7 @@ WHAT_SLOTS_DO = {
     "apply. The score is the weighted sum of the verifiers that apply.",
     "select": "Says which completions to keep. The loop draws more prompts until enough are kept.",
     "reward": "Adds to the reward, for a completion (`[N]`) or for each token (`[N, L]`).",
+    "combine": "Makes one reward of the verifiers' values and the rewards of whole completions.",
     "compare": "Replaces the reward by one that comes from comparing the completions of a prompt.",
     "advantage": "Turns rewards into the advantage of each token.",
     "shape": "Changes the advantages, such as by scaling them.",

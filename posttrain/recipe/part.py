@@ -33,6 +33,7 @@ SLOTS: Mapping[str, Slot] = {
     "verify": Slot(None, ("weight", "time_limit", "on_error", "special_tokens"), several=True),
     "select": Slot(("batch",), several=True),
     "reward": Slot(("batch",), ("weight",), several=True),
+    "combine": Slot(("batch",)),
     "compare": Slot(("batch",)),
     "advantage": Slot(("batch",)),
     "shape": Slot(("advantage", "batch"), several=True),

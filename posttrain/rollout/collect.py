@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.batch import Author, Batch
+from posttrain.batch import Author, Batch, RewardColumns
 from posttrain.data import PromptSampler, Rows
 from posttrain.data.examples.dataset_examples import Examples
 from posttrain.engines.base import Completion, Engine, Sampling
@@ -119,9 +120,12 @@ def generate_and_verify(
     score = torch.tensor([verdict.score for verdict in ordered], dtype=torch.float32)
     score = score.masked_fill(batch.by(Author.CALIBRATION), float("nan"))
     values = {name: [verdict.values.get(name) for verdict in ordered] for name in source.verifiers.names}
+    numbers = [[math.nan if value is None else value for value in column] for column in values.values()]
+    rewards = torch.tensor(numbers, dtype=torch.float32).view(len(values), len(batch)).T.contiguous()
+    columns = RewardColumns(source.verifiers.names, source.verifiers.weights, verifiers=len(values))
     seconds["generate"] = seconds.get("generate", 0.0) + generated - start
     seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - generated
-    return batch.set(score=score, reward=score.clone()), values
+    return batch.set(score=score, reward=score.clone(), rewards=rewards, reward_columns=columns), values
 
 
 def make_prompts(rows: Rows, index: Sequence[int], positions: Sequence[int], seeds: Sequence[int]) -> Prompts:

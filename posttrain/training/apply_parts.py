@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.batch import Batch, Outputs
+from posttrain.batch import Batch, Outputs, RewardColumns
 from posttrain.recipe.part import Part
 from posttrain.training.recipe import Recipe
 
 
 def add_rewards(recipe: Recipe, batch: Batch) -> Batch:
-    """Adds every reward part to the batch: those of ``[N]`` to ``reward``, those of ``[N, L]`` to ``step_reward``.
+    """Fills ``rewards``, ``reward`` and ``step_reward`` of a batch with the recipe's rewards.
 
-    Every part sees the batch as it was before any of them, so their order does not matter.
+    Reward parts of ``[N]`` become columns of ``rewards`` beside the verifiers' values, and ``combine`` makes one number
+    of all columns. Reward parts of ``[N, L]`` are added to ``step_reward``. Every reward part sees the batch as it was
+    before any of them, so their order does not matter.
 
     Raises:
         ValueError: if a part returns another shape, or a number that is not finite for a scored completion.
     """
-    reward, step_reward = batch.reward, batch.step_reward
+    step_reward, whole = batch.step_reward, with_verifiers(batch)
     for part in recipe.reward:
-        value = part.weight * part(batch)
-        if value.shape == reward.shape:
-            reward = reward + value
-        elif value.shape == step_reward.shape:
-            step_reward = step_reward + value.where(batch.mask, 0.0)
+        value = _checked_reward(part, batch)
+        if value.dim() == 1:
+            whole = with_reward(whole, part, value)
         else:
-            expected = f"{list(reward.shape)} (one a completion) or {list(step_reward.shape)} (one a token)"
-            raise ValueError(f"reward part {part.name!r} returned shape {list(value.shape)}, expected {expected}")
-        counted = batch.mask & batch.scored[:, None] if value.dim() == 2 else batch.scored
-        wrong = counted & ~value.isfinite()
-        if rows := (wrong.any(-1) if wrong.dim() == 2 else wrong).nonzero().squeeze(-1).tolist():
-            raise ValueError(f"reward part {part.name!r} gave a reward that is not finite to completions {rows[:8]}")
-    return batch.set(reward=reward, step_reward=step_reward)
+            step_reward = step_reward + (part.weight * value).where(batch.mask, 0.0)
+    return combined(recipe.combine, whole.set(step_reward=step_reward))
+
+
+def with_verifiers(batch: Batch) -> Batch:
+    """Fills ``batch.rewards`` if no verifier has: given completions have their rating, named ``score``, alone."""
+    if batch.rewards is not None:
+        return batch
+    return batch.set(rewards=batch.score[:, None], reward_columns=RewardColumns(("score",), (1.0,), verifiers=1))
+
+
+def with_reward(batch: Batch, part: Part, value: Float[Tensor, " N"]) -> Batch:
+    """Adds a column to ``batch.rewards``; a name that is there already gets a number: length, length_2."""
+    assert batch.rewards is not None
+    columns = batch.reward_columns
+    named = RewardColumns((*columns.names, unused(part.name, columns.names)), (*columns.weights, part.weight))
+    rewards = torch.cat([batch.rewards, value.to(batch.rewards)[:, None]], -1)
+    return batch.set(rewards=rewards, reward_columns=dataclasses.replace(named, verifiers=columns.verifiers))
+
+
+def combined(combine: Part, batch: Batch) -> Batch:
+    """Fills ``batch.reward`` by a part of the slot ``combine``. Unscored completions stay unscored.
+
+    Raises:
+        ValueError: if the part returns another shape, or a number that is not finite for a scored completion.
+    """
+    reward = combine(batch)
+    if reward.shape != batch.score.shape or not bool(reward[batch.scored].isfinite().all()):
+        name, expected = combine.name, f"{len(batch)} numbers, finite for scored completions"
+        raise ValueError(f"part {name!r} returned {list(reward.shape)}; expected {expected}")
+    return batch.set(reward=reward.to(batch.reward).where(batch.scored, float("nan")))
+
+
+def _checked_reward(part: Part, batch: Batch) -> Tensor:
+    """The reward ``[N]`` or ``[N, L]`` of a part before its weight."""
+    value = part(batch)
+    if value.shape not in (batch.reward.shape, batch.mask.shape):
+        expected = f"{list(batch.reward.shape)} (one a completion) or {list(batch.mask.shape)} (one a token)"
+        raise ValueError(f"reward part {part.name!r} returned shape {list(value.shape)}, expected {expected}")
+    counted = batch.mask & batch.scored[:, None] if value.dim() == 2 else batch.scored
+    wrong = counted & ~value.isfinite()
+    if rows := (wrong.any(-1) if wrong.dim() == 2 else wrong).nonzero().squeeze(-1).tolist():
+        raise ValueError(f"reward part {part.name!r} gave a reward that is not finite to completions {rows[:8]}")
+    return value
 
 
 def compare_completions(recipe: Recipe, batch: Batch) -> Batch:
@@ -180,12 +219,12 @@ def _sum_of_terms(
             term = term * weight(outputs, batch).detach()
         value = (term.where(counted, 0.0) * share).sum()
         loss = loss + part.coef * value
-        terms[_unused(part.name, terms)] = value.detach()
+        terms[unused(part.name, terms)] = value.detach()
     return loss, terms
 
 
-def _unused(name: str, taken: dict[str, Tensor]) -> str:
-    """The name, with a number if a term of that name is there already: kl, kl_2, kl_3."""
+def unused(name: str, taken: Collection[str]) -> str:
+    """The name, with a number if it is taken: kl, kl_2, kl_3."""
     numbered, count = name, 1
     while numbered in taken:
         count += 1

@@ -23,7 +23,7 @@ OTHER_POLICIES_FILE = "other_policies.pt"
 
 def parts_with_memory(recipe: Recipe) -> dict[str, Any]:
     """The parts that keep a ``state``, by their path in the recipe."""
-    slots: dict[str, Part] = {"rollout": recipe.rollout, "normaliser": recipe.normaliser}
+    slots: dict[str, Part] = {"rollout": recipe.rollout, "combine": recipe.combine, "normaliser": recipe.normaliser}
     for slot in ("compare", "advantage", "baseline", "regroup", "target"):
         if (part := getattr(recipe, slot)) is not None:
             slots[slot] = part

@@ -28,6 +28,7 @@ MODULES: Mapping[str, str] = {
     "verify": "posttrain.verify.functions",
     "select": "posttrain.parts.selection",
     "reward": "posttrain.parts.rewards",
+    "combine": "posttrain.parts.combining",
     "compare": "posttrain.parts.preference.games",
     "advantage": "posttrain.parts.advantages",
     "shape": "posttrain.parts.advantages",
@@ -75,6 +76,7 @@ class Recipe(Checked):
     verify: tuple[InstanceOf[Part], ...] = ()
     select: tuple[InstanceOf[Part], ...] = ()
     reward: tuple[InstanceOf[Part], ...] = ()
+    combine: InstanceOf[Part] = _default("posttrain.parts.combining.weighted_sum")
     compare: InstanceOf[Part] | None = None
     """Replaces the reward: how completions do in comparison."""
     advantage: InstanceOf[Part] | None = None

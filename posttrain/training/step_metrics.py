@@ -13,6 +13,7 @@ from torch import Tensor
 from posttrain.batch import Batch
 from posttrain.rollout.collect import Collected, verifier_means
 from posttrain.system.processes import Processes
+from posttrain.training.checkpoints import parts_with_memory
 from posttrain.training.metrics import (
     example_metrics,
     mean_sums,
@@ -70,6 +71,9 @@ def step_metrics(
     if batch.advantage is not None:
         idle = ~(batch.advantage != 0).any(-1)
         metrics |= reduce_means({"advantage/zero": mean_sums(idle[kept & batch.mask.any(-1)])}, processes)
+    metrics |= reward_metrics(batch[kept], processes)
+    for part in parts_with_memory(run.recipe).values():
+        metrics |= part.metrics() if hasattr(part, "metrics") else {}
     metrics |= failure_counts(run)
     tokens = float(processes.all_sum(torch.tensor(collected.tokens)))
     whole = clock.whole
@@ -102,6 +106,24 @@ def completion_metrics(
     kept_values = {name: [column[i] for i in rows] for name, column in collected.values.items()}
     of_kept = of_batch(batch[kept], processes) | verifier_means(kept_values, processes)
     return metrics | {f"kept/{name}": value for name, value in of_kept.items()}
+
+
+def reward_metrics(batch: Batch, processes: Processes) -> dict[str, float]:
+    """Mean, standard deviation and share of missing values of each reward, over the completions learned from.
+
+    Empty in a recipe with one reward, which ``reward/mean`` is about.
+    """
+    if batch.rewards is None or batch.rewards.shape[-1] < 2:
+        return {}
+    metrics = {}
+    counted = batch.mask.any(-1)
+    for name, column in zip(batch.reward_columns.names, batch.rewards[counted].double().unbind(-1), strict=True):
+        known = column[~column.isnan()]
+        sums = {"mean": mean_sums(known), "square": mean_sums(known.square()), "missing": mean_sums(column.isnan())}
+        means = reduce_means(sums, processes)
+        means["std"] = max(0.0, means.pop("square") - means["mean"] ** 2) ** 0.5
+        metrics |= {f"rewards/{name}/{figure}": value for figure, value in means.items()}
+    return metrics
 
 
 def failure_counts(run: TrainingRun) -> dict[str, float]:

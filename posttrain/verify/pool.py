@@ -99,6 +99,7 @@ class VerifierPool:
         """
         self.verifiers = _verifiers(parts)
         self.names = tuple(verifier.name for verifier in self.verifiers)
+        self.weights = tuple(verifier.part.weight for verifier in self.verifiers)
         self.failures: Counter[str] = Counter()
         self.first_failures: dict[str, str] = {}
         self._items: dict[Hashable, _Item] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from posttrain.batch import Batch, Finish
+from posttrain.batch import Batch, Finish, RewardColumns
 
 
 def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns: int = 12, prompt: int = 3) -> Batch:
@@ -36,6 +36,8 @@ def make_random_batch(seed: int = 0, *, groups: int = 3, size: int = 4, columns:
         score=(reward := torch.randint(0, 2, (n,), generator=g).float()),
         reward=reward + 0.1 * torch.randn(n, generator=g),
         step_reward=noise(0.1),
+        rewards=torch.stack([reward, torch.rand(n, generator=torch.Generator().manual_seed(seed + 1))], -1),
+        reward_columns=RewardColumns(("right", "brief"), (1.0, 0.5), verifiers=2),
         logp_old=logp_old,
         logp_ref=logp_old + noise(0.2),
         entropy=noise(1.0).abs(),

@@ -27,7 +27,7 @@ def weighted_sum(batch: Batch) -> Float[Tensor, " N"]:
     """Sum of the rewards that apply, each times the ``weight`` that it has in the recipe."""
     total, columns = batch.reward, batch.reward_columns  # so far the sum of the verifiers
     for k in range(columns.verifiers, len(columns.names)):
-        total = total + columns.weights[k] * known(batch)[:, k]
+        total = total + columns.weights[k] * _known(batch)[:, k]
     return total
 
 
@@ -44,7 +44,7 @@ def normalised_sum(batch: Batch, *, ddof: Count = 1, eps: NonNegative = 1e-4) ->
         ddof: 1 for the unbiased variance, as TRL takes it; 0 for the biased one.
         eps: added to the standard deviation: 1e-4 in TRL.
     """
-    rewards, total = known(batch).double(), torch.zeros_like(batch.score, dtype=torch.float64)
+    rewards, total = _known(batch).double(), torch.zeros_like(batch.score, dtype=torch.float64)
     for k, weight in enumerate(batch.reward_columns.weights):
         column = rewards[:, k]
         counted = batch.trained & ~column.isnan()
@@ -72,7 +72,7 @@ def power_mean(batch: Batch, *, p: float = 1.0, floor: Positive = 1e-6) -> Float
     weights = torch.tensor(batch.reward_columns.weights, dtype=torch.float64)
     if not bool((weights > 0).all()):
         raise ValueError(f"power_mean needs positive weights of all rewards, not {weights.tolist()}")
-    rewards = known(batch).double()
+    rewards = _known(batch).double()
     applies, logs = ~rewards.isnan(), rewards.clamp(min=floor).log()
     if math.isinf(p):
         return (
@@ -99,7 +99,7 @@ def first_failing(batch: Batch, *, at_least: Annotated[Bounds, Field(min_length=
     Args:
         at_least: bound of each reward, the most important one first.
     """
-    rewards, columns = known(batch).double(), [batch.reward_columns.index(name) for name in at_least]
+    rewards, columns = _known(batch).double(), [batch.reward_columns.index(name) for name in at_least]
     total = torch.zeros_like(batch.score, dtype=torch.float64)
     reached = torch.ones_like(batch.baseline_only)
     for k, bound in zip(columns, at_least.values(), strict=True):
@@ -110,15 +110,14 @@ def first_failing(batch: Batch, *, at_least: Annotated[Bounds, Field(min_length=
     return (total / len(columns)).float()
 
 
-@facts(compares_group=False)
 class constrained:  # noqa: N801 - a part is named as in recipes
     """Weighted sum of the other rewards, and a learned multiplier for each bound on the mean of a reward.
 
     R = Σ_others w_k r_k + Σ_k λ_k s_k (r_k - d_k), then λ_k ← min(max(0, λ_k - η s_k (mean r_k - d_k)), largest)
 
     s_k is 1 for a lower bound (``at_least``) and -1 for an upper bound (``at_most``). The mean is over the scored
-    completions of all ranks to which the reward applies. Lagrangian ascent on the multipliers: Dai et al. 2023 (Safe
-    RLHF), arXiv:2310.12773. The multipliers are kept in checkpoints, and are metrics.
+    completions of all ranks to which the reward applies. Projected gradient steps of the multipliers: Tessler et al.
+    2018 (RCPO), arXiv:1805.11074. The multipliers are kept in checkpoints, and are metrics.
 
     Args:
         at_least: lower bounds d_k by reward.
@@ -149,7 +148,7 @@ class constrained:  # noqa: N801 - a part is named as in recipes
         self.state: dict[str, float] = dict.fromkeys(names, float(start))
 
     def __call__(self, batch: Batch) -> Float[Tensor, " N"]:
-        rewards, columns = known(batch).double(), batch.reward_columns
+        rewards, columns = _known(batch).double(), batch.reward_columns
         bound_columns = {columns.index(name) for name in self.state}
         total = torch.zeros_like(batch.score, dtype=torch.float64)
         for k, weight in enumerate(columns.weights):
@@ -168,7 +167,7 @@ class constrained:  # noqa: N801 - a part is named as in recipes
         return {f"combine/multiplier/{name}": value for name, value in self.state.items()}
 
 
-def known(batch: Batch) -> Float[Tensor, "N K"]:
+def _known(batch: Batch) -> Float[Tensor, "N K"]:
     """The rewards of a batch.
 
     Raises:

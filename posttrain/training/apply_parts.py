@@ -14,12 +14,15 @@ from posttrain.recipe.part import Part
 from posttrain.training.recipe import Recipe
 
 
-def add_rewards(recipe: Recipe, batch: Batch) -> Batch:
+def add_rewards(recipe: Recipe, batch: Batch, combine: Part | None = None) -> Batch:
     """Fills ``rewards``, ``reward`` and ``step_reward`` of a batch with the recipe's rewards.
 
     Reward parts of ``[N]`` become columns of ``rewards`` beside the verifiers' values, and ``combine`` makes one number
     of all columns. Reward parts of ``[N, L]`` are added to ``step_reward``. Every reward part sees the batch as it was
     before any of them, so their order does not matter.
+
+    Args:
+        combine: takes the place of the recipe's, such as a copy of it that may remember the batch.
 
     Raises:
         ValueError: if a part returns another shape, or a number that is not finite for a scored completion.
@@ -31,7 +34,7 @@ def add_rewards(recipe: Recipe, batch: Batch) -> Batch:
             whole = with_reward(whole, part, value)
         else:
             step_reward = step_reward + (part.weight * value).where(batch.mask, 0.0)
-    return combined(recipe.combine, whole.set(step_reward=step_reward))
+    return combined(combine or recipe.combine, whole.set(step_reward=step_reward))
 
 
 def with_verifiers(batch: Batch) -> Batch:

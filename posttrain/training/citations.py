@@ -12,7 +12,7 @@ from posttrain.recipe.part import Part, default_options
 from posttrain.training.recipe import Recipe
 
 ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
-POLICY_ONLY = ("loss", "advantage", "shape", "keep", "baseline", "regroup", "compare")
+POLICY_ONLY = ("loss", "advantage", "shape", "keep", "baseline", "regroup", "combine", "compare")
 """Slots that do not change a value model."""
 SAMPLING_ONLY = ("rollout", "decoder")
 """Slots that a recipe over completions from a dataset does not use."""

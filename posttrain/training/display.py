@@ -60,5 +60,5 @@ def sampled_columns(recipe: Recipe) -> tuple[Column, ...]:
         return SAMPLED_COLUMNS
     reward, accuracy = SAMPLED_COLUMNS
     # Rewards are computed after `select`, so the score alone is known of all that was drawn.
-    unknown = recipe.select and (recipe.reward or recipe.compare is not None)
+    unknown = recipe.select and recipe.changes_scores
     return (SCORE if unknown else reward, accuracy, KEPT)

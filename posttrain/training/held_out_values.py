@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -48,10 +49,11 @@ def held_out_batches(learner: Learner, examples: Examples) -> Iterator[tuple[Bat
     A rank without a share gets a row without tokens, because sums over ranks need every rank.
     """
     recipe, processes = learner.recipe, learner.processes
+    combine = copy.deepcopy(recipe.combine)  # an evaluation leaves no trace in the memory of a run
     for index in index_chunks(len(examples), recipe.prompts_per_step):
         own_index = processes.share_of(index)
         batch = examples.batch(own_index) if own_index else blank_row(examples.batch(index[:1]))
-        batch = add_rewards(recipe, score(learner, batch.set(all_sum=processes.all_sum)))
+        batch = add_rewards(recipe, score(learner, batch.set(all_sum=processes.all_sum)), combine)
         for_target = score_values(learner, batch, learner.slow_value) if learner.slow_value is not None else batch
         yield batch.set(target=value_target(recipe, for_target)), len(index)
 

@@ -77,6 +77,7 @@ class Recipe(Checked):
     select: tuple[InstanceOf[Part], ...] = ()
     reward: tuple[InstanceOf[Part], ...] = ()
     combine: InstanceOf[Part] = _default("posttrain.parts.combining.weighted_sum")
+    """Makes one reward of the verifiers' values and the rewards of whole completions."""
     compare: InstanceOf[Part] | None = None
     """Replaces the reward: how completions do in comparison."""
     advantage: InstanceOf[Part] | None = None
@@ -128,6 +129,11 @@ class Recipe(Checked):
     def others_write(self) -> bool:
         """True if some of a prompt's completions are not the policy's own: an opponent's, or those of the dataset."""
         return bool(self.rollout.fact("others_write"))
+
+    @property
+    def changes_scores(self) -> bool:
+        """True if rewards are not the verifiers' scores alone, so that they are known only after ``select``."""
+        return bool(self.reward) or self.compare is not None or self.combine.name != "weighted_sum"
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -234,7 +240,11 @@ def _group_conflicts(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     """Parts that compare the completions of a prompt, where a prompt has only one."""
     if recipe.completions > 1 or recipe.others_write:
         return
-    slots: list[tuple[Location, Part | None]] = [(("advantage",), recipe.advantage), (("compare",), recipe.compare)]
+    slots: list[tuple[Location, Part | None]] = [
+        (("advantage",), recipe.advantage),
+        (("compare",), recipe.compare),
+        (("combine",), recipe.combine),
+    ]
     names = ("shape", "select", *(() if recipe.examples is not None else ("loss",)))
     slots += [((name, i), part) for name in names for i, part in enumerate(getattr(recipe, name))]
     for place, part in slots:

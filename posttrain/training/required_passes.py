@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from posttrain.batch import Batch
+from posttrain.batch import Batch, RewardColumns
 from posttrain.errors import RecipeError
-from posttrain.recipe.part import Part
+from posttrain.recipe.part import Part, numbered_names
+from posttrain.training.apply_parts import with_reward
 from posttrain.training.probe import ReadLog, probe_batch, probe_outputs
 from posttrain.training.recipe import Recipe
 
@@ -51,6 +52,7 @@ def find_required_passes(recipe: Recipe) -> RequiredPasses:
     log = ReadLog()
     batch = probe_batch(log, every_next=_has_q_head(recipe), baseline=recipe.baseline is not None)
     before: set[str] = set()
+    batch = _with_reward_columns(recipe, batch)
     for slot, part in _before_update(recipe):
         arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
         before |= _observe(log, slot, part, arguments, _shapes(slot, batch))
@@ -96,9 +98,26 @@ def _refuse_unfilled(recipe: Recipe, required: RequiredPasses, read: set[str]) -
         raise RecipeError("value: no part of the recipe reads or trains values; leave the section out")
 
 
+def _with_reward_columns(recipe: Recipe, batch: Batch) -> Batch:
+    """The made-up batch with a column of rewards for each verifier and each reward of whole completions.
+
+    A reward model is not called. It gets a column, as if it gave one number a completion.
+    """
+    names = ("score",) if recipe.examples is not None else numbered_names(recipe.verify)
+    weights = (1.0,) if recipe.examples is not None else tuple(part.weight for part in recipe.verify)
+    first = batch.score[:, None].repeat(1, len(names))
+    batch = batch.set(rewards=first, reward_columns=RewardColumns(names, weights, verifiers=len(names)))
+    for part in recipe.reward:
+        value = batch.score if hasattr(part.call, "needs") else copy.deepcopy(part.call)(batch)
+        if isinstance(value, Tensor) and value.shape == batch.score.shape:
+            batch = with_reward(batch, part, value)
+    return batch
+
+
 def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
     yield from (("reward", part) for part in recipe.reward)
     yield from (("select", part) for part in recipe.select)
+    yield "combine", recipe.combine
     if recipe.compare is not None:
         yield "compare", recipe.compare
     if recipe.advantage is not None:
@@ -115,7 +134,7 @@ def _before_update(recipe: Recipe) -> Iterator[tuple[str, Part]]:
 def _shapes(slot: str, batch: Batch) -> list[tuple[int, ...]]:
     """Shapes that a part of a slot may return."""
     n, columns = batch.mask.shape
-    one_each = dict.fromkeys(("select", "compare", "keep", "baseline", "regroup"), [(n,)])
+    one_each = dict.fromkeys(("select", "combine", "compare", "keep", "baseline", "regroup"), [(n,)])
     return {"reward": [(n,), (n, columns)], **one_each}.get(slot, [(n, columns)])
 
 

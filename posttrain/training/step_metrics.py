@@ -89,7 +89,7 @@ def completion_metrics(
     """Statistics of all completions that were drawn; under ``kept/`` of those that the update learned from.
 
     ``kept/`` is there only if the recipe has ``select`` or ``keep``. Rewards are computed after ``select``: the metrics
-    of what was drawn have no ``reward/`` if the recipe adds rewards to the score or compares completions.
+    of what was drawn have no ``reward/`` if the recipe makes something else of the scores.
     """
     of_batch = example_metrics if recipe.examples is not None else rollout_metrics
     if not recipe.select and not recipe.keep:
@@ -100,7 +100,7 @@ def completion_metrics(
         drawn = collected.batch if dropped is None else Batch.concatenate([collected.batch, dropped])
         values = {name: [*column, *collected.dropped_values[name]] for name, column in values.items()}
     metrics = of_batch(drawn, processes) | verifier_means(values, processes)
-    if recipe.select and (recipe.reward or recipe.compare is not None):
+    if recipe.select and recipe.changes_scores:
         metrics = {name: value for name, value in metrics.items() if not name.startswith("reward/")}
     rows = kept.nonzero().squeeze(-1).tolist()
     kept_values = {name: [column[i] for i in rows] for name, column in collected.values.items()}

@@ -28,7 +28,7 @@ from posttrain.verify.signature import Signature, batch_arguments, signature_of
 from posttrain.verify.worker import Failed, Outcome, Source
 
 if TYPE_CHECKING:
-    from posttrain.recipe.part import Part
+    from posttrain.recipe.part import Part, numbered_names
 
 CALLS_PER_WORKER = 20_000  # then a fresh process takes over, so that caches and leaks of verifiers stay bounded
 
@@ -321,12 +321,9 @@ PICKLING_ERRORS = (AttributeError, TypeError, pickle.PicklingError)
 
 
 def _verifiers(parts: Sequence[Part]) -> tuple[Verifier, ...]:
-    """Makes the verifiers of a slot's parts; a name that occurs again gets a number."""
-    seen: Counter[str] = Counter()
+    """Makes the verifiers of a slot's parts."""
     verifiers = []
-    for part in parts:
-        seen[part.name] += 1
-        name = part.name if seen[part.name] == 1 else f"{part.name} ({seen[part.name]})"
+    for name, part in zip(numbered_names(parts), parts, strict=True):
         signature = signature_of(part.call, part.options)
         quick, wrong_if_stuck = IN_PROCESS.get(part.target), part.target in WRONG_IF_STUCK
         verifiers.append(Verifier(name, part, signature, quick, wrong_if_stuck, _source(name, part, signature)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 
 Matrix = list[list[float]]
 Term = Callable[[int, int], float]
@@ -32,6 +32,8 @@ class Rows:
     logp_old: Matrix
     logp_ref: Matrix
     logp_sampler: Matrix
+    rewards: Matrix
+    weights: list[float]
     entropy: Matrix
     kept: list[int] = field(default_factory=list)
 
@@ -69,6 +71,8 @@ def read(batch, entropy=None) -> Rows:
         logp_old=batch.logp_old.tolist(),
         logp_ref=batch.logp_ref.tolist(),
         logp_sampler=batch.logp_sampler.tolist(),
+        rewards=batch.rewards.tolist(),
+        weights=list(batch.reward_columns.weights),
         entropy=[] if entropy is None else entropy.tolist(),
         kept=list(range(len(batch))),
     )
@@ -411,6 +415,19 @@ def lite_ppo(rows: Rows) -> Loss:
     return lambda logp, fixed: token_mean(rows, clip(rows, a, logp, 0.2, 0.2))
 
 
+def gdpo(rows: Rows) -> Loss:
+    def z(i: int, k: int) -> float:
+        values = [rows.rewards[j][k] for j in rows.group_of(i)]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        return (rows.rewards[i][k] - fmean(values)) / (spread + 1e-4) if spread > 0 else 0.0
+
+    trained = [i for i in rows.trained() if rows.scored(i)]
+    sums = {i: sum(w * z(i, k) for k, w in enumerate(rows.weights)) for i in trained}
+    rows.reward = [sums.get(i, 0.0 if rows.scored(i) else math.nan) for i in range(len(rows.reward))]
+    a = outcome(rows, "batch", "batch")
+    return lambda logp, fixed: seq_mean_of_token_mean(rows, clip(rows, a, logp, 0.2, 0.2))
+
+
 def intellect2(rows: Rows) -> Loss:
     a = outcome(rows, "group", "group")
     return lambda logp, fixed: token_mean(
@@ -431,6 +448,7 @@ RECIPES: dict[str, Callable[[Rows], Loss]] = {
     "gmpo": gmpo,
     "remax": remax,
     "opo": opo,
+    "gdpo": gdpo,
     "lite_ppo": lite_ppo,
     "intellect2": intellect2,
 }

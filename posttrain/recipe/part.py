@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -115,16 +114,6 @@ class Part:
 def _short(value: Any) -> str:
     text = "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
     return text.replace("\n", "\\n")
-
-
-def numbered_names(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The names of parts; one that occurs again gets a number: length, length (2)."""
-    seen: Counter[str] = Counter()
-    names = []
-    for part in parts:
-        seen[part.name] += 1
-        names.append(part.name if seen[part.name] == 1 else f"{part.name} ({seen[part.name]})")
-    return tuple(names)
 
 
 class RecipeConflict(RecipeError):

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from posttrain.batch import Batch, RewardColumns
 from posttrain.errors import RecipeError
-from posttrain.recipe.part import Part, numbered_names
+from posttrain.recipe.part import Part
 from posttrain.training.apply_parts import with_reward
 from posttrain.training.probe import ReadLog, probe_batch, probe_outputs
 from posttrain.training.recipe import Recipe
+from posttrain.verify.pool import numbered_names
 
 
 @dataclass(frozen=True)

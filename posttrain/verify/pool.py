@@ -28,7 +28,7 @@ from posttrain.verify.signature import Signature, batch_arguments, signature_of
 from posttrain.verify.worker import Failed, Outcome, Source
 
 if TYPE_CHECKING:
-    from posttrain.recipe.part import Part, numbered_names
+    from posttrain.recipe.part import Part
 
 CALLS_PER_WORKER = 20_000  # then a fresh process takes over, so that caches and leaks of verifiers stay bounded
 
@@ -318,6 +318,16 @@ def cores() -> int:
 
 
 PICKLING_ERRORS = (AttributeError, TypeError, pickle.PicklingError)
+
+
+def numbered_names(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The names of parts; one that occurs again gets a number: length, length (2)."""
+    seen: Counter[str] = Counter()
+    names = []
+    for part in parts:
+        seen[part.name] += 1
+        names.append(part.name if seen[part.name] == 1 else f"{part.name} ({seen[part.name]})")
+    return tuple(names)
 
 
 def _verifiers(parts: Sequence[Part]) -> tuple[Verifier, ...]:

@@ -17,6 +17,8 @@ QUIET = 5.0  # seconds in which nothing is said, and between two lines
 def saying_still(what: str) -> Iterator[None]:
     """Prints ``still importing x, 10 s`` every few seconds while the block runs; nothing if it is quick.
 
+    Only the first process prints, and its workers.
+
     Args:
         what: what takes so long, such as ``importing my_verifier.py``.
     """
@@ -26,8 +28,8 @@ def saying_still(what: str) -> Iterator[None]:
         while not over.wait(QUIET):
             print(f"still {what}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=say, name="saying-still", daemon=True)
-    thread.start()
+    if os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=say, name="saying-still", daemon=True).start()
     try:
         yield
     finally:

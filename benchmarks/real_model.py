@@ -39,7 +39,7 @@ Size = Literal["small", "full"]
 class Task(NamedTuple):
     """A part of the benchmark: a recipe, and which of its metrics tell what was learned."""
 
-    kind: Literal["train", "decode", "serve"]
+    kind: Literal["train", "decode", "evaluate", "serve"]
     metric: str
     meaning: str
     needs: tuple[str, ...] = ()
@@ -48,33 +48,39 @@ class Task(NamedTuple):
 
 ADDITIONS = ("--steps=4", "--evaluate.every=4", "--evaluate.data.limit=32", "--prompts_per_step=4")
 GIVEN = ("--steps=4", "--evaluate.every=4", "--evaluate.examples.limit=32", "--prompts_per_step=4")
+FEW = ("--data.limit=64",)
 SUMS = "share of right sums, held-out additions, greedy"
 PAIRS = "share of pairs whose right solution is preferred, held-out problems"
+ROC = "area under the ROC curve of right against wrong, held-out solutions"
+RETURNS = "explained variance of returns, each batch before it is learned from"
 TASKS = {
-    "sft": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
-    "lora": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
     "grpo": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
-    "critic": Task(
-        "train",
-        "value/explained_variance",
-        "explained variance of returns, fresh samples",
-        small=("--steps=4", "--prompts_per_step=4"),
-    ),
+    "sft": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
+    "critic": Task("train", "value/explained_variance", RETURNS, small=("--steps=4", "--prompts_per_step=4")),
+    "values": Task("evaluate", "value/explained_variance", "the same, at each token of held-out samples", ("critic",), FEW),
     "ppo": Task("train", "eval/accuracy", SUMS, needs=("critic",), small=ADDITIONS),
-    "dpo": Task("train", "eval/preference/accuracy", PAIRS, small=GIVEN),
-    "kto": Task("train", "eval/preference/accuracy", PAIRS, small=GIVEN),
-    "reward": Task("train", "eval/value/pair_accuracy", PAIRS, small=GIVEN),
-    "outcome": Task("train", "eval/value/auc", "area under the ROC curve, held-out solutions", small=GIVEN),
-    "sample": Task("decode", "score", "share of right sums, held-out additions, sampled", small=("--data.limit=64",)),
-    "best_of_n": Task("decode", "score", "the same, the best of 8", ("critic",), ("--data.limit=64",)),
-    "blockwise": Task("decode", "score", "the same, the best of 8 blocks", ("critic",), ("--data.limit=64",)),
+    "sample": Task("decode", "score", "share of right sums, held-out additions, sampled", small=FEW),
+    "best_of_n": Task("decode", "score", "the same, the best of 8", ("critic",), FEW),
+    "blockwise": Task("decode", "score", "the same, the best of 8 blocks", ("critic",), FEW),
     "serve": Task("serve", "score", "share of right sums through OpenAI's client", needs=("grpo",)),
+    "lora": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
+    "dpo": Task("train", "eval/preference/accuracy", PAIRS, small=GIVEN),
+    "kto": Task("train", "eval/preference/auc", ROC, small=GIVEN),
+    "reward": Task("train", "eval/value/pair_accuracy", PAIRS, small=GIVEN),
+    "outcome": Task("train", "eval/value/auc", ROC, small=GIVEN),
 }
 
 
 def proportion_error(share: float, count: int) -> float:
     """Standard error of a share of ``count`` independent rows."""
     return (share * (1 - share) / count) ** 0.5
+
+
+def area_error(area: float, right: int, wrong: int) -> float:
+    """Standard error of the area under an ROC curve (Hanley and McNeil 1982, Radiology 143, 29-36)."""
+    two_right, two_wrong = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = (right - 1) * (two_right - area**2) + (wrong - 1) * (two_wrong - area**2)
+    return ((area * (1 - area) + spread) / (right * wrong)) ** 0.5
 
 
 def before_and_after(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
@@ -106,16 +112,26 @@ def run(command: Sequence[str], folder: Path, log: Path) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - start, 1), "peak_memory_mb": usage.ru_maxrss // 1024}
 
 
-def held_out_rows(name: str, folder: Path, overrides: Sequence[str]) -> int:
-    """Number of held-out rows that the metric of a training part averages over; 0 if it has no evaluation."""
+def held_out_rows(name: str, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Held-out rows that the metric of a training part is measured on; none if it has no evaluation."""
     from posttrain.training.recipe import load_recipe
 
     evaluate = load_recipe(RECIPES / f"{name}.yaml", overrides).evaluate
     section = None if evaluate is None else evaluate.data or evaluate.examples
-    if section is None:
-        return 0
-    count = len(read_rows(folder / section.path))
-    return count if section.limit is None else min(count, section.limit)
+    return [] if section is None else read_rows(folder / section.path)[: section.limit]
+
+
+def standard_error(metric: str, value: float, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Standard error of a figure on held-out rows; None if the figure is no share and no area.
+
+    Rows that a recipe leaves out as too long are counted, so that the error is a little too small where there are any.
+    """
+    if not rows:
+        return None
+    if not metric.endswith("auc"):
+        return proportion_error(value, len(rows))
+    right = sum(bool(row["label"]) for row in rows)
+    return area_error(value, right, len(rows) - right)
 
 
 def train_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
@@ -126,9 +142,18 @@ def train_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
     cost = run(command, folder, folder / RUNS / f"{name}.log")
     result: dict[str, Any] = before_and_after(read_rows(folder / RUNS / name / "metrics.jsonl"), task.metric)
     rows = held_out_rows(name, folder, overrides)
-    if rows and "accuracy" in task.metric:
-        result |= {f"{when}_error": proportion_error(result[when], rows) for when in ("before", "after")}
-    return {**result, "rows": rows, **cost}
+    errors = {f"{when}_error": standard_error(task.metric, result[when], rows) for when in ("before", "after")}
+    return {**result, **errors, "rows": len(rows), **cost}
+
+
+def evaluate_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
+    """Measures a model by a recipe of ``posttrain eval``, and reads its report."""
+    task = TASKS[name]
+    overrides = task.small if size == "small" else ()
+    command = [sys.executable, "-m", "posttrain", "eval", str(RECIPES / f"{name}.yaml"), *overrides]
+    cost = run(command, folder, folder / RUNS / f"{name}.log")
+    metrics = json.loads((folder / RUNS / name / "metrics.json").read_text())["metrics"]
+    return {"after": metrics[task.metric], "rows": int(metrics["value/states"]), **cost}
 
 
 def decode_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
@@ -200,7 +225,7 @@ def main() -> None:
         if not options.again and results.get(name, {}).get("size") == options.size:
             print(f"{name}: kept", flush=True)
             continue
-        part = {"train": train_part, "decode": decode_part, "serve": serve_part}[TASKS[name].kind]
+        part = {"train": train_part, "decode": decode_part, "evaluate": evaluate_part, "serve": serve_part}[TASKS[name].kind]
         try:
             figures = part(name, folder, options.size)
         except UserError as error:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -33,10 +34,9 @@ def wait_until_ready(client: openai.OpenAI, server: subprocess.Popen[bytes], sec
     raise RuntimeError(f"the server did not answer within {seconds:.0f} s; it returned {server.poll()}")
 
 
-def ask(client: openai.OpenAI, model: str, question: str) -> str:
-    """The answer to a question, under the instruction of the recipes."""
-    messages = [{"role": "system", "content": "Reply with the sum alone."}, {"role": "user", "content": question}]
-    reply = client.chat.completions.create(model=model, messages=messages)  # pyright: ignore[reportArgumentType]
+def ask(client: openai.OpenAI, model: str, messages: Any) -> str:
+    """The answer to a conversation."""
+    reply = client.chat.completions.create(model=model, messages=messages)
     return reply.choices[0].message.content or ""
 
 
@@ -48,12 +48,12 @@ def main(recipe: str, rows: str, count: str, result: str) -> None:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         model = wait_until_ready(client, server)
         asked = read_rows(Path(rows))[: int(count)]
-        answers = [ask(client, model, row["question"]) for row in asked]
+        answers = [ask(client, model, row["prompt"]) for row in asked]
     finally:
         server.terminate()
         server.wait(60)
     for row, answer in zip(asked, answers, strict=True):
-        print(row["question"], "->", answer)
+        print(row["prompt"][-1]["content"], "->", answer)
     right = [
         (re.findall(r"\d+", answer) or [""])[-1] == row["answer"] for row, answer in zip(asked, answers, strict=True)
     ]

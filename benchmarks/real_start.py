@@ -81,20 +81,24 @@ def dequantise(weights: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def additions(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def additions(count: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Makes ``count`` additions of two numbers of two digits to train on, and 512 others to hold out."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(pairs)
-    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
+    rows = [addition(a, b) for a, b in pairs]
     return rows[512 : 512 + count], rows[:512]
 
 
-def demonstration(row: dict[str, str], system: str) -> dict[str, Any]:
-    """The addition as a conversation that ends with the sum."""
-    return {
-        "prompt": [{"role": "system", "content": system}, {"role": "user", "content": row["question"]}],
-        "completion": [{"role": "assistant", "content": row["answer"]}],
-    }
+def addition(a: int, b: int) -> dict[str, Any]:
+    """A conversation that asks for a sum after one solved example, without which the model explains what sums are."""
+    contents = (("system", ""), ("user", "12 + 34 ="), ("assistant", "12 + 34 = 46"), ("user", f"{a} + {b} ="))
+    return {"prompt": [{"role": role, "content": text} for role, text in contents], "answer": str(a + b)}
+
+
+def demonstration(row: dict[str, Any]) -> dict[str, Any]:
+    """The addition with the right sum as completion."""
+    question = row["prompt"][-1]["content"]
+    return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": f"{question} {row['answer']}"}]}
 
 
 def write_additions(folder: Path, count: int) -> None:
@@ -102,7 +106,7 @@ def write_additions(folder: Path, count: int) -> None:
     training, held_out = additions(count, seed=0)
     write_rows(folder / "additions.jsonl", training)
     write_rows(folder / "held_out.jsonl", held_out)
-    write_rows(folder / "demonstrations.jsonl", [demonstration(row, "Reply with the sum alone.") for row in training])
+    write_rows(folder / "demonstrations.jsonl", [demonstration(row) for row in training])
 
 
 def solutions(problem: dict[str, Any]) -> list[dict[str, Any]]:

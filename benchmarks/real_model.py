@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -225,6 +226,7 @@ def main() -> None:
         if not options.again and results.get(name, {}).get("size") == options.size:
             print(f"{name}: kept", flush=True)
             continue
+        shutil.rmtree(folder / RUNS / name, ignore_errors=True)  # an earlier run of the part, finished or not
         part = {"train": train_part, "decode": decode_part, "evaluate": evaluate_part, "serve": serve_part}[TASKS[name].kind]
         try:
             figures = part(name, folder, options.size)

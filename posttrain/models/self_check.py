@@ -25,7 +25,7 @@ COLUMNS = 16
 """Length of the longest row of the batch, in tokens, if the model has so many positions."""
 
 LARGEST = 1e-3
-"""Largest difference in float32: of a log-prob in nats, of a hidden state as a share of their root mean square."""
+"""Largest difference in float32: of a log-prob in nats, of a token's hidden state as a share of its length."""
 
 LARGEST_MEAN = 0.05
 """Largest mean difference in bfloat16, whose rounding moves single log-probs by more than some faults do."""
@@ -169,9 +169,13 @@ class Comparison:
         self._judge((ours - own)[mask].abs(), "nats", what, remedy)
 
     def relative(self, ours: Tensor, own: Tensor, what: str, remedy: str) -> None:
-        """Raises ``RecipeError`` if hidden states differ, as a share of their root mean square."""
-        size = own.float().square().mean().sqrt().clamp(min=1e-12)
-        self._judge((ours.float() - own.float()).abs() / size, "of their size", what, remedy)
+        """Raises ``RecipeError`` if hidden states ``[..., H]`` differ, as a share of the length of each.
+
+        Single numbers are no measure: trained models have some that are fifty times as large as the others, and whose
+        rounding is too.
+        """
+        length = own.float().norm(dim=-1).clamp(min=1e-12)
+        self._judge((ours.float() - own.float()).norm(dim=-1) / length, "of their length", what, remedy)
 
     def _judge(self, difference: Tensor, unit: str, what: str, remedy: str) -> None:
         measured = float(difference.max() if self.exact else difference.mean())

@@ -11,7 +11,7 @@ from posttrain.models import load
 from posttrain.models import policy as policies
 from posttrain.models.logit_map import LogitMap
 from posttrain.models.policy import Policy, build_policy
-from posttrain.models.self_check import check_policy, check_value
+from posttrain.models.self_check import Comparison, check_policy, check_value
 from posttrain.models.value_files import build_value
 from posttrain.recipe.sections import HeadSection, LoraSection, PolicySection, ValueSection
 
@@ -91,3 +91,18 @@ def test_the_check_changes_nothing(lora, tmp_path):
 @pytest.mark.parametrize("head", [HeadSection(), HeadSection(type="implicit")])
 def test_value_models_pass(head, tmp_path):
     check_value(build_value(ValueSection(head=head), options("qwen3", tmp_path)), trained=True)
+
+
+def test_single_numbers_that_are_large_are_no_measure():
+    """Rounding of numbers fifty times as large as the others, as trained models have, is no fault; a lost feature is."""
+    model = tiny_language_model("llama")
+    compare = Comparison(model, "policy.model")
+    own = torch.ones(2, 4, 64)
+    own[:, :, 3] = 50.0
+    rounded = own.clone()
+    rounded[:, :, 3] *= 1 + 3e-5
+    compare.relative(rounded, own, "hidden states", "a remedy")
+    different = own.clone()
+    different[1, 2, :32] += 0.02
+    with pytest.raises(RecipeError, match="hidden states differ from the model's own by up to 0.0022 of their length"):
+        compare.relative(different, own, "hidden states", "a remedy")

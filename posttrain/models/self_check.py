@@ -7,6 +7,7 @@ forward pass must give the same. A difference is an error that names the family,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -23,6 +24,9 @@ from posttrain.models.value import ValueModel
 
 COLUMNS = 16
 """Length of the longest row of the batch, in tokens, if the model has so many positions."""
+
+BUDGET = {"cpu": 4e10, "cuda": 1e14}
+"""Most operations for a row that is longer than a model's attention window, by kind of device: about a second."""
 
 LARGEST = 1e-3
 """Largest difference in float32: of a log-prob in nats, of a token's hidden state as a share of its length."""
@@ -163,6 +167,31 @@ class Comparison:
                         f"eager attention, which failed: {type(error).__name__}: {error}"
                     ) from error
             self.relative(hidden, expected, f"hidden states with attention: {kernel} and with eager", KERNEL)
+            self.beyond_window(rows, hidden_of)
+
+    def beyond_window(self, rows: Rows, hidden_of: Callable[[Int[Tensor, "N L"]], Float[Tensor, "N L H"]]) -> None:
+        """Compares the kernel with eager on a row that is longer than the attention window, if there is one.
+
+        A row that would take more than about a second is left out, and this is said.
+        """
+        window, have = window_of(self.model.config), rows.tokens.shape[1]
+        if window is None or window < have:
+            return
+        kernel, columns = self.model.config._attn_implementation, window + have // 2
+        operations = 4 * columns * sum(parameter.numel() for parameter in self.model.parameters())
+        if operations > BUDGET.get(rows.tokens.device.type, BUDGET["cuda"]):
+            print(
+                f"self-check: {self.place}: rows beyond its attention window of {window} tokens are not tried with "
+                f"{kernel}: they would take more than about a second",
+                file=sys.stderr,
+            )
+            return
+        tokens = rows.tokens[:2].reshape(1, -1).repeat(1, -(-columns // (2 * have)))[:, :columns]
+        hidden = hidden_of(tokens)
+        with eager(self.model):
+            expected = hidden_of(tokens)
+        what = f"hidden states beyond the attention window of {window} tokens with attention: {kernel} and with eager"
+        self.relative(hidden, expected, what, KERNEL)
 
     def same(self, ours: Tensor, own: Tensor, mask: Tensor, what: str, remedy: str) -> None:
         """Raises ``RecipeError`` if log-probs differ, in nats."""
@@ -185,6 +214,16 @@ class Comparison:
                 f"{self.place}: {type(self.model).__name__}: {what} differ from the model's own by {kind} "
                 f"{measured:.2g} {unit} on a short batch: {remedy}"
             )
+
+
+def window_of(config: Any) -> int | None:
+    """Number of tokens before each token that some layers see: the smallest window or chunk; None if they see all."""
+    text = config.get_text_config()
+    sizes = [getattr(text, "attention_chunk_size", None)]
+    kinds = getattr(text, "layer_types", None)
+    if getattr(text, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds):
+        sizes += [getattr(text, "sliding_window", None), getattr(text, "window_size", None)]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
 def own_logps(model: Any, rows: Rows) -> Float[Tensor, "3 L"]:

@@ -11,7 +11,7 @@ from posttrain.models import load
 from posttrain.models import policy as policies
 from posttrain.models.logit_map import LogitMap
 from posttrain.models.policy import Policy, build_policy
-from posttrain.models.self_check import Comparison, check_policy, check_value
+from posttrain.models.self_check import BUDGET, Comparison, Rows, check_policy, check_value
 from posttrain.models.value_files import build_value
 from posttrain.recipe.sections import HeadSection, LoraSection, PolicySection, ValueSection
 
@@ -36,6 +36,26 @@ def test_a_feature_that_the_attention_kernel_drops(tmp_path, monkeypatch):
         check_policy(build_policy(section), trained=False)
     with pytest.raises(RecipeError, match=r"value.model: Gemma2Model: .*set policy.attention: eager"):
         check_value(build_value(ValueSection(), section), trained=False)
+
+
+@pytest.mark.parametrize("affordable", [True, False])
+def test_a_kernel_that_drops_a_window_longer_than_the_batch(affordable, tmp_path, monkeypatch, capsys):
+    policy = build_policy(options("mistral", tmp_path))
+    policy.base.config.sliding_window = 40
+    rows, compare = Rows(policy.base.config, torch.device("cpu")), Comparison(policy.base, "policy.model")
+    compare.layers(rows, policy.hidden_states)
+
+    def without_window(tokens):
+        states = policy.hidden_states(tokens)
+        return states * 2 if tokens.shape[1] > 40 and policy.base.config._attn_implementation == "sdpa" else states
+
+    monkeypatch.setitem(BUDGET, "cpu", BUDGET["cpu"] if affordable else 1.0)
+    if affordable:
+        with pytest.raises(RecipeError, match="beyond the attention window of 40 tokens .*policy.attention: eager"):
+            compare.layers(rows, without_window)
+    else:
+        compare.layers(rows, without_window)
+        assert "window of 40 tokens are not tried" in capsys.readouterr().err
 
 
 def test_dropout_that_is_not_asked_for(tmp_path):

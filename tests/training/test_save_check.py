@@ -53,12 +53,13 @@ def test_a_generation_config_that_transformers_does_not_save_is_kept(folder):
 
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("lora", [None, LoraSection(rank=2)], ids=["full", "lora"])
-def test_models_that_can_be_saved_pass(folder, monkeypatch, small, lora):
+def test_models_that_can_be_saved_pass(folder, monkeypatch, capsys, small, lora):
     monkeypatch.setattr("posttrain.training.save_check.SMALL", 10**9 if small else 0)
     section = PolicySection(model=str(folder), lora=lora)
     policy = build_policy(section)
     value = build_value(ValueSection(), section, policy)
     check_saving(learner_of(policy, section, value), load_tokenizer(section))  # type: ignore[arg-type]
+    assert ("value.model is too large" in capsys.readouterr().out) != small
 
 
 @pytest.mark.parametrize("small", [True, False])

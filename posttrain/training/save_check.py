@@ -70,7 +70,7 @@ def _saved_difference(model: Any, tokenizer: Any, folder: Path, section: PolicyS
     small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
     if isinstance(model, ValueModel):
         if not small:
-            print("save check: value.model is too large to be written and read again now; it is saved untried at the end")
+            print("save check: value.model is too large to be written and read again now: it is saved untried")
             return 0.0
         return _value_difference(model, tokenizer, folder, section)
     if not small:

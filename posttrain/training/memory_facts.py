@@ -22,7 +22,7 @@ from posttrain.training.reference_cache import uses_cache
 from posttrain.training.setup import Material
 
 VLLM_ON_CPU = 0.25e9
-"""Memory of vLLM beside weights and cache, in bytes, on a CPU; 0.24 GB were measured with the model of the quickstart."""
+"""Memory of vLLM beside weights and cache, in bytes, on a CPU: 0.24 GB with the model of the quickstart."""
 
 
 def say_memory(learner: Learner, material: Material, program: int) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from posttrain.errors import Stopped, UserError
 from posttrain.system.interrupts import end_by_signals, signal_name
+from posttrain.system.launcher import end_with_launcher
 from posttrain.system.screen import lasting_screen
 
 SUFFIXES = (".yaml", ".yml")
@@ -101,6 +102,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if unknown:
             raise UserError(f"command line: {' '.join(unknown)}: an override looks like --section.key=value")
         with end_by_signals():
+            end_with_launcher()
             _run(options, overrides)
         return 0
     except UserError as error:

@@ -44,6 +44,8 @@ def open_rounds(plan: Plan, *, resume: bool) -> list[Done]:
         raise UserError(f"{folder.path}: {problem}:", *(f"  {line}" for line in changed))
     with writing(folder.path, "folder"):
         folder.path.mkdir(parents=True, exist_ok=True)
+        for half_written in folder.path.glob(".*.writing"):
+            half_written.unlink()
     write_recipe(folder, fixed)
     return read_rounds(folder.path)
 

@@ -183,6 +183,7 @@ def note_finished(folder: RunFolder, step: int, keep: int) -> None:
     with atomic_write(folder.finished, durable=True) as temporary:
         temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     prune_checkpoints(folder, keep)
+    remove_leftovers(folder)
 
 
 def set_aside(folder: RunFolder) -> Path | None:
@@ -258,13 +259,16 @@ def rewind(folder: RunFolder, step: int) -> None:
     for path in (folder.path / "rollouts").rglob("*"):
         if path.is_file() and (not path.name.startswith("step-") or step_of(path) > step):
             path.unlink()
-    for path in folder.checkpoints.iterdir():
-        if path.name.startswith("."):
-            shutil.rmtree(path)
-    for path in folder.path.glob(".*.writing"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in folder.path.glob(".*.removing"):  # an old model, which gives way to a new one
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: RunFolder) -> None:
+    """Removes what a kill left half written or half removed: such files and folders begin with a dot."""
+    for path in folder.checkpoints.glob(".*"):
         shutil.rmtree(path)
+    for ending in ("writing", "removing"):  # the latter are old models, which give way to new ones
+        for path in folder.path.glob(f".*.{ending}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from kills import kill_at_change
 
 from posttrain.batch import Batch
 from posttrain.data.rollout_files import write_rollouts
@@ -116,42 +113,19 @@ def test_ranks_write_into_one_checkpoint_and_none_leaves_before_it_is_whole(tmp_
     assert seen == [[MARKER, "rank-0", "rank-1", "rank-2"]] * 3
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from posttrain.output.run_folder import RunFolder, prune_checkpoints, write_checkpoint
-
-folder = RunFolder(Path(sys.argv[1]))
-print("ready", flush=True)
-for step in range(2, 100_000):
-    with write_checkpoint(folder, step) as directory:
-        for name in range(5):
-            (directory / str(name)).write_text(str(step) * 5000)
-    prune_checkpoints(folder, keep=2)
-"""
-
-
-@pytest.mark.engine
-def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path: Path):
-    """A process that only writes and prunes is killed at arbitrary moments; the checkpoint that is left is whole."""
-    folder, _ = open_run(tmp_path, RESOLVED)
-    with write_checkpoint(folder, 1) as directory:
-        for name in range(5):
-            (directory / str(name)).write_text("1" * 5000)
-    caught_writing = 0
-    for attempt in range(4):
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            time.sleep(0.05 + random.Random(attempt).random() * 0.1)
-            process.send_signal(signal.SIGKILL)
-        caught_writing += any(path.name.startswith(".") for path in folder.checkpoints.iterdir())
-        _, checkpoint = open_run(tmp_path, RESOLVED, resume=True)
-        assert checkpoint is not None
-        step = step_of(checkpoint)
-        assert json.loads((checkpoint / MARKER).read_text()) == {"step": step}
-        assert all((checkpoint / str(name)).read_text() == str(step) * 5000 for name in range(5))
-        assert not any(path.name.startswith(".") for path in folder.checkpoints.iterdir())
-    assert caught_writing, "no kill hit a write, so the test shows nothing"
+def test_a_kill_at_any_write_of_a_checkpoint_leaves_a_whole_one(tmp_path: Path):
+    steps = []
+    for moment in range(1, 100):
+        path = tmp_path / str(moment)
+        folder, _ = open_run(path, RESOLVED)
+        save(folder, 1)
+        if not kill_at_change(moment, path, lambda folder=folder: (save(folder, 2), prune_checkpoints(folder, 1))):
+            break
+        _, checkpoint = open_run(path, RESOLVED, resume=True)
+        assert checkpoint is not None and not list(folder.checkpoints.glob(".*"))
+        steps.append(step_of(checkpoint))
+        assert json.loads((checkpoint / MARKER).read_text()) == {"step": steps[-1]}
+    assert steps.count(1) > 3 and steps.count(2) > 1
 
 
 def train(folder: RunFolder, steps: range) -> None:

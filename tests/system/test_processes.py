@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from posttrain.errors import UserError, VerifierError
@@ -54,3 +61,47 @@ def test_what_a_launcher_asks_for_in_vain_is_refused(variables: dict[str, str], 
     refuse_plugins(
         {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}
     )
+
+
+LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[3]]).wait()
+"""
+LAUNCHED = """
+import sys, time
+from pathlib import Path
+from posttrain.errors import Stopped
+from posttrain.system.interrupts import end_by_signals
+from posttrain.system.launcher import end_with_launcher
+note = Path(sys.argv[1])
+try:
+    with end_by_signals():
+        end_with_launcher()
+        note.write_text("running")
+        time.sleep(60)
+except Stopped as stopped:
+    note.write_text(str(stopped.code))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process that its parent has ended")
+@pytest.mark.parametrize(("name", "code"), [("accelerate", "143"), ("mine", "running")])
+def test_a_run_ends_with_its_launcher(tmp_path: Path, name: str, code: str):
+    (tmp_path / name).write_text(LAUNCHER, encoding="utf-8")
+    note = tmp_path / "note"
+    launcher = subprocess.Popen([sys.executable, tmp_path / name, "launch", LAUNCHED, note])
+    (run,) = wait_for(lambda: note.is_file() and psutil.Process(launcher.pid).children())
+    launcher.kill()  # it gets no chance to pass anything on
+    launcher.wait()
+    if code == "running":  # such as a run under a shell that is closed
+        time.sleep(0.5)
+        run.kill()
+    psutil.wait_procs([run], timeout=20)
+    assert note.read_text(encoding="utf-8") == code
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 30
+    while not (result := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return result

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
-from runs import environment, launch
+from runs import launch
 from safetensors.numpy import load_file
-from test_reference_cache import PAIRS, rows, shards, write
+from test_reference_cache import PAIRS, rows, write
 
 from posttrain.output.tracking import read_metrics
 from posttrain.training.loop import train
@@ -19,21 +15,6 @@ from posttrain.training.recipe import load_recipe
 from posttrain.training.reference_cache import read_shards
 
 pytestmark = pytest.mark.engine
-
-KILLED = """
-import sys, time
-from posttrain.training import reference_cache
-from posttrain.training.recipe import load_recipe
-from posttrain.training.loop import train
-reference_cache.SHARD_SECONDS = 0.0
-original = reference_cache.reference_logp
-def slowly(*arguments):
-    print("scored", flush=True)
-    time.sleep(float(sys.argv[2]))
-    return original(*arguments)
-reference_cache.reference_logp = slowly
-train(load_recipe(sys.argv[1]))
-"""
 
 
 def test_a_run_with_the_cache_is_the_run_without_it(tmp_path, tiny_model_folder):
@@ -61,36 +42,6 @@ def test_evaluation_on_held_out_pairs(tmp_path, tiny_model_folder):
         last["preference/chosen_reward"] - last["preference/rejected_reward"], abs=1e-6
     )
     assert last["preference/chosen_logp"] < 0 and last["preference/accuracy"] > 0.5
-
-
-def test_killed_computation_goes_on(tmp_path, tiny_model_folder):
-    path = write(tmp_path, tiny_model_folder)
-    started = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), "5"], stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    assert started.stdout is not None
-    lines = (line for line in started.stdout if line == "scored\n")
-    next(lines), next(lines)  # the first batch is on disk when the second one begins
-    os.kill(started.pid, signal.SIGKILL)
-    started.wait()
-    before = shards(tmp_path / "cache")
-    assert len(before) == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
-    again = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLED.replace("train(load_recipe(sys.argv[1]))", "train(load_recipe(sys.argv[1]), resume=True)"),
-            str(path),
-            "0",
-        ],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("scored") == 2
-    assert before.items() <= shards(tmp_path / "cache").items()
-    assert len(read_metrics(tmp_path / "run")) == 3
 
 
 def test_two_ranks_share_the_work_and_agree_with_one(tmp_path, tiny_model_folder):

@@ -58,7 +58,9 @@ TASKS = {
     "grpo": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
     "sft": Task("train", "eval/accuracy", SUMS, small=ADDITIONS),
     "critic": Task("train", "value/explained_variance", RETURNS, small=("--steps=4", "--prompts_per_step=4")),
-    "values": Task("evaluate", "value/explained_variance", "the same, at each token of held-out samples", ("critic",), FEW),
+    "values": Task(
+        "evaluate", "value/explained_variance", "the same, at each token of held-out samples", ("critic",), FEW
+    ),
     "ppo": Task("train", "eval/accuracy", SUMS, needs=("critic",), small=ADDITIONS),
     "sample": Task("decode", "score", "share of right sums, held-out additions, sampled", small=FEW),
     "best_of_n": Task("decode", "score", "the same, the best of 8", ("critic",), FEW),
@@ -179,6 +181,9 @@ def serve_part(name: str, folder: Path, size: Size) -> dict[str, Any]:
     return {**answers, "after_error": proportion_error(answers["after"], answers["rows"]), **cost}
 
 
+PARTS = {"train": train_part, "decode": decode_part, "evaluate": evaluate_part, "serve": serve_part}
+
+
 def missing(names: Sequence[str], folder: Path) -> list[str]:
     """Sentences that name what parts need and other parts have not made yet."""
     made = {need for need in TASKS if any((folder / RUNS / need / kind).exists() for kind in ("model", "value"))}
@@ -227,9 +232,8 @@ def main() -> None:
             print(f"{name}: kept", flush=True)
             continue
         shutil.rmtree(folder / RUNS / name, ignore_errors=True)  # an earlier run of the part, finished or not
-        part = {"train": train_part, "decode": decode_part, "evaluate": evaluate_part, "serve": serve_part}[TASKS[name].kind]
         try:
-            figures = part(name, folder, options.size)
+            figures = PARTS[TASKS[name].kind](name, folder, options.size)
         except UserError as error:
             sys.exit(f"{name}: {error}")
         results[name] = {"size": options.size, "metric": TASKS[name].metric, "meaning": TASKS[name].meaning, **figures}

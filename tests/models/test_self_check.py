@@ -114,7 +114,7 @@ def test_value_models_pass(head, tmp_path):
 
 
 def test_single_numbers_that_are_large_are_no_measure():
-    """Rounding of numbers fifty times as large as the others, as trained models have, is no fault; a lost feature is."""
+    """Rounding of numbers fifty times as large as the others, as trained models have, is no fault. Others are."""
     model = tiny_language_model("llama")
     compare = Comparison(model, "policy.model")
     own = torch.ones(2, 4, 64)

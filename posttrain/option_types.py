@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, Field
@@ -53,6 +54,21 @@ Breadth = Annotated[int, Field(ge=1, le=2**16)]
 """Number of things that are in memory side by side: completions of a prompt, members of an ensemble, particles."""
 RowCount = Annotated[int, Field(ge=1, le=2**20)]
 """Number of prompts or examples that are in memory together."""
+
+PlaceName = Annotated[str, Field(min_length=1)]
+"""Path of a file or folder, or name on the hub: the empty text would be the working folder."""
+
+
+def with_home(path: str) -> str:
+    """Replaces ``~`` in a path by the home folder; raises ``ValueError`` if there is no such user."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError(f"there is no user {Path(path).parts[0][1:]!r} with a home folder") from None
+
+
+OutputPath = Annotated[PlaceName, AfterValidator(with_home)]
+"""Path of a file or folder to write; ``~`` is the home folder."""
 
 Share = Annotated[float, Field(ge=-1e6, le=1e6)]
 """Weight or coefficient of a term in a sum. Beyond these bounds float32 sums lose all other terms."""

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Batch, pad
-from posttrain.errors import RecipeError, UserError
+from posttrain.errors import UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import DTYPES, not_found
+from posttrain.models.load import DTYPES, configuration_of, pretrained_tokenizer
 from posttrain.models.text import reads_as, text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
@@ -42,10 +42,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: if there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise RecipeError(not_found("reward.model", model, error)) from error
+    return pretrained_tokenizer("reward.model", model)
 
 
 def device() -> torch.device:
@@ -63,10 +60,7 @@ def check_model(model: str) -> Any:
     Raises:
         RecipeError: if there is no such model.
     """
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise RecipeError(not_found("reward.model", model, error)) from error
+    return configuration_of("reward.model", model)
 
 
 def reads_tokens(model: str, input: Input) -> bool:

@@ -54,10 +54,10 @@ def decode(recipe: DecodeRecipe, *, resume: bool = False) -> Path:
         Stopped: after a signal; the message says what is kept.
     """
     settings, file = plain_settings(recipe, "output"), recipe.file
+    check_output(file, "output")
     work = kept_work(file, settings, record=record_of(file), resume=resume)
     if work.finished:
         return say_finished(work)
-    check_output(file, "output")
     check_models(recipe.decoder)
 
     def begin_work(processes: Processes, rows: Rows) -> None:

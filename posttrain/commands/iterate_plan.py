@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,12 @@ from posttrain.commands.evaluate import suite_name
 from posttrain.commands.label import LabelRecipe
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.errors import RecipeError
-from posttrain.option_types import PositiveCount
+from posttrain.option_types import OutputPath, PositiveCount
 from posttrain.recipe.documents import read_document
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Checked
 from posttrain.recipe.yaml_reader import Document, Location, Overrides, single, suggestion
+from posttrain.system.places import expanded, is_there
 from posttrain.training.recipe import Recipe
 
 Kind = Literal["train", "decode", "label", "eval"]
@@ -88,7 +90,7 @@ class IterateRecipe(Checked):
     """Settings that override the recipes of all stages."""
     table: dict[str, str] = field(default_factory=dict)
     """Columns of the table that is shown after each round: name -> ``stage.metric``."""
-    folder: str | None = None
+    folder: OutputPath | None = None
     """Folder of the rounds. Default: ``runs/<name of this file>``."""
     launch: str | None = None
     """Launcher that starts each stage, such as ``accelerate launch --num_processes 8``."""
@@ -132,7 +134,7 @@ class IterateRecipe(Checked):
     @property
     def root(self) -> Path:
         """The folder of all rounds."""
-        return Path(self.folder or Path("runs") / self.name).resolve()
+        return Path(os.path.abspath(self.folder or Path("runs") / self.name))
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,10 @@ class Plan:
         """
         stage = self.recipe.stages[name]
         location: Location = ("stages", name, stage.kind)
-        named = Path(getattr(stage, stage.kind)).expanduser()
+        named = expanded(getattr(stage, stage.kind))
         beside = self.recipe.path.parent if self.recipe.path else Path.cwd()
-        file = next((folder / named for folder in (beside, Path.cwd()) if (folder / named).is_file()), None)
+        candidates = [folder / named for folder in (beside, Path.cwd())]
+        file = next((path for path in candidates if is_there(path) and path.is_file()), None)
         if file is None:
             similar = [path.name for path in (beside / named).parent.glob("*.y*ml")]
             guess = suggestion(named.name, similar)

@@ -31,7 +31,12 @@ def open_rounds(plan: Plan, *, resume: bool) -> list[Done]:
         UserError: if the folder is in use and ``resume`` is not set, if there is nothing to resume, or if settings
             have changed.
     """
-    folder, data = RunFolder(plan.recipe.root), plan.document.data
+    with writing(plan.recipe.root, "folder"):
+        return _opened(plan, RunFolder(plan.recipe.root), resume)
+
+
+def _opened(plan: Plan, folder: RunFolder, resume: bool) -> list[Done]:
+    data = plan.document.data
     fixed = {name: value for name, value in data.items() if name not in CHANGEABLE}
     started = folder.recipe.is_file()
     if resume and not started:
@@ -42,10 +47,9 @@ def open_rounds(plan: Plan, *, resume: bool) -> list[Done]:
     if started and (changed := changed_settings(folder.recipe, fixed)):
         problem = "these settings have changed since it was started, and the rounds could not be compared"
         raise UserError(f"{folder.path}: {problem}:", *(f"  {line}" for line in changed))
-    with writing(folder.path, "folder"):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        for half_written in folder.path.glob(".*.writing"):
-            half_written.unlink()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for half_written in folder.path.glob(".*.writing"):
+        half_written.unlink()
     write_recipe(folder, fixed)
     return read_rounds(folder.path)
 

@@ -26,7 +26,7 @@ from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import UserError
 from posttrain.models.load import load_tokenizer
 from posttrain.models.text import text_of
-from posttrain.option_types import Breadth
+from posttrain.option_types import Breadth, OutputPath, PlaceName
 from posttrain.output.kept_work import (
     KeptWork,
     begin,
@@ -63,13 +63,13 @@ class LabelRecipe(SamplingRecipe):
     """Policy that samples the branches, and the completions unless they are stored."""
     data: sections.DataSection | None = None
     """Prompts to sample completions of."""
-    rollouts: str | None = None
+    rollouts: PlaceName | None = None
     """Stored rollouts, instead of sampling: a file, a run's folder, or a folder of them."""
     verify: tuple[InstanceOf[Part], ...]
     completions: Breadth = 4
     """Number of completions of a prompt."""
     label: StepLabels = field(default_factory=StepLabels)
-    output: str = "step_labels.jsonl"
+    output: OutputPath = "step_labels.jsonl"
     """File of the labels."""
 
     name: str = "labels"
@@ -122,10 +122,10 @@ def label(recipe: LabelRecipe, *, resume: bool = False) -> Path:
         Stopped: after a signal; the message says what is kept.
     """
     file = Path(recipe.output)
+    check_output(file, "output")
     work = kept_work(file, plain_settings(recipe, "output"), record=record_of(file), resume=resume)
     if work.finished:
         return say_finished(work)
-    check_output(file, "output")
     tokenizer = load_tokenizer(recipe.policy)
     share = _sampled(recipe, recipe.data, tokenizer) if recipe.data is not None else _stored(recipe, tokenizer)
     with saying_what_is_kept(work), Processes(dtype=recipe.policy.dtype) as processes:

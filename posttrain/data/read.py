@@ -6,6 +6,7 @@ import csv
 import difflib
 import inspect
 import json
+import os
 import traceback
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,8 +23,10 @@ from posttrain.data.problems import Problems, kind_of, shown
 from posttrain.data.raw_rows import RawRows
 from posttrain.errors import DataError
 from posttrain.recipe import sections
-from posttrain.recipe.resolve import is_there, resolve, specify
+from posttrain.recipe.resolve import resolve, specify
 from posttrain.recipe.yaml_reader import suggestion
+from posttrain.system.hub import offline_note, use_hub
+from posttrain.system.places import expanded, is_there, no_plain_file, obstacle
 
 
 def read(data: sections.DataSection, base: Path | None) -> RawRows:
@@ -48,11 +51,12 @@ def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:
         return read_hub(data, base)
     if path.is_dir():
         return read_folder(path, data)
+    if kind := no_plain_file(path):
+        raise DataError(f"{path}: is {kind}; a dataset is a file or a folder")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(
-            f"{path}: files ending in `{path.suffix}` cannot be read; use {', '.join(READERS)} or a .py generator"
-        )
+        kind = f"files ending in `{path.suffix}`" if path.suffix else "files without an ending"
+        raise DataError(f"{path}: {kind} cannot be read; use {', '.join(READERS)} or a .py generator")
     if data.split != "train":
         raise DataError(
             f"{path}: a file has no split {data.split!r}; leave `split` out, and use `limit` for the first rows"
@@ -63,7 +67,7 @@ def _read_stored(data: sections.DataSection, base: Path | None) -> RawRows:
 def find(path: str, base: Path | None) -> Path | None:
     """Finds a file or folder, in the recipe's folder or else in the current one; None if there is none."""
     for folder in _folders(base):
-        candidate = folder / Path(path).expanduser()
+        candidate = folder / expanded(path)
         if is_there(candidate):
             return candidate
     return None
@@ -100,11 +104,24 @@ def _json_line(line: bytes, place: str, problems: Problems) -> dict[str, Any] | 
     except json.JSONDecodeError as error:
         hint = "; a JSON array goes into a file that ends in .json" if line.strip() == b"[" else ""
         problems.add(place, f"not JSON at column {error.colno}: {error.msg}; each line should be one object{hint}")
+    except BEYOND_JSON as error:
+        problems.add(place, _beyond(error))
     else:
         if isinstance(value, dict):
             return value
         problems.add(place, f'{shown(value)} where an object such as {{"prompt": "...", "answer": "..."}} is expected')
     return None
+
+
+BEYOND_JSON = (ValueError, RecursionError)
+"""Errors of Python's JSON reader on values that it cannot hold."""
+
+
+def _beyond(error: ValueError | RecursionError) -> str:
+    what = (
+        "lists or objects nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+    )
+    return f"{what} to be read"
 
 
 def read_json(path: Path) -> RawRows:
@@ -120,6 +137,8 @@ def read_json(path: Path) -> RawRows:
     except json.JSONDecodeError as error:
         hint = "; one object a line goes into a file that ends in .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON at column {error.colno}: {error.msg}{hint}") from None
+    except BEYOND_JSON as error:
+        raise DataError(f"{path}: {_beyond(error)}") from None
     if not isinstance(values, list):
         raise DataError(f"{path}: {kind_of(values)} where an array of objects is expected")
     problems = Problems()
@@ -198,6 +217,13 @@ READERS: Mapping[str, Callable[[Path], RawRows]] = {
 }
 
 
+MOST_FILES = 20_000
+"""Most files in a dataset's folder and the folders below it."""
+
+DATA_SUFFIXES = frozenset([*READERS, ".arrow", ".txt", ".xml", ".gz", ".bz2", ".lz4", ".xz", ".zst", ".zip", ".tar"])
+"""Endings of the files that may hold rows, packed or not."""
+
+
 def read_folder(path: Path, data: sections.DataSection) -> RawRows:
     """Reads a folder that ``save_to_disk`` made, or one of data files laid out as on the hub.
 
@@ -205,6 +231,7 @@ def read_folder(path: Path, data: sections.DataSection) -> RawRows:
         DataError: if there is no such split, or a file cannot be read.
     """
     name = f"{path} ({data.split})"
+    _check_folder(path)
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _named(_pick_split(datasets.load_from_disk(str(path)), data.split, path), name)
@@ -217,19 +244,35 @@ def read_folder(path: Path, data: sections.DataSection) -> RawRows:
         raise DataError(f"{path}: {_first_line(error)}") from None
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that holds no data, in which datasets would search for minutes, such as ``/`` or ``/sys``."""
+    count, holds_data = 0, False
+    for _, _, names in os.walk(folder):
+        count += len(names)
+        holds_data = holds_data or any(Path(name).suffix.lower() in DATA_SUFFIXES for name in names)
+        if count > MOST_FILES:
+            raise DataError(f"{folder}: has more than {MOST_FILES:,} files; name the folder of the dataset, or a file")
+    if not holds_data:
+        raise DataError(f"{folder}: holds no data files, such as {', '.join(READERS)}")
+
+
 def read_hub(data: sections.DataSection, base: Path | None) -> RawRows:
     """Reads a dataset of the hub, or from the hub's cache.
 
     Raises:
         DataError: if it cannot be loaded, with the hub's message.
     """
+    if problem := next(filter(None, (obstacle(folder / expanded(data.path)) for folder in _folders(base))), ""):
+        raise DataError(f"data.path: {problem}")
     if Path(data.path).suffix.lower() in READERS or data.path.startswith((".", "/", "~")):
         raise DataError(_missing(data.path, base))
+    use_hub()
     try:
         rows = datasets.load_dataset(data.path, data.name, split=data.split)
     except Exception as error:  # datasets and the hub's client raise many kinds
         raise DataError(
-            f"data.path {data.path!r} is no file or folder here, nor a dataset of the hub: {_first_line(error)}"
+            f"data.path: {data.path!r} is no file or folder here, nor a dataset of the hub: {_first_line(error)}"
+            f"{offline_note()}"
         ) from None
     return _named(rows, f"{data.path} ({data.split})")
 
@@ -297,7 +340,7 @@ def _missing(path: str, base: Path | None) -> str:
         file.name for folder in folders if (folder / path).parent.is_dir() for file in (folder / path).parent.iterdir()
     ]
     close = difflib.get_close_matches(Path(path).name, beside, n=1)
-    return f"data.path {path!r}: no such file in {looked}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    return f"data.path: there is no file {path!r} in {looked}" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
 def _folders(base: Path | None) -> list[Path]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,8 @@ RolloutKind = Literal["training", "dropped", "evaluation"]
 """Use of a completion: the update learned from it, ``select`` or ``keep`` dropped it, or it is of an evaluation."""
 OTHER_FOLDERS = ("dump", "dropped", "evaluation")
 """Folders of completions that no update learned from; they are read only if a path names them."""
+MOST_FILES = 100_000
+"""Most files in a folder of runs, among which those of rollouts are looked for."""
 _NUMBERS = ("group", "version", "baseline_only", "score", "reward")
 _LISTS = {
     "tokens": torch.int32,
@@ -71,7 +75,7 @@ def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") ->
     if place.is_file():
         return [place]
     folder = place / "rollouts" if (place / "rollouts").is_dir() else place
-    below = ((path, path.relative_to(folder).parts) for path in folder.glob("**/step-*.parquet"))
+    below = ((path, path.relative_to(folder).parts) for path in _steps_below(folder, setting))
     files = sorted(path for path, parts in below if not set(parts) & set(OTHER_FOLDERS))
     if not files:
         raise DataError(
@@ -79,6 +83,16 @@ def find_rollouts(path: str, base: Path | None, *, setting: str = "rollouts") ->
             "`run.rollouts_every: 0` stores none"
         )
     return files
+
+
+def _steps_below(folder: Path, setting: str) -> Iterator[Path]:
+    """Yields the files of rollouts below a folder; a folder such as ``/`` is refused before it has cost minutes."""
+    count = 0
+    for root, _, names in os.walk(folder):
+        count += len(names)
+        if count > MOST_FILES:
+            raise DataError(f"{setting}: {folder} has more than {MOST_FILES:,} files; name the folder of a run")
+        yield from (Path(root, name) for name in names if fnmatch(name, "step-*.parquet"))
 
 
 def write_rollouts(
@@ -128,7 +142,16 @@ def read_rollouts(path: Path | str) -> Batch:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file of rollouts")
-    table = pq.read_table(path)
+    try:
+        return _batch_of(pq.read_table(path), path)
+    except DataError:
+        raise
+    except Exception as error:  # Arrow, NumPy and torch have errors of their own for each kind of damage
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise DataError(f"{path}: not a file of rollouts, or damaged: {type(error).__name__}: {first}") from error
+
+
+def _batch_of(table: pa.Table, path: Path) -> Batch:
     needed = {"step", "row", "completion", "finish", *_NUMBERS, "tokens", "mask", "step_id", "logp_sampler"}
     if missing := sorted(needed - set(table.column_names)):
         raise DataError(f"{path}: not a file of rollouts: column {', '.join(missing)} is missing")

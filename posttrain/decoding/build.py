@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.decoding.checks import named_models
 from posttrain.decoding.context import DecoderContext
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.models.load import DTYPES, UNLOADABLE, not_found
+from posttrain.models.load import DTYPES, configuration_of
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.yaml_reader import dotted
@@ -49,8 +49,8 @@ def check_models(decoder: Part | None) -> None:
     problems = []
     for place, model in named_models(decoder):
         try:
-            AutoConfig.from_pretrained(model)
-        except UNLOADABLE as error:
-            problems.append(not_found(dotted(place), model, error))
+            configuration_of(dotted(place), model)
+        except RecipeError as error:
+            problems += error.problems
     if problems:
         raise RecipeError(problems)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.engines import make_engine, uses_vllm
 from posttrain.engines.base import Engine
 from posttrain.errors import RecipeError
-from posttrain.models.load import UNLOADABLE, check_checkpoint, not_found
+from posttrain.models.load import check_checkpoint, pretrained_tokenizer
 from posttrain.models.load_checks import refuse_other_tokens
 from posttrain.models.text import Decode, written_text
 from posttrain.option_types import Inner, LocalPath
@@ -92,10 +92,7 @@ class DecoderContext:
         Raises:
             RecipeError: if the model has no tokenizer, or another one.
         """
-        try:
-            theirs = AutoTokenizer.from_pretrained(model).get_vocab()
-        except UNLOADABLE as error:
-            raise RecipeError(not_found("decoder", model, error)) from error
+        theirs = pretrained_tokenizer("decoder", model).get_vocab()
         refuse_other_tokens(self.tokenizer.get_vocab(), theirs, f"decoder: {model!r}", kind="model")
 
     def loaded(self, kind: str, path: str, load: Callable[[], nn.Module]) -> nn.Module:

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from posttrain.decoding.checks import decoder_conflicts
+from posttrain.option_types import OutputPath
 from posttrain.recipe import sections
 from posttrain.recipe.part import Part
 from posttrain.recipe.sampling import SamplingRecipe
@@ -39,7 +40,7 @@ class DecodeRecipe(DecodeSettings):
     decoder: InstanceOf[Part] | None = None
     """Draws the completions. Default: the policy alone."""
     verify: tuple[InstanceOf[Part], ...] = ()
-    output: str | None = None
+    output: OutputPath | None = None
     """File of the completions, ``.jsonl`` or ``.parquet``. Default: ``completions/<name of this file>.jsonl``."""
 
     name: str = "decode"

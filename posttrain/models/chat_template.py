@@ -31,6 +31,19 @@ def refusal(error: Exception) -> str:
     return str(error) if isinstance(error, UnreadMessage) else f"the chat template rejects it: {error}"
 
 
+def syntax_error(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Says what is wrong with a chat template that cannot be read at all; empty if it can, or if there is none."""
+    template = tokenizer.chat_template
+    for text in (template,) if isinstance(template, str) else (template or {}).values():
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
+        except jinja2.TemplateSyntaxError as error:
+            return f"line {error.lineno}: {error.message}"
+        except REFUSALS:
+            continue  # it can be read, and wants another conversation
+    return ""
+
+
 def render(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,

@@ -2,31 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import RecipeError, UserError
 from posttrain.models.attention import kernel_for
+from posttrain.models.chat_template import syntax_error
 from posttrain.models.dropout import keep_rates, switch_off
 from posttrain.models.ends import set_ends
 from posttrain.models.load_checks import (
     check_weights,
+    no_model,
     refuse_adapter_folder,
     refuse_other_tokens,
     refuse_tokens_without_weights,
 )
 from posttrain.models.logit_map import logit_map
 from posttrain.recipe.sections import PolicySection
+from posttrain.system.hub import offline_note, use_hub
+from posttrain.system.places import is_there
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-UNLOADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
-"""Errors that Transformers raises if a model is absent, unknown or damaged, or if its shapes contradict its config."""
+
+@contextmanager
+def loading(place: str, model: str) -> Iterator[None]:
+    """Turns whatever is raised inside the block, while a model or tokenizer is loaded, into a :class:`RecipeError`.
+
+    Transformers raises errors of many classes if a model is absent, unknown or damaged. What can be seen of a folder
+    is looked at before, and the hub is not waited for if it cannot be reached.
+
+    Args:
+        place: key of the recipe that names the model, with which the message begins.
+    """
+    if problem := no_model(model):
+        raise RecipeError(f"{place}: {problem}")
+    if not is_there(Path(model)):
+        use_hub()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise RecipeError(not_found(place, model, error)) from error
+
+
+def configuration_of(place: str, model: str, **origin: Any) -> Any:
+    """Loads the configuration of a model, to check that the model exists.
+
+    Args:
+        place: key of the recipe that names the model.
+        origin: ``revision`` and ``trust_remote_code``, as for ``from_pretrained``.
+
+    Raises:
+        RecipeError: if it cannot be read.
+    """
+    with loading(place, model):
+        return AutoConfig.from_pretrained(model, **origin)
+
+
+def pretrained_tokenizer(place: str, model: str, **origin: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer, with its chat template.
+
+    Args:
+        place: key of the recipe that names the model.
+        origin: ``revision`` and ``trust_remote_code``, as for ``from_pretrained``.
+
+    Raises:
+        RecipeError: if there is none, if it makes no tokens of a text, or if its template has a syntax error.
+    """
+    with loading(place, model):
+        tokenizer = AutoTokenizer.from_pretrained(model, **origin)
+        has_tokens = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if not has_tokens:
+        raise RecipeError(f"{place}: {model!r} has no tokenizer, or one that makes no tokens of a text")
+    if problem := syntax_error(tokenizer):
+        raise RecipeError(f"{place}: the chat template of {model!r} is damaged: {problem}")
+    return tokenizer
 
 
 def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
@@ -37,12 +95,10 @@ def load_tokenizer(options: PolicySection) -> PreTrainedTokenizerBase:
             ``policy.end`` contradicts the tokenizer or its chat template.
     """
     origin = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    refuse_adapter_folder(options, "policy.model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, **origin)
+    with loading("policy.model", options.model):
+        refuse_adapter_folder(options, "policy.model")
         config = AutoConfig.from_pretrained(options.model, **origin)
-    except UNLOADABLE as error:
-        raise RecipeError(not_found("policy.model", options.model, error)) from error
+    tokenizer = pretrained_tokenizer("policy.model", options.model, **origin)
     refuse_tokens_without_weights(tokenizer, config.get_text_config().vocab_size, options.model)
     if options.end is not None:
         set_ends(tokenizer, options.end)
@@ -73,10 +129,7 @@ def check_tokens(policy: PolicySection, model: str, place: str, *, kind: str) ->
         RecipeError: if the other model has no tokenizer, or another one than the policy.
     """
     trust = policy.trust_remote_code
-    try:
-        theirs = AutoTokenizer.from_pretrained(model, trust_remote_code=trust).get_vocab()
-    except UNLOADABLE as error:
-        raise RecipeError(not_found(place, model, error)) from error
+    theirs = pretrained_tokenizer(place, model, trust_remote_code=trust).get_vocab()
     ours = AutoTokenizer.from_pretrained(policy.model, revision=policy.revision, trust_remote_code=trust).get_vocab()
     refuse_other_tokens(ours, theirs, f"{place}: {model!r}", kind=kind)
 
@@ -87,11 +140,11 @@ def not_found(place: str, model: str, error: Exception) -> str:
     Args:
         place: key of the recipe that names the model.
     """
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_local and not Path(model).expanduser().exists():
-        return f"{place}: there is no folder {model!r}"
-    return f"{place}: cannot load {model!r}: {first}"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    reason = " ".join(lines[: 1 if isinstance(error, OSError) else 2]) or type(error).__name__
+    if is_there(Path(model)):
+        return f"{place}: cannot load {model!r}: {reason}"
+    return f"{place}: there is no folder {model!r}, and the hub does not give such a model: {reason}{offline_note()}"
 
 
 def context_length(options: PolicySection) -> int | None:
@@ -168,8 +221,8 @@ def pretrained(
         RecipeError: if there is no such model, if it is damaged, or if its weights are not those of the class.
     """
     origin = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    refuse_adapter_folder(source, place)
-    try:
+    with loading(place, source.model):
+        refuse_adapter_folder(source, place)
         config = AutoConfig.from_pretrained(source.model, **origin)
         kernel = kernel_for(config, source.attention)
         rates = {} if source.dropout else switch_off(config)
@@ -183,8 +236,6 @@ def pretrained(
             device_map=device,
             **origin,
         )
-    except UNLOADABLE as error:
-        raise RecipeError(not_found(place, source.model, error)) from error
     check_weights(model, report, f"{place}: {source.model!r}", headless=headless)
     keep_rates(model, rates)
     return model

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from posttrain.errors import RecipeError
 from posttrain.recipe.sections import PolicySection
+from posttrain.system.places import is_there, no_plain_file, obstacle
 
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
 """Tables that older versions of Transformers saved with the weights, and that are computed now."""
@@ -54,6 +55,37 @@ def _name_of_head(model: Any) -> str | None:
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:
     return ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")
+
+
+def no_model(model: str) -> str:
+    """Says why there can be no model at a place, as far as names and files tell; empty for names on the hub."""
+    folder = Path(model)
+    if not is_there(folder):
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+        return obstacle(folder) or (f"there is no folder {model!r}" if looks_local else "")
+    if not folder.is_dir():
+        return f"{model!r} is {no_plain_file(folder) or 'a file'}; a model is a folder, or has a name on the hub"
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return ""
+    if not is_there(folder / "config.json"):
+        problem = obstacle(folder / "config.json") or f"the folder {model!r} has no config.json, so it holds no model"
+        return problem + (
+            f"; did you mean {str(folder / 'model')!r}?" if is_there(folder / "model/config.json") else ""
+        )
+    return next(filter(None, (_damage(folder / name) for name in ("config.json", "generation_config.json"))), "")
+
+
+def _damage(path: Path) -> str:
+    """Says what is wrong with a file that should hold a JSON object; empty if it is right or not there."""
+    if not is_there(path):
+        return obstacle(path)
+    if not path.is_file():
+        return f"{str(path)!r} is {no_plain_file(path) or 'a folder'} where a file is expected"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"{str(path)!r} is damaged: no JSON ({error})"
+    return "" if isinstance(value, dict) else f"{str(path)!r} is damaged: it holds no JSON object"
 
 
 def refuse_adapter_folder(source: PolicySection, place: str) -> None:

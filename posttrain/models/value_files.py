@@ -17,7 +17,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -29,10 +28,11 @@ from posttrain.models.adapters import enable_checkpointing, merged, with_adapter
 from posttrain.models.dropout import restore
 from posttrain.models.heads import Head
 from posttrain.models.implicit_value import ImplicitValue
-from posttrain.models.load import DTYPES, check_tokens, load_model, not_found, pretrained
+from posttrain.models.load import DTYPES, check_tokens, configuration_of, load_model, pretrained
 from posttrain.models.policy import Policy
 from posttrain.models.value import VALUE_ADAPTER, ValueKind, ValueModel, ValueSpec
 from posttrain.recipe import sections
+from posttrain.system.places import expanded
 
 PLAIN_LOGITS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0}
 """Entries of configurations that scale or cap logits, and the values with which they do nothing."""
@@ -121,7 +121,7 @@ def _add_head(model: Any, settings: sections.ValueSection, config: Any, source: 
         head=head, members=settings.members, reduce=settings.reduce, deviations=settings.deviations, base=source.model
     )
     if head.type == "implicit":
-        local = Path(source.model).expanduser()
+        local = expanded(source.model)
         base = str(local.resolve()) if local.is_dir() else source.model
         return ImplicitValue(model, dataclasses.replace(spec, base=base, base_revision=source.revision))
     backbone = model if hasattr(model, "peft_config") else model.get_decoder()
@@ -252,12 +252,7 @@ def _load_with_head(
         head: the head that the recipe asks for; it decides how the only output of a foreign model is read.
         place: beginning of error messages.
     """
-    try:
-        config = AutoConfig.from_pretrained(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(not_found(place, source.model, error)) from error
+    config = configuration_of(place, source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
     name = (getattr(config, "architectures", None) or [""])[0]
     spec = _read_spec(config, source.model, place)
     if name.endswith("ForTokenClassification"):

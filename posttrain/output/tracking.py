@@ -14,14 +14,16 @@ import importlib.util
 import json
 import math
 import os
+import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from posttrain.errors import RecipeError, UserError
+from posttrain.errors import CannotWrite, RecipeError, UserError
 from posttrain.system.files import atomic_write, writing
 from posttrain.system.interrupts import uninterrupted
 
@@ -67,10 +69,11 @@ class Trackers:
         if not active:
             return
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(open_jsonl(folder / "metrics.jsonl"))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._sinks.append(open_jsonl(folder / "metrics.jsonl"))
         for name in dict.fromkeys(names):
-            self._sinks.append(_OPENERS[name](folder, project, dict(config or {}), start))
+            self._sinks.append(open_tracker(name, folder, project, dict(config or {}), start))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes and flushes the metrics of one step; tensors and NumPy scalars become plain numbers."""
@@ -81,15 +84,19 @@ class Trackers:
 
     def close(self) -> None:
         """Closes all trackers. Closing twice is harmless."""
-        with uninterrupted():
+        with uninterrupted(), ExitStack() as closing_all:
             while self._sinks:
-                self._sinks.pop().close()
+                closing_all.callback(self._sinks.pop(0).close)
 
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CannotWrite:
+            if kind is None:  # else the run ends on an error already, mostly of the same full disk
+                raise
 
 
 def as_number(value: Any) -> float | int | None:
@@ -186,20 +193,68 @@ def truncate_metrics(path: Path, step: int) -> None:
 # --------------------------------------------------------------------------------------------------------- trackers
 
 
+def open_tracker(name: str, folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
+    """Opens a tracker by name; a failed write of it names the run folder.
+
+    Raises:
+        UserError: if it cannot start.
+    """
+    try:
+        with writing(folder):
+            sink = _OPENERS[name](folder, project, config, start)
+    except UserError:
+        raise
+    except Exception as error:  # every tracker has errors of its own, such as for a wrong key or no connection
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RecipeError(
+            f"run.trackers: {name} cannot start: {first}; remove it from the list to go without"
+        ) from error
+
+    def log(step: int, metrics: Metrics) -> None:
+        with writing(folder):
+            sink.log(step, metrics)
+
+    def close() -> None:
+        with writing(folder):
+            sink.close()
+
+    return Sink(log, close)
+
+
 def open_tensorboard(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:
     """Opens event files under ``tensorboard/``; NaN and infinity are left out of the curves."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-    if config and not start:
-        writer.add_text("recipe", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+    with ExitStack() as opened:
+        opened.enter_context(_thread_errors_once())
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        if config and not start:
+            writer.add_text("recipe", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+        opened.callback(writer.close)
+        until_closed = opened.pop_all()
 
     def log(step: int, metrics: Metrics) -> None:
         for name, value in finite(metrics).items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Sink(log, writer.close)
+    return Sink(log, until_closed.close)
+
+
+@contextmanager
+def _thread_errors_once() -> Iterator[None]:
+    """Keeps TensorBoard's writing thread from printing a traceback: the next write raises its error."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def open_wandb(folder: Path, project: str, config: dict[str, Any], start: int) -> Sink:

@@ -15,7 +15,6 @@ from posttrain.recipe.resolve import (
     check_options,
     find_file,
     inner_slots,
-    is_there,
     local_options,
     parameters,
     positional,
@@ -24,6 +23,7 @@ from posttrain.recipe.resolve import (
 )
 from posttrain.recipe.validation import Problems, validate
 from posttrain.recipe.yaml_reader import COMMAND_LINE, Document, Location
+from posttrain.system.places import expanded, is_there
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ class PartReader:
         """The absolute path of a local file, folder or ``file.py:function``; other text is returned unchanged."""
         if ".py:" in value:
             return self._attempt(location, lambda: _absolute_function(value, self.folders(location))) or value
-        path = Path(value).expanduser()
+        path = expanded(value)
         existing = next((folder / path for folder in self.folders(location) if is_there(folder / path)), None)
         return str(existing.resolve()) if existing else value
 

@@ -26,6 +26,7 @@ from posttrain.recipe.executors import executor_problem
 from posttrain.recipe.validation import Problems, validate
 from posttrain.recipe.yaml_reader import suggestion
 from posttrain.system.long_work import saying_still
+from posttrain.system.places import expanded, is_there
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -79,7 +80,7 @@ def find_file(file: str, folders: Iterable[Path]) -> Path:
     Raises:
         RecipeError: if it is in none of them.
     """
-    candidates = [folder / Path(file).expanduser() for folder in folders]
+    candidates = [folder / expanded(file) for folder in folders]
     file_path = next((path for path in candidates if is_there(path) and path.is_file()), None)
     if file_path is None:
         parents = [path.parent for path in candidates if is_there(path.parent)]
@@ -88,14 +89,6 @@ def find_file(file: str, folders: Iterable[Path]) -> Path:
         guess = suggestion(Path(file).name, near)
         raise RecipeError(f"no file {file!r} (looked in {looked})" + (f"; {guess}" if guess.startswith("did") else ""))
     return file_path.resolve()
-
-
-def is_there(path: Path) -> bool:
-    """True if there is a file or folder; False for names that no file can have, such as one that is too long."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def import_file(path: Path) -> ModuleType:

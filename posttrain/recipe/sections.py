@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from posttrain.option_types import BelowOne, Breadth, Count, Positive, PositiveCount, Temperature
+from posttrain.option_types import BelowOne, Breadth, Count, OutputPath, PlaceName, Positive, PositiveCount, Temperature
 
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -31,7 +31,7 @@ class LoraSection:
 class PolicySection:
     """The language model that is trained, or that a decoder samples from."""
 
-    model: str
+    model: PlaceName
     """Hub name or local folder of a causal language model in the Hugging Face format."""
     end: str | int | tuple[str | int, ...] | None = None
     """Token that ends a completion, or several, as text or ids: sampling stops at each, and the first is taught after
@@ -57,13 +57,13 @@ class PolicySection:
 class ReferenceSection:
     """The reference policy. It is loaded only if some part reads its log-probs."""
 
-    model: str | None = None
+    model: PlaceName | None = None
     """Hub name or local folder of the reference. Default: the policy at the start of the run."""
     every: PositiveCount | None = None
     """Number of steps after which the reference moves towards the policy. Default: it never moves."""
     rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the policy's weights in the reference after a move; 1: it becomes the policy."""
-    cache: bool | str = True
+    cache: bool | OutputPath = True
     """Cache folder for the log-probs of dataset completions, which are computed once, before the first step; then the
     reference need not stay in memory. True: the user's cache folder, ``$POSTTRAIN_CACHE/reference`` or else
     ``~/.cache/posttrain/reference``. False: no cache, the reference scores every batch."""
@@ -137,7 +137,7 @@ class ValueSection:
     branches: BranchesSection | None = None
     """Branches in place of a model: the value of the beginning of each reasoning step is the mean score of completions
     sampled from there."""
-    model: str | None = None
+    model: PlaceName | None = None
     """Hub name or local folder of a value model saved by another run, a reward or process model, or any language model,
     which gets a new head. Default: the policy's model."""
     head: HeadSection | None = None
@@ -172,7 +172,7 @@ class ValueSection:
 class DataSection:
     """A dataset, and how its rows become prompts."""
 
-    path: str
+    path: PlaceName
     """Hub name, local folder, JSONL / JSON / Parquet / CSV file, or ``my_file.py:function`` that yields rows."""
     name: str | None = None
     """Configuration of a hub dataset, such as ``main`` of ``openai/gsm8k``."""
@@ -257,7 +257,7 @@ class EvaluationSection:
 class RunSection:
     """The run folder: checkpoints, rollouts, trackers."""
 
-    folder: str | None = None
+    folder: OutputPath | None = None
     """Path of the run folder. Default: ``runs/<recipe's name>``."""
     save_every: PositiveCount = 50
     """Number of steps between checkpoints; one more is made at the end."""

@@ -28,7 +28,7 @@ from posttrain.reports.decoding_suite import PLAIN, Comparison, DecodeSuite, Var
 from posttrain.reports.metrics_file import write_metrics
 from posttrain.reports.page import document, embedded_picture, html_table
 from posttrain.rollout.session import session
-from posttrain.system.files import json_number
+from posttrain.system.files import check_output_folder, json_number, writing
 from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
 
@@ -89,6 +89,7 @@ def measure_decoders(comparison: Comparison, *, resume: bool = False) -> Path:
         Stopped: after a signal; the message says what is kept.
     """
     suite, variants = comparison
+    check_output_folder(suite.folder, "report.folder")
     work = kept_report(suite.folder, plain_settings(suite, "report"), resume=resume, key="report.folder")
     if work.finished:
         return say_finished(work)
@@ -187,8 +188,16 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def write_report(suite: DecodeSuite, points: Sequence[Point], work: KeptWork) -> Path:
-    """Writes all files of the report, prints the table, and returns the folder."""
-    folder = suite.folder
+    """Prints the table, writes all files of the report, and returns the folder."""
+    Console(width=TABLE_WIDTH).print(points_table(points))
+    with writing(suite.folder, "report.folder"):
+        page = _write_files(suite, points, suite.folder)
+    finish(work)
+    print(f"report: {page}")
+    return suite.folder
+
+
+def _write_files(suite: DecodeSuite, points: Sequence[Point], folder: Path) -> Path:
     plain = [dataclasses.asdict(point) for point in points]
     settings = yaml.safe_dump(suite.resolved, sort_keys=False, allow_unicode=True, width=120)
     report = {"date": datetime.date.today().isoformat(), "versions": versions(), "points": plain, "suite": settings}
@@ -198,11 +207,7 @@ def write_report(suite: DecodeSuite, points: Sequence[Point], work: KeptWork) ->
         writer.writeheader()
         writer.writerows(plain)
     pictures = draw_frontiers(plain, folder)
-    page = write_page(folder, suite, settings, points, pictures)
-    finish(work)
-    Console(width=TABLE_WIDTH).print(points_table(points))
-    print(f"report: {page}")
-    return folder
+    return write_page(folder, suite, settings, points, pictures)
 
 
 def cells(point: Point) -> dict[str, str]:

@@ -16,6 +16,7 @@ from posttrain.data.read import find
 from posttrain.decoding.checks import decoder_conflicts
 from posttrain.decoding.recipe import DecodeRecipe, DecodeSettings
 from posttrain.errors import RecipeError
+from posttrain.option_types import OutputPath, PlaceName
 from posttrain.recipe import sections
 from posttrain.recipe.documents import read_document
 from posttrain.recipe.loading import load_as, read_part
@@ -32,7 +33,7 @@ class ComparedSection:
 
     name: str | None = None
     """Name in tables and pictures. Default: the name of the recipe's file, or of the decoder."""
-    recipe: str | None = None
+    recipe: PlaceName | None = None
     """Decode recipe, such as ``../recipes/decode/vas.yaml``, of which only the decoder is taken."""
     decoder: dict[str, Any] | None = None
     """Decoder, written as in a decode recipe."""
@@ -44,7 +45,7 @@ class ComparedSection:
 class DecodeReportSection:
     """The report of a decode suite."""
 
-    folder: str | None = None
+    folder: OutputPath | None = None
     """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
 
 

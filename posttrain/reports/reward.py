@@ -32,7 +32,7 @@ from posttrain.reports.metrics_file import write_metrics
 from posttrain.reports.reward_accuracy import accuracy, compare_pairs, read_pairs, reward_statistics, score_pairs
 from posttrain.reports.reward_curves import best_of_n_curve, draw_curve, moments, overoptimisation
 from posttrain.reports.reward_suite import RewardSuite
-from posttrain.system.files import hash_of_files
+from posttrain.system.files import check_output_folder, hash_of_files, writing
 from posttrain.system.processes import Processes
 
 
@@ -50,6 +50,7 @@ def measure_rewards(suite: RewardSuite, *, resume: bool = False) -> Path:
         Stopped: after a signal; the message says what is kept.
     """
     folder = suite.report_folder
+    check_output_folder(folder, "folder")
     work = kept_report(folder, plain_settings(suite, "folder"), resume=resume, key="folder", unit="pairs and files")
     if work.finished:
         return say_finished(work)
@@ -73,17 +74,19 @@ def _measure(suite: RewardSuite, rows: Sequence[dict[str, Any]], files: Sequence
     """Scores pairs and rollouts, piece by piece, and writes the report."""
     work.total = len(rows) + len(files)
     report: dict[str, Any] = {}
-    folder = suite.report_folder
-    folder.mkdir(parents=True, exist_ok=True)
     if suite.data is not None:
         report["pairs"] = measure_pairs(suite, rows, work)
     if suite.rollouts is not None:
         report["best_of_n"] = measure_best_of_n(suite.reward, files, suite.sizes, work)
-        figure = draw_curve(report["best_of_n"]["curve"], report["best_of_n"]["law"])
-        figure.savefig(folder / "best_of_n.png")
-    write_metrics(folder, report)
+    print(*report_lines(report), sep="\n")
+    folder = suite.report_folder
+    with writing(folder, "folder"):
+        write_metrics(folder, report)
+        if suite.rollouts is not None:
+            figure = draw_curve(report["best_of_n"]["curve"], report["best_of_n"]["law"])
+            figure.savefig(folder / "best_of_n.png")
     finish(work)
-    print(*report_lines(report), f"  {folder}", sep="\n")
+    print(f"  {folder}")
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from posttrain.option_types import PositiveCount
+from posttrain.option_types import OutputPath, PlaceName, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Checked, Part
@@ -28,13 +28,13 @@ class RewardSuite(Checked):
     reward: tuple[InstanceOf[Part], ...]
     data: sections.DataSection | None = None
     """Pairs in RewardBench's format: prompt, chosen, rejected, subset."""
-    rollouts: str | None = None
+    rollouts: PlaceName | None = None
     """Rollouts, whose scores are the gold rewards: a file, a run's folder, or a folder of them."""
     sizes: tuple[int, ...] = field(default=(1, 2, 4, 8, 16, 32, 64))
     """Values of n for best-of-n, up to the number of stored completions."""
     save_every: PositiveCount | None = None
     """Number of pairs that are scored together, and then kept on disk. Default: a sixteenth of all, and at least 32."""
-    folder: str | None = None
+    folder: OutputPath | None = None
     """Folder of the report. Default: ``reports/<suite's name>``."""
 
     name: str = "reward"

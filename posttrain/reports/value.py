@@ -44,7 +44,7 @@ from posttrain.reports.value_suite import ValueSuite
 from posttrain.rollout.branches import BUCKETS, BranchPoint, choose_branch_points, value_at
 from posttrain.rollout.collect import CompletionSource
 from posttrain.rollout.rollouts import single_turn
-from posttrain.system.files import hash_of_files
+from posttrain.system.files import check_output_folder, hash_of_files, writing
 from posttrain.system.processes import Processes
 from posttrain.system.versions import versions
 from posttrain.training import value_metrics as metrics
@@ -79,6 +79,7 @@ def evaluate_value(suite: ValueSuite, *, resume: bool = False) -> Path:
         UserError: if models, data or verifiers do not fit together; the message says what to change.
         Stopped: after a signal; the message says what is kept.
     """
+    check_output_folder(suite.folder, "report.folder")
     work = kept_report(suite.folder, plain_settings(suite, "report"), resume=resume, key="report.folder")
     if work.finished:
         return say_finished(work)
@@ -255,17 +256,25 @@ def _points_to_draw(value: Float[Tensor, " P"], outcomes: Float[Tensor, "P K"]) 
 def write_report(
     suite: ValueSuite, report: dict[str, Any], batch: Batch, value: Float[Tensor, "N L"], tokenizer: Any, work: KeptWork
 ) -> Path:
-    """Writes all files of the report, prints the figures, and returns the folder."""
+    """Prints the figures, writes all files of the report, and returns the folder."""
+    print_figures(report)
+    with writing(suite.folder, "report.folder"):
+        page = _write_files(suite, report, batch, value, tokenizer)
+    finish(work)
+    print(f"report: {page}")
+    return suite.folder
+
+
+def _write_files(
+    suite: ValueSuite, report: dict[str, Any], batch: Batch, value: Float[Tensor, "N L"], tokenizer: Any
+) -> Path:
     folder = suite.folder
     write_metrics(folder, report)
     for name in PICTURES:  # pictures of an earlier report
         (folder / name).unlink(missing_ok=True)
     pictures = draw_all(report, folder)
     examples = [_example(batch, value, row, tokenizer) for row in choose_examples(batch, suite.report.shown)]
-    page = write_page(folder, f"Value report: {suite.value.model}", report, pictures, examples)
-    finish(work)
-    print_figures(report, page)
-    return folder
+    return write_page(folder, f"Value report: {suite.value.model}", report, pictures, examples)
 
 
 def choose_examples(batch: Batch, most: int) -> list[int]:
@@ -295,8 +304,8 @@ def _example(batch: Batch, value: Float[Tensor, "N L"], row: int, tokenizer: Any
     )
 
 
-def print_figures(report: dict[str, Any], page: Path) -> None:
-    """Prints the metrics as a short table, the notes, and where the page is."""
+def print_figures(report: dict[str, Any]) -> None:
+    """Prints the metrics as a short table, and the notes."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
@@ -306,4 +315,3 @@ def print_figures(report: dict[str, Any], page: Path) -> None:
     console.print(table)
     for note in report["notes"]:
         console.print(note)
-    console.print(f"report: {page}", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
-from posttrain.option_types import Breadth, Count, PositiveCount
+from posttrain.option_types import Breadth, Count, OutputPath, PlaceName, PositiveCount
 from posttrain.recipe import sections
 from posttrain.recipe.loading import load_as
 from posttrain.recipe.part import Part
@@ -22,7 +22,7 @@ from posttrain.recipe.yaml_reader import Location, Overrides
 class ValueModelSection:
     """The value model to measure."""
 
-    model: str
+    model: PlaceName
     """A value model saved by a run, or a reward or process model: local folder or hub name."""
 
 
@@ -42,7 +42,7 @@ class BranchPointsSection:
 class ValueReportSection:
     """The report and its curves."""
 
-    folder: str | None = None
+    folder: OutputPath | None = None
     """Folder of the report. Default: ``reports/<suite's name>``. A report in it is replaced."""
     bins: int = Field(default=10, ge=2, le=2**16)
     """Number of bins of the calibration curve and of the curve over positions."""
@@ -64,7 +64,7 @@ class ValueSuite(SamplingRecipe):
     policy: sections.PolicySection | None = None
     """Policy that samples the completions and the branches."""
     data: sections.DataSection | None = None
-    rollouts: str | None = None
+    rollouts: PlaceName | None = None
     """Stored rollouts, instead of sampling: a file, a run's folder, or a folder of them."""
     verify: tuple[InstanceOf[Part], ...] = ()
     completions: Breadth = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from posttrain.errors import CannotWrite
+from posttrain.system.places import no_plain_file, obstacle
 
 
 @contextmanager
@@ -31,15 +33,22 @@ def writing(path: Path, setting: str = "") -> Iterator[None]:
     except CannotWrite:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = _reason(error)
+        reason = _reason(error, path)
         if not reason:
             raise
-        key = f"{setting}: " if setting else ""
-        raise CannotWrite(f"{key}cannot write {str(path)!r}: {reason}") from error
+        raise CannotWrite(_named(setting, path, reason)) from error
 
 
-def _reason(error: Exception) -> str:
+def _named(setting: str, path: Path, reason: str) -> str:
+    """The message for a place that cannot be written, with the setting that names another one."""
+    problem = f"cannot write {str(path)!r}: {reason}"
+    return f"{setting}: {problem}; --{setting}=... names another place" if setting else problem
+
+
+def _reason(error: Exception, path: Path) -> str:
     """Says why a write failed; empty if the error is no failure to write."""
+    if isinstance(error, FileExistsError | NotADirectoryError | FileNotFoundError) and (problem := obstacle(path)):
+        return problem
     if isinstance(error, OSError):
         # one without a number is a library's complaint about something else
         return "" if error.errno is None else error.strerror or str(error)
@@ -59,14 +68,41 @@ def check_output(path: Path, setting: str) -> None:
     """
     with writing(path, setting):
         if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "a device or a pipe"
-            raise CannotWrite(f"{setting}: cannot write {str(path)!r}: it is {kind}")
-        trial = path.with_name(f".{path.name}.{os.getpid()}.writing")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            trial.write_bytes(b"\n")
-        finally:
-            trial.unlink(missing_ok=True)
+            kind = "a folder" if path.is_dir() else no_plain_file(path)
+            raise CannotWrite(_named(setting, path, f"it is {kind}"))
+        target = _target(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(target.with_name(f".{target.name}.{os.getpid()}.writing"))
+
+
+def check_output_folder(path: Path, setting: str) -> None:
+    """Tries whether files can be written into a folder, before anything expensive has started; makes the folder.
+
+    Raises:
+        CannotWrite: if not, with the reason.
+    """
+    with writing(path, setting):
+        if path.exists() and not path.is_dir():
+            raise CannotWrite(_named(setting, path, f"it is {no_plain_file(path) or 'a file'} and no folder"))
+        path.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path / f".{os.getpid()}.writing")
+
+
+def _try_to_write(trial: Path) -> None:
+    try:
+        trial.write_bytes(b"\n")
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """The file that is replaced by writing a path: the one that a link leads to."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
 
 
 @contextmanager
@@ -74,19 +110,21 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary file to write, which takes the place of ``path`` at the end of the block.
 
     A reader sees the old content or all of the new, never a part of it; after an error the old content stays. The
-    folder is made if it is missing. Several processes may write the same path.
+    folder is made if it is missing. A link stays, and what it leads to is replaced. Several processes may write the
+    same path.
 
     Args:
         durable: flush the file to disk before it gets its name, so that it survives a crash of the machine.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _target(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             if durable:
                 sync(temporary)
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -50,6 +50,7 @@ from posttrain.training.display import columns_of
 from posttrain.training.evaluate import evaluate_completions, evaluate_examples
 from posttrain.training.learner import Learner, add_value_targets, score, update
 from posttrain.training.memory_facts import say_memory
+from posttrain.training.place_checks import check_places
 from posttrain.training.ranking import ranking_by_value
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import find_required_passes
@@ -118,6 +119,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         return result_of(recipe, finished)
     required = find_required_passes(recipe)
     tokenizer = load_tokenizer(recipe.policy)
+    check_places(recipe, required)
     material = load_material(recipe, tokenizer, required.columns)
     with Processes(dtype=recipe.policy.dtype) as processes:
         refuse_uneven_prompts(recipe, processes)

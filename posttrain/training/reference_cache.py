@@ -35,7 +35,8 @@ from posttrain.data.examples.dataset_examples import Examples
 from posttrain.data.left_out import LeftOut
 from posttrain.errors import UserError
 from posttrain.output.progress import Progress
-from posttrain.system.files import atomic_write, sync
+from posttrain.system.files import atomic_write, sync, writing
+from posttrain.system.places import expanded
 from posttrain.training.learner import Learner, reference_logp
 from posttrain.training.recipe import Recipe
 from posttrain.training.required_passes import RequiredPasses
@@ -227,14 +228,15 @@ def cache_folder(recipe: Recipe) -> Path:
     """The folder in which the recipe keeps reference log-probs."""
     folder = recipe.reference.cache
     if isinstance(folder, str):
-        return Path(folder).expanduser()
+        return Path(folder)
     if home := os.environ.get("POSTTRAIN_CACHE"):
-        return Path(home).expanduser() / "reference"
+        return expanded(home) / "reference"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain" / "reference"
 
 
 def _open(folder: Path, about: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "reference.cache"):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / "about.json"
     if not path.exists():
         with atomic_write(path) as temporary:

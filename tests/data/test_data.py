@@ -334,7 +334,9 @@ normaliser: {{use: token_mean}}
 def test_the_command_line_ends_with_code_2_and_the_message(
     name: str, tmp_path: Path, tiny_model_folder, capsys
 ) -> None:
-    file, write, message = BROKEN_FILES.get(name, ("a.jsonl", lambda path: None, "'a.jsonl': no such file in"))
+    file, write, message = BROKEN_FILES.get(
+        name, ("a.jsonl", lambda path: None, "data.path: there is no file 'a.jsonl' in")
+    )
     write(tmp_path / file)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_model_folder, data=file))
     assert cli.main(["train", str(tmp_path / "recipe.yaml"), f"--run.folder={tmp_path / 'run'}"]) == 2
@@ -345,7 +347,7 @@ def test_the_command_line_ends_with_code_2_and_the_message(
 
 def test_missing_file_and_split_of_a_file(load, tmp_path: Path) -> None:
     write_lines(tmp_path / "problems.jsonl", [GOOD])
-    with pytest.raises(DataError, match=r"no such file in .* \(did you mean 'problems.jsonl'\?\)"):
+    with pytest.raises(DataError, match=r"there is no file .* in .* \(did you mean 'problems.jsonl'\?\)"):
         load("problem.jsonl")
     with pytest.raises(DataError, match="a file has no split 'test'"):
         load("problems.jsonl", split="test")

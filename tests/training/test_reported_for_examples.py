@@ -190,7 +190,7 @@ def test_a_held_out_dataset_is_named_by_its_own_key(name, section, rows, tmp_pat
     changes = [f"--policy.model={tiny_model_folder}", f"--data={{path: {data}}}"]
     changes += [f"--evaluate={{{section}: {{path: nowhere.jsonl}}}}"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", changes)
-    with pytest.raises(DataError, match=rf"^evaluate\.{section}\.path 'nowhere.jsonl': no such file"):
+    with pytest.raises(DataError, match=rf"^evaluate\.{section}\.path: there is no file 'nowhere.jsonl'"):
         load_material(recipe, _tokenizer(tiny_model_folder))
 
 

@@ -170,7 +170,8 @@ class Plan:
         candidates = [folder / named for folder in (beside, Path.cwd())]
         file = next((path for path in candidates if is_there(path) and path.is_file()), None)
         if file is None:
-            similar = [path.name for path in (beside / named).parent.glob("*.y*ml")]
+            folder = (beside / named).parent
+            similar = [path.name for path in folder.glob("*.y*ml")] if is_there(folder) else []
             guess = suggestion(named.name, similar)
             problem = f"there is no file {str(named)!r}" + (f"; {guess}" if guess.startswith("did") else "")
             raise RecipeError(self.document.problem(location, problem))

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.batch import Finish
+from posttrain.errors import UserError
 from posttrain.recipe.sections import SamplingSection
 
 
@@ -64,8 +65,16 @@ OnCompletion = Callable[[int, int, Completion], None]
 """Callback for each completion as soon as it ends, with the indices of prompt and sample."""
 
 
-class RefusedRequest(ValueError):
-    """The error for a request that an engine cannot take: a setting or a prompt is wrong. Other requests go on."""
+class RefusedRequest(UserError, ValueError):
+    """The error for a request that an engine cannot take: a setting or a prompt is wrong. Other requests go on.
+
+    Args:
+        prompt: index of the prompt that is wrong, in the call; None if no prompt is.
+    """
+
+    def __init__(self, problem: str, prompt: int | None = None) -> None:
+        super().__init__(problem)
+        self.prompt = prompt
 
 
 class WeightMismatch(RuntimeError):

@@ -12,11 +12,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
     """Raises ``RefusedRequest`` for the first prompt that is empty or leaves no room for ``max_tokens``."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise RefusedRequest(f"prompt {index} is empty: a model needs at least one token to continue")
+            raise RefusedRequest(f"prompt {index} is empty: a model needs at least one token to continue", index)
         if len(prompt) + max_tokens > max_model_len:
             raise RefusedRequest(
                 f"prompt {index} has {len(prompt)} tokens: with max_tokens {max_tokens} that is more than "
-                f"max_model_len {max_model_len}"
+                f"max_model_len {max_model_len}",
+                index,
             )
 
 
@@ -54,7 +55,7 @@ def check_vocabulary(prompts: Sequence[Sequence[int]], size: int | None) -> None
     for index, prompt in enumerate(prompts):
         wrong = min(prompt) if min(prompt) < 0 else max(prompt)
         if wrong < 0 or (size is not None and wrong >= size):
-            raise RefusedRequest(f"prompt {index} has token {wrong}; the model has {size} tokens")
+            raise RefusedRequest(f"prompt {index} has token {wrong}; the model has {size} tokens", index)
 
 
 def check_shaper(shaper: Shaper | None, sampling: Sampling) -> None:

@@ -84,6 +84,8 @@ class VllmEngine(SteppingEngine):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(max_model_len=max_model_len, seed=seed)
+        if not torch.cuda.is_available():
+            vllm_cpu.check_cache(cache_mb)
         source = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._eos = end_of_sequence_ids(model, **source) if ends is None else tuple(ends)
         arguments: dict[str, Any] = {

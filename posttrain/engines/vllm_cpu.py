@@ -6,12 +6,27 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 
 from posttrain.errors import RecipeError
 
 BLOCK_SIZE = 32  # tokens; the smallest size for vLLM's CPU attention, so that short prompts share their prefix
 PREFILL_TOKENS = 4096  # prompt tokens computed in one step
+
+
+def check_cache(cache_mb: int) -> None:
+    """Checks that the key-value cache fits into the memory that is free.
+
+    Raises:
+        RecipeError: if not, with both numbers.
+    """
+    free = psutil.virtual_memory().available >> 20
+    if cache_mb > free:
+        raise RecipeError(
+            f"engine.cache_mb: {cache_mb:,} MiB for vLLM's key-value cache, but only {free:,} MiB of memory are free; "
+            "lower it (the default is 512), or set engine.use: transformers"
+        )
 
 
 def arguments(*, max_model_len: int, cache_mb: int) -> dict[str, Any]:

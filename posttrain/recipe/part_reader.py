@@ -154,6 +154,8 @@ class PartReader:
 
     def local_path(self, location: Location, value: str) -> str:
         """The absolute path of a local file, folder or ``file.py:function``; other text is returned unchanged."""
+        if not value:
+            return value  # which its setting refuses: it would be the working folder
         if ".py:" in value:
             return self._attempt(location, lambda: _absolute_function(value, self.folders(location))) or value
         path = expanded(value)

@@ -28,7 +28,7 @@ from posttrain.engines.ends import completion_text
 from posttrain.engines.for_policy import LengthBudget, policy_engine
 from posttrain.errors import DataError, UserError
 from posttrain.micro_batches import length_groups
-from posttrain.models.load import embedding_rows, load_tokenizer
+from posttrain.models.load import configuration_of, embedding_rows, load_tokenizer
 from posttrain.models.text import text_of
 from posttrain.models.value import ValueModel
 from posttrain.models.value_files import load_value
@@ -83,6 +83,7 @@ def evaluate_value(suite: ValueSuite, *, resume: bool = False) -> Path:
     work = kept_report(suite.folder, plain_settings(suite, "report"), resume=resume, key="report.folder")
     if work.finished:
         return say_finished(work)
+    configuration_of("value.model", suite.value.model)
     policy = suite.policy or sections.PolicySection(model=suite.value.model)
     tokenizer = load_tokenizer(policy)
     rows = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from posttrain.batch import Author, Batch, Finish
 from posttrain.data.steps import steps_by_text
-from posttrain.engines.base import Completion, Engine, Sampling
+from posttrain.engines.base import Completion, Engine, RefusedRequest, Sampling
 from posttrain.errors import DataError
 from posttrain.models.text import Decode
 from posttrain.option_types import Breadth, facts
@@ -30,6 +31,24 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+@contextmanager
+def refusals_placed(prompts: Prompts) -> Iterator[None]:
+    """Names file and row of a prompt that an engine refuses inside the block.
+
+    Raises:
+        DataError: in place of ``RefusedRequest``, with what to change.
+    """
+    try:
+        yield
+    except RefusedRequest as error:
+        if error.prompt is None:
+            raise
+        raise DataError(
+            f"{prompts.places[error.prompt]}: the engine refuses this prompt: {error}. Lower sampling.max_tokens, "
+            "raise engine.max_model_len, or leave long prompts out by data.max_prompt_tokens"
+        ) from error
 
 
 OnText = Callable[[int, int, str, Completion], None]
@@ -172,7 +191,8 @@ def _sampled(
     engine: Engine, prompts: Prompts, n: int, context: Context, texts: dict[tuple[int, int], str], first: int = 0
 ) -> list[list[Completion]]:
     record = _recorder(context, texts, first)
-    return engine.generate(prompts.tokens, context.sampling, n, seeds=prompts.seeds, on_completion=record)
+    with refusals_placed(prompts):
+        return engine.generate(prompts.tokens, context.sampling, n, seeds=prompts.seeds, on_completion=record)
 
 
 def _joined(first: list[list[Completion]], second: list[list[Completion]]) -> list[list[Completion]]:

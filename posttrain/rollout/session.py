@@ -21,6 +21,7 @@ from posttrain.models.load import load_tokenizer
 from posttrain.models.text import text_of
 from posttrain.recipe.part import Part
 from posttrain.rollout.collect import own_share, prompts_of
+from posttrain.rollout.rollouts import refusals_placed
 from posttrain.rollout.verifying import submitter
 from posttrain.system.files import json_number
 from posttrain.system.long_work import LongWork
@@ -103,7 +104,10 @@ def _own_rows(
     forget_prefixes(on.engine, *on.context.engines.values())
     sampler = on.engine if decoder is None else decoder(on.engine, on.context)
     sampling = Sampling.of(recipe.sampling)
-    groups = sampler.generate(prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended)
+    with refusals_placed(prompts):
+        groups = sampler.generate(
+            prompts.tokens, sampling, recipe.completions, seeds=prompts.seeds, on_completion=ended
+        )
     verdicts = on.verifiers.collect()
     shares = []
     for i, group in enumerate(groups):

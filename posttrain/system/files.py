@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from posttrain.errors import CannotWrite
+from posttrain.errors import CannotWrite, DataError
 from posttrain.system.places import no_plain_file, obstacle
 
 
@@ -173,10 +173,17 @@ def join_files(pieces: Iterable[Path], path: Path) -> None:
 
 
 def hash_of_files(files: Iterable[Path]) -> str:
-    """Hash of the contents of files."""
+    """Hash of the contents of files.
+
+    Raises:
+        DataError: if one cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(hashlib.blake2b(file.read_bytes()).digest())
+        try:
+            digest.update(hashlib.blake2b(file.read_bytes()).digest())
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()
 
 

@@ -65,7 +65,8 @@ def connect(host: str, port: int) -> str:
 
     def attempt() -> None:
         try:
-            socket.create_connection((host, port), timeout=PATIENCE).close()
+            with socket.create_connection((host, port), timeout=PATIENCE):
+                pass
             reasons.append("")
         except OSError as error:
             reasons.append(error.strerror or str(error))

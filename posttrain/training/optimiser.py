@@ -19,6 +19,7 @@ from torch import Tensor
 from posttrain.batch import Batch
 from posttrain.errors import UserError
 from posttrain.recipe.sections import OptimizerSection
+from posttrain.system.extension_builds import watched_builds
 from posttrain.system.processes import Processes
 
 STATE_FILE = "trainer.pt"
@@ -71,7 +72,8 @@ class Optimiser:
             self._configure_deepspeed(groups[0].options)
         self.model: Any
         self.optimizer: Any
-        self.model, self.optimizer = processes.accelerator.prepare(model, optimizer)
+        with watched_builds(active=processes.uses_deepspeed and processes.is_main):
+            self.model, self.optimizer = processes.accelerator.prepare(model, optimizer)
         processes.before_end(self.release)
 
     def release(self) -> None:

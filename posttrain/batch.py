@@ -216,12 +216,16 @@ class Batch:
     def concatenate(batches: Iterable[Batch]) -> Batch:
         """Joins batches into one, padded to the longest row. A field must be filled in all of them or in none.
 
+        ``rewards`` of recipes with other rewards are left out: their columns do not mean the same.
+
         Raises:
             ValueError: if there are no batches, or a field is filled in some of them only.
         """
         batches = list(batches)
         if not batches:
             raise ValueError("there is nothing to concatenate: the list of batches is empty")
+        if len({batch.reward_columns for batch in batches}) > 1:
+            batches = [batch.set(rewards=None, reward_columns=RewardColumns()) for batch in batches]
         columns = max(batch.tokens.shape[1] for batch in batches)
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(Batch):

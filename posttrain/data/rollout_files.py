@@ -1,7 +1,7 @@
 """Rollouts as Parquet files with a row for each completion: to look at with pandas, and to train on again later.
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
-verifier, ``used_for`` (``training``, ``dropped`` or ``evaluation``), ``length`` (tokens the policy chose), ``finish``
+verifier, ``rewards/<name>`` for each reward before its weight, ``used_for`` (``training``, ``dropped`` or ``evaluation``), ``length`` (tokens the policy chose), ``finish``
 (its name), ``baseline_only``, ``version``, ``row`` (columns of the dataset, as JSON), and the lists ``tokens``,
 ``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever of ``logp_old``, ``logp_ref``, ``entropy``,
 ``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list has one element for each token, prompt
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from posttrain.batch import Batch, Finish
+from posttrain.batch import Batch, Finish, RewardColumns
 from posttrain.data.read import find
 from posttrain.errors import DataError
 from posttrain.system.files import atomic_write
@@ -51,6 +51,7 @@ _LISTS = {
     "target": torch.float32,
     "loss_share": torch.float32,
 }
+_REWARD_COLUMNS = b"posttrain.reward_columns"  # key in the metadata of a file: names and weights of the rewards
 _PADDING = {"step_id": -1}  # value in the columns after a completion's end; 0 for lists that are not named here
 
 
@@ -127,8 +128,14 @@ def write_rollouts(
         tensor = getattr(batch, name)
         if tensor is not None:
             columns[name] = _as_lists(tensor.to(dtype), batch.length)
+    if batch.rewards is not None:
+        names = batch.reward_columns.names
+        columns |= {f"rewards/{name}": column.numpy() for name, column in zip(names, batch.rewards.T, strict=True)}
+    table = pa.table(columns).replace_schema_metadata(
+        {_REWARD_COLUMNS: json.dumps(dataclasses.asdict(batch.reward_columns))}
+    )
     with atomic_write(Path(path), durable=True) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_rollouts(path: Path | str) -> Batch:
@@ -163,9 +170,23 @@ def _batch_of(table: pa.Table, path: Path) -> Batch:
     fields["finish"] = torch.tensor([int(Finish[name.upper()]) for name in table["finish"].to_pylist()])
     fields["rows"] = tuple(json.loads(row) for row in table["row"].to_pylist())
     fields["texts"] = tuple(table["completion"].to_pylist())
+    fields |= _rewards_of(table)
     step = int(table["step"][0].as_py()) if len(table) else 0
     known = {field.name for field in dataclasses.fields(Batch)}
     return Batch(**{name: value for name, value in fields.items() if name in known}, step=step)
+
+
+def _rewards_of(table: pa.Table) -> dict[str, Any]:
+    """The fields ``rewards`` and ``reward_columns``; none for a file in which rewards are not stored one by one."""
+    stored = json.loads((table.schema.metadata or {}).get(_REWARD_COLUMNS, b"{}"))
+    names = tuple(stored.get("names", ()))
+    if not names:
+        return {}
+    columns = RewardColumns(names, tuple(stored["weights"]), verifiers=stored["verifiers"])
+    return {
+        "rewards": torch.stack([_tensor(table[f"rewards/{name}"]).float() for name in names], -1),
+        "reward_columns": columns,
+    }
 
 
 def _json(row: Mapping[str, Any]) -> str:

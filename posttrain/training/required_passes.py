@@ -53,8 +53,9 @@ def find_required_passes(recipe: Recipe) -> RequiredPasses:
     log = ReadLog()
     batch = probe_batch(log, every_next=_has_q_head(recipe), baseline=recipe.baseline is not None)
     before: set[str] = set()
-    batch = _with_reward_columns(recipe, batch)
     for slot, part in _before_update(recipe):
+        if slot == "combine":  # after the rewards, each of which has been tried
+            batch = _with_reward_columns(recipe, batch)
         arguments = (batch.advantage, batch) if slot == "shape" else (batch,)
         before |= _observe(log, slot, part, arguments, _shapes(slot, batch))
     in_policy_loss = _observe_losses(log, "loss", recipe.loss, batch, recipe)

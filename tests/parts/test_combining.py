@@ -205,3 +205,6 @@ def test_rewards_stay_beside_their_completions() -> None:
     assert batch.rewards is not None and again.rewards is not None
     assert torch.equal(again.rewards.nan_to_num(9.0), batch.rewards[[3, 1, 0]].nan_to_num(9.0))
     assert again.reward_columns == batch.reward_columns
+    other = batch.set(reward_columns=RewardColumns(("x", "y", "z"), (1.0, 1.0, 1.0), verifiers=3))
+    joined = Batch.concatenate([batch, other])
+    assert (joined.rewards, joined.reward_columns) == (None, RewardColumns())

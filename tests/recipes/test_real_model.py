@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 import runpy
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
 from posttrain.decoding.recipe import DecodeRecipe
 from posttrain.errors import UserError
 from posttrain.recipe.loading import load_as
+from posttrain.reports.value_suite import ValueSuite
 from posttrain.serving.recipe import ServeRecipe
-from posttrain.training.recipe import load_recipe
+from posttrain.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "real"
@@ -38,10 +41,8 @@ def test_each_recipe_is_a_part_of_the_benchmark_that_loads_at_both_sizes(benchma
     for name, task in tasks.items():
         for overrides in ((), task.small):
             path = RECIPES / f"{name}.yaml"
-            if task.kind == "train":
-                load_recipe(path, overrides)
-            else:
-                load_as(DecodeRecipe if task.kind == "decode" else ServeRecipe, path, overrides)
+            kinds = {"train": Recipe, "decode": DecodeRecipe, "evaluate": ValueSuite, "serve": ServeRecipe}
+            load_as(kinds[task.kind], path, overrides)
 
 
 def test_only_the_right_sum_at_the_end_of_a_finished_answer_counts():
@@ -56,10 +57,27 @@ def test_only_the_right_sum_at_the_end_of_a_finished_answer_counts():
 def test_held_out_additions_are_not_trained_on(benchmark):
     training, held_out = benchmark["additions"](4000, seed=0)
     assert (len(training), len(held_out)) == (4000, 512)
-    assert not {row["question"] for row in training} & {row["question"] for row in held_out}
-    row = training[0]
-    a, b = row["question"].removeprefix("What is ").removesuffix("?").split(" + ")
-    assert row["answer"] == str(int(a) + int(b))
+    asked = [{row["prompt"][-1]["content"] for row in rows} for rows in (training, held_out)]
+    assert not asked[0] & asked[1]
+    a, b = training[0]["prompt"][-1]["content"].removesuffix(" =").split(" + ")
+    assert training[0]["answer"] == str(int(a) + int(b))
+    (answer,) = benchmark["demonstration"](training[0])["completion"]
+    assert answer == {"role": "assistant", "content": f"{a} + {b} = {int(a) + int(b)}"}
+
+
+def test_errors_of_shares_and_areas_are_those_of_repeated_draws(benchmark):
+    """1,000 draws of 60 right and 40 wrong scores; Hanley and McNeil's formula is for exponential scores."""
+    generator = random.Random(0)
+    areas = []
+    for _ in range(1000):
+        right = [generator.expovariate(0.5) for _ in range(60)]
+        wrong = [generator.expovariate(1.0) for _ in range(40)]
+        areas.append(sum(a > b for a in right for b in wrong) / 2400)
+    assert benchmark["area_error"](fmean(areas), 60, 40) == pytest.approx(stdev(areas), rel=0.1)
+    rows = [{"label": True}] * 60 + [{"label": False}] * 40
+    assert benchmark["standard_error"]("eval/value/auc", 0.7, rows) == benchmark["area_error"](0.7, 60, 40)
+    assert benchmark["standard_error"]("eval/accuracy", 0.5, rows) == pytest.approx(0.05)
+    assert benchmark["standard_error"]("eval/accuracy", 0.5, []) is None
 
 
 def test_a_pair_is_a_right_and_a_wrong_solution_of_one_problem(benchmark):

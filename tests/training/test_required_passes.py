@@ -78,7 +78,7 @@ def test_parts_with_memory_forget_the_probe():
     [
         (lambda batch: batch.reward, r"returned \[8\] for a batch of \[8, 6\]; expected \[N, L\]"),
         (lambda batch: 3.0, "returned float"),
-        (lambda batch: batch.rewards, "AttributeError"),
+        (lambda batch: batch.rewardz, "AttributeError"),
     ],
 )
 def test_a_part_that_does_not_fit_is_named(function, message):

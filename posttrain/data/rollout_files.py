@@ -1,11 +1,11 @@
 """Rollouts as Parquet files with a row for each completion: to look at with pandas, and to train on again later.
 
 Columns of a file: ``step``, ``group``, ``prompt``, ``completion``, ``reward``, ``score``, ``verify/<name>`` for each
-verifier, ``rewards/<name>`` for each reward before its weight, ``used_for`` (``training``, ``dropped`` or ``evaluation``), ``length`` (tokens the policy chose), ``finish``
-(its name), ``baseline_only``, ``version``, ``row`` (columns of the dataset, as JSON), and the lists ``tokens``,
-``mask``, ``step_id``, ``logp_sampler``, ``step_reward`` and whichever of ``logp_old``, ``logp_ref``, ``entropy``,
-``value``, ``advantage``, ``target``, ``loss_share`` the batch has. A list has one element for each token, prompt
-included: element ``t`` belongs to token ``t``, as everywhere.
+verifier, ``rewards/<name>`` for each reward before its weight, ``used_for`` (``training``, ``dropped`` or
+``evaluation``), ``length`` (tokens the policy chose), ``finish`` (its name), ``baseline_only``, ``version``, ``row``
+(columns of the dataset, as JSON), and the lists ``tokens``, ``mask``, ``step_id``, ``logp_sampler``, ``step_reward``
+and whichever of ``logp_old``, ``logp_ref``, ``entropy``, ``value``, ``advantage``, ``target``, ``loss_share`` the batch
+has. A list has one element for each token, prompt included: element ``t`` belongs to token ``t``, as everywhere.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ class Comparison:
         self._judge((ours.float() - own.float()).norm(dim=-1) / length, "of their length", what, remedy)
 
     def _judge(self, difference: Tensor, unit: str, what: str, remedy: str) -> None:
-        measured = float(difference.max() if self.exact else difference.mean())
+        measured = float((difference.max() if self.exact else difference.mean()).detach())
         if not measured <= (LARGEST if self.exact else LARGEST_MEAN):  # NaN too
             kind = "up to" if self.exact else "on average"
             raise RecipeError(

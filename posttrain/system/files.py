@@ -61,7 +61,7 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def check_output(path: Path, setting: str) -> None:
-    """Tries whether a file can be written, before anything expensive has started.
+    """Tries whether a file can be written, before anything expensive has started. Nothing is left behind.
 
     Raises:
         CannotWrite: if not, with the reason.
@@ -71,12 +71,11 @@ def check_output(path: Path, setting: str) -> None:
             kind = "a folder" if path.is_dir() else no_plain_file(path)
             raise CannotWrite(_named(setting, path, f"it is {kind}"))
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         _try_to_write(target.with_name(f".{target.name}.{os.getpid()}.writing"))
 
 
 def check_output_folder(path: Path, setting: str) -> None:
-    """Tries whether files can be written into a folder, before anything expensive has started; makes the folder.
+    """Tries whether files can be written into a folder, before anything expensive has started. Nothing is left behind.
 
     Raises:
         CannotWrite: if not, with the reason.
@@ -84,15 +83,20 @@ def check_output_folder(path: Path, setting: str) -> None:
     with writing(path, setting):
         if path.exists() and not path.is_dir():
             raise CannotWrite(_named(setting, path, f"it is {no_plain_file(path) or 'a file'} and no folder"))
-        path.mkdir(parents=True, exist_ok=True)
         _try_to_write(path / f".{os.getpid()}.writing")
 
 
 def _try_to_write(trial: Path) -> None:
+    """Writes a file, and removes it and the folders that had to be made for it."""
+    missing = [folder for folder in trial.parents if not folder.exists()]
+    trial.parent.mkdir(parents=True, exist_ok=True)
     try:
         trial.write_bytes(b"\n")
     finally:
         trial.unlink(missing_ok=True)
+        for folder in missing:
+            if not any(folder.iterdir()):  # another process may have begun to use it
+                folder.rmdir()
 
 
 def _target(path: Path) -> Path:

@@ -134,7 +134,8 @@ def _begin(work: KeptWork, fingerprint: str) -> None:
     folder, data = work.folder, work.folder / "data.json"
     with writing(work.output, work.key):
         folder.mkdir(parents=True, exist_ok=True)
-        for half_written in [*folder.glob(".*.writing"), *work.output.parent.glob(f".{work.output.name}.*.writing")]:
+        in_parent = work.output.parent.glob(f".{work.output.name}.*.writing")
+        for half_written in [*folder.glob(".*.writing"), *work.output.glob(".*.writing"), *in_parent]:
             half_written.unlink(missing_ok=True)
         if not work.begun:
             for left in folder.iterdir():  # of work that was finished, but for the removal of its folder

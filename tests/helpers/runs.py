@@ -29,7 +29,7 @@ def write_run(folder: Path, model: Path, **changes: Any) -> Path:
         "data": {"path": "data.jsonl"},
         "sampling": {"max_tokens": 12},
         "engine": {"use": "transformers"},
-        "verify": [{"use": "verifier.py:share_of_digits"}],
+        "verify": [{"use": "verifier.py:share_of_digits", "special_tokens": False}],  # names of tokens are no digits
         "advantage": {"use": "outcome", "center": "group", "scale": "group"},
         "loss": [{"use": "clip"}],
         "steps": 3,

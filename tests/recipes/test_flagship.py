@@ -52,6 +52,6 @@ def test_in_a_log_file_there_is_nothing_but_the_run(tiny_model_folder, tmp_path)
     verify = "--verify=[{use: math}, {use: trl.rewards.think_format_reward}]"
     done = WAYS["posttrain train"](*arguments(tiny_model_folder, tmp_path / "run"), *SMALL, "--engine.use=vllm", verify)
     assert done.returncode == 0 and done.stderr == ""
-    first = ("grpo: ", "  ", "  engine ", "step 0/1 ", "step 1/1 ", "warning")
+    first = ("memory: ", "grpo: ", "  ", "  engine ", "step 0/1 ", "step 1/1 ", "warning")
     unexpected = [line for line in done.stdout.splitlines() if not line.startswith(first)]
     assert not unexpected

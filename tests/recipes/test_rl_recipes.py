@@ -382,6 +382,7 @@ def sample_world(logits: Tensor, values: Tensor, recipe: Recipe, generator: torc
         baseline_only=greedy,
         score=score,
         reward=score.clone(),
+        rewards=score[:, None].repeat(1, 2),
         step_reward=torch.zeros(n, 4),
         logp_old=before,
         logp_sampler=before,

@@ -95,7 +95,7 @@ def measure(setting: Setting, lora: bool, options: argparse.Namespace, folder: P
     if options.verbose:
         print(output)
     return {
-        "peak_mb": round(usage.ru_maxrss / 1024),
+        "peak_mb": round(usage.ru_maxrss / 1024),  # at least the peak of this small process, which started it
         "peak_in_steps_mb": round(json.loads(metrics[-1])["time/peak_memory_mb"]),
         "estimate_mb": round(float(estimate[1]) * 1000) if estimate else None,
         "losses": [json.loads(line)["loss"] for line in metrics],

@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from posttrain.system.memory import peak_bytes
+
 
 class Worker:
     """A worker process, as the process that started it sees it."""
@@ -70,10 +72,7 @@ def peak_memory_mb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):  # unlike ru_maxrss, this starts anew at exec
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
+    return peak_bytes() / 2**20
 
 
 class Timed:

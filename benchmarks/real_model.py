@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from online_step import machine
 
 from posttrain.errors import UserError
 from posttrain.system.files import read_rows
+from posttrain.system.memory import peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "examples" / "real"
@@ -99,20 +99,21 @@ def before_and_after(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str
 
 
 def run(command: Sequence[str], folder: Path, log: Path) -> dict[str, float]:
-    """Runs a command in ``folder``; returns its wall time, and the peak memory of its largest process.
+    """Runs a command in ``folder``; returns its wall time, and the peak memory of its process.
 
     Raises:
         UserError: if it fails; the message ends with the last lines of its output.
     """
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        while process.poll() is None:
+            peak = max(peak, peak_bytes(process.pid))
+            time.sleep(0.05)
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
         raise UserError(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
-    return {"seconds": round(time.perf_counter() - start, 1), "peak_memory_mb": usage.ru_maxrss // 1024}
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_memory_mb": peak >> 20}
 
 
 def held_out_rows(name: str, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:

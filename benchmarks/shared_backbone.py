@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from posttrain.models.load import load_model
 from posttrain.models.policy import Policy, build_policy
 from posttrain.models.value_files import build_value
 from posttrain.recipe import sections
+from posttrain.system.memory import peak_bytes
 
 SETUPS = ("shared", "three_with_adapters", "three_full")
 
@@ -94,7 +94,7 @@ def peak_mib() -> float:
     """Peak memory of this process in MiB: of the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_bytes() / 2**20
 
 
 def resident_mib() -> float:

@@ -20,6 +20,19 @@ def resident_bytes() -> int:
     return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_bytes(process: int | str = "self") -> int:
+    """Most memory that a process has held so far; 0 where the system does not say, or the process has ended.
+
+    ``ru_maxrss`` is another number: a program that a large one has started begins with the peak of that one.
+
+    Args:
+        process: its number.
+    """
+    status = Path(f"/proc/{process}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def free_bytes() -> int | None:
     """Memory that processes can still take from the machine, or from its container; None if the system does not say."""
     table = Path("/proc/meminfo")

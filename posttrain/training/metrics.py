@@ -16,6 +16,7 @@ from posttrain.parts.preference.groups import labelled
 from posttrain.parts.preference.summary import summarise
 from posttrain.parts.selection import mixed_groups
 from posttrain.recipe.part import Part
+from posttrain.system.memory import peak_bytes
 from posttrain.system.processes import Processes
 from posttrain.training.ranking import area_over_ranks
 
@@ -185,6 +186,8 @@ def peak_memory_mb() -> float:
     """Peak memory so far, in MiB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    if peak := peak_bytes():
+        return peak / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -142,11 +142,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Runs a command that must end at once with exit code 2; returns its message."""
-    start = time.process_time()
+    start = time.monotonic()
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.strip() and len(said) < 4000 and "Traceback" not in said
-    assert time.process_time() - start < 10
+    assert time.monotonic() - start < 10
     return said
 
 

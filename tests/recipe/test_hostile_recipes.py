@@ -70,13 +70,13 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_recipe_is_one_short_message(name, recipe, capsys):
     text, pieces = HOSTILE[name]
-    path, started = recipe(), time.process_time()
+    path, started = recipe(), time.monotonic()
     path.write_text(text)
     assert main(["train", str(path)]) == 2
     err = capsys.readouterr().err.replace(f"{path.parent}/", "")
     assert len(err) < 3000 and "Traceback" not in err
     assert all(piece in err for piece in pieces), err
-    assert time.process_time() - started < 10  # of the CPU: other programs may share the machine
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("where", ["recipe", "base"])

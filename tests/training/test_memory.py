@@ -154,6 +154,4 @@ def test_the_estimate_of_a_run_is_near_its_peak(tiny_model_folder, tmp_path, che
     metrics = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
     above = metrics[-1]["time/peak_memory_mb"] * 2**20 / 1e9 - sizes["program"]
     assert above > 0.15  # far above what the measurement is uncertain by
-    assert (
-        1 / 3 < (sizes["total"] - sizes["program"]) / above < 3
-    )  # the heap of a tiny run keeps more or less for itself
+    assert 1 / 1.5 < (sizes["total"] - sizes["program"]) / above < 1.5

@@ -93,6 +93,8 @@ class Facts:
     """The rollout samples from the recipe's ``opponent``."""
     learns_without_advantage: bool = False
     """The loss learns from preferences and needs no ``advantage``."""
+    keeps_scores: bool = False
+    """The combination leaves the verifiers' weighted sum as it is where there is no other reward."""
     ranks_completions: bool = False
     """The loss has the options ``score`` and ``beta``, by which metrics rank the completions."""
     compares_values: bool = False

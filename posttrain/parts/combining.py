@@ -23,6 +23,7 @@ Bounds = Mapping[str, float]
 """Numbers by the name of a reward."""
 
 
+@facts(keeps_scores=True)
 def weighted_sum(batch: Batch) -> Float[Tensor, " N"]:
     """Sum of the rewards that apply, each times the ``weight`` that it has in the recipe."""
     total, columns = batch.reward, batch.reward_columns  # so far the sum of the verifiers
@@ -75,11 +76,8 @@ def power_mean(batch: Batch, *, p: float = 1.0, floor: Positive = 1e-6) -> Float
     rewards = _known(batch).double()
     applies, logs = ~rewards.isnan(), rewards.clamp(min=floor).log()
     if math.isinf(p):
-        return (
-            torch.where(applies, logs, -math.copysign(math.inf, p)).amax(-1).exp().float()
-            if p > 0
-            else (torch.where(applies, logs, math.inf).amin(-1).exp().float())
-        )
+        logs = logs.where(applies, -p)  # never the largest, or the smallest
+        return (logs.amax(-1) if p > 0 else logs.amin(-1)).exp().float()
     shares = (weights * applies).to(logs)
     shares = shares / shares.sum(-1, keepdim=True)
     logs = logs.where(applies, 0.0)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Bool
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from posttrain.batch import Batch
 from posttrain.decoding.build import build_decoder
@@ -53,7 +54,7 @@ from posttrain.training.memory_facts import say_memory
 from posttrain.training.place_checks import check_places
 from posttrain.training.ranking import ranking_by_value
 from posttrain.training.recipe import Recipe
-from posttrain.training.required_passes import find_required_passes
+from posttrain.training.required_passes import RequiredPasses, find_required_passes
 from posttrain.training.results import (
     dump_batch,
     save_models,
@@ -126,10 +127,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         folder, checkpoint = processes.from_main(lambda: open_folder(recipe, resume))
         with VerifierPool(recipe.verify, plain_text=text_of(tokenizer)) as pool:
             program = resident_bytes()
-            learner = build_learner(recipe, required, processes)
-            name_ends(learner.policy.base, stop_tokens(recipe.policy, tokenizer))
-            check_models(learner)
-            check_saving(learner, tokenizer)
+            learner = checked_learner(recipe, required, processes, tokenizer)
             say_memory(learner, material, program)
             material = with_cached_reference(learner, material)
             with engine_for(recipe, material, tokenizer) as engine:
@@ -153,6 +151,21 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                     loop(run)
                     save_models(run)
     return result_of(recipe, folder)
+
+
+def checked_learner(
+    recipe: Recipe, required: RequiredPasses, processes: Processes, tokenizer: PreTrainedTokenizerBase
+) -> Learner:
+    """Loads the models, and compares them with themselves, in memory and after a trial of saving.
+
+    Raises:
+        UserError: if a model does not load, or differs.
+    """
+    learner = build_learner(recipe, required, processes)
+    name_ends(learner.policy.base, stop_tokens(recipe.policy, tokenizer))
+    check_models(learner)
+    check_saving(learner, tokenizer)
+    return learner
 
 
 def source_of(

@@ -133,7 +133,7 @@ class Recipe(Checked):
     @property
     def changes_scores(self) -> bool:
         """True if rewards are not the verifiers' scores alone, so that they are known only after ``select``."""
-        return bool(self.reward) or self.compare is not None or self.combine.name != "weighted_sum"
+        return bool(self.reward) or self.compare is not None or not self.combine.fact("keeps_scores")
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def described(recipe: Recipe) -> str:
     parts += [
         *recipe.select,
         *recipe.reward,
-        None if recipe.combine.name == "weighted_sum" else recipe.combine,
+        None if recipe.combine.fact("keeps_scores") else recipe.combine,
         recipe.compare,
         recipe.regroup,
         recipe.baseline,
